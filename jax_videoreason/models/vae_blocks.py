@@ -1,0 +1,172 @@
+"""Blocks of the causal video VAEs; one definition serves the full sequence and chunks of it.
+
+Video inside the blocks is R F H W C with any height, width and channels. Every block takes
+`first`: whether its input begins at latent frame 0. A block that looks back keeps the frames it
+needs in the variable collection "stream", and does so only when that collection is mutable; so
+the full sequence is the same call as a first chunk, without memory. Source: the official Wan VAE,
+whose streaming equals this full-sequence form.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import linen as nn
+
+from jax_videoreason.axes import Array
+
+STREAM = "stream"
+
+
+class CausalConv(nn.Module):
+  """Convolution (frames, height, width) that sees no later frame.
+
+  kernel: taps per axis. stride: (frames, space). pad: zeros before and after, height and width.
+  lead: zero frames before frame 0; without them the first output needs a full window.
+  Parameters: kernel (kt, kh, kw, in, out), bias (out,).
+  """
+
+  features: int
+  kernel: tuple[int, int, int] = (3, 3, 3)
+  stride: tuple[int, int] = (1, 1)
+  pad: tuple[int, int] | None = None
+  lead: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    kt, kh, kw = self.kernel
+    shape = (*self.kernel, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(x.dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+
+    step, space = self.stride
+    kept = kt - step
+    if kept > 0:
+      if not first:
+        x = jnp.concatenate([self.get_variable(STREAM, "frames"), x], axis=1)
+      elif self.lead:
+        x = jnp.pad(x, ((0, 0), (kept, 0), (0, 0), (0, 0), (0, 0)))
+      if self.is_mutable_collection(STREAM) and not self.is_initializing():
+        self.put_variable(STREAM, "frames", x[:, x.shape[1] - kept :])
+
+    # XLA's 3-D convolution is slow on CPU: shifted frames stacked on the channels make it 2-D,
+    # several times faster forward and backward.
+    count = (x.shape[1] - kt) // step + 1
+    x = jnp.concatenate([x[:, t : t + step * count : step][:, :count] for t in range(kt)], axis=-1)
+    runs = x.shape[0]
+    y = jax.lax.conv_general_dilated(
+      rearrange(x, "r f h w c -> (r f) h w c"),
+      rearrange(kernel, "t h w i o -> h w (t i) o"),
+      window_strides=(space, space),
+      padding=[self.pad or (k // 2, k // 2) for k in (kh, kw)],
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return rearrange(y, "(r f) h w c -> r f h w c", r=runs) + jnp.expand_dims(bias, (0, 1, 2, 3))
+
+
+class ChannelNorm(nn.Module):
+  """x / max(|x|, 1e-12) * sqrt(C) * scale over the channels, in float32."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+    wide = x.astype(jnp.float32)
+    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    # rsqrt of the clamped square: the same value, and a gradient that is finite at zero.
+    wide = wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+    return (wide * jnp.expand_dims(scale * channels**0.5, (0, 1, 2, 3))).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+  """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1x1 where widths differ)."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    y = nn.silu(ChannelNorm(name="norm_0")(x))
+    y = CausalConv(self.features, name="conv_0")(y, first)
+    y = nn.silu(ChannelNorm(name="norm_1")(y))
+    y = CausalConv(self.features, name="conv_1")(y, first)
+    if x.shape[-1] != self.features:
+      x = CausalConv(self.features, (1, 1, 1), name="shortcut")(x)
+    return x + y
+
+
+class FrameAttention(nn.Module):
+  """One attention head over the cells of each frame, plus the input."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    runs, _, height, _, channels = x.shape
+    y = ChannelNorm(name="norm")(x)
+    y = nn.Dense(3 * channels, dtype=x.dtype, name="qkv")(y)
+    q, k, v = rearrange(y, "r f h w (n k) -> n (r f) (h w) 1 k", n=3)
+    y = jax.nn.dot_product_attention(q, k, v)
+    y = rearrange(y, "(r f) (h w) 1 k -> r f h w k", r=runs, h=height)
+    return x + nn.Dense(channels, dtype=x.dtype, name="out")(y)
+
+
+class Middle(nn.Module):
+  """ResBlock, FrameAttention, ResBlock at one width."""
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    x = ResBlock(x.shape[-1], name="block_0")(x, first)
+    x = FrameAttention(name="attention")(x)
+    return ResBlock(x.shape[-1], name="block_1")(x, first)
+
+
+class Downsample(nn.Module):
+  """Halves height and width; with `time`, 2 frames become 1. Frame 0 stays a frame of its own."""
+
+  time: bool
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    channels = x.shape[-1]
+    x = CausalConv(channels, (1, 3, 3), stride=(1, 2), pad=(0, 1), name="space")(x)
+    if not self.time:
+      return x
+    y = CausalConv(channels, (3, 1, 1), stride=(2, 1), lead=False, name="time_conv")(x, first)
+    return jnp.concatenate([x[:, :1], y], axis=1) if first else y
+
+
+class Upsample(nn.Module):
+  """Doubles height and width; with `time`, every frame but frame 0 becomes 2."""
+
+  features: int
+  time: bool
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    if self.time:
+      conv = CausalConv(2 * x.shape[-1], (3, 1, 1), name="time_conv")
+      # Frame 0 passes by, and what follows does not see it either (zeros instead).
+      y = conv(x[:, 1:] if first else x, first)
+      y = rearrange(y, "r f h w (n c) -> r (f n) h w c", n=2)
+      x = jnp.concatenate([x[:, :1], y], axis=1) if first else y
+    x = repeat(x, "r f h w c -> r f (h a) (w b) c", a=2, b=2)
+    return CausalConv(self.features, (1, 3, 3), name="space")(x)
+
+
+def in_chunks(module: nn.Module, x: Array, *, first: int, size: int) -> Array:
+  """`module(x, True)` over axis 1 in pieces: `first` frames, then `size` at a time in a scan.
+
+  module: bound, called as module(x, first: bool); its frames in minus `first` are a multiple of
+  `size`. Memory holds one piece and the frames the blocks look back on.
+  """
+  free, variables = module.unbind()
+
+  def piece(memory: Any, x: Array, first: bool) -> tuple[Any, Array]:
+    y, memory = free.apply({**variables, **memory}, x, first, mutable=[STREAM])
+    return memory, y
+
+  memory, head = piece({}, x[:, :first], True)
+  if x.shape[1] == first:
+    return head
+  pieces = rearrange(x[:, first:], "r (n f) h w c -> n r f h w c", f=size)
+  _, tail = jax.lax.scan(lambda memory, x: piece(memory, x, False), memory, pieces)
+  return jnp.concatenate([head, rearrange(tail, "n r f h w c -> r (n f) h w c")], axis=1)

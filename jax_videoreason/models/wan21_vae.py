@@ -1,0 +1,184 @@
+"""The Wan2.1 VAE: RGB video <-> latents of 16 channels, stride 4x8x8 at the published size."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jax_videoreason.axes import Array
+from jax_videoreason.models.vae_blocks import (
+  CausalConv,
+  ChannelNorm,
+  Downsample,
+  Middle,
+  ResBlock,
+  Upsample,
+  in_chunks,
+)
+
+# Per latent channel, from the official Wan2.1 VAE.
+MEAN = (
+  -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+STD = (
+  2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanVAEConfig:
+  """Sizes of a Wan2.1 VAE; the defaults are the published ones.
+
+  stages: width of each stage as a multiple of base_width; height and width halve between stages.
+  temporal: one flag per halving, from the pixels down: whether it halves the frames too.
+  blocks: residual blocks per stage of the encoder; the decoder has one more.
+  mean, std: normalisation of the latents, one number per latent channel.
+  dtype: what the blocks compute in, "float32" or "bfloat16"; norms are float32 inside.
+  """
+
+  base_width: int = 96
+  z_channels: int = 16
+  stages: tuple[int, ...] = (1, 2, 4, 4)
+  blocks: int = 2
+  temporal: tuple[bool, ...] = (False, True, True)
+  mean: tuple[float, ...] = MEAN
+  std: tuple[float, ...] = STD
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if len(self.temporal) != len(self.stages) - 1:
+      raise ValueError(
+        f"temporal={self.temporal} has {len(self.temporal)} flags, wanted {len(self.stages) - 1}: "
+        f"one per halving between the {len(self.stages)} stages."
+      )
+    for name, values in (("mean", self.mean), ("std", self.std)):
+      if len(values) != self.z_channels:
+        raise ValueError(
+          f"{name} has {len(values)} numbers, wanted z_channels={self.z_channels}: "
+          "give one per latent channel."
+        )
+
+  @property
+  def stride(self) -> tuple[int, int, int]:
+    """Pixels per latent cell: (frames, height, width)."""
+    space = 2 ** len(self.temporal)
+    return 2 ** sum(self.temporal), space, space
+
+
+class Encoder(nn.Module):
+  """Video R frames height width 3 -> R F H W 2C, mean and log variance before `to_moments`."""
+
+  config: WanVAEConfig
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    c = self.config
+    x = CausalConv(c.base_width, name="conv_in")(x.astype(c.dtype), first)
+    for i, multiple in enumerate(c.stages):
+      for j in range(c.blocks):
+        x = ResBlock(c.base_width * multiple, name=f"stage_{i}_block_{j}")(x, first)
+      if i < len(c.temporal):
+        x = Downsample(c.temporal[i], name=f"stage_{i}_down")(x, first)
+    x = Middle(name="middle")(x, first)
+    x = nn.silu(ChannelNorm(name="norm_out")(x))
+    x = CausalConv(2 * c.z_channels, name="conv_out")(x, first)
+    return CausalConv(2 * c.z_channels, (1, 1, 1), name="to_moments")(x).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+  """Latents R F H W C, not normalised -> video R frames height width 3."""
+
+  config: WanVAEConfig
+
+  @nn.compact
+  def __call__(self, x: Array, first: bool = True) -> Array:
+    c = self.config
+    x = CausalConv(c.z_channels, (1, 1, 1), name="from_latents")(x.astype(c.dtype))
+    x = CausalConv(c.base_width * c.stages[-1], name="conv_in")(x, first)
+    x = Middle(name="middle")(x, first)
+    for i, multiple in enumerate(reversed(c.stages)):
+      width = c.base_width * multiple
+      for j in range(c.blocks + 1):
+        x = ResBlock(width, name=f"stage_{i}_block_{j}")(x, first)
+      if i < len(c.temporal):
+        x = Upsample(width // 2, c.temporal[-1 - i], name=f"stage_{i}_up")(x, first)
+    x = nn.silu(ChannelNorm(name="norm_out")(x))
+    return CausalConv(3, name="conv_out")(x, first).astype(jnp.float32)
+
+
+class WanVAE(nn.Module):
+  """vae.apply({"params": p}, x, method="encode" | "decode" | "encode_moments" | "decode_values").
+
+  `chunk`: latent frames per piece; the result is the full sequence's, the activations are those
+  of one piece. None = all frames at once.
+  """
+
+  config: WanVAEConfig
+
+  def setup(self):
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+
+  def __call__(self, video: Array) -> Array:
+    """Encodes and decodes; for init."""
+    return self.decode(self.encode(video))
+
+  def encode(self, video: Array, chunk: int | None = None) -> Array:
+    """Video R frames height width 3 in [-1, 1] -> normalised latents R F H W C (the mode).
+
+    frames = 1 + stride[0] * k; ValueError otherwise.
+    """
+    mean, _ = self.encode_moments(video, chunk)
+    return (mean - self._row(self.config.mean)) * (1.0 / self._row(self.config.std))
+
+  def decode(self, latents: Array, chunk: int | None = None) -> Array:
+    """Normalised latents R F H W C -> video R frames height width 3, clipped to [-1, 1]."""
+    self._check_latents(latents)
+    values = latents * self._row(self.config.std) + self._row(self.config.mean)
+    return jnp.clip(self.decode_values(values, chunk), -1.0, 1.0)
+
+  def encode_moments(self, video: Array, chunk: int | None = None) -> tuple[Array, Array]:
+    """Mean and log variance of the latents, R F H W C each, not normalised."""
+    step, high, wide = self.config.stride
+    shape = video.shape
+    if video.ndim != 5 or shape[-1] != 3:
+      raise ValueError(f"video is {shape}, wanted R frames height width 3.")
+    if (shape[1] - 1) % step or shape[2] % high or shape[3] % wide:
+      raise ValueError(
+        f"video has frames, height, width {shape[1:4]}, wanted 1 + {step}k frames and multiples "
+        f"of {high} and {wide} pixels: crop or pad it."
+      )
+    if chunk is None:
+      moments = self.encoder(video)
+    else:
+      first = 1 + step * _remainder((shape[1] - 1) // step, chunk)
+      moments = in_chunks(self.encoder, video, first=first, size=step * chunk)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+  def decode_values(self, values: Array, chunk: int | None = None) -> Array:
+    """Latents R F H W C, not normalised -> video, not clipped (for training)."""
+    self._check_latents(values)
+    if chunk is None:
+      return self.decoder(values)
+    first = 1 + _remainder(values.shape[1] - 1, chunk)
+    return in_chunks(self.decoder, values, first=first, size=chunk)
+
+  def _check_latents(self, latents: Array) -> None:
+    channels = self.config.z_channels
+    if latents.ndim != 5 or latents.shape[-1] != channels:
+      raise ValueError(
+        f"latents are {latents.shape}, wanted R F H W C with C = {channels}: give one axis of "
+        f"runs, then frames, height, width, channels."
+      )
+
+  def _row(self, values: tuple[float, ...]) -> Array:
+    return jnp.expand_dims(jnp.asarray(values, jnp.float32), (0, 1, 2, 3))
+
+
+def _remainder(frames: int, chunk: int) -> int:
+  if chunk < 1:
+    raise ValueError(f"chunk={chunk} latent frames, wanted 1 or more (None = all at once).")
+  return frames % chunk

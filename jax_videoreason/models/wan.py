@@ -1,0 +1,306 @@
+"""The Wan 2.1 and 2.2 diffusion transformer: text to video, image to video, TI2V."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+
+from jax_videoreason import rope
+from jax_videoreason.attention import attend
+from jax_videoreason.axes import Array
+from jax_videoreason.models.common import (
+  LayerNorm,
+  Numerics,
+  RMSNorm,
+  modulate,
+  numerics,
+  patchify,
+  unpatchify,
+)
+from jax_videoreason.sharding import constrain
+from jax_videoreason.structs import Conditioning
+
+xavier = nn.initializers.xavier_uniform()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanConfig:
+  """Sizes of a WanDiT.
+
+  in_channels: of what the patch embedding sees: out_channels, or with image_input="concat"
+    2 * out_channels + 4 (latents, mask of 4, given latents).
+  image_input: how given frames enter: not at all, concatenated (2.1, A14B), or written over the
+    latents with t = 0 on their tokens (TI2V-5B).
+  clip_width: width of the CLIP tokens (2.1 image to video); None = no image attention.
+  numerics: "official", "diffusers" or "diffsynth"; dtype: the compute dtype of the matmuls.
+  remat: compute the activations of a layer again in the backward pass.
+  """
+
+  width: int
+  ffn_width: int
+  heads: int
+  layers: int
+  in_channels: int = 16
+  out_channels: int = 16
+  text_width: int = 4096
+  freq_dim: int = 256
+  patch: tuple[int, int, int] = (1, 2, 2)
+  image_input: Literal["none", "concat", "overwrite"] = "none"
+  clip_width: int | None = None
+  theta: float = 10000.0
+  epsilon: float = 1e-6
+  numerics: str = "official"
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: bool = False
+
+  def __post_init__(self):
+    numerics(self.numerics)
+    if self.width % self.heads:
+      raise ValueError(f"width={self.width} does not divide by heads={self.heads}.")
+    if self.image_input not in ("none", "concat", "overwrite"):
+      raise ValueError(f"image_input={self.image_input!r}, wanted 'none', 'concat' or 'overwrite'.")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"dtype={self.dtype!r}, wanted 'float32' or 'bfloat16'.")
+    wanted = self.out_channels * (2 if self.image_input == "concat" else 1)
+    wanted += 4 if self.image_input == "concat" else 0
+    if self.in_channels != wanted:
+      raise ValueError(
+        f"in_channels={self.in_channels} with out_channels={self.out_channels} and "
+        f"image_input={self.image_input!r}, wanted in_channels={wanted}."
+      )
+
+  @property
+  def precision(self) -> Numerics:
+    """Where float32 is kept."""
+    return numerics(self.numerics)
+
+  @property
+  def compute(self) -> jnp.dtype:
+    """The dtype of the matmuls."""
+    return jnp.dtype(self.dtype)
+
+  def kept(self, float32: bool) -> jnp.dtype:
+    """float32 where the numerics keep it, the compute dtype elsewhere."""
+    return jnp.dtype(jnp.float32) if float32 else self.compute
+
+
+def _dense(width: int, dtype: jnp.dtype, name: str, init=xavier) -> nn.Dense:
+  return nn.Dense(width, dtype=dtype, kernel_init=init, name=name)
+
+
+class MLP(nn.Module):
+  """Dense, activation, Dense."""
+
+  hidden: int
+  out: int
+  dtype: jnp.dtype
+  activation: Literal["gelu", "gelu_erf", "silu"] = "gelu"
+  init_std: float | None = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    init = xavier if self.init_std is None else nn.initializers.normal(self.init_std)
+    h = _dense(self.hidden, self.dtype, "up", init)(x)
+    if self.activation == "silu":
+      h = nn.silu(h)
+    else:
+      h = nn.gelu(h, approximate=self.activation == "gelu")
+    return _dense(self.out, self.dtype, "down", init)(h)
+
+
+class SelfAttention(nn.Module):
+  """G R T D -> G R T D, rotary positions on q and k."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+    c = self.config
+    rounding = c.precision.scale_before_rounding
+    q = RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x))
+    k = RMSNorm(c.epsilon, rounding, name="norm_k")(_dense(c.width, c.compute, "k")(x))
+    v = _dense(c.width, c.compute, "v")(x)
+    q, k, v = (rearrange(a, "g r t (n k) -> (g r) t n k", n=c.heads) for a in (q, k, v))
+    out = attend(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+    out = rearrange(out, "(g r) t n k -> g r t (n k)", g=x.shape[0])
+    return _dense(c.width, c.compute, "o")(out)
+
+
+class CrossAttention(nn.Module):
+  """Attends to the text, and with CLIP tokens to those by a second softmax, summed."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x: Array, text: Array, clip: Array | None) -> Array:
+    c = self.config
+    rounding = c.precision.scale_before_rounding
+
+    def heads(a):
+      return rearrange(a, "g r x (n k) -> (g r) x n k", n=c.heads)
+
+    def attended(tokens, suffix):
+      k = _dense(c.width, c.compute, f"k{suffix}")(tokens)
+      k = RMSNorm(c.epsilon, rounding, name=f"norm_k{suffix}")(k)
+      v = _dense(c.width, c.compute, f"v{suffix}")(tokens)
+      return attend(q, heads(k), heads(v))
+
+    q = heads(RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x)))
+    out = attended(text, "")
+    if clip is not None:
+      out = out + attended(clip, "_clip")
+    out = rearrange(out, "(g r) t n k -> g r t (n k)", g=x.shape[0])
+    return _dense(c.width, c.compute, "o")(out)
+
+
+def _by_token(rows: Array, given: Array | None) -> Array:
+  """Rows (1 or R, 2, D) of t and of t = 0 -> the row of each token, to broadcast to G R T D."""
+  at_t, at_zero = (rows[None, :, i, None] for i in range(2))
+  return at_t if given is None else jnp.where(given[None, :, :, None], at_zero, at_t)
+
+
+class WanBlock(nn.Module):
+  """One layer: G R T D -> G R T D.
+
+  modulation: (1 or R) 2 6 D, for t and for t = 0. given: R T bool, tokens of given frames (TI2V).
+  """
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(
+        self, x: Array, modulation: Array, given: Array | None, text: Array,
+        clip: Array | None, cos: np.ndarray, sin: np.ndarray,
+    ) -> Array:  # fmt: skip
+    c = self.config
+    wide = c.kept(c.precision.modulation)
+    own = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width), jnp.float32)
+    rows = modulation.astype(wide) + own[None, None].astype(wide)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+      _by_token(rows[:, :, i], given) for i in range(6)
+    )
+
+    def added(x, term):
+      return (
+        (x + term).astype(x.dtype)
+        if term.dtype == x.dtype
+        else (x.astype(jnp.float32) + term.astype(jnp.float32)).astype(x.dtype)
+      )
+
+    h = modulate(x, shift_a, scale_a, wide).astype(c.compute)
+    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, cos, sin).astype(wide)
+    x = added(x, attn_out)
+    h = LayerNorm(c.epsilon, name="norm_cross")(x).astype(c.compute)
+    cross_out = CrossAttention(c, name="cross_attn")(h, text, clip)
+    x = added(x, cross_out)
+    h = modulate(x, shift_m, scale_m, wide).astype(c.compute)
+    mlp_out = gate_m * MLP(c.ffn_width, c.width, c.compute, name="mlp")(h).astype(wide)
+    x = added(x, mlp_out)
+    return constrain(x, "g r t d")
+
+
+class Head(nn.Module):
+  """G R T D -> G R T (pf ph pw C): modulated by the time embedding (1 or R, 2, D) itself."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x: Array, time: Array, given: Array | None) -> Array:
+    c = self.config
+    wide = c.kept(c.precision.modulation)
+    dtype = c.kept(c.precision.head)
+    out = int(np.prod(c.patch)) * c.out_channels
+    own = self.param("modulation", nn.initializers.normal(c.width**-0.5), (2, c.width), jnp.float32)
+    kernel = self.param("kernel", nn.initializers.zeros, (c.width, out), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (out,), jnp.float32)
+    rows = time[:, :, None].astype(wide) + own[None, None].astype(wide)
+    shift, scale = (_by_token(rows[:, :, i], given) for i in range(2))
+    h = modulate(x, shift, scale, wide).astype(dtype)
+    return h @ kernel.astype(dtype) + bias.astype(dtype)[None, None, None]
+
+
+class WanDiT(nn.Module):
+  """latents (R F H W C), time (2 freq_dim), conditioning -> velocity G R F H W C, float32.
+
+  time: sinusoids of t (row 0) and of t = 0 (row 1), `Schedule.time`; R 2 freq_dim gives every run
+    its own t, as training wants.
+  """
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, latents: Array, time: Array, cond: Conditioning) -> Array:
+    c = self.config
+    (g, r), grid = cond.text.shape[:2], self.token_grid(latents)
+    inputs, given = self.inputs(latents, cond)
+    x = _dense(c.width, c.compute, "patch_embed")(patchify(inputs, c.patch))
+    x = jnp.broadcast_to(x[None], (g, r, *x.shape[1:]))
+    x = constrain(x.astype(c.kept(c.precision.residual)), "g r t d")
+
+    embed = MLP(c.width, c.width, c.kept(c.precision.time), "silu", 0.02, name="time_embed")
+    projected = c.kept(c.precision.time_projection)
+    e = embed(time if time.ndim == 3 else time[None])
+    modulation = _dense(6 * c.width, projected, "time_project")(nn.silu(e.astype(projected)))
+    modulation = rearrange(modulation, "r row (six d) -> r row six d", six=6)
+    text = MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")(cond.text)
+    clip = self.clip_tokens(cond, g)
+    cos, sin = rope.tables(grid, c.width // c.heads, c.theta)
+
+    def layer(block, x, _):
+      return block(x, modulation, given, text, clip, cos, sin), None
+
+    block = (nn.remat(WanBlock) if c.remat else WanBlock)(c, name="blocks")
+    scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
+    x, _ = scan(block, x, None)
+    out = Head(c, name="head")(x, e, given).astype(jnp.float32)
+    return unpatchify(out, grid, c.patch)
+
+  def token_grid(self, latents: Array) -> tuple[int, int, int]:
+    """(f, h, w); ValueError when the patch does not divide the latents."""
+    c = self.config
+    if latents.ndim != 5 or latents.shape[-1] != c.out_channels:
+      raise ValueError(f"latents are {latents.shape}, wanted R F H W C with C={c.out_channels}.")
+    _, f, h, w, _ = latents.shape
+    if f % c.patch[0] or h % c.patch[1] or w % c.patch[2]:
+      raise ValueError(f"latents of F H W = {(f, h, w)} do not divide into patches of {c.patch}.")
+    return f // c.patch[0], h // c.patch[1], w // c.patch[2]
+
+  def inputs(self, latents: Array, cond: Conditioning) -> tuple[Array, Array | None]:
+    """What the patch embedding sees (R F H W C_in), and which tokens are given (R T bool)."""
+    c = self.config
+    if c.image_input == "none":
+      return latents, None
+    if cond.known is None or cond.known_mask is None:
+      if c.image_input == "overwrite" and cond.known is None and cond.known_mask is None:
+        return latents, None
+      raise ValueError(
+        f"image_input={c.image_input!r} needs known and known_mask in the conditioning."
+      )
+    if cond.known.shape != latents.shape:
+      raise ValueError(
+        f"known is R F H W C = {cond.known.shape}, wanted {latents.shape}: pad the given "
+        "frame to all F latent frames (conditioning.encode does)."
+      )
+    mask = cond.known_mask.astype(latents.dtype)
+    if c.image_input == "concat":
+      return jnp.concatenate([latents, mask, cond.known.astype(latents.dtype)], -1), None
+    cell = mask.min(axis=-1, keepdims=True) > 0
+    pf, ph, pw = c.patch
+    pattern = "r (f pf) (h ph) (w pw) one -> r (f h w one)"
+    given = reduce(cell, pattern, "min", pf=pf, ph=ph, pw=pw)
+    return jnp.where(cell, cond.known.astype(latents.dtype), latents), given
+
+  def clip_tokens(self, cond: Conditioning, branches: int) -> Array | None:
+    """Embedded CLIP tokens, G R X D; the branches share them."""
+    c = self.config
+    if c.clip_width is None:
+      return None
+    if cond.clip is None:
+      raise ValueError(f"clip_width={c.clip_width} needs clip in the conditioning.")
+    x = LayerNorm(1e-5, name="clip_norm")(cond.clip).astype(c.compute)
+    x = MLP(c.clip_width, c.width, c.compute, "gelu_erf", name="clip_embed")(x)
+    x = LayerNorm(1e-5, name="clip_norm_out")(x).astype(c.compute)
+    return jnp.broadcast_to(x[None], (branches, *x.shape))

@@ -1,0 +1,42 @@
+"""The one mesh and its rule: which letter of an array lies on which mesh axis."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jax_videoreason.axes import Array
+
+MESH_AXES = ("seed", "fsdp", "context")
+RULES: dict[str, str | tuple[str, ...]] = {"r": "seed", "t": ("fsdp", "context")}
+
+
+def make_mesh(
+  seed: int = 1, fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh of seed * fsdp * context devices, by default the first ones there are.
+
+  ValueError when the devices are too few, or when those given are not exactly that many.
+  """
+  wanted = seed * fsdp * context
+  found = jax.devices() if devices is None else list(devices)
+  if len(found) < wanted or (devices is not None and len(found) != wanted):
+    raise ValueError(
+      f"a mesh of seed={seed} fsdp={fsdp} context={context} takes {wanted} devices, "
+      f"there are {len(found)}: lower a size."
+    )
+  grid = np.asarray(found[:wanted]).reshape(seed, fsdp, context)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(letters: str) -> PartitionSpec:
+  """The partition of an array whose axes are `letters`, e.g. "g r t d"."""
+  return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))
+
+
+def constrain(x: Array, letters: str) -> Array:
+  """Places x by its letters on the ambient mesh (`jax.set_mesh`); without one, x as it is."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(letters))

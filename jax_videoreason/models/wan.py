@@ -4,13 +4,14 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 
 from jax_videoreason import rope
 from jax_videoreason.attention import attend
-from jax_videoreason.axes import Array
+from jax_videoreason.axes import Array, Params
 from jax_videoreason.models.common import (
   LayerNorm,
   Numerics,
@@ -304,3 +305,22 @@ class WanDiT(nn.Module):
     x = MLP(c.clip_width, c.width, c.compute, "gelu_erf", name="clip_embed")(x)
     x = LayerNorm(1e-5, name="clip_norm_out")(x).astype(c.compute)
     return jnp.broadcast_to(x[None], (branches, *x.shape))
+
+
+def abstract_params(config: WanConfig) -> Params:
+  """The parameter tree of a WanDiT as shapes and dtypes; nothing is allocated."""
+  c = config
+
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  latents = shape(1, *c.patch, c.out_channels)
+  given = c.image_input != "none"
+  cond = Conditioning(
+    text=shape(1, 1, 1, c.text_width),
+    known=latents if given else None,
+    known_mask=shape(1, *c.patch, 4) if given else None,
+    clip=None if c.clip_width is None else shape(1, 1, c.clip_width),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(WanDiT(c).init, key, latents, shape(2, c.freq_dim), cond)["params"]

@@ -1,0 +1,145 @@
+"""Moves published tensors into our parameter tree by a table; knows no model.
+
+A table is rows of (regex of the source key, target path, einops pattern). A group named `L` in the
+regex is the layer: the tensor fills that slice of a leaf stacked over layers. Other named
+groups may be used in the target path as `\\g<name>`.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from einops import EinopsError, rearrange
+
+Row = tuple[str, str, str]
+
+
+class Shaped(Protocol):
+  """Anything with a shape and a dtype: an array, a ShapeDtypeStruct, the header of a file."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+  @property
+  def dtype(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Move:
+  """One source tensor and where it goes; layer None = the whole leaf."""
+
+  source: str
+  target: str
+  layer: int | None
+  pattern: str
+
+  def __call__(self, tensor: np.ndarray) -> np.ndarray:
+    """The tensor in the layout of the target."""
+    return rearrange(tensor, self.pattern)
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+  """A nested dict as "blocks/mlp/up/kernel" -> leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `leaves`."""
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *folders, name = path.split("/")
+    node = tree
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[name] = leaf
+  return tree
+
+
+def moves(
+  sources: Mapping[str, Shaped], table: Iterable[Row], target: Any, ignore: Iterable[str] = ()
+) -> list[Move]:
+  """One Move per source key, in the order of the target leaves and their layers.
+
+  target: the tree wanted, of anything with a shape (`jax.eval_shape` of init).
+  ignore: regexes of source keys that have no place in the target.
+  ValueError with every fault at once: a key that no row or several rows match, a target that does
+  not exist, a shape that differs, a leaf or layer filled twice or never.
+  """
+  wanted = leaves(target)
+  rows = [(re.compile(key), path, pattern) for key, path, pattern in table]
+  skipped = [re.compile(key) for key in ignore]
+  faults: list[str] = []
+  filled: dict[str, dict[int | None, Move]] = defaultdict(dict)
+  for key, tensor in sources.items():
+    if any(regex.fullmatch(key) for regex in skipped):
+      continue
+    found = [(match, path, pattern) for regex, path, pattern in rows
+                 if (match := regex.fullmatch(key))]  # fmt: skip
+    if len(found) != 1:
+      faults.append(f"{key}: {len(found) or 'no'} row{'s match' if found else ' matches'}.")
+      continue
+    match, path, pattern = found[0]
+    layer = int(match["L"]) if "L" in match.re.groupindex else None
+    move = Move(source=key, target=match.expand(path), layer=layer, pattern=pattern)
+    fault = _misfit(move, tuple(tensor.shape), wanted)
+    if fault is None and layer in filled[move.target]:
+      other = filled[move.target][layer].source
+      fault = f"{move.target}{_at(layer)}: filled twice, by {other} and {key}."
+    if fault is None:
+      filled[move.target][layer] = move
+    else:
+      faults.append(fault)
+      filled[move.target].setdefault(layer, move)
+  for path, leaf in wanted.items():
+    given = filled.get(path, {})
+    if not given:
+      faults.append(f"{path}: never filled.")
+    elif None not in given and (gaps := sorted(set(range(leaf.shape[0])) - set(given))):
+      faults.append(f"{path}: layers {', '.join(map(str, gaps))} never filled.")
+  if faults:
+    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    raise ValueError(f"convert: {count}. {' '.join(faults)}")
+  return [filled[path][layer] for path in wanted for layer in sorted(filled[path], key=_order)]
+
+
+def fill(
+  sources: Mapping[str, np.ndarray],
+  table: Iterable[Row],
+  target: Any,
+  ignore: Iterable[str] = (),
+) -> dict[str, Any]:
+  """The target tree in memory, in its own dtypes, filled from `sources`; refuses as `moves`."""
+  made = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves(target).items()}
+  for move in moves(sources, table, target, ignore):
+    slot = ... if move.layer is None else move.layer
+    made[move.target][slot] = move(sources[move.source])
+  return nest(made)
+
+
+def _misfit(move: Move, shape: tuple[int, ...], wanted: Mapping[str, Shaped]) -> str | None:
+  """What is wrong with a move into the tree wanted, if anything."""
+  if move.target not in wanted:
+    return f"{move.source}: the target {move.target} does not exist."
+  leaf = tuple(wanted[move.target].shape)
+  if move.layer is not None and move.layer >= leaf[0]:
+    return f"{move.source}: layer {move.layer}, {move.target} has {leaf[0]}."
+  try:
+    given = move(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+  except EinopsError:
+    return f"{move.source}: {shape} given, a tensor '{move.pattern}' wanted."
+  slot = leaf if move.layer is None else leaf[1:]
+  if given != slot:
+    return f"{move.target}{_at(move.layer)}: {given} given, {slot} wanted."
+  return None
+
+
+def _at(layer: int | None) -> str:
+  return "" if layer is None else f"[{layer}]"
+
+
+def _order(layer: int | None) -> int:
+  return -1 if layer is None else layer

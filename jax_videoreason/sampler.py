@@ -1,7 +1,7 @@
 """Denoising: one jitted `lax.scan` over a schedule or a piece of it, with edits and taps inside.
 
-One step, in order: edit the latents and re-impose known cells; the model of this step, with block edits, then taps;
-guidance; x0 = x - sigma*v and `mix_out`; the solver; a row of the trace.
+One step, in order: edit the latents and re-impose known cells; the model of this step, with block
+edits, then taps; guidance; x0 = x - sigma*v and `mix_out`; the solver; a row of the trace.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ import numpy as np
 from jax_videoreason import guidance
 from jax_videoreason.axes import Array
 from jax_videoreason.interventions import (
-    Intervention,
-    edit_latents,
-    edit_output,
-    step_edits,
-    wants_noise,
+  Intervention,
+  edit_latents,
+  edit_output,
+  step_edits,
+  wants_noise,
 )
 from jax_videoreason.schedules import HOLD, Schedule
 from jax_videoreason.solvers import SOLVERS
@@ -26,267 +26,279 @@ from jax_videoreason.taps import SITES, TapSpec, layer_slots
 
 
 def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Sizes:
-    """The plain sizes of a call of `denoise`; S is the length of the whole schedule."""
-    f, h, w, c = noise.grid
-    tf, th, tw = bundle.card.latents.tokens((f, h, w))
-    config = bundle.parts.dit.config
-    return Sizes(
-        S=schedule.total,
-        R=noise.keys.shape[0],
-        G=cond.text.shape[0],
-        L=config.layers,
-        F=f,
-        H=h,
-        W=w,
-        C=c,
-        T=tf * th * tw,
-        D=config.width,
-        sites=SITES,
-    )
+  """The plain sizes of a call of `denoise`; S is the length of the whole schedule."""
+  f, h, w, c = noise.grid
+  tf, th, tw = bundle.card.latents.tokens((f, h, w))
+  config = bundle.parts.dit.config
+  return Sizes(
+    S=schedule.total,
+    R=noise.keys.shape[0],
+    G=cond.text.shape[0],
+    L=config.layers,
+    F=f,
+    H=h,
+    W=w,
+    C=c,
+    T=tf * th * tw,
+    D=config.width,
+    sites=SITES,
+  )
 
 
 def start(noise: Noise, solver: str) -> State:
-    """The state before the first step: latents R F H W C in float32, x0 = 0, the solver's empty memory."""
-    latents = noise.start
-    if latents is None:
-        latents = _draw(noise, jnp.zeros((), jnp.int32))
-    latents = latents.astype(jnp.float32)
-    return State(
-        latents=latents, x0=jnp.zeros_like(latents), solver=SOLVERS[solver].init(latents)
-    )
+  """The state before the first step: float32 latents, x0 = 0, the solver's empty memory."""
+  latents = noise.start
+  if latents is None:
+    latents = _draw(noise, jnp.zeros((), jnp.int32))
+  latents = latents.astype(jnp.float32)
+  return State(latents=latents, x0=jnp.zeros_like(latents), solver=SOLVERS[solver].init(latents))
 
 
 def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
-    """The state that a stored trajectory had before row `step` of the trace.
+  """The state that a stored trajectory had before row `step` of the trace.
 
-    Exact for Euler; a multistep solver restarts there (its memory is not in the trace).
-    """
-    if trace.latents is None or trace.x0 is None:
-        raise ValueError("state_at needs a trace with latents and x0: run with TapSpec(latents=True, x0=True).")
-    rows = trace.latents.shape[0]
-    if not 0 <= step < rows:
-        raise ValueError(f"step {step} is not in the trace; it has the steps 0..{rows - 1}.")
-    latents = jnp.asarray(trace.latents[step])
-    x0 = jnp.asarray(trace.x0[step - 1]) if step else jnp.zeros_like(latents)
-    return State(latents=latents, x0=x0, solver=SOLVERS[schedule.solver].init(latents))
+  Exact for Euler; a multistep solver restarts there (its memory is not in the trace).
+  """
+  if trace.latents is None or trace.x0 is None:
+    raise ValueError(
+      "state_at needs a trace with latents and x0: run with TapSpec(latents=True, x0=True)."
+    )
+  rows = trace.latents.shape[0]
+  if not 0 <= step < rows:
+    raise ValueError(f"step {step} is not in the trace; it has the steps 0..{rows - 1}.")
+  latents = jnp.asarray(trace.latents[step])
+  x0 = jnp.asarray(trace.x0[step - 1]) if step else jnp.zeros_like(latents)
+  return State(latents=latents, x0=x0, solver=SOLVERS[schedule.solver].init(latents))
 
 
 def denoise(
-    bundle: ModelBundle,
-    noise: Noise,
-    cond: Conditioning,
-    schedule: Schedule,
-    edit: Intervention | None = None,
-    taps: TapSpec | None = None,
-    state: State | None = None,
+  bundle: ModelBundle,
+  noise: Noise,
+  cond: Conditioning,
+  schedule: Schedule,
+  edit: Intervention | None = None,
+  taps: TapSpec | None = None,
+  state: State | None = None,
 ) -> tuple[Array, Trace, State]:
-    """Denoises R runs over a schedule or a piece of it.
+  """Denoises R runs over a schedule or a piece of it.
 
-    Returns the latents after the last step (R F H W C, float32), the trace of the steps, and the state from which the
-    next piece continues; pieces handed on by `state` equal the whole. Seeds, guidance, sigmas, boundary and every value
-    of an intervention are data: only shapes, the solver, the edited sites, the fields in use and the static half of
-    `taps` compile anew. `edit` and `noise.injected` keep the rows of the whole schedule.
+  Returns the latents after the last step (R F H W C, float32), the trace of the steps, and the
+  state from which the next piece continues; pieces handed on by `state` equal the whole. Seeds,
+  guidance, sigmas, boundary and every value of an intervention are data: only shapes, the solver,
+  the edited sites, the fields in use and the static half of `taps` compile anew. `edit` and
+  `noise.injected` keep the rows of the whole schedule.
 
-    Raises:
-      ValueError: shapes that contradict each other, or a schedule that calls an expert that is not loaded.
-    """
-    taps = TapSpec() if taps is None else taps
-    check(bundle, noise, cond, schedule, edit, state)
-    return _trajectory(bundle, noise, cond, schedule, edit, taps, state)
+  Raises:
+    ValueError: shapes that contradict each other, or a schedule that calls an expert that is not
+      loaded.
+  """
+  taps = TapSpec() if taps is None else taps
+  check(bundle, noise, cond, schedule, edit, state)
+  return _trajectory(bundle, noise, cond, schedule, edit, taps, state)
 
 
 def check(
-    bundle: ModelBundle,
-    noise: Noise,
-    cond: Conditioning,
-    schedule: Schedule,
-    edit: Intervention | None = None,
-    state: State | None = None,
+  bundle: ModelBundle,
+  noise: Noise,
+  cond: Conditioning,
+  schedule: Schedule,
+  edit: Intervention | None = None,
+  state: State | None = None,
 ) -> None:
-    """Raises one ValueError with every fault of the arguments of `denoise`; runs nothing."""
-    f, h, w, c = noise.grid
-    runs = noise.keys.shape[0]
-    cells = (runs, f, h, w, c)
-    config = bundle.parts.dit.config
-    faults = []
+  """Raises one ValueError with every fault of the arguments of `denoise`; runs nothing."""
+  f, h, w, c = noise.grid
+  runs = noise.keys.shape[0]
+  cells = (runs, f, h, w, c)
+  config = bundle.parts.dit.config
+  faults = []
 
-    def wanted(name: str, array: Array | None, shape: tuple[int, ...], remedy: str) -> None:
-        if array is not None and tuple(array.shape) != shape:
-            faults.append(f"{name} is {tuple(array.shape)}, wanted {shape}: {remedy}")
+  def wanted(name: str, array: Array | None, shape: tuple[int, ...], remedy: str) -> None:
+    if array is not None and tuple(array.shape) != shape:
+      faults.append(f"{name} is {tuple(array.shape)}, wanted {shape}: {remedy}")
 
-    if not jnp.issubdtype(noise.keys.dtype, jax.dtypes.prng_key):
-        faults.append("noise.keys are raw integers, wanted typed keys: make them by runs.make_noise.")
-    wanted("noise.start R F H W C", noise.start, cells, "give noise for every run, channels last.")
-    wanted(
-        "noise.injected S R F H W C",
-        noise.injected,
-        (schedule.total, *cells),
-        "give a row for every step of the whole schedule.",
+  if not jnp.issubdtype(noise.keys.dtype, jax.dtypes.prng_key):
+    faults.append("noise.keys are raw integers, wanted typed keys: make them by runs.make_noise.")
+  wanted("noise.start R F H W C", noise.start, cells, "give noise for every run, channels last.")
+  wanted(
+    "noise.injected S R F H W C",
+    noise.injected,
+    (schedule.total, *cells),
+    "give a row for every step of the whole schedule.",
+  )
+  if c != config.out_channels:
+    faults.append(
+      f"the noise has {c} channels, the model {config.out_channels}: take the model's latent grid."
     )
-    if c != config.out_channels:
-        faults.append(f"the noise has {c} channels, the model {config.out_channels}: take the model's latent grid.")
-    if cond.text.ndim != 4 or cond.text.shape[0] not in (1, 2) or cond.text.shape[1] != runs:
+  if cond.text.ndim != 4 or cond.text.shape[0] not in (1, 2) or cond.text.shape[1] != runs:
+    faults.append(
+      f"cond.text G R X D is {tuple(cond.text.shape)}, wanted G = 1 or 2 and R = {runs}: "
+      "encode a prompt for every run."
+    )
+  if config.image_input == "concat" and (cond.known is None or cond.known_mask is None):
+    faults.append(
+      "this model takes a first frame and cond.known is None: give conditioning.encode the frames."
+    )
+  wanted(
+    "known R F H W C",
+    cond.known,
+    cells,
+    "pad the given frame to all F latent frames (conditioning.encode does).",
+  )
+  wanted(
+    "known_mask R F H W 4", cond.known_mask, (*cells[:-1], 4), "conditioning.known_mask makes it."
+  )
+  if state is not None:
+    wanted("state.latents R F H W C", state.latents, cells, "continue with the same runs.")
+  if not any(params is not None for params in bundle.params):
+    faults.append("no expert of the DiT is loaded: load(..., parts=('dit', ...)).")
+  which = schedule.which
+  if which is None:
+    if bundle.params[0] is None or len(bundle.params) != 1:
+      faults.append(
+        f"the schedule names no expert and the model has {len(bundle.params)}: "
+        "build the schedule with the model's boundary."
+      )
+  elif not isinstance(which, jax.core.Tracer):
+    for expert in sorted({int(e) for e in np.asarray(which)} - {HOLD}):
+      if expert >= len(bundle.params) or bundle.params[expert] is None:
         faults.append(
-            f"cond.text G R X D is {tuple(cond.text.shape)}, wanted G = 1 or 2 and R = {runs}: "
-            "encode a prompt for every run."
+          f"the schedule calls expert {expert}, which is not loaded: load it, or hold its steps "
+          "with schedule.only(i, j)."
         )
-    if config.image_input != "none" and (cond.known is None or cond.known_mask is None):
-        faults.append("this model takes a first frame and cond.known is None: give conditioning.encode the frames.")
-    wanted(
-        "known R F H W C", cond.known, cells, "pad the given frame to all F latent frames (conditioning.encode does)."
-    )
-    wanted("known_mask R F H W 4", cond.known_mask, (*cells[:-1], 4), "conditioning.known_mask makes it.")
-    if state is not None:
-        wanted("state.latents R F H W C", state.latents, cells, "continue with the same runs.")
-    if not any(params is not None for params in bundle.params):
-        faults.append("no expert of the DiT is loaded: load(..., parts=('dit', ...)).")
-    which = schedule.which
-    if which is None:
-        if bundle.params[0] is None or len(bundle.params) != 1:
-            faults.append(
-                f"the schedule names no expert and the model has {len(bundle.params)}: "
-                "build the schedule with the model's boundary."
-            )
-    elif not isinstance(which, jax.core.Tracer):
-        for expert in sorted({int(e) for e in np.asarray(which)} - {HOLD}):
-            if expert >= len(bundle.params) or bundle.params[expert] is None:
-                faults.append(
-                    f"the schedule calls expert {expert}, which is not loaded: load it, or hold its steps "
-                    "with schedule.only(i, j)."
-                )
-    if edit is not None:
-        for name in ("mix_latents", "keep", "mix_out", "mix", "gate", "steer", "tokens"):
-            value = getattr(edit, name)
-            if value is not None and value.shape[0] != schedule.total:
-                faults.append(
-                    f"edit.{name} has {value.shape[0]} steps, wanted {schedule.total}: an edit keeps the rows of "
-                    "the whole schedule."
-                )
-    if faults:
-        raise ValueError(" ".join(faults))
+  if edit is not None:
+    for name in ("mix_latents", "keep", "mix_out", "mix", "gate", "steer", "tokens"):
+      value = getattr(edit, name)
+      if value is not None and value.shape[0] != schedule.total:
+        faults.append(
+          f"edit.{name} has {value.shape[0]} steps, wanted {schedule.total}: an edit keeps "
+          "the rows of the whole schedule."
+        )
+  if faults:
+    raise ValueError(" ".join(faults))
 
 
 def _trajectory(
-    bundle: ModelBundle,
-    noise: Noise,
-    cond: Conditioning,
-    schedule: Schedule,
-    edit: Intervention | None,
-    taps: TapSpec,
-    state: State | None,
+  bundle: ModelBundle,
+  noise: Noise,
+  cond: Conditioning,
+  schedule: Schedule,
+  edit: Intervention | None,
+  taps: TapSpec,
+  state: State | None,
 ) -> tuple[Array, Trace, State]:
-    dit = bundle.parts.dit
-    solver = SOLVERS[schedule.solver]
-    state = start(noise, schedule.solver) if state is None else state
-    known = _known_cells(dit.config.image_input, cond)
-    steps = len(schedule)
-    slots = jnp.asarray(layer_slots(taps, dit.config.layers))
-    asked = len(taps.layers) if taps.layers is not None else dit.config.layers
-    step_rows = np.arange(steps) if taps.steps is None else np.asarray(taps.steps, np.int64)
-    if step_rows.size and not 0 <= step_rows.min() <= step_rows.max() < steps:
-        raise ValueError(f"taps.steps={taps.steps}, wanted rows of the schedule passed, 0..{steps - 1}.")
-    step_slot = np.full(steps, step_rows.size, np.int32)
-    step_slot[step_rows] = np.arange(step_rows.size)
+  dit = bundle.parts.dit
+  solver = SOLVERS[schedule.solver]
+  state = start(noise, schedule.solver) if state is None else state
+  known = _known_cells(dit.config.image_input, cond)
+  steps = len(schedule)
+  slots = jnp.asarray(layer_slots(taps, dit.config.layers))
+  asked = len(taps.layers) if taps.layers is not None else dit.config.layers
+  step_rows = np.arange(steps) if taps.steps is None else np.asarray(taps.steps, np.int64)
+  if step_rows.size and not 0 <= step_rows.min() <= step_rows.max() < steps:
+    raise ValueError(
+      f"taps.steps={taps.steps}, wanted rows of the schedule passed, 0..{steps - 1}."
+    )
+  step_slot = np.full(steps, step_rows.size, np.int32)
+  step_slot[step_rows] = np.arange(step_rows.size)
 
-    def model(latents: Array, row: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
-        edits = None if edit is None else step_edits(edit, row["index"])
-        wanted = jnp.where(row["slot"] < step_rows.size, slots, asked)
-        tap_arguments = (taps, wanted) if taps.sites else (None, None)
+  def model(latents: Array, row: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+    edits = None if edit is None else step_edits(edit, row["index"])
+    wanted = jnp.where(row["slot"] < step_rows.size, slots, asked)
+    tap_arguments = (taps, wanted) if taps.sites else (None, None)
 
-        def call(params: Any) -> tuple[Array, dict[str, Array]]:
-            return dit.apply({"params": params}, latents, row["time"], cond, edits, *tap_arguments)
+    def call(params: Any) -> tuple[Array, dict[str, Array]]:
+      return dit.apply({"params": params}, latents, row["time"], cond, edits, *tap_arguments)
 
-        if schedule.which is None:
-            return call(bundle.params[0])
-        loaded = [expert for expert, params in enumerate(bundle.params) if params is not None]
-        result = jax.eval_shape(call, bundle.params[loaded[0]])
-        branches = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
-        branches.append(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result))
-        branch_of = np.full(HOLD + 1, len(loaded), np.int32)
-        branch_of[loaded] = np.arange(len(loaded))
-        return jax.lax.switch(jnp.asarray(branch_of)[row["which"]], branches)
+    if schedule.which is None:
+      return call(bundle.params[0])
+    loaded = [expert for expert, params in enumerate(bundle.params) if params is not None]
+    result = jax.eval_shape(call, bundle.params[loaded[0]])
+    branches = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
+    branches.append(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result))
+    branch_of = np.full(HOLD + 1, len(loaded), np.int32)
+    branch_of[loaded] = np.arange(len(loaded))
+    return jax.lax.switch(jnp.asarray(branch_of)[row["which"]], branches)
 
-    def step(carry: tuple[State, dict[str, Array]], row: dict[str, Any]) -> Any:
-        before, kept = carry
-        held = False if schedule.which is None else row["which"] == HOLD
-        latents = before.latents
-        touched = jnp.zeros(latents.shape[0], bool)
-        if edit is not None:
-            injected = _injected(noise, edit, row["index"], latents)
-            latents, touched = edit_latents(edit, row["index"], latents, before.x0, injected)
-        latents = _impose(known, latents)
-        velocity, tapped = model(latents, row)
-        velocity = guidance.combine(velocity, row["guidance"])
-        x0 = latents - row["sigma"] * velocity
-        if edit is not None:
-            x0, velocity = edit_output(edit, row["index"], x0, velocity, latents, row["sigma"])
-        x0 = _impose(known, x0)
-        after, memory = solver.step(before.solver, latents, velocity, x0, row, touched)
-        state = State(latents=_impose(known, after), x0=x0, solver=memory)
-        if schedule.which is not None:
-            state = jax.tree.map(lambda old, new: jnp.where(held, old, new), before, state)
-            latents = jnp.where(held, before.latents, latents)
-        kept = {
-            name: buffer.at[row["slot"]].set(tapped[name], mode="drop")
-            for name, buffer in kept.items()
-        }
-        finite = jnp.all(jnp.isfinite(latents) & jnp.isfinite(state.x0), axis=(1, 2, 3, 4))
-        seen = (latents if taps.latents else None, state.x0 if taps.x0 else None)
-        return (state, kept), (finite, *seen)
-
-    rows: dict[str, Any] = {
-        "sigma": schedule.sigma[:-1],
-        "sigma_next": schedule.sigma[1:],
-        "time": schedule.time,
-        "guidance": schedule.guidance,
-        "index": schedule.index,
-        "slot": jnp.asarray(step_slot),
-        **schedule.coef,
-    }
+  def step(carry: tuple[State, dict[str, Array]], row: dict[str, Any]) -> Any:
+    before, kept = carry
+    held = False if schedule.which is None else row["which"] == HOLD
+    latents = before.latents
+    touched = jnp.zeros(latents.shape[0], bool)
+    if edit is not None:
+      injected = _injected(noise, edit, row["index"], latents)
+      latents, touched = edit_latents(edit, row["index"], latents, before.x0, injected)
+    latents = _impose(known, latents)
+    velocity, tapped = model(latents, row)
+    velocity = guidance.combine(velocity, row["guidance"])
+    x0 = latents - row["sigma"] * velocity
+    if edit is not None:
+      x0, velocity = edit_output(edit, row["index"], x0, velocity, latents, row["sigma"])
+    x0 = _impose(known, x0)
+    after, memory = solver.step(before.solver, latents, velocity, x0, row, touched)
+    state = State(latents=_impose(known, after), x0=x0, solver=memory)
     if schedule.which is not None:
-        rows["which"] = schedule.which
-    kept: dict[str, Array] = {}
-    if taps.sites:
-        first = jax.tree.map(lambda x: x[0], rows)
-        _, shapes = jax.eval_shape(model, state.latents, first)
-        kept = {n: jnp.zeros((step_rows.size, *s.shape), s.dtype) for n, s in shapes.items()}
-    (state, kept), (finite, latents, x0) = jax.lax.scan(step, (state, kept), rows)
-    trace = Trace(sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept)
-    return state.latents, trace, state
+      state = jax.tree.map(lambda old, new: jnp.where(held, old, new), before, state)
+      latents = jnp.where(held, before.latents, latents)
+    kept = {
+      name: buffer.at[row["slot"]].set(tapped[name], mode="drop") for name, buffer in kept.items()
+    }
+    finite = jnp.all(jnp.isfinite(latents) & jnp.isfinite(state.x0), axis=(1, 2, 3, 4))
+    seen = (latents if taps.latents else None, state.x0 if taps.x0 else None)
+    return (state, kept), (finite, *seen)
+
+  rows: dict[str, Any] = {
+    "sigma": schedule.sigma[:-1],
+    "sigma_next": schedule.sigma[1:],
+    "time": schedule.time,
+    "guidance": schedule.guidance,
+    "index": schedule.index,
+    "slot": jnp.asarray(step_slot),
+    **schedule.coef,
+  }
+  if schedule.which is not None:
+    rows["which"] = schedule.which
+  kept: dict[str, Array] = {}
+  if taps.sites:
+    first = jax.tree.map(lambda x: x[0], rows)
+    _, shapes = jax.eval_shape(model, state.latents, first)
+    kept = {n: jnp.zeros((step_rows.size, *s.shape), s.dtype) for n, s in shapes.items()}
+  (state, kept), (finite, latents, x0) = jax.lax.scan(step, (state, kept), rows)
+  trace = Trace(sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept)
+  return state.latents, trace, state
 
 
 _trajectory = jax.jit(_trajectory)
 
 
 def _draw(noise: Noise, stream: Array) -> Array:
-    """R F H W C standard normal noise from stream `stream` of each run's key, the same however runs are batched."""
+  """R F H W C standard normals from stream `stream` of each key, however runs are batched."""
 
-    def of_run(key: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, stream), noise.grid, jnp.float32)
+  def of_run(key: Array) -> Array:
+    return jax.random.normal(jax.random.fold_in(key, stream), noise.grid, jnp.float32)
 
-    return jax.vmap(of_run)(noise.keys)
+  return jax.vmap(of_run)(noise.keys)
 
 
 def _injected(noise: Noise, edit: Intervention, index: Array, latents: Array) -> Array:
-    """The noise of step `index` that `edit` injects; zeros, and nothing drawn, where it injects none."""
-    if edit.noise_gain is None:
-        return jnp.zeros_like(latents)
-    if noise.injected is not None:
-        return noise.injected[index].astype(latents.dtype)
-    return jax.lax.cond(
-        wants_noise(edit, index), lambda: _draw(noise, index + 1), lambda: jnp.zeros_like(latents)
-    )
+  """The noise that `edit` injects at step `index`; zeros, and nothing drawn, where it has none."""
+  if edit.noise_gain is None:
+    return jnp.zeros_like(latents)
+  if noise.injected is not None:
+    return noise.injected[index].astype(latents.dtype)
+  return jax.lax.cond(
+    wants_noise(edit, index), lambda: _draw(noise, index + 1), lambda: jnp.zeros_like(latents)
+  )
 
 
 def _known_cells(image_input: str, cond: Conditioning) -> tuple[Array, Array] | None:
-    """(R F H W 1 bool, R F H W C) of the cells that a model with given tokens (TI2V-5B) holds fixed."""
-    if image_input != "overwrite" or cond.known is None or cond.known_mask is None:
-        return None
-    return jnp.all(cond.known_mask > 0.5, axis=-1, keepdims=True), cond.known
+  """(R F H W 1 bool, R F H W C): cells that a model with given tokens (TI2V-5B) holds fixed."""
+  if image_input != "overwrite" or cond.known is None or cond.known_mask is None:
+    return None
+  return jnp.all(cond.known_mask > 0.5, axis=-1, keepdims=True), cond.known
 
 
 def _impose(known: tuple[Array, Array] | None, latents: Array) -> Array:
-    if known is None:
-        return latents
-    mask, values = known
-    return jnp.where(mask, values.astype(latents.dtype), latents)
+  if known is None:
+    return latents
+  mask, values = known
+  return jnp.where(mask, values.astype(latents.dtype), latents)

@@ -1,4 +1,4 @@
-"""Flow-matching training of a small member of a family: the losses and the train steps of its VAE and of its DiT."""
+"""Training of a small member of a family: losses and train step of its VAE and of its DiT."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,155 +19,155 @@ BANDS = (0.0, 0.4, 0.7, 0.9, 1.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a network is trained.
+  """How a network is trained.
 
-    shift: of the training sigmas, s*u/(1+(s-1)u) with u uniform over 1000 values, as at sampling.
-    low, high: range of u; an expert is trained on its own part.
-    drop_prompt: share of cases that see the empty prompt, so that guidance works.
-    """
+  shift: of the training sigmas, s*u/(1+(s-1)u) with u uniform over 1000 values, as at sampling.
+  low, high: range of u; an expert is trained on its own part.
+  drop_prompt: share of cases that see the empty prompt, so that guidance works.
+  """
 
-    steps: int
-    batch: int
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    final_fraction: float = 0.05
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema: float = 0.999
-    shift: float = 3.0
-    low: float = 0.0
-    high: float = 1.0
-    drop_prompt: float = 0.1
+  steps: int
+  batch: int
+  learning_rate: float = 1e-3
+  warmup: int = 200
+  final_fraction: float = 0.05
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  ema: float = 0.999
+  shift: float = 3.0
+  low: float = 0.0
+  high: float = 1.0
+  drop_prompt: float = 0.1
 
 
 @pytree
 class TrainState:
-    """What a checkpoint of a training holds: step (scalar), params, their moving average, the optimiser's memory."""
+  """What a checkpoint holds: step (scalar), params, their moving average, optimiser memory."""
 
-    step: Array
-    params: Any
-    ema: Any
-    optimiser: Any
+  step: Array
+  params: Any
+  ema: Any
+  optimiser: Any
 
 
 def optimiser(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and a clipped gradient norm."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        settings.learning_rate,
-        settings.warmup,
-        max(settings.steps, settings.warmup + 1),
-        settings.learning_rate * settings.final_fraction,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay),
-    )
+  """AdamW with warm-up, cosine decay and a clipped gradient norm."""
+  rate = optax.warmup_cosine_decay_schedule(
+    0.0,
+    settings.learning_rate,
+    settings.warmup,
+    max(settings.steps, settings.warmup + 1),
+    settings.learning_rate * settings.final_fraction,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay),
+  )
 
 
 def begin(params: Params, settings: TrainSettings) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema=params,
-        optimiser=optimiser(settings).init(params),
-    )
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema=params,
+    optimiser=optimiser(settings).init(params),
+  )
 
 
 def make_step(
-    loss: Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]],
-    settings: TrainSettings,
-    seed: int,
+  loss: Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]],
+  settings: TrainSettings,
+  seed: int,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """A jitted train step for `loss(params, batch, key) -> (scalar, metrics)`.
+  """A jitted train step for `loss(params, batch, key) -> (scalar, metrics)`.
 
-    The key of a step is fold_in(key(seed), step): a resumed training draws what an undisturbed one would have drawn.
-    A step whose loss or gradient is not finite leaves the state as it was and reports `finite` = False.
-    """
-    transform = optimiser(settings)
+  The key of a step is fold_in(key(seed), step), so a resumed training draws what an undisturbed
+  one draws. A step whose loss or gradient is not finite leaves the state as it was and reports
+  `finite` = False.
+  """
+  transform = optimiser(settings)
 
-    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        norm = optax.global_norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, memory = transform.update(grads, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        count = state.step.astype(jnp.float32)
-        decay = jnp.minimum(settings.ema, (1.0 + count) / (10.0 + count))
-        ema = jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, state.ema, params)
-        after = TrainState(step=state.step + 1, params=params, ema=ema, optimiser=memory)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        return after, {"loss": value, "grad_norm": norm, "finite": finite, **metrics}
+  def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, memory = transform.update(grads, state.optimiser, state.params)
+    params = optax.apply_updates(state.params, updates)
+    count = state.step.astype(jnp.float32)
+    decay = jnp.minimum(settings.ema, (1.0 + count) / (10.0 + count))
+    ema = jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, state.ema, params)
+    after = TrainState(step=state.step + 1, params=params, ema=ema, optimiser=memory)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    return after, {"loss": value, "grad_norm": norm, "finite": finite, **metrics}
 
-    return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0)
 
 
 def sigma_table(settings: TrainSettings, freq_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P), (P 2 freq_dim): the 1000 training sigmas and their time rows, built on the host in float64."""
-    u = np.linspace(0.0, 1.0, 1001)[1:]
-    u = u[(u > settings.low) & (u <= settings.high)]
-    sigma = settings.shift * u / (1.0 + (settings.shift - 1.0) * u)
-    rows = np.stack([sinusoid(1000.0 * sigma, freq_dim), sinusoid(0.0 * sigma, freq_dim)], axis=1)
-    return sigma.astype(np.float32), rows.astype(np.float32)
+  """(P), (P 2 freq_dim): the 1000 training sigmas and their time rows, made in float64."""
+  u = np.linspace(0.0, 1.0, 1001)[1:]
+  u = u[(u > settings.low) & (u <= settings.high)]
+  sigma = settings.shift * u / (1.0 + (settings.shift - 1.0) * u)
+  rows = np.stack([sinusoid(1000.0 * sigma, freq_dim), sinusoid(0.0 * sigma, freq_dim)], axis=1)
+  return sigma.astype(np.float32), rows.astype(np.float32)
 
 
 def flow_loss(
-    parts: Parts, settings: TrainSettings
+  parts: Parts, settings: TrainSettings
 ) -> Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]:
-    """The flow-matching loss |v - (noise - x0)|^2 of DiT and text encoder, trained together.
+  """The flow-matching loss |v - (noise - x0)|^2 of DiT and text encoder, trained together.
 
-    params: {"dit", "text"}. A batch has latents, known (R F H W C), known_mask (R F H W 4), ids (R X), mask (R X) and
-    the empty prompt, empty_ids and empty_mask (1 X). Metrics: the mean loss per sigma band of `BANDS`.
-    """
-    sigmas, rows = sigma_table(settings, parts.dit.config.freq_dim)
+  params: {"dit", "text"}. A batch has latents, known (R F H W C), known_mask (R F H W 4), ids and
+  mask (R X), and the empty prompt, empty_ids and empty_mask (1 X). Metrics: the mean loss per
+  sigma band of `BANDS`.
+  """
+  sigmas, rows = sigma_table(settings, parts.dit.config.freq_dim)
 
-    def loss(params: Any, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        clean = batch["latents"].astype(jnp.float32)
-        runs = clean.shape[0]
-        pick_key, noise_key, drop_key = jax.random.split(key, 3)
-        pick = jax.random.randint(pick_key, (runs,), 0, len(sigmas))
-        sigma, time = jnp.asarray(sigmas)[pick], jnp.asarray(rows)[pick]
-        noise = jax.random.normal(noise_key, clean.shape, jnp.float32)
-        drop = jax.random.bernoulli(drop_key, settings.drop_prompt, (runs, 1))
-        ids = jnp.where(drop, jnp.broadcast_to(batch["empty_ids"], batch["ids"].shape), batch["ids"])
-        mask = jnp.where(drop, jnp.broadcast_to(batch["empty_mask"], batch["mask"].shape), batch["mask"])
-        text = parts.text.apply({"params": params["text"]}, ids, mask)
-        text = jnp.where(mask[..., None], text, 0.0)
+  def loss(params: Any, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    clean = batch["latents"].astype(jnp.float32)
+    runs = clean.shape[0]
+    pick_key, noise_key, drop_key = jax.random.split(key, 3)
+    pick = jax.random.randint(pick_key, (runs,), 0, len(sigmas))
+    sigma, time = jnp.asarray(sigmas)[pick], jnp.asarray(rows)[pick]
+    noise = jax.random.normal(noise_key, clean.shape, jnp.float32)
+    drop = jax.random.bernoulli(drop_key, settings.drop_prompt, (runs, 1))
+    ids = jnp.where(drop, jnp.broadcast_to(batch["empty_ids"], batch["ids"].shape), batch["ids"])
+    mask = jnp.where(
+      drop, jnp.broadcast_to(batch["empty_mask"], batch["mask"].shape), batch["mask"]
+    )
+    text = parts.text.apply({"params": params["text"]}, ids, mask)
+    text = jnp.where(mask[..., None], text, 0.0)
 
-        def of_run(x: Array, t: Array, text: Array, known: Array, known_mask: Array) -> Array:
-            cond = Conditioning(text=text[None, None], known=known[None], known_mask=known_mask[None])
-            velocity, _ = parts.dit.apply({"params": params["dit"]}, x[None], t, cond)
-            return velocity[0, 0]
+    level = sigma[:, None, None, None, None]
+    noisy = (1.0 - level) * clean + level * noise
+    known, known_mask = batch["known"].astype(jnp.float32), batch["known_mask"]
+    cond = Conditioning(text=text[None], known=known, known_mask=known_mask)
+    velocity = parts.dit.apply({"params": params["dit"]}, noisy, time, cond)[0][0]
+    each = jnp.mean(jnp.square(velocity - (noise - clean)), axis=(1, 2, 3, 4))
+    band = jnp.digitize(sigma, jnp.asarray(BANDS[1:-1]))
+    share = jax.nn.one_hot(band, len(BANDS) - 1, axis=0)
+    bands = jnp.sum(share * each[None, :], axis=1) / jnp.maximum(jnp.sum(share, axis=1), 1.0)
+    return jnp.mean(each), {"bands": bands, "band_counts": jnp.sum(share, axis=1)}
 
-        level = sigma[:, None, None, None, None]
-        noisy = (1.0 - level) * clean + level * noise
-        known, known_mask = batch["known"].astype(jnp.float32), batch["known_mask"]
-        velocity = jax.vmap(of_run)(noisy, time, text, known, known_mask)
-        each = jnp.mean(jnp.square(velocity - (noise - clean)), axis=(1, 2, 3, 4))
-        band = jnp.digitize(sigma, jnp.asarray(BANDS[1:-1]))
-        share = jax.nn.one_hot(band, len(BANDS) - 1, axis=0)
-        bands = jnp.sum(share * each[None, :], axis=1) / jnp.maximum(jnp.sum(share, axis=1), 1.0)
-        return jnp.mean(each), {"bands": bands, "band_counts": jnp.sum(share, axis=1)}
-
-    return loss
+  return loss
 
 
 def vae_loss(
-    vae: Any, kl_weight: float
+  vae: Any, kl_weight: float
 ) -> Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]:
-    """L1 + L2 of the reconstruction plus a small KL term. A batch has video: R frames height width 3 in [-1, 1]."""
+  """L1 + L2 of the reconstruction and a small KL; a batch has video, R T height width 3, -1..1."""
 
-    def loss(params: Any, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        video = batch["video"]
-        mean, logvar = vae.apply({"params": params}, video, method="encode_moments")
-        logvar = jnp.clip(logvar, -20.0, 5.0)
-        sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
-        again = vae.apply({"params": params}, sample, method="decode_moments")
-        wrong = again - video
-        l1, l2 = jnp.mean(jnp.abs(wrong)), jnp.mean(jnp.square(wrong))
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-        return l1 + l2 + kl_weight * kl, {"l1": l1, "l2": l2, "kl": kl}
+  def loss(params: Any, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    video = batch["video"]
+    mean, logvar = vae.apply({"params": params}, video, method="encode_moments")
+    logvar = jnp.clip(logvar, -20.0, 5.0)
+    sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+    again = vae.apply({"params": params}, sample, method="decode_values")
+    wrong = again - video
+    l1, l2 = jnp.mean(jnp.abs(wrong)), jnp.mean(jnp.square(wrong))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    return l1 + l2 + kl_weight * kl, {"l1": l1, "l2": l2, "kl": kl}
 
-    return loss
+  return loss

@@ -1,0 +1,187 @@
+"""Runs as an axis: their noise, their place on a mesh, and batches denoised piece by piece."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_videoreason import sampler
+from jax_videoreason.axes import Array
+from jax_videoreason.interventions import Intervention
+from jax_videoreason.schedules import Schedule
+from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace
+from jax_videoreason.taps import TapSpec
+
+ROOT = 0
+
+# What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
+OnPiece = Callable[[Trace, slice, slice], None]
+
+
+def make_noise(
+  seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any = None, root: int = ROOT
+) -> Noise:
+  """The noise of R runs; grid is (F, H, W, C).
+
+  Run r's key is fold_in(key(root), seeds[r]): its noise depends on no other run, nor on order,
+  batch or device, and fewer frames get the first frames of the same noise.
+  start: R F H W C noise to use instead (float, finite).
+  """
+  if not jax.config.read("jax_threefry_partitionable"):
+    raise ValueError(
+      "jax_threefry_partitionable is off, so noise depends on the sharding: remove the setting."
+    )
+  seeds_array = np.asarray(seeds)
+  if seeds_array.ndim != 1 or seeds_array.size == 0 or seeds_array.dtype.kind not in "iu":
+    raise ValueError(f"seeds={seeds!r}, wanted a list of at least one whole number.")
+  if seeds_array.min() < 0 or seeds_array.max() >= 2**32:
+    raise ValueError(f"seeds={seeds!r}, wanted numbers in 0..{2**32 - 1}.")
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(root), jnp.asarray(seeds_array, jnp.uint32)
+  )
+  if start is not None:
+    start = np.asarray(start)
+    wanted = (len(seeds), *grid)
+    if start.shape != wanted or start.dtype.kind != "f":
+      raise ValueError(
+        f"noise R F H W C is {start.dtype} {start.shape}, wanted floats of {wanted}: one "
+        "array per seed, channels last."
+      )
+    bad = int(np.size(start) - np.count_nonzero(np.isfinite(start)))
+    if bad:
+      first = tuple(int(i) for i in np.argwhere(~np.isfinite(start))[0])
+      raise ValueError(
+        f"noise has {bad} values that are not finite, the first at {first}: draw it again."
+      )
+    start = jnp.asarray(start, jnp.float32)
+  return Noise(keys=keys, start=start, grid=grid)
+
+
+def take(tree: Any, runs: Any) -> Any:
+  """The rows `runs` of the R axis of a Noise, a Conditioning or a State."""
+  if isinstance(tree, Noise):
+    return Noise(
+      keys=tree.keys[runs],
+      start=None if tree.start is None else tree.start[runs],
+      injected=None if tree.injected is None else tree.injected[:, runs],
+      grid=tree.grid,
+    )
+  if isinstance(tree, Conditioning):
+    return Conditioning(
+      text=tree.text[:, runs],
+      known=None if tree.known is None else tree.known[runs],
+      known_mask=None if tree.known_mask is None else tree.known_mask[runs],
+      clip=None if tree.clip is None else tree.clip[runs],
+    )
+  return jax.tree.map(lambda x: x[runs], tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+  """A Noise, Conditioning or State with its R axis laid on the mesh axis `seed`."""
+
+  def put(x: Array, axis: int) -> Array:
+    spec = PartitionSpec(*([None] * axis), "seed")
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  if isinstance(tree, Noise):
+    return Noise(
+      keys=put(tree.keys, 0),
+      start=None if tree.start is None else put(tree.start, 0),
+      injected=None if tree.injected is None else put(tree.injected, 1),
+      grid=tree.grid,
+    )
+  if isinstance(tree, Conditioning):
+    return Conditioning(
+      text=put(tree.text, 1),
+      known=None if tree.known is None else put(tree.known, 0),
+      known_mask=None if tree.known_mask is None else put(tree.known_mask, 0),
+      clip=None if tree.clip is None else put(tree.clip, 0),
+    )
+  return jax.tree.map(lambda x: put(x, 0), tree)
+
+
+def batches(runs: int, batch: int | None) -> list[np.ndarray]:
+  """Run indices in batches of one shape; the last one is filled up by repeating its last run."""
+  size = runs if batch is None else min(batch, runs)
+  if size < 1:
+    raise ValueError(f"batch={batch} for {runs} runs, wanted at least 1 of each.")
+  return [np.minimum(np.arange(low, low + size), runs - 1) for low in range(0, runs, size)]
+
+
+def pieces(steps: int, piece: int | None) -> list[slice]:
+  """The steps in pieces of one length, the largest divisor of `steps` that is at most `piece`."""
+  size = (
+    steps
+    if piece is None
+    else max(n for n in range(1, min(max(piece, 1), steps) + 1) if steps % n == 0)
+  )
+  return [slice(low, low + size) for low in range(0, steps, size)]
+
+
+def run(
+  bundle: ModelBundle,
+  noise: Noise,
+  cond: Conditioning,
+  schedule: Schedule,
+  edit: Intervention | None = None,
+  taps: TapSpec | None = None,
+  *,
+  batch: int | None = None,
+  piece: int | None = None,
+  mesh: Mesh | None = None,
+  on_piece: OnPiece | None = None,
+) -> np.ndarray:
+  """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
+
+  Each finished piece is handed to `on_piece` and let go, so memory holds one batch and one piece.
+  One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis.
+
+  Raises ValueError where an edit or a tap relates runs of different batches.
+  """
+  taps = TapSpec() if taps is None else taps
+  total = noise.keys.shape[0]
+  groups = batches(total, batch)
+  if len(groups) > 1 and (
+    edit is not None or taps.reference is not None or taps.regions is not None
+  ):
+    raise ValueError(
+      f"edits and taps with an R axis need their {total} runs in one batch, batch={batch} makes "
+      f"{len(groups)}: raise batch, or call run for each group of runs."
+    )
+  seats = 1 if mesh is None else mesh.shape["seed"]
+  finals = []
+  for group in groups:
+    count = len(np.unique(group))
+    padded = np.resize(group, -(-len(group) // seats) * seats) if len(group) % seats else group
+    if len(padded) != len(group) and edit is not None:
+      raise ValueError(
+        f"{len(group)} edited runs on a mesh with seed={seats}: give a multiple of {seats} runs."
+      )
+    some_noise, some_cond = take(noise, padded), take(cond, padded)
+    if mesh is not None:
+      some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
+    sampler.check(bundle, some_noise, some_cond, schedule, edit)
+    state: State = sampler.start(some_noise, schedule.solver)
+    for rows in pieces(len(schedule), piece):
+      _, trace, state = sampler.denoise(
+        bundle, some_noise, some_cond, schedule[rows], edit, taps, state
+      )
+      if on_piece is not None:
+        host = jax.tree.map(np.asarray, trace)
+        on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
+    finals.append(np.asarray(state.latents)[:count])
+  return np.concatenate(finals)
+
+
+def _runs_of(trace: Trace, taps: TapSpec, count: int) -> Trace:
+  """The first `count` runs of a trace: what padding added is dropped."""
+  return Trace(
+    sigma=trace.sigma,
+    finite=trace.finite[:, :count],
+    latents=None if trace.latents is None else trace.latents[:, :count],
+    x0=None if trace.x0 is None else trace.x0[:, :count],
+    taps={name: value[:, :, :, :count] for name, value in trace.taps.items()},
+  )

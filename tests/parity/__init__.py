@@ -1,0 +1,1 @@
+"""Comparisons with PyTorch references, all marked `torch`."""

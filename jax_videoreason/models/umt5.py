@@ -1,7 +1,8 @@
 """UMT5, the text encoder of Wan, at any width.
 
-Source: Wan2.1 `t5.py` and transformers `UMT5EncoderModel`. Unlike T5, every layer owns its relative position bias. There are no biases in the matrices and no
-1/sqrt(K) in the attention: the initial scale of the queries stands for it.
+Source: Wan2.1 `t5.py` and transformers `UMT5EncoderModel`. Unlike T5, every layer owns its relative
+position bias. There are no biases in the matrices and no 1/sqrt(K) in the attention: the initial
+scale of the queries stands for it.
 """
 
 import dataclasses
@@ -109,19 +110,18 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-  """One layer, in the shape nn.scan wants: the stream is the carry."""
+  """One layer: x R X D, buckets X X, mask R X -> R X D."""
 
   config: UMT5Config
 
   @nn.compact
-  def __call__(self, x: Array, buckets: Array, mask: Array) -> tuple[Array, None]:
+  def __call__(self, x: Array, buckets: np.ndarray, mask: Array) -> Array:
     c = self.config
     small = nn.initializers.normal(c.width**-0.5)
     table = self.param("relative_bias", small, (c.buckets, c.heads))
     bias = rearrange(table.astype(jnp.float32)[buckets], "x y n -> n x y")
     x = x + Attention(c, name="attn")(Norm(c.dtype, name="norm1")(x), bias, mask)
-    x = x + FeedForward(c, name="ffn")(Norm(c.dtype, name="norm2")(x))
-    return x, None
+    return x + FeedForward(c, name="ffn")(Norm(c.dtype, name="norm2")(x))
 
 
 class UMT5Encoder(nn.Module):
@@ -139,13 +139,11 @@ class UMT5Encoder(nn.Module):
     c = self.config
     embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab, c.width))
     x = jnp.take(embedding, ids, axis=0).astype(c.dtype)
-    buckets = jnp.asarray(distance_buckets(ids.shape[1], c.buckets, c.max_distance))
-    scan = nn.scan(
-      Layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast),
-      length=c.layers,
-    )
-    x, _ = scan(c, name="blocks")(x, buckets, mask.astype(bool))
+    buckets = distance_buckets(ids.shape[1], c.buckets, c.max_distance)
+
+    def layer(block: Layer, x: Array, _: None) -> tuple[Array, None]:
+      return block(x, buckets, mask), None
+
+    scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
+    x, _ = scan(Layer(c, name="blocks"), x, None)
     return Norm(c.dtype, name="norm")(x)

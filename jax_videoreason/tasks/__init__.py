@@ -2,15 +2,26 @@
 
 from jax_videoreason.tasks.base import SPLITS, Answer, Case, Metadata, Score, Task
 from jax_videoreason.tasks.maze import Maze
+from jax_videoreason.tasks.pick import Pick
+from jax_videoreason.tasks.select_largest import SelectLargest
+from jax_videoreason.tasks.tictactoe import TicTacToe
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Maze,)}
+TASKS: dict[str, type[Task]] = {
+  task.name: task
+  for task in (
+    Maze,
+    TicTacToe,
+    SelectLargest,
+    Pick,
+  )
+}
 
 
 def load(name: str, size: int = 64, frames: int = 17) -> Task:
-    """The task `name` at `size` x `size` pixels and `frames` pixel frames."""
-    if name not in TASKS:
-        raise ValueError(f"no task {name!r}; there are: {', '.join(TASKS)}.")
-    return TASKS[name](size=size, frames=frames)
+  """The task `name` at `size` x `size` pixels and `frames` pixel frames."""
+  if name not in TASKS:
+    raise ValueError(f"no task {name!r}; there are: {', '.join(TASKS)}.")
+  return TASKS[name](size=size, frames=frames)
 
 
 __all__ = ["SPLITS", "TASKS", "Answer", "Case", "Metadata", "Score", "Task", "load"]

@@ -1,10 +1,10 @@
 """What a task is: cases drawn from (task, split, index), and their scores.
 
-A task subclasses `Task` and writes: `draw_problem`, `right_answers`, `options`, `render`, `templates`,
-`kept`, `parse_labels`, `final`, `process`, `candidates_of` (and `canonical` where two problem dicts can
-mean one problem). `Task` itself makes the cases, keeps the splits apart and puts the score together.
-A problem is a dict that JSON can hold; an answer is a str or an int, so that it is hashable and
-survives metadata.json unchanged.
+A task subclasses `Task` and writes `draw_problem`, `right_answers`, `options`, `templates`,
+`draw_answer`, `kept`, `read`, `process` and `soft`; also `final` where a part of an answer is worth
+something, and `canonical` where two problem dicts can mean one problem. `Task` itself makes the
+cases, keeps the splits apart and puts the score together. A problem is a dict that JSON can hold;
+an answer is a str or an int, so that it is hashable and survives metadata.json unchanged.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
 ID_BUCKETS = 8  # a problem whose hash falls in bucket 0 of 8 belongs to `id`, never to `train`
 MOST_ANSWERS = 4
 TRIES = 20_000
+FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
 
 Answer = str | int
 Problem = dict[str, Any]
@@ -29,298 +30,317 @@ Metadata = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """A problem with the video that solves it.
+  """A problem with the video that solves it.
 
-    first_frame: uint8 (height width 3). frames: uint8 (T height width 3), frames[0] == first_frame.
-    metadata: JSON; task, split, index, size, frames, prompt, problem, answers (all right ones), k,
-    answer (the one the frames show), hash.
-    """
+  first_frame: uint8 (height width 3). frames: uint8 (T height width 3), frames[0] == first_frame.
+  metadata: JSON; task, split, index, size, frames, prompt, problem, answers (all right ones), k,
+  answer (the one the frames show), hash.
+  """
 
-    task: str
-    split: str
-    index: int
-    first_frame: np.ndarray
-    prompt: str
-    frames: np.ndarray
-    metadata: Metadata
+  task: str
+  split: str
+  index: int
+  first_frame: np.ndarray
+  prompt: str
+  frames: np.ndarray
+  metadata: Metadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """value = preservation * (final + process) / 2; all in 0..1.
+  """value = preservation * (final + process) / 2; all in 0..1.
 
-    strict: preservation > .9, final = 1 and process > .9.
-    """
+  strict: preservation > .9, final = 1 and process > .9.
+  """
 
-    value: float
-    preservation: float
-    final: float
-    process: float
-    strict: bool
+  value: float
+  preservation: float
+  final: float
+  process: float
+  strict: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kept:
-    """A group of regions that must stay as they are in the problem.
+  """A group of regions that must stay as they are in the problem.
 
-    allowed: bool (N, 10): the colours each region may show; the last column is "undecided". A region
-    where an answer may be drawn allows its own colour, the mark, and the mixture on the way.
-    """
+  allowed: bool (N, 10): the colours each region may show; the last column is "undecided". A
+  region where an answer may be drawn allows its own colour, the mark, and the mixture on the way.
+  """
 
-    regions: draw.Regions
-    allowed: np.ndarray
+  regions: draw.Regions
+  allowed: np.ndarray
 
 
 def kept(regions: draw.Regions, allowed: Sequence[Sequence[int]]) -> Kept:
-    """Kept from one list of colour indices per region; draw.UNDECIDED allows a mixture."""
-    table = np.zeros((len(regions), len(draw.NAMES) + 1), bool)
-    for row, colours in zip(table, allowed, strict=True):
-        row[list(colours)] = True  # UNDECIDED is -1, the last column
-    return Kept(regions, table)
+  """Kept from one list of colour indices per region; draw.UNDECIDED allows a mixture."""
+  table = np.zeros((len(regions), len(draw.NAMES) + 1), bool)
+  for row, colours in zip(table, allowed, strict=True):
+    row[list(colours)] = True  # UNDECIDED is -1, the last column
+  return Kept(regions, table)
 
 
 def preservation(labels: np.ndarray, groups: Sequence[Kept]) -> float:
-    """Mean over frames of clip((p - .8) / .2), p = share of regions kept, in the worst group."""
-    worst = np.ones(len(labels))
-    for group in groups:
-        seen = draw.majority(labels, group.regions)
-        good = group.allowed[np.arange(len(group.regions))[None], seen]
-        worst = np.minimum(worst, good.mean(-1))
-    return float(np.clip((worst - 0.8) / 0.2, 0, 1).mean().round(12))
+  """Mean over frames of clip((p - .8) / .2), p = share of regions kept, in the worst group."""
+  worst = np.ones(len(labels))
+  for group in groups:
+    seen = draw.majority(labels, group.regions)
+    good = group.allowed[np.arange(len(group.regions))[None], seen]
+    worst = np.minimum(worst, good.mean(-1))
+  return float(np.clip((worst - 0.8) / 0.2, 0, 1).mean().round(12))
 
 
 def growth(amount: np.ndarray, steps: int) -> float:
-    """Share of `steps` gradual increases seen in a curve (T,) of 0..1 that ends full; 0..1.
+  """Share of `steps` gradual increases in a curve (T,) of 0..1, the share of a mark that is drawn.
 
-    A curve that jumps (a cut, a cross-fade) or shrinks scores 0: what counts are the frames on which
-    the mark is partly drawn and larger than ever before.
-    """
-    best = np.maximum.accumulate(amount)
-    grew = amount[1:] > best[:-1] + 0.02
-    partly = (amount[1:] > 0.08) & (amount[1:] < 0.92)
-    start = amount[0] < 0.08
-    return float(min(1.0, (grew & partly).sum() / steps)) if start else 0.0
+  What counts are frames on which the mark is partly drawn and larger than ever before, so that a
+  jump (a cut, a cross-fade) or a shrinking mark is worth 0; so is one that is there before frame
+  FIRST_MARK.
+  """
+  if amount[:FIRST_MARK].max() > 0.1:
+    return 0.0
+  best = np.maximum.accumulate(amount)
+  grew = amount[1:] > best[:-1] + 0.02
+  partly = (amount[1:] > 0.08) & (amount[1:] < 0.92)
+  return float(min(1.0, (grew & partly).sum() / steps))
+
+
+def lone_growth(amounts: np.ndarray, steps: int) -> float:
+  """`growth` of the mark that ends largest, times the share of frames that show no other one.
+
+  amounts: (T, N), the drawn share of each of N possible marks.
+  """
+  target = int(amounts[-1].argmax())
+  others = np.delete(amounts, target, axis=1)
+  alone = (others <= draw.SHARE).all(axis=1).mean()
+  return growth(amounts[:, target], steps) * float(alone)
+
+
+def only_mark(amounts: np.ndarray) -> int | None:
+  """The one mark that is whole on both last frames while all others are absent; else None.
+
+  amounts: (T, N), the drawn share of each of N possible marks.
+  """
+  whole = (amounts[-2:] >= 0.85).all(axis=0)
+  absent = (amounts[-2:] <= 0.15).all(axis=0)
+  if whole.sum() != 1 or not (whole | absent).all():
+    return None
+  return int(whole.argmax())
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+  """sha256 of the canonical JSON of `value`, in hex."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One kind of problem at one size.
+  """One kind of problem at one size.
 
-    size: height and width in pixels. frames: T, 1 + 4k; frame 0 is the problem, the last two show
-    the answer.
+  size: height and width in pixels. frames: T, 1 + 4k; frame 0 is the problem, the last two show
+  the answer.
+  """
+
+  size: int = 64
+  frames: int = 17
+
+  name: ClassVar[str] = ""
+  number: ClassVar[int] = 0  # task_id of the random numbers: never change it
+  held_out: ClassVar[bool] = False
+  ambiguous: ClassVar[bool] = True  # whether a variant with several right answers exists
+  smallest: ClassVar[int] = 32
+
+  def __post_init__(self):
+    if self.frames < 13 or self.frames % 4 != 1:
+      raise ValueError(f"frames={self.frames}, wanted 1 + 4k and at least 13: 17 is usual.")
+    if not self.smallest <= self.size <= 512:
+      raise ValueError(
+        f"size={self.size} pixels for {self.name}, wanted {self.smallest} to 512: 32 and "
+        "64 are usual."
+      )
+
+  # --- what a task writes ---
+
+  def draw_problem(self, rng: np.random.Generator, split: str, ambiguous: bool) -> Problem | None:
+    """One problem in symbols; None when the draw is of no use and another must be made.
+
+    `ood` problems have to differ from `train` and `id` ones by construction.
     """
+    raise NotImplementedError
 
-    size: int = 64
-    frames: int = 17
+  def right_answers(self, problem: Problem) -> list[Answer]:
+    """All right answers, in a fixed order."""
+    raise NotImplementedError
 
-    name: ClassVar[str] = ""
-    number: ClassVar[int] = 0  # task_id of the random numbers: never change it
-    held_out: ClassVar[bool] = False
-    ambiguous: ClassVar[bool] = True  # whether a variant with several right answers exists
-    smallest: ClassVar[int] = 32
+  def options(self, problem: Problem) -> list[Answer]:
+    """Every answer a clip could give, right or wrong, in a fixed order."""
+    raise NotImplementedError
 
-    def __post_init__(self):
-        if self.frames < 13 or self.frames % 4 != 1:
-            raise ValueError(
-                f"frames={self.frames}, wanted 1 + 4k and at least 13: 17 is usual."
-            )
-        if not self.smallest <= self.size <= 512:
-            raise ValueError(
-                f"size={self.size} pixels for {self.name}, wanted {self.smallest} to 512: 32 and 64 "
-                "are usual."
-            )
+  def templates(self, problem: Problem) -> Sequence[str]:
+    """The prompt in several wordings; all information that the first frame does not show."""
+    raise NotImplementedError
 
-    # --- what a task writes ---
+  def draw_answer(self, problem: Problem, answer: Answer) -> np.ndarray:
+    """The clip that gives `answer`, as palette maps int8 (T height width)."""
+    raise NotImplementedError
 
-    def draw_problem(
-        self, rng: np.random.Generator, split: str, ambiguous: bool
-    ) -> Problem | None:
-        """One problem in symbols; None when the draw is of no use and another must be made.
+  def kept(self, problem: Problem) -> Sequence[Kept]:
+    """What must not change, in groups; the worst group counts."""
+    raise NotImplementedError
 
-        `ood` problems have to differ from `train` and `id` ones by construction.
-        """
-        raise NotImplementedError
+  def read(self, labels: np.ndarray, problem: Problem) -> Answer | None:
+    """The answer the clip gives at its end: labels int8 (T height width). None = unreadable."""
+    raise NotImplementedError
 
-    def right_answers(self, problem: Problem) -> list[Answer]:
-        """All right answers, in a fixed order."""
-        raise NotImplementedError
+  def final(self, labels: np.ndarray, metadata: Metadata) -> float:
+    """Correctness of the final state, 0..1: by default, 1 for a right answer."""
+    return float(self.read(labels, metadata["problem"]) in metadata["answers"])
 
-    def options(self, problem: Problem) -> list[Answer]:
-        """Every answer a clip could give, right or wrong, in a fixed order."""
-        raise NotImplementedError
+  def process(self, labels: np.ndarray, metadata: Metadata) -> float:
+    """Validity of the way there, 0..1: legal steps / required steps."""
+    raise NotImplementedError
 
-    def templates(self, problem: Problem) -> Sequence[str]:
-        """The prompt in several wordings; all information that the first frame does not show."""
-        raise NotImplementedError
+  def soft(self, frames: np.ndarray, problem: Problem) -> dict[Answer, float]:
+    """Occupancy of every option at the end of the clip: frames uint8 (T height width 3)."""
+    raise NotImplementedError
 
-    def draw_answer(self, problem: Problem, answer: Answer) -> np.ndarray:
-        """The clip that gives `answer`, as palette maps int8 (T height width)."""
-        raise NotImplementedError
+  def canonical(self, problem: Problem) -> Any:
+    """JSON that is equal for problems that are the same to a solver."""
+    return problem
 
-    def kept(self, problem: Problem) -> Sequence[Kept]:
-        """What must not change, in groups; the worst group counts."""
-        raise NotImplementedError
+  # --- what every task has ---
 
-    def read(self, labels: np.ndarray, problem: Problem) -> Answer | None:
-        """The answer the clip gives at its end: labels int8 (T height width). None = unreadable."""
-        raise NotImplementedError
+  def generate(self, split: str, index: int, ambiguous: bool | None = None) -> Case:
+    """Case `index` of a split, the same on every machine.
 
-    def final(self, labels: np.ndarray, metadata: Metadata) -> float:
-        """Correctness of the final state, 0..1: by default, 1 for a right answer."""
-        return float(self.read(labels, metadata["problem"]) in metadata["answers"])
+    ambiguous: several right answers; None = every odd index, where the task has such a variant.
+    """
+    self.check_split(split, index)
+    if ambiguous is None:
+      ambiguous = self.ambiguous and index % 2 == 1
+    if ambiguous and not self.ambiguous:
+      raise ValueError(f"{self.name} has no ambiguous variant: use ambiguous=False or None.")
+    rng = np.random.default_rng([self.number, SPLITS[split], index])
+    problem, answers, key = self.accept(rng, split, ambiguous)
+    answer = answers[int(rng.integers(len(answers)))]
+    texts = self.templates(problem)
+    prompt = texts[int(rng.integers(len(texts)))]
+    metadata = {
+      "task": self.name,
+      "split": split,
+      "index": index,
+      "size": self.size,
+      "frames": self.frames,
+      "prompt": prompt,
+      "problem": problem,
+      "answers": answers,
+      "k": len(answers),
+      "answer": answer,
+      "hash": key,
+    }
+    return self.case(metadata)
 
-    def process(self, labels: np.ndarray, metadata: Metadata) -> float:
-        """Validity of the way there, 0..1: legal steps / required steps."""
-        raise NotImplementedError
+  def case(self, metadata: Metadata) -> Case:
+    """The case that `metadata` describes, drawn again."""
+    frames = self.render(metadata, metadata["answer"])
+    return Case(
+      task=self.name,
+      split=metadata["split"],
+      index=metadata["index"],
+      first_frame=frames[0],
+      prompt=metadata["prompt"],
+      frames=frames,
+      metadata=metadata,
+    )
 
-    def soft(self, frames: np.ndarray, problem: Problem) -> dict[Answer, float]:
-        """Occupancy of every option at the end of the clip: frames uint8 (T height width 3)."""
-        raise NotImplementedError
+  def render(self, metadata: Metadata, answer: Answer) -> np.ndarray:
+    """The clip that gives `answer`, right or wrong: uint8 (T height width 3)."""
+    self.check_metadata(metadata)
+    if answer not in self.options(metadata["problem"]):
+      raise ValueError(
+        f"{answer!r} is no answer to this {self.name} case: take one of "
+        "options(metadata['problem'])."
+      )
+    return draw.paint(self.draw_answer(metadata["problem"], answer))
 
-    def canonical(self, problem: Problem) -> Any:
-        """JSON that is equal for problems that are the same to a solver."""
-        return problem
+  def wrong_answers(self, metadata: Metadata) -> list[Answer]:
+    """The options that are not right."""
+    right = set(metadata["answers"])
+    return [a for a in self.options(metadata["problem"]) if a not in right]
 
-    # --- what every task has ---
+  def parse(self, frames: np.ndarray, metadata: Metadata) -> Answer | None:
+    """The answer a clip gives, right or wrong; None = unreadable. Equals metadata["answer"] on
+    the truth."""
+    self.check_frames(frames, metadata)
+    return self.read(draw.label(frames), metadata["problem"])
 
-    def generate(self, split: str, index: int, ambiguous: bool | None = None) -> Case:
-        """Case `index` of a split, the same on every machine.
+  def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:
+    """The soft reading: occupancy in 0..1 of every option, not normalised."""
+    self.check_frames(frames, metadata)
+    return self.soft(frames, metadata["problem"])
 
-        ambiguous: several right answers; None = every odd index, where the task has such a variant.
-        """
-        self.check_split(split, index)
-        if ambiguous is None:
-            ambiguous = self.ambiguous and index % 2 == 1
-        if ambiguous and not self.ambiguous:
-            raise ValueError(
-                f"{self.name} has no ambiguous variant: use ambiguous=False or None."
-            )
-        rng = np.random.default_rng([self.number, SPLITS[split], index])
-        problem, answers, key = self.accept(rng, split, ambiguous)
-        answer = answers[int(rng.integers(len(answers)))]
-        texts = self.templates(problem)
-        prompt = texts[int(rng.integers(len(texts)))]
-        metadata = {
-            "task": self.name,
-            "split": split,
-            "index": index,
-            "size": self.size,
-            "frames": self.frames,
-            "prompt": prompt,
-            "problem": problem,
-            "answers": answers,
-            "k": len(answers),
-            "answer": answer,
-            "hash": key,
-        }
-        return self.case(metadata)
+  def score(self, frames: np.ndarray, metadata: Metadata) -> Score:
+    """Preservation * (final + process) / 2, against the symbols in `metadata` alone."""
+    self.check_frames(frames, metadata)
+    labels = draw.label(frames)
+    gate = preservation(labels, self.kept(metadata["problem"]))
+    final = float(self.final(labels, metadata))
+    process = float(self.process(labels, metadata))
+    return Score(
+      value=gate * (0.5 * final + 0.5 * process),
+      preservation=gate,
+      final=final,
+      process=process,
+      strict=gate > 0.9 and final == 1 and process > 0.9,
+    )
 
-    def case(self, metadata: Metadata) -> Case:
-        """The case that `metadata` describes, drawn again."""
-        frames = self.render(metadata, metadata["answer"])
-        return Case(
-            task=self.name,
-            split=metadata["split"],
-            index=metadata["index"],
-            first_frame=frames[0],
-            prompt=metadata["prompt"],
-            frames=frames,
-            metadata=metadata,
-        )
+  def problem_hash(self, problem: Problem) -> str:
+    """Equal for equal problems; decides between `train` and `id`."""
+    return digest([self.name, self.canonical(problem)])
 
-    def render(self, metadata: Metadata, answer: Answer) -> np.ndarray:
-        """The clip that gives `answer`, right or wrong: uint8 (T height width 3)."""
-        self.check_metadata(metadata)
-        if answer not in self.options(metadata["problem"]):
-            raise ValueError(
-                f"{answer!r} is no answer to this {self.name} case: take one of "
-                "options(metadata['problem'])."
-            )
-        return draw.paint(self.draw_answer(metadata["problem"], answer))
+  def accept(
+    self, rng: np.random.Generator, split: str, ambiguous: bool
+  ) -> tuple[Problem, list[Answer], str]:
+    """Draws until a problem has the wanted number of right answers and belongs to the split."""
+    for _ in range(TRIES):
+      problem = self.draw_problem(rng, split, ambiguous)
+      if problem is None:
+        continue
+      answers = self.right_answers(problem)
+      if not (2 <= len(answers) <= MOST_ANSWERS if ambiguous else len(answers) == 1):
+        continue
+      key = self.problem_hash(problem)
+      if split in ("train", "id") and (int(key, 16) % ID_BUCKETS == 0) != (split == "id"):
+        continue
+      return problem, answers, key
+    raise ValueError(
+      f"no {'ambiguous ' if ambiguous else ''}{self.name} problem of split {split!r} at "
+      f"size={self.size} in {TRIES} draws: the rules of draw_problem are too strict."
+    )
 
-    def wrong_answers(self, metadata: Metadata) -> list[Answer]:
-        """The options that are not right."""
-        right = set(metadata["answers"])
-        return [a for a in self.options(metadata["problem"]) if a not in right]
+  def check_split(self, split: str, index: int) -> None:
+    own = ("heldout",) if self.held_out else ("train", "id", "ood")
+    if split not in own:
+      raise ValueError(f"{self.name} has no split {split!r}; it has: {', '.join(own)}.")
+    if index < 0:
+      raise ValueError(f"index={index}, wanted 0 or more.")
 
-    def parse(self, frames: np.ndarray, metadata: Metadata) -> Answer | None:
-        """The answer a clip gives, right or wrong; None = unreadable. Equals metadata["answer"] on
-        the truth."""
-        self.check_frames(frames, metadata)
-        return self.read(draw.label(frames), metadata["problem"])
+  def check_metadata(self, metadata: Metadata) -> None:
+    came = (metadata["task"], metadata["size"], metadata["frames"])
+    if came != (self.name, self.size, self.frames):
+      raise ValueError(
+        f"the case is {came[0]} at size={came[1]}, frames={came[2]}, the task is "
+        f"{self.name} at size={self.size}, frames={self.frames}: load the task as the case "
+        "was made."
+      )
 
-    def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:
-        """The soft reading: occupancy in 0..1 of every option, not normalised."""
-        self.check_frames(frames, metadata)
-        return self.soft(frames, metadata["problem"])
-
-    def score(self, frames: np.ndarray, metadata: Metadata) -> Score:
-        """Preservation * (final + process) / 2, against the symbols in `metadata` alone."""
-        self.check_frames(frames, metadata)
-        labels = draw.label(frames)
-        gate = preservation(labels, self.kept(metadata["problem"]))
-        final = float(self.final(labels, metadata))
-        process = float(self.process(labels, metadata))
-        return Score(
-            value=gate * (0.5 * final + 0.5 * process),
-            preservation=gate,
-            final=final,
-            process=process,
-            strict=gate > 0.9 and final == 1 and process > 0.9,
-        )
-
-    def problem_hash(self, problem: Problem) -> str:
-        """Equal for equal problems; decides between `train` and `id`."""
-        return digest([self.name, self.canonical(problem)])
-
-    def accept(
-        self, rng: np.random.Generator, split: str, ambiguous: bool
-    ) -> tuple[Problem, list[Answer], str]:
-        """Draws until a problem has the wanted number of right answers and belongs to the split."""
-        for _ in range(TRIES):
-            problem = self.draw_problem(rng, split, ambiguous)
-            if problem is None:
-                continue
-            answers = self.right_answers(problem)
-            if not (2 <= len(answers) <= MOST_ANSWERS if ambiguous else len(answers) == 1):
-                continue
-            key = self.problem_hash(problem)
-            if split in ("train", "id") and (int(key, 16) % ID_BUCKETS == 0) != (split == "id"):
-                continue
-            return problem, answers, key
-        raise ValueError(
-            f"no {'ambiguous ' if ambiguous else ''}{self.name} problem of split {split!r} at "
-            f"size={self.size} in {TRIES} draws: the rules of draw_problem are too strict."
-        )
-
-    def check_split(self, split: str, index: int) -> None:
-        own = ("heldout",) if self.held_out else ("train", "id", "ood")
-        if split not in own:
-            raise ValueError(
-                f"{self.name} has no split {split!r}; it has: {', '.join(own)}."
-            )
-        if index < 0:
-            raise ValueError(f"index={index}, wanted 0 or more.")
-
-    def check_metadata(self, metadata: Metadata) -> None:
-        came = (metadata["task"], metadata["size"], metadata["frames"])
-        if came != (self.name, self.size, self.frames):
-            raise ValueError(
-                f"the case is {came[0]} at size={came[1]}, frames={came[2]}, the task is {self.name} "
-                f"at size={self.size}, frames={self.frames}: load the task as the case was made."
-            )
-
-    def check_frames(self, frames: np.ndarray, metadata: Metadata) -> None:
-        self.check_metadata(metadata)
-        wanted = (self.frames, self.size, self.size, 3)
-        if np.shape(frames) != wanted or frames.dtype != np.uint8:
-            raise ValueError(
-                f"frames are {getattr(frames, 'dtype', type(frames).__name__)} {np.shape(frames)}, "
-                f"wanted uint8 {wanted} (frames height width 3): decode, cut or resize the clip first."
-            )
+  def check_frames(self, frames: np.ndarray, metadata: Metadata) -> None:
+    self.check_metadata(metadata)
+    wanted = (self.frames, self.size, self.size, 3)
+    if np.shape(frames) != wanted or frames.dtype != np.uint8:
+      raise ValueError(
+        f"frames are {getattr(frames, 'dtype', type(frames).__name__)} {np.shape(frames)}, "
+        f"wanted uint8 {wanted} (frames height width 3): decode, cut or resize the clip "
+        "first."
+      )

@@ -1,27 +1,28 @@
 """Flat colours, grids and shapes, and the decoder that reads them back.
 
-A picture is drawn as an int8 map of palette indices (height width), so every truth frame is flat and
-exact; `paint` turns maps into uint8 RGB. Reading goes the other way: `label` gives each pixel its
-nearest palette colour, `majority` each region (a cell, an object) the colour most of it has.
+A picture is drawn as an int8 map of palette indices (height width), so every truth frame is flat
+and exact; `paint` turns maps into uint8 RGB. Reading goes the other way: `label` gives each pixel
+its nearest palette colour, `majority` each region (a cell, an object) the colour most of it has.
 All lengths are pixels of the picture being drawn; tasks state theirs in cells or shares of `size`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from einops import rearrange
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "black": (20, 20, 20),
-    "white": (240, 240, 240),
-    "grey": (130, 130, 130),
-    "red": (220, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (40, 70, 220),
-    "yellow": (240, 220, 40),
-    "purple": (180, 50, 200),
-    "cyan": (40, 200, 220),
+  "black": (20, 20, 20),
+  "white": (240, 240, 240),
+  "grey": (130, 130, 130),
+  "red": (220, 40, 40),
+  "green": (40, 180, 60),
+  "blue": (40, 70, 220),
+  "yellow": (240, 220, 40),
+  "purple": (180, 50, 200),
+  "cyan": (40, 200, 220),
 }
 NAMES = tuple(PALETTE)
 BLACK, WHITE, GREY, RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(len(NAMES))
@@ -29,96 +30,109 @@ UNDECIDED = -1
 RGB = np.array(list(PALETTE.values()), np.uint8)
 REACH = 90.0  # a pixel further than this from all nine colours has none: a blend stays a blend
 SHARE = 0.6  # a region whose leading colour covers less is undecided
+RING_START = 4  # first frame with a piece of a ring
 OCCUPIED = 0.3  # soft occupancy from which a candidate counts as present
 
 
 def colour(name: str) -> int:
-    """Palette index of a colour name."""
-    if name not in PALETTE:
-        raise ValueError(f"no colour {name!r} in the palette; it has: {', '.join(NAMES)}.")
-    return NAMES.index(name)
+  """Palette index of a colour name."""
+  if name not in PALETTE:
+    raise ValueError(f"no colour {name!r} in the palette; it has: {', '.join(NAMES)}.")
+  return NAMES.index(name)
 
 
 def canvas(size: int, ground: int) -> np.ndarray:
-    """An int8 map (size, size) of one colour."""
-    return np.full((size, size), ground, np.int8)
+  """An int8 map (size, size) of one colour."""
+  return np.full((size, size), ground, np.int8)
 
 
 def paint(maps: np.ndarray) -> np.ndarray:
-    """Palette indices (... height width) -> uint8 RGB (... height width 3)."""
-    return RGB[maps]
+  """Palette indices (... height width) -> uint8 RGB (... height width 3)."""
+  return RGB[maps]
 
 
 # --- shapes: boolean masks (size, size) ---
 
 
 def lattice(size: int, rows: int, columns: int) -> np.ndarray:
-    """Boxes (rows, columns, 4) = y0 x0 y1 x1 of equal square cells, centred in the picture."""
-    cell = size // max(rows, columns)
-    if cell < 4:
-        raise ValueError(
-            f"{rows} x {columns} cells in {size} pixels are {cell} pixels each, wanted at least 4: "
-            f"use size={4 * max(rows, columns)} or more."
-        )
-    y = (size - cell * rows) // 2 + cell * np.arange(rows)
-    x = (size - cell * columns) // 2 + cell * np.arange(columns)
-    y, x = np.meshgrid(y, x, indexing="ij")
-    return np.stack([y, x, y + cell, x + cell], axis=-1)
+  """Boxes (rows, columns, 4) = y0 x0 y1 x1 of equal square cells, centred in the picture."""
+  cell = size // max(rows, columns)
+  if cell < 4:
+    raise ValueError(
+      f"{rows} x {columns} cells in {size} pixels are {cell} pixels each, wanted at least 4: "
+      f"use size={4 * max(rows, columns)} or more."
+    )
+  y = (size - cell * rows) // 2 + cell * np.arange(rows)
+  x = (size - cell * columns) // 2 + cell * np.arange(columns)
+  y, x = np.meshgrid(y, x, indexing="ij")
+  return np.stack([y, x, y + cell, x + cell], axis=-1)
 
 
 def shrink(box: Sequence[int], share: float) -> tuple[int, int, int, int]:
-    """The centred box with about `share` of the area of `box`, never empty."""
-    y0, x0, y1, x1 = (int(v) for v in box)
-    by = min(round((y1 - y0) * (1 - share**0.5) / 2), (y1 - y0 - 1) // 2)
-    bx = min(round((x1 - x0) * (1 - share**0.5) / 2), (x1 - x0 - 1) // 2)
-    return y0 + by, x0 + bx, y1 - by, x1 - bx
+  """The centred box with about `share` of the area of `box`, never empty."""
+  y0, x0, y1, x1 = (int(v) for v in box)
+  by = min(round((y1 - y0) * (1 - share**0.5) / 2), (y1 - y0 - 1) // 2)
+  bx = min(round((x1 - x0) * (1 - share**0.5) / 2), (x1 - x0 - 1) // 2)
+  return y0 + by, x0 + bx, y1 - by, x1 - bx
 
 
 def rectangle(size: int, box: Sequence[int]) -> np.ndarray:
-    """Mask of a box y0 x0 y1 x1."""
-    mask = np.zeros((size, size), bool)
-    mask[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])] = True
-    return mask
+  """Mask of a box y0 x0 y1 x1."""
+  mask = np.zeros((size, size), bool)
+  mask[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])] = True
+  return mask
 
 
 def offsets(size: int, centre: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(dy, dx) of every pixel's middle from `centre` = (y, x); the picture spans 0..size."""
-    middle = np.arange(size) + 0.5
-    return np.meshgrid(middle - centre[0], middle - centre[1], indexing="ij")
+  """(dy, dx) of every pixel's middle from `centre` = (y, x); the picture spans 0..size."""
+  middle = np.arange(size) + 0.5
+  return np.meshgrid(middle - centre[0], middle - centre[1], indexing="ij")
 
 
 def disc(size: int, centre: Sequence[float], radius: float) -> np.ndarray:
-    """Mask of a disc."""
-    dy, dx = offsets(size, centre)
-    return dy**2 + dx**2 <= radius**2
+  """Mask of a disc."""
+  dy, dx = offsets(size, centre)
+  return dy**2 + dx**2 <= radius**2
 
 
 def ring(
-    size: int, centre: Sequence[float], inside: float, outside: float, turn: float = 1.0
+  size: int, centre: Sequence[float], inside: float, outside: float, turn: float = 1.0
 ) -> np.ndarray:
-    """Mask of a ring between two radii; `turn` < 1 is the arc clockwise from the top."""
-    dy, dx = offsets(size, centre)
-    squared = dy**2 + dx**2
-    mask = (squared > inside**2) & (squared <= outside**2)
-    if turn < 1:
-        mask &= np.arctan2(dx, -dy) % (2 * np.pi) < turn * 2 * np.pi
-    return mask
+  """Mask of a ring between two radii; `turn` < 1 is the arc clockwise from the top."""
+  dy, dx = offsets(size, centre)
+  squared = dy**2 + dx**2
+  mask = (squared > inside**2) & (squared <= outside**2)
+  if turn < 1:
+    mask &= np.arctan2(dx, -dy) % (2 * np.pi) < turn * 2 * np.pi
+  return mask
 
 
 def shape(size: int, kind: str, centre: Sequence[float], radius: float) -> np.ndarray:
-    """Mask of a "circle", "square", "triangle" or "cross" of half width `radius`."""
-    dy, dx = offsets(size, centre)
-    if kind == "circle":
-        return dy**2 + dx**2 <= radius**2
-    if kind == "square":
-        return np.maximum(abs(dy), abs(dx)) <= 0.9 * radius
-    if kind == "triangle":
-        return (abs(dy) <= radius) & (abs(dx) <= (dy + radius) / 2 + 0.25)
-    if kind == "cross":
-        return (np.minimum(abs(dy), abs(dx)) <= radius / 3) & (
-            np.maximum(abs(dy), abs(dx)) <= radius
-        )
-    raise ValueError(f"no shape {kind!r}; there are: circle, square, triangle, cross.")
+  """Mask of a "circle", "square", "triangle" or "cross" of half width `radius`."""
+  dy, dx = offsets(size, centre)
+  if kind == "circle":
+    return dy**2 + dx**2 <= radius**2
+  if kind == "square":
+    return np.maximum(abs(dy), abs(dx)) <= 0.75 * radius
+  if kind == "triangle":
+    return (dy >= -radius) & (dy <= 0.6 * radius) & (abs(dx) <= (dy + radius) / 2 + 0.1 * radius)
+  if kind == "cross":
+    return (np.minimum(abs(dy), abs(dx)) <= radius / 3) & (np.maximum(abs(dy), abs(dx)) <= radius)
+  raise ValueError(f"no shape {kind!r}; there are: circle, square, triangle, cross.")
+
+
+def ring_radii(slot: float) -> tuple[float, float]:
+  """Inner and outer radius of the ring round an object in a square slot of `slot` pixels."""
+  return 0.29 * slot, 0.48 * slot
+
+
+def draw_rings(maps: np.ndarray, centres: Sequence[Sequence[float]], slot: float) -> None:
+  """White rings that grow clockwise, whole two frames before the end: maps (T size size)."""
+  last = len(maps) - 2
+  for t in range(RING_START, len(maps)):
+    turn = min(1.0, (t - RING_START + 1) / (last - RING_START + 1))
+    for centre in centres:
+      maps[t][ring(maps.shape[-1], centre, *ring_radii(slot), turn)] = WHITE
 
 
 # --- reading ---
@@ -126,67 +140,89 @@ def shape(size: int, kind: str, centre: Sequence[float], radius: float) -> np.nd
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Regions:
-    """N sets of pixels to be read together: cells, objects, arcs. Built by `regions`."""
+  """N sets of pixels to be read together: cells, objects, arcs. Built by `regions`."""
 
-    index: np.ndarray  # flat pixel numbers, one region after another
-    start: np.ndarray  # (N,) where each region begins in `index`
-    count: np.ndarray  # (N,) its pixels
+  index: np.ndarray  # flat pixel numbers, one region after another
+  start: np.ndarray  # (N,) where each region begins in `index`
+  count: np.ndarray  # (N,) its pixels
 
-    def __len__(self) -> int:
-        return len(self.start)
+  def __len__(self) -> int:
+    return len(self.start)
 
 
 def regions(masks: Sequence[np.ndarray]) -> Regions:
-    """Regions of boolean masks (size, size); none may be empty."""
-    index = [np.flatnonzero(mask) for mask in masks]
-    count = np.array([len(i) for i in index], int)
-    if not len(count) or not count.all():
-        raise ValueError(f"regions have {count.tolist()} pixels, wanted at least 1 in each.")
-    return Regions(np.concatenate(index), np.cumsum(count) - count, count)
+  """Regions of boolean masks (size, size); none may be empty."""
+  index = [np.flatnonzero(mask) for mask in masks]
+  count = np.array([len(i) for i in index], int)
+  if not len(count) or not count.all():
+    raise ValueError(f"regions have {count.tolist()} pixels, wanted at least 1 in each.")
+  return Regions(np.concatenate(index), np.cumsum(count) - count, count)
 
 
 def cells(size: int, boxes: np.ndarray) -> Regions:
-    """The inner half (by area) of each box: boxes (... 4) in row order."""
-    flat = rearrange(boxes[None], "one ... box -> (one ...) box")
-    return regions([rectangle(size, shrink(box, 0.5)) for box in flat])
+  """The inner half (by area) of each box: boxes (... 4) in row order."""
+  flat = rearrange(boxes[None], "one ... box -> (one ...) box")
+  return regions([rectangle(size, shrink(box, 0.5)) for box in flat])
+
+
+def rings(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regions:
+  """The middle half (by width) of the ring round each centre."""
+  inside, outside = ring_radii(slot)
+  edge = (outside - inside) / 4
+  return regions([ring(size, c, inside + edge, outside - edge) for c in centres])
+
+
+def outside(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regions:
+  """The ground beyond all rings, by blocks of a quarter of the picture."""
+  apart = np.ones((size, size), bool)
+  for centre in centres:
+    apart &= ~disc(size, centre, ring_radii(slot)[1] + 1)
+  edges = [round(i * size / 4) for i in range(5)]
+  blocks = [
+    apart & rectangle(size, (y0, x0, y1, x1))
+    for y0, y1 in itertools.pairwise(edges)
+    for x0, x1 in itertools.pairwise(edges)
+  ]
+  least = 0.05 * (size / 4) ** 2
+  return regions([block for block in blocks if block.sum() >= least])
 
 
 def label(frames: np.ndarray) -> np.ndarray:
-    """Nearest palette colour of each pixel: frames uint8 (T height width 3) -> int8 (T height width).
+  """Nearest palette colour of each pixel: uint8 (T height width 3) -> int8 (T height width).
 
-    UNDECIDED where no colour is within REACH.
-    """
-    pixels = frames.astype(np.float32)
-    table = RGB.astype(np.float32)
-    # |p - c|^2 = |p|^2 - 2 p.c + |c|^2: one matrix product for all pixels and colours.
-    near = (table**2).sum(-1) - 2 * (pixels @ table.T)
-    best = near.argmin(-1)
-    distance = near.min(-1) + (pixels**2).sum(-1)
-    return np.where(distance <= REACH**2, best, UNDECIDED).astype(np.int8)
+  UNDECIDED where no colour is within REACH.
+  """
+  pixels = frames.astype(np.float32)
+  table = RGB.astype(np.float32)
+  # |p - c|^2 = |p|^2 - 2 p.c + |c|^2: one matrix product for all pixels and colours.
+  near = (table**2).sum(-1) - 2 * (pixels @ table.T)
+  best = near.argmin(-1)
+  distance = near.min(-1) + (pixels**2).sum(-1)
+  return np.where(distance <= REACH**2, best, UNDECIDED).astype(np.int8)
 
 
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:
-    """Share of each colour in each region: labels (T height width) -> (T, N, 9)."""
-    picked = rearrange(labels, "t h w -> t (h w)")[:, where.index]
-    hits = (picked[..., None] == np.arange(len(NAMES))).astype(np.float32)
-    return np.add.reduceat(hits, where.start, axis=1) / where.count[:, None]
+  """Share of each colour in each region: labels (T height width) -> (T, N, 9)."""
+  picked = rearrange(labels, "t h w -> t (h w)")[:, where.index]
+  hits = (picked[..., None] == np.arange(len(NAMES))).astype(np.float32)
+  return np.add.reduceat(hits, where.start, axis=1) / where.count[:, None]
 
 
 def majority(labels: np.ndarray, where: Regions) -> np.ndarray:
-    """Colour of each region, UNDECIDED below SHARE: labels (T height width) -> (T, N)."""
-    table = shares(labels, where)
-    return np.where(table.max(-1) >= SHARE, table.argmax(-1), UNDECIDED)
+  """Colour of each region, UNDECIDED below SHARE: labels (T height width) -> (T, N)."""
+  table = shares(labels, where)
+  return np.where(table.max(-1) >= SHARE, table.argmax(-1), UNDECIDED)
 
 
 def occupancy(frames: np.ndarray, where: Regions, mark: int, ground: np.ndarray) -> np.ndarray:
-    """Soft reading, exp(-|rgb - mark|^2 / 2 s^2) of each region's mean colour: (T, N) in 0..1.
+  """Soft reading, exp(-|rgb - mark|^2 / 2 s^2) of each region's mean colour: (T, N) in 0..1.
 
-    ground: (N,) the colour index each region has when it is not marked. s is a third of the
-    distance from ground to mark, so an even blend of the two reads .32, just above OCCUPIED,
-    and an unmarked region .01, whatever the two colours are.
-    """
-    pixels = rearrange(frames, "t h w c -> t (h w) c")[:, where.index].astype(np.float64)
-    mean = np.add.reduceat(pixels, where.start, axis=1) / where.count[:, None]
-    target = RGB[mark].astype(np.float64)
-    scale = ((RGB[ground] - target) ** 2).sum(-1) / 9
-    return np.exp(-((mean - target) ** 2).sum(-1) / (2 * scale))
+  ground: (N,) the colour index each region has when it is not marked. s is a third of the
+  distance from ground to mark, so an even blend of the two reads .32, just above OCCUPIED,
+  and an unmarked region .01, whatever the two colours are.
+  """
+  pixels = rearrange(frames, "t h w c -> t (h w) c")[:, where.index].astype(np.float64)
+  mean = np.add.reduceat(pixels, where.start, axis=1) / where.count[:, None]
+  target = RGB[mark].astype(np.float64)
+  scale = ((RGB[ground] - target) ** 2).sum(-1) / 9
+  return np.exp(-((mean - target) ** 2).sum(-1) / (2 * scale))

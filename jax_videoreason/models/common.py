@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jax_videoreason.axes import Array
+from jax_videoreason.interventions import BlockEdits, edit_site
+from jax_videoreason.taps import TapAids, TapSpec, record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,3 +109,27 @@ def unpatchify(tokens: Array, grid: tuple[int, int, int], patch: tuple[int, int,
   (f, h, w), (pf, ph, pw) = grid, patch
   pattern = "g r (f h w) (pf ph pw c) -> g r (f pf) (h ph) (w pw) c"
   return rearrange(tokens, pattern, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
+
+
+def site(
+  name: str,
+  value: Array,
+  buffers: dict[str, Array],
+  *,
+  edits: BlockEdits | None,
+  taps: TapSpec | None,
+  slot: Array | None,
+  aids: TapAids | None,
+) -> tuple[Array, dict[str, Array]]:
+  """One place of a layer: the value G R T D edited, then recorded.
+
+  edits: those of this layer (no L axis). slot: the row of the tap buffers that this layer fills.
+  A site that neither names leaves no trace in the program.
+  """
+  if edits is not None and name in edits.sites:
+    value = edit_site(value, edits, name)
+  if taps is not None and name in taps.sites:
+    if slot is None or aids is None:
+      raise ValueError(f"tapping {name!r} needs the slot of the layer and TapAids.")
+    buffers = record(buffers, name, value, taps, slot, aids)
+  return value, buffers

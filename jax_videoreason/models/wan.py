@@ -1,6 +1,8 @@
 """The Wan 2.1 and 2.2 diffusion transformer: text to video, image to video, TI2V."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -12,6 +14,7 @@ from einops import rearrange, reduce
 from jax_videoreason import rope
 from jax_videoreason.attention import attend
 from jax_videoreason.axes import Array, Params
+from jax_videoreason.interventions import BlockEdits
 from jax_videoreason.models.common import (
   LayerNorm,
   Numerics,
@@ -19,12 +22,15 @@ from jax_videoreason.models.common import (
   modulate,
   numerics,
   patchify,
+  site,
   unpatchify,
 )
 from jax_videoreason.sharding import constrain
-from jax_videoreason.structs import Conditioning
+from jax_videoreason.structs import Conditioning, Sizes
+from jax_videoreason.taps import SITES, TapAids, TapSpec, empty_buffers, layer_slots
 
 xavier = nn.initializers.xavier_uniform()
+At = Callable[[str, Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,7 @@ class MLP(nn.Module):
   def __call__(self, x: Array) -> Array:
     init = xavier if self.init_std is None else nn.initializers.normal(self.init_std)
     h = _dense(self.hidden, self.dtype, "up", init)(x)
+    h = h.astype(jnp.float32)
     if self.activation == "silu":
       h = nn.silu(h)
     else:
@@ -167,15 +174,24 @@ class WanBlock(nn.Module):
   """One layer: G R T D -> G R T D.
 
   modulation: (1 or R) 2 6 D, for t and for t = 0. given: R T bool, tokens of given frames (TI2V).
+  at: edits and records at each site, see `common.site`.
   """
 
   config: WanConfig
 
   @nn.compact
   def __call__(
-        self, x: Array, modulation: Array, given: Array | None, text: Array,
-        clip: Array | None, cos: np.ndarray, sin: np.ndarray,
-    ) -> Array:  # fmt: skip
+    self,
+    x: Array,
+    buffers: dict[str, Array],
+    at: At,
+    *,
+    modulation: Array,
+    given: Array | None,
+    text: Array,
+    clip: Array | None,
+    rotary: tuple[np.ndarray, np.ndarray],
+  ) -> tuple[Array, dict[str, Array]]:
     c = self.config
     wide = c.kept(c.precision.modulation)
     own = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width), jnp.float32)
@@ -184,32 +200,36 @@ class WanBlock(nn.Module):
       _by_token(rows[:, :, i], given) for i in range(6)
     )
 
-    def added(x, term):
-      return (
-        (x + term).astype(x.dtype)
-        if term.dtype == x.dtype
-        else (x.astype(jnp.float32) + term.astype(jnp.float32)).astype(x.dtype)
-      )
-
+    x, buffers = at("resid_pre", x, buffers)
+    before = x
     h = modulate(x, shift_a, scale_a, wide).astype(c.compute)
-    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, cos, sin).astype(wide)
-    x = added(x, attn_out)
+    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, *rotary).astype(wide)
+    attn_out, buffers = at("attn_out", attn_out, buffers)
+    x = (x + attn_out).astype(x.dtype)
     h = LayerNorm(c.epsilon, name="norm_cross")(x).astype(c.compute)
     cross_out = CrossAttention(c, name="cross_attn")(h, text, clip)
-    x = added(x, cross_out)
+    cross_out, buffers = at("cross_out", cross_out, buffers)
+    x = (x + cross_out).astype(x.dtype)
     h = modulate(x, shift_m, scale_m, wide).astype(c.compute)
     mlp_out = gate_m * MLP(c.ffn_width, c.width, c.compute, name="mlp")(h).astype(wide)
-    x = added(x, mlp_out)
-    return constrain(x, "g r t d")
+    mlp_out, buffers = at("mlp_out", mlp_out, buffers)
+    x = (x + mlp_out).astype(x.dtype)
+    x, buffers = at("resid_post", constrain(x, "g r t d"), buffers)
+    _, buffers = at("update", x - before, buffers)
+    return x, buffers
 
 
 class Head(nn.Module):
-  """G R T D -> G R T (pf ph pw C): modulated by the time embedding (1 or R, 2, D) itself."""
+  """Makes the function G R T D -> G R T (pf ph pw C), a velocity by token, for one time.
+
+  time: (1 or R) 2 D, the time embedding itself. The function is pure: the lens taps apply it to
+  every layer under `lax.cond`.
+  """
 
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x: Array, time: Array, given: Array | None) -> Array:
+  def __call__(self, time: Array, given: Array | None) -> Callable[[Array], Array]:
     c = self.config
     wide = c.kept(c.precision.modulation)
     dtype = c.kept(c.precision.head)
@@ -219,45 +239,96 @@ class Head(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (out,), jnp.float32)
     rows = time[:, :, None].astype(wide) + own[None, None].astype(wide)
     shift, scale = (_by_token(rows[:, :, i], given) for i in range(2))
-    h = modulate(x, shift, scale, wide).astype(dtype)
-    return h @ kernel.astype(dtype) + bias.astype(dtype)[None, None, None]
+
+    def velocity(x: Array) -> Array:
+      h = modulate(x, shift, scale, wide).astype(dtype)
+      return h @ kernel.astype(dtype) + bias.astype(dtype)[None, None, None]
+
+    return velocity
 
 
 class WanDiT(nn.Module):
-  """latents (R F H W C), time (2 freq_dim), conditioning -> velocity G R F H W C, float32.
+  """latents (R F H W C), time (2 freq_dim), conditioning -> velocity G R F H W C, float32; taps.
 
   time: sinusoids of t (row 0) and of t = 0 (row 1), `Schedule.time`; R 2 freq_dim gives every run
     its own t, as training wants.
+  edits: one step's rows of an Intervention. taps: what to record, its steps are not looked at.
+  slots: L int32, the row of the tap buffers each layer fills; None = as `taps.layers` says.
+  Taps come back as `empty_buffers` lays them out: 'site/reduction' -> L' G' R ...
   """
 
   config: WanConfig
 
   @nn.compact
-  def __call__(self, latents: Array, time: Array, cond: Conditioning) -> Array:
+  def __call__(
+    self,
+    latents: Array,
+    time: Array,
+    cond: Conditioning,
+    edits: BlockEdits | None = None,
+    taps: TapSpec | None = None,
+    slots: Array | None = None,
+  ) -> tuple[Array, dict[str, Array]]:
     c = self.config
     (g, r), grid = cond.text.shape[:2], self.token_grid(latents)
+    if r != latents.shape[0]:
+      raise ValueError(f"text has R={r} runs, the latents have {latents.shape[0]}.")
     inputs, given = self.inputs(latents, cond)
     x = _dense(c.width, c.compute, "patch_embed")(patchify(inputs, c.patch))
     x = jnp.broadcast_to(x[None], (g, r, *x.shape[1:]))
     x = constrain(x.astype(c.kept(c.precision.residual)), "g r t d")
 
-    embed = MLP(c.width, c.width, c.kept(c.precision.time), "silu", 0.02, name="time_embed")
     projected = c.kept(c.precision.time_projection)
-    e = embed(time if time.ndim == 3 else time[None])
-    modulation = _dense(6 * c.width, projected, "time_project")(nn.silu(e.astype(projected)))
-    modulation = rearrange(modulation, "r row (six d) -> r row six d", six=6)
-    text = MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")(cond.text)
-    clip = self.clip_tokens(cond, g)
-    cos, sin = rope.tables(grid, c.width // c.heads, c.theta)
+    embed = MLP(c.width, c.width, c.kept(c.precision.time), "silu", 0.02, name="time_embed")
+    e = embed(time if time.ndim == 3 else time[None]).astype(projected)
+    modulation = _dense(6 * c.width, projected, "time_project")(nn.silu(e))
+    head = Head(c, name="head")(e, given)
+    inner = {
+      "modulation": rearrange(modulation, "r row (six d) -> r row six d", six=6),
+      "given": given,
+      "text": MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")(cond.text),
+      "clip": self.clip_tokens(cond, g),
+      "rotary": rope.tables(grid, c.width // c.heads, c.theta),
+    }
 
-    def layer(block, x, _):
-      return block(x, modulation, given, text, clip, cos, sin), None
+    self.check_sites(edits)
+    buffers, aids = {}, None
+    if taps is not None and taps.sites:
+      taps = dataclasses.replace(taps, steps=None)
+      aids = TapAids(grid=grid, head=head, dtype=x.dtype)
+      sizes = Sizes(S=1, R=r, G=g, L=c.layers, F=latents.shape[1], H=latents.shape[2],
+                    W=latents.shape[3], C=c.out_channels, T=x.shape[2], D=c.width,
+                    sites=SITES)  # fmt: skip
+      buffers = empty_buffers(taps, sizes, aids)
+      slots = jnp.asarray(layer_slots(taps, c.layers) if slots is None else slots)
+    else:
+      taps, slots = None, None
+    by_layer = {} if edits is None else {
+      name: rows for name in ("mix", "gate", "steer", "direction")
+      if (rows := getattr(edits, name)) is not None
+    }  # fmt: skip
 
-    block = (nn.remat(WanBlock) if c.remat else WanBlock)(c, name="blocks")
-    scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
-    x, _ = scan(block, x, None)
-    out = Head(c, name="head")(x, e, given).astype(jnp.float32)
-    return unpatchify(out, grid, c.patch)
+    def layer(block, carry, scanned):
+      rows, slot = scanned
+      own = None if edits is None else dataclasses.replace(edits, **rows)
+      at = functools.partial(site, edits=own, taps=taps, slot=slot, aids=aids)
+      return block(*carry, at, **inner), None
+
+    scan = nn.scan(
+      nn.remat(layer) if c.remat else layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=c.layers,
+    )
+    (x, buffers), _ = scan(WanBlock(c, name="blocks"), (x, buffers), (by_layer, slots))
+    return unpatchify(head(x).astype(jnp.float32), grid, c.patch), buffers
+
+  @staticmethod
+  def check_sites(edits: BlockEdits | None) -> None:
+    """ValueError when an edit names a site that the blocks do not have."""
+    for name in () if edits is None else edits.sites:
+      if name not in SITES:
+        raise ValueError(f"no site {name!r} in WanDiT; it has: {', '.join(SITES)}.")
 
   def token_grid(self, latents: Array) -> tuple[int, int, int]:
     """(f, h, w); ValueError when the patch does not divide the latents."""
@@ -311,16 +382,14 @@ def abstract_params(config: WanConfig) -> Params:
   """The parameter tree of a WanDiT as shapes and dtypes; nothing is allocated."""
   c = config
 
-  def shape(*sizes):
-    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+  def init() -> Params:
+    latents = jnp.zeros((1, *c.patch, c.out_channels))
+    cond = Conditioning(
+      text=jnp.zeros((1, 1, 1, c.text_width)),
+      known=latents if c.image_input != "none" else None,
+      known_mask=jnp.zeros((1, *c.patch, 4)) if c.image_input != "none" else None,
+      clip=None if c.clip_width is None else jnp.zeros((1, 1, c.clip_width)),
+    )
+    return WanDiT(c).init(jax.random.key(0), latents, jnp.zeros((2, c.freq_dim)), cond)["params"]
 
-  latents = shape(1, *c.patch, c.out_channels)
-  given = c.image_input != "none"
-  cond = Conditioning(
-    text=shape(1, 1, 1, c.text_width),
-    known=latents if given else None,
-    known_mask=shape(1, *c.patch, 4) if given else None,
-    clip=None if c.clip_width is None else shape(1, 1, c.clip_width),
-  )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(WanDiT(c).init, key, latents, shape(2, c.freq_dim), cond)["params"]
+  return jax.eval_shape(init)

@@ -78,7 +78,7 @@ def both(variant, layers, grid=(3, 6, 10), t=937.0):
   ).numpy()
 
   cond = Conditioning(text=text, known=known, known_mask=mask, clip=clip)
-  ours = jax.jit(WanDiT(c).apply)({"params": converted(model, c)}, latents, time, cond)
+  ours, _ = jax.jit(WanDiT(c).apply)({"params": converted(model, c)}, latents, time, cond)
 
   seen, timestep = latents, np.full((runs,), t, np.float32)
   if c.image_input == "concat":
@@ -153,7 +153,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
     ]
   ).astype(np.float32)
   cond = Conditioning(text=text, known=known, known_mask=mask)
-  ours = half.apply({"params": params}, latents, time, cond)
+  ours, _ = half.apply({"params": params}, latents, time, cond)
   seen = torch.tensor(
     rearrange(np.concatenate([latents, mask, known], -1), "r f h w c -> r c f h w")
   )

@@ -1,0 +1,1 @@
+"""The configurations that ship: `--config NAME` or `--config NAME:key=value,...`."""

@@ -16,7 +16,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
 def pytree(cls: type[T]) -> type[T]:
   """Makes `cls` a frozen, keyword-only dataclass; its fields are leaves, except `static()` ones."""
-  made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+  made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
   fields = dataclasses.fields(made)
   meta = tuple(f.name for f in fields if f.metadata.get("static"))
   data = tuple(f.name for f in fields if not f.metadata.get("static"))

@@ -112,7 +112,11 @@ HOMES = {
 def sources() -> dict[str, Path]:
   """Module name within the package -> file; a package is named by its folder, the root __init__."""
   found = {}
-  for top, prefix in (("jax_videoreason", ()), ("convert", ("convert",)), ("configs", ("configs",))):
+  for top, prefix in (
+    ("jax_videoreason", ()),
+    ("convert", ("convert",)),
+    ("configs", ("configs",)),
+  ):
     for path in sorted((ROOT / top).rglob("*.py")):
       parts = (*prefix, *path.relative_to(ROOT / top).with_suffix("").parts)
       found[".".join(parts[:-1] if parts[-1] == "__init__" and parts[:-1] else parts)] = path
@@ -163,7 +167,9 @@ def faults(module: str, tree: ast.AST) -> list[str]:
         dotted.startswith(home) if home.endswith(".") else dotted == home for home in homes
       )
       if not at_home:
-        said.append(f"{module} imports {name}, whose home is {' and '.join(homes or ()) or 'tests'}")
+        said.append(
+          f"{module} imports {name}, whose home is {' and '.join(homes or ()) or 'tests'}"
+        )
       if top == "configs" and name not in {"ml_collections", *sys.stdlib_module_names}:
         said.append(f"{module} imports {name}: a config sees ml_collections and other configs")
       continue

@@ -1,0 +1,263 @@
+"""The door: `videoreason COMMAND ...`. Finds the command, its flags and its config; reports errors.
+
+A command is a module of this package with `define(flags)` and `main(flags, words)`; its docstring
+is its help. Nothing is imported before the command is known, so `videoreason --help` is quick.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from absl.flags import FlagValues
+  from ml_collections import ConfigDict
+
+COMMANDS = {
+  "demo": "unseen cases of three tasks through the model that ships, and a report",
+  "sample": "from a first frame and a prompt to a video, a trace of every step and a report",
+  "report": "draws the report of a run folder again",
+  "tasks": "writes cases of the tasks in the benchmark's folder layout",
+}
+BAD_INPUT = 2
+INTERRUPTED = 130
+CONFIG = "config"
+
+
+class UsageError(ValueError):
+  """What was typed can't be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command and returns the exit status: 0, 2 for bad input (one sentence), 130."""
+  words = list(sys.argv[1:] if argv is None else argv)
+  debug = "--debug" in words
+  words = [word for word in words if word != "--debug"]
+  try:
+    return _dispatch(words)
+  except KeyboardInterrupt:
+    print("videoreason: interrupted.", file=sys.stderr)
+    return INTERRUPTED
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except (ValueError, OSError, MemoryError) as error:
+    if debug:
+      traceback.print_exc()
+    print(f"videoreason: {_sentence(error)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _dispatch(words: list[str]) -> int:
+  if not words or words[0] in ("-h", "--help", "help"):
+    print(_help())
+    return 0 if words else BAD_INPUT
+  if words[0] == "--version":
+    from jax_videoreason.version import __version__
+
+    print(f"videoreason {__version__}")
+    return 0
+  command, *rest = words
+  if command not in COMMANDS:
+    raise UsageError(f"no command {command!r}; {did_you_mean(command, COMMANDS)}")
+  module = importlib.import_module(f"jax_videoreason.cli.{command}")
+  if any(word in ("-h", "--help") for word in rest):
+    print(_command_help(module))
+    return 0
+  from absl import logging
+
+  logging.set_verbosity(logging.ERROR)
+  module.main(*parse(module, rest))
+  return 0
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+  """'did you mean ...?' where a known word is near, else the list of all."""
+  from jax_videoreason.settings import nearest
+
+  return nearest(word, known)
+
+
+def _sentence(error: BaseException) -> str:
+  """One line of what an error says."""
+  if isinstance(error, OSError) and error.strerror:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}."
+  if isinstance(error, MemoryError):
+    return "out of memory: use fewer runs (seeds, cases), a smaller batch, or fewer taps."
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+# Help
+
+
+def _help() -> str:
+  lines = ["usage: videoreason COMMAND [options]", ""]
+  lines += [f"  {name:<8}{summary}" for name, summary in COMMANDS.items()]
+  lines += ["", "videoreason COMMAND --help says more; --debug before or after shows tracebacks."]
+  return "\n".join(lines)
+
+
+def _command_help(module: Any) -> str:
+  flags = new_flags()
+  module.define(flags)
+  lines = [(module.__doc__ or "").strip(), "", "options:"]
+  for name in sorted(flags):
+    flag = flags[name]
+    default = "" if flag.default in (None, False, "") else f" (default: {flag.default_as_str})"
+    lines.append(f"  --{name:<12}{flag.help}{default}")
+  if CONFIG in flags:
+    lines.append("  --config.KEY=VALUE  changes one value of the config, as --config.steps=10")
+  return "\n".join(lines)
+
+
+# Flags and configs
+
+
+def new_flags() -> "FlagValues":
+  from absl import flags
+
+  return flags.FlagValues()
+
+
+def define_out(flags: "FlagValues", default: str | None = None) -> None:
+  """--out and --redo."""
+  from absl.flags import DEFINE_bool, DEFINE_string
+
+  DEFINE_string("out", default, "folder to write; must be empty or new", flag_values=flags)
+  DEFINE_bool("redo", False, "do it again and replace the run in --out", flag_values=flags)
+
+
+def define_config(flags: "FlagValues", default: str) -> None:
+  """--config, --config.KEY=VALUE and --checkpoint."""
+  from absl.flags import DEFINE_string
+
+  help_config = "a path or a shipped name, NAME or NAME:key=value,..."
+  help_checkpoint = "name or folder of a bundle, instead of the config's"
+  DEFINE_string(CONFIG, default, help_config, flag_values=flags)
+  DEFINE_string("checkpoint", None, help_checkpoint, flag_values=flags)
+
+
+def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
+  """The flags of a command, and the words that are no flags (at most `module.WORDS`, else none).
+
+  `flags.config` becomes the locked ConfigDict, with every --config.KEY=VALUE in it.
+  """
+  from absl import flags as absl_flags
+
+  flags = new_flags()
+  module.define(flags)
+  words = list(words)
+  try:
+    if CONFIG in flags:
+      words = _parse_config(flags, words)
+    left = flags(["videoreason", *words])[1:]
+  except absl_flags.Error as error:
+    raise UsageError(str(error)) from error
+  most = getattr(module, "WORDS", 0)
+  if len(left) > most:
+    raise UsageError(f"unexpected word {left[most]!r}: options begin with --.")
+  return flags, left
+
+
+def _parse_config(flags: "FlagValues", words: list[str]) -> list[str]:
+  """Puts the config in the place of its name; returns the words without --config NAME."""
+  from ml_collections import config_flags
+
+  name = str(flags[CONFIG].default)
+  rest = []
+  pending = iter(words)
+  for word in pending:
+    option, equals, value = word.partition("=")
+    if option.lstrip("-") == CONFIG and word.startswith("-"):
+      name = value if equals else next(pending, "")
+      if not name:
+        raise UsageError("--config wants a path or a shipped name.")
+    else:
+      rest.append(word)
+  config = load_config(name)
+  known = {key for key, _ in _flat(config)}
+  for word in rest:
+    option = word.partition("=")[0].lstrip("-")
+    if word.startswith("-") and option.startswith(f"{CONFIG}."):
+      key = option.removeprefix(f"{CONFIG}.")
+      if key not in known:
+        raise UsageError(f"config {name} has no key {key!r}; {did_you_mean(key, known)}")
+  delattr(flags, CONFIG)
+  config_flags.DEFINE_config_dict(
+    CONFIG, config, flag_values=flags, sys_argv=["videoreason", *rest], lock_config=True
+  )
+  return rest
+
+
+def _flat(config: "ConfigDict", prefix: str = "") -> list[tuple[str, Any]]:
+  from ml_collections import ConfigDict
+
+  found = []
+  for key, value in config.items(preserve_field_references=True):
+    deeper = isinstance(value, ConfigDict)
+    found += _flat(value, f"{prefix}{key}.") if deeper else [(f"{prefix}{key}", value)]
+  return found
+
+
+def load_config(name: str) -> "ConfigDict":
+  """The config of a path or shipped name, with its argument after a colon.
+
+  Raises:
+    ValueError: no such config, or one that refuses its argument.
+  """
+  from ml_collections import ConfigDict
+
+  base, _, argument = name.partition(":")
+  path = config_path(base)
+  module_name = f"jax_videoreason.configs.{path.stem}" if path.parent == shipped() else path.stem
+  spec = importlib.util.spec_from_file_location(module_name, path)
+  if spec is None or spec.loader is None:
+    raise UsageError(f"{path} is no Python file: a config ends in .py.")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(argument or None)
+  except KeyError as error:
+    known = [key for key, _ in _flat(module.get_config())]
+    key = str(error.args[0])
+    raise UsageError(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
+  except (SyntaxError, ImportError, AttributeError, TypeError, ValueError) as error:
+    raise UsageError(f"config {name}: {error}") from error
+  if not isinstance(config, ConfigDict):
+    raise UsageError(f"get_config of {path} returned {type(config).__name__}, wanted a ConfigDict.")
+  return config.lock()
+
+
+def shipped() -> Path:
+  """The folder of the configs that ship."""
+  package = importlib.import_module("jax_videoreason.configs")
+  return Path(package.__path__[0]).resolve()
+
+
+def config_path(base: str) -> Path:
+  """The file of a config: a path that is there, or a shipped name."""
+  given = Path(base).expanduser()
+  if given.is_file():
+    return given.resolve()
+  names = sorted(p.stem for p in shipped().glob("*.py") if p.stem not in ("__init__", "common"))
+  if base in names:
+    return shipped() / f"{base}.py"
+  raise UsageError(f"no config {base!r}, as a file or a shipped one; {did_you_mean(base, names)}")
+
+
+def resolved(flags: "FlagValues") -> dict[str, Any]:
+  """The config of a parsed command as a plain mapping, --checkpoint in its place."""
+  values = flags.config.to_dict()
+  return {**values, "checkpoint": flags.checkpoint} if flags.checkpoint else values
+
+
+def required(flags: "FlagValues", *names: str) -> None:
+  """Refuses a command line that lacks an option."""
+  missing = [f"--{name}" for name in names if flags[name].value is None]
+  if missing:
+    raise UsageError(f"{' and '.join(missing)} must be given; --help says more.")

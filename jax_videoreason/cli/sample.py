@@ -1,0 +1,272 @@
+"""From a first frame and a prompt to a video, a trace of every denoising step and a report.
+
+  videoreason sample --image FRAME.png --prompt "..." --out runs/mine
+  videoreason sample --config mini:steps=50 --seeds 0,1,2 --image ... --prompt ... --out ...
+
+Leaves manifest.json, runs.json, final_latents.npy, trace.zarr, video_<run>.mp4, x0_<run>.png and
+report.html; jax_videoreason.open_run(DIR) reads them. The image has the size that the config says.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl.flags import DEFINE_string, FlagValues
+
+from jax_videoreason import (
+  answers,
+  checkpoint,
+  cli,
+  conditioning,
+  console,
+  media,
+  report,
+  runs,
+  sampler,
+  schedules,
+  settings,
+  store,
+  tasks,
+)
+from jax_videoreason.decode import decode
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle
+from jax_videoreason.taps import check_budget
+
+FPS = 8
+# Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps.
+SHOWN_PIXELS = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """What a video is asked: prompt, first_frame uint8 height width 3 if any, the case if any."""
+
+  prompt: str
+  first_frame: np.ndarray | None = None
+  case: tasks.Case | None = None
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_config(flags, "mini")
+  cli.define_out(flags)
+  DEFINE_string(
+    "image", None, "the first frame, an RGB picture of the config's size", flag_values=flags
+  )
+  DEFINE_string("prompt", None, "what should happen; may be empty", flag_values=flags)
+  DEFINE_string("seeds", None, "seed numbers, as 0,1,2; instead of the config's", flag_values=flags)
+  DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  cli.required(flags, "prompt", "out")
+  config = cli.resolved(flags)
+  if flags.seeds is not None:
+    config["seeds"] = seed_numbers(flags.seeds)
+  chosen = settings.from_config(config)
+  noise = None if flags.noise is None else read_noise(flags.noise)
+  image = None if flags.image is None else read_image(flags.image, chosen)
+  question = Question(prompt=flags.prompt, first_frame=image)
+  with store.run_folder(flags.out, redo=flags.redo) as folder:
+    record(folder, chosen, [question], noise=noise)
+  show_end(flags.out)
+
+
+def seed_numbers(text: str) -> list[int]:
+  """The numbers of "0,1,2"."""
+  try:
+    return [int(word) for word in text.split(",")]
+  except ValueError as error:
+    raise cli.UsageError(f"--seeds={text}, wanted whole numbers as 0,1,2.") from error
+
+
+def read_noise(path: str) -> np.ndarray:
+  """An array from a .npy file; its shape is checked when the noise is made."""
+  try:
+    return np.load(path, allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f"{path} is no .npy array of numbers: write it by numpy.save.") from error
+
+
+def read_image(path: str, chosen: SampleSettings) -> np.ndarray:
+  """A first frame of the size that the settings say."""
+  frame = media.read_image(path)
+  height, width = frame.shape[:2]
+  if (height, width) != (chosen.height, chosen.width):
+    raise ValueError(
+      f"{path} is {width} x {height} pixels, the config says {chosen.width} x {chosen.height}: "
+      f"resize it, or give --config.width={width} --config.height={height}."
+    )
+  return frame
+
+
+def record(
+  folder: Path,
+  chosen: SampleSettings,
+  questions: Sequence[Question],
+  *,
+  noise: np.ndarray | None = None,
+) -> AnswerTrace | None:
+  """Asks every question with every seed and writes the run folder, report included.
+
+  Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn.
+  Returns the answers, None where no question is a case of a task.
+  """
+  began = time.monotonic()
+  seeds = list(chosen.seeds)
+  of_run = [question for question in questions for _ in seeds]
+  bundle, cond = encode(chosen, of_run)
+  card = bundle.card
+  grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  schedule = build_schedule(chosen, bundle)
+  start = runs.make_noise(seeds * len(questions), (*grid, card.latents.channels), noise)
+  spec = chosen.taps.spec()
+  sizes = sampler.sizes_of(bundle, start, cond, schedule)
+  check_budget(spec, sizes, chosen.taps.budget_gb * 1e9, dtype=bundle.parts.dit.config.dtype)
+
+  shown = shown_steps(chosen, len(of_run))
+  kept: dict[int, np.ndarray] = {}
+  with store.create_trace(folder, steps=chosen.steps, runs=len(of_run), taps=spec) as writer:
+    with console.progress(chosen.steps * len(of_run), "denoise", "step") as advance:
+
+      def on_piece(trace: Any, steps: slice, part: slice) -> None:
+        writer.write(trace, at_step=steps.start, at_run=part.start)
+        for row, step in enumerate(range(steps.start, steps.stop)):
+          if step in shown:
+            whole = kept.setdefault(step, np.empty((len(of_run), *trace.x0.shape[2:]), np.float32))
+            whole[part] = trace.x0[row]
+        advance((steps.stop - steps.start) * (part.stop - part.start))
+
+      final = runs.run(
+        bundle,
+        start,
+        cond,
+        schedule,
+        taps=spec,
+        batch=chosen.batch,
+        piece=chosen.piece,
+        on_piece=on_piece,
+      )
+    with console.progress(len(shown) + 1, "decode", "step") as advance:
+      frames = []
+      for step in shown:
+        frames.append(decode(bundle, kept.pop(step)))
+        advance(1)
+      frames = np.stack(frames)
+      writer.write_frames(frames, steps=shown)
+      store.write_videos(folder, decode(bundle, final), first_frames(of_run), fps=FPS)
+      advance(1)
+  said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
+  store.write_final_latents(folder, final)
+  store.write_runs(
+    folder, [describe(q, s) for q, s in zip(of_run, seeds * len(questions), strict=True)]
+  )
+  if said is not None:
+    store.write_answers(folder, said)
+  store.write_manifest(
+    folder,
+    config=dataclasses.asdict(chosen),
+    command=sys.argv,
+    device=jax.devices()[0].device_kind,
+    model=card.name,
+    sources=dict(card.sources),
+    seconds=round(time.monotonic() - began, 1),
+    evaluations=chosen.steps * sizes.R * sizes.G,
+  )
+  report.render(folder)
+  return said
+
+
+def encode(
+  chosen: SampleSettings, questions: Sequence[Question]
+) -> tuple[ModelBundle, Conditioning]:
+  """The bundle ready to denoise and decode, and the conditioning of each run.
+
+  The text encoder and the DiT are never resident together.
+  """
+  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"))
+  bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  cond = conditioning.encode(
+    bundle,
+    [q.prompt for q in questions],
+    first_frames(questions),
+    frames=chosen.frames,
+    negative_prompt=chosen.negative_prompt,
+    guided=chosen.guided,
+  )
+  del bundle
+  return checkpoint.load(chosen.checkpoint, parts=("dit", "vae")), cond
+
+
+def first_frames(questions: Sequence[Question]) -> np.ndarray | None:
+  """R height width 3, None where there are none."""
+  frames = [q.first_frame for q in questions if q.first_frame is not None]
+  return np.stack(frames) if frames else None
+
+
+def build_schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:
+  """The schedule of the settings, with the bundle's own boundary and numerics."""
+  card = bundle.card
+  return schedules.build(
+    steps=chosen.steps,
+    shift=chosen.shift,
+    guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
+    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
+    solver=chosen.solver,
+    grid=chosen.grid,
+    numerics=card.numerics,
+    freq_dim=bundle.parts.dit.config.freq_dim,
+  )
+
+
+def shown_steps(chosen: SampleSettings, count: int) -> list[int]:
+  """The steps whose x0 is decoded: all, or as many as `SHOWN_PIXELS` allows; always the last."""
+  pixels = count * chosen.frames * chosen.height * chosen.width
+  most = min(chosen.steps, max(2, SHOWN_PIXELS // pixels))
+  return sorted({round(s) for s in np.linspace(0, chosen.steps - 1, most)} | {chosen.steps - 1})
+
+
+def read_answers(
+  of_run: Sequence[Question], frames: np.ndarray, sigma: np.ndarray, steps: Sequence[int]
+) -> AnswerTrace | None:
+  """What x0 answers at the steps shown, for the runs that are cases of a task."""
+  cases = [q.case for q in of_run]
+  if all(case is None for case in cases):
+    return None
+  size, count = frames.shape[-2], frames.shape[2]
+  return answers.read_steps(
+    [None if case is None else tasks.load(case.task, size=size, frames=count) for case in cases],
+    [None if case is None else case.metadata for case in cases],
+    frames,
+    sigma,
+    steps,
+  )
+
+
+def describe(question: Question, seed: int) -> Mapping[str, Any]:
+  """The entry of a run in runs.json."""
+  if question.case is None:
+    return {"seed": seed, "prompt": question.prompt}
+  case = question.case
+  return {
+    "case": f"{case.task}/{case.split}/{case.index}",
+    "task": case.task,
+    "split": case.split,
+    "index": case.index,
+    "seed": seed,
+    "prompt": case.prompt,
+    "metadata": case.metadata,
+  }
+
+
+def show_end(out: str) -> None:
+  """Where to look."""
+  place = Path(out).resolve()
+  console.say(f"report: {(place / 'report.html').as_uri()}")
+  console.say(f"in Python: jax_videoreason.open_run({shlex.quote(str(place))!r})")

@@ -1,0 +1,70 @@
+"""Writes cases of the tasks in the benchmark's folder layout: a first frame, a prompt, the truth.
+
+  videoreason tasks export --tasks maze,pick --split id --cases 5 --out cases
+  videoreason tasks list
+
+A case is the folder OUT/<task>/<00000>/ with first_frame.png, final_frame.png, ground_truth.mp4,
+prompt.txt and metadata.json (all right answers, in symbols). Cases are the same on every machine.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
+
+from jax_videoreason import cli, console, store, tasks
+from jax_videoreason.vbvr import layout
+
+WORDS = 1
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_out(flags)
+  DEFINE_string("tasks", "all", "names of tasks, or all", flag_values=flags)
+  DEFINE_string("split", "id", "train, id, ood or heldout", flag_values=flags)
+  DEFINE_integer("cases", 5, "cases of each task, from index 0", lower_bound=1, flag_values=flags)
+  DEFINE_integer("size", 64, "height and width in pixels", flag_values=flags)
+  DEFINE_integer("frames", 17, "frames of the video, 1 + 4k", flag_values=flags)
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  word = words[0] if words else ""
+  if word == "list":
+    listing()
+  elif word == "export":
+    cli.required(flags, "out")
+    export(flags)
+  else:
+    raise cli.UsageError(f"tasks {word or '?'}: say videoreason tasks export, or tasks list.")
+
+
+def listing() -> None:
+  """A row per task."""
+  rows = [
+    (name, "heldout" if task.held_out else "train, id, ood", "yes" if task.ambiguous else "no")
+    for name, task in tasks.TASKS.items()
+  ]
+  console.table("tasks", ("task", "splits", "ambiguous cases"), rows)
+
+
+def export(flags: FlagValues) -> None:
+  """Writes the cases that the flags name."""
+  names = asked(flags.tasks, flags.split)
+  out = Path(flags.out)
+  with store.run_folder(out, redo=flags.redo) as folder:
+    with console.progress(len(names) * flags.cases, "write", "case") as advance:
+      for name in names:
+        task = tasks.load(name, size=flags.size, frames=flags.frames)
+        for index in range(flags.cases):
+          layout.write_cases(folder, [task.generate(flags.split, index)])
+          advance(1)
+    for name in names if flags.redo else ():
+      shutil.rmtree(out / name, ignore_errors=True)
+  console.say(f"{len(names) * flags.cases} cases: {out.resolve()}")
+
+
+def asked(given: str, split: str) -> list[str]:
+  """The names that --tasks says; all = those that have the split."""
+  if given == "all":
+    return [n for n, task in tasks.TASKS.items() if task.held_out == (split == "heldout")]
+  return given.split(",")

@@ -1,0 +1,41 @@
+"""What the terminal shows: lines, tables and bars, on process 0 only; no lower floor prints."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+
+def speaks() -> bool:
+  """Whether this process is the one that prints."""
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """A line on standard output."""
+  if speaks():
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+  """A table on standard output; numbers are set to the right."""
+  if not speaks():
+    return
+  made = Table(title=title, title_justify="left")
+  for number, name in enumerate(columns):
+    is_number = all(isinstance(row[number], int | float) for row in rows)
+    made.add_column(name, justify="right" if is_number else "left")
+  for row in rows:
+    made.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+  Console(highlight=False).print(made)
+
+
+@contextlib.contextmanager
+def progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], Any]]:
+  """Yields `advance(n)` of a bar on standard error."""
+  with tqdm(total=total, desc=title, unit=unit, disable=not speaks()) as bar:
+    yield bar.update

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jax_videoreason.axes import Array
@@ -256,7 +257,7 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
       sizes_wanted = ", ".join(str(fixed.get(i, names[i])) for i in range(len(names)))
       raise ValueError(f"{field} is {tuple(array.shape)}, wanted {letters} = ({sizes_wanted}).")
   reference = spec.reference
-  if reference is not None and not isinstance(reference, jax.core.Tracer):
+  if reference is not None and not isinstance(reference, Tracer):
     named = np.asarray(reference)
     if named.size and (named.min() < 0 or named.max() >= sizes.R):
       raise ValueError(f"reference={named.tolist()} names a run outside 0..{sizes.R - 1}.")

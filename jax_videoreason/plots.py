@@ -1,0 +1,199 @@
+"""Figures as files: film strips and curves. The only importer of matplotlib.
+
+Colours are those of Okabe and Ito, which stay apart for colour-blind eyes; lines carry their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange, reduce, repeat
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, YELLOW = "#56B4E9", "#E69F00"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
+
+
+def film_strip(
+  path: str | Path,
+  frames: np.ndarray,
+  sigma: Sequence[float] | np.ndarray,
+  *,
+  steps: Sequence[int] | None = None,
+  title: str = "",
+  notes: Sequence[str] | None = None,
+  cell: int = 64,
+  columns: int = 9,
+) -> None:
+  """Draws x0 over a run: rows are denoising steps, columns frames of the video.
+
+  frames: S frames height width 3 uint8. sigma: S. steps: the number of each row, None = 0..S-1.
+  notes: a text at the end of each row, such as the answer read there. cell: pixels a cell has at
+  least (small frames grow by a whole factor, large ones shrink to about twice that).
+  columns: at most so many frames, evenly spread, the first and the last among them.
+  """
+  rows, count = frames.shape[:2]
+  shown = spread(count, columns)
+  tiles = scale(frames[:, shown], cell)
+  height, width = tiles.shape[2:4]
+  gap = 3
+  tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+  montage = rearrange(tiles, "s f h w c -> (s h) (f w) c")[:-gap, :-gap]
+  tall, wide = montage.shape[:2]
+  left, right = 108, 12 if notes is None else 24 + 7 * max(len(n) for n in notes)
+  top, bottom = (64 if title else 40), 12
+  at = (left + wide + right, top + tall + bottom)
+  figure = Figure(figsize=(at[0] / 100, at[1] / 100), facecolor="white")
+  axes = figure.add_axes((left / at[0], bottom / at[1], wide / at[0], tall / at[1]))
+  axes.imshow(montage, interpolation="nearest", aspect="auto", extent=(0, wide, tall, 0))
+  axes.axis("off")
+  middle = height / 2 + np.arange(rows) * (height + gap)
+  for row, y in enumerate(middle):
+    step = row if steps is None else steps[row]
+    _write(axes, -54, y, f"{step}", ha="right", weight="bold", color=INK)
+    _write(axes, -10, y, f"{sigma[row]:.2f}", ha="right")
+    if notes is not None:
+      _write(axes, wide + 12, y, notes[row], ha="left", color=INK)
+  for column, frame in enumerate(shown):
+    _write(axes, column * (width + gap) + width / 2, -10, f"{frame}", ha="center")
+  _write(axes, -54, -10, "step", ha="right", weight="bold", color=INK)
+  _write(axes, -10, -10, "sigma", ha="right")
+  if title:
+    _write(axes, -96, -44, title, ha="left", weight="bold", color=INK, fontsize=10)
+  _write(axes, 0, -26, "frame of the predicted video (x0)", ha="left")
+  figure.savefig(path, dpi=100, format="png")
+
+
+def curves(
+  path: str | Path,
+  x: Sequence[float] | np.ndarray,
+  series: Mapping[str, np.ndarray],
+  *,
+  x_name: str,
+  y_name: str,
+  title: str = "",
+  falling: bool = False,
+) -> None:
+  """Draws each series over x, its name at its end.
+
+  falling: x runs from high to low, as sigma does. A series of two axes (x, run) is drawn as its
+  mean with the single runs behind it.
+  """
+  figure, axes = _panel(title, x_name, y_name)
+  x = np.asarray(x, float)
+  ends = []
+  for number, (name, values) in enumerate(series.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    values = np.asarray(values, float)
+    if values.ndim == 2:
+      axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.3)
+      values = values.mean(1)
+    axes.plot(x, values, color=colour, linewidth=2, marker="o", markersize=3)
+    ends.append((float(values[-1]), name, colour))
+  if falling:
+    axes.invert_xaxis()
+  axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+  _name_ends(axes, float(x[-1]), ends)
+  figure.savefig(path, dpi=120, format="png")
+
+
+def loss_curve(
+  path: str | Path, steps: Sequence[int] | np.ndarray, losses: Mapping[str, np.ndarray]
+) -> None:
+  """Draws losses of a training over its steps, on a logarithmic scale, with a running mean."""
+  figure, axes = _panel("Training", "step", "loss")
+  steps = np.asarray(steps, float)
+  ends = []
+  for number, (name, values) in enumerate(losses.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    values = np.asarray(values, float)
+    window = max(1, len(values) // 50)
+    smooth = np.convolve(values, np.ones(window) / window, "valid")
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(steps[window - 1 :], smooth, color=colour, linewidth=2)
+    ends.append((float(smooth[-1]), name, colour))
+  axes.set_yscale("log")
+  _name_ends(axes, float(steps[-1]), ends)
+  figure.savefig(path, dpi=120, format="png")
+
+
+def spread(count: int, most: int) -> list[int]:
+  """At most `most` of 0..count-1, evenly spread, the first and the last among them."""
+  return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
+
+
+def scale(frames: np.ndarray, cell: int) -> np.ndarray:
+  """Frames (... height width 3) whose shorter side has about `cell` pixels.
+
+  Small ones grow by a whole factor with hard edges; large ones shrink.
+  """
+  short = min(frames.shape[-3:-1])
+  if short >= cell:
+    return shrink(frames, cell)
+  k = -(-cell // short)
+  return repeat(frames, "... h w c -> ... (h a) (w b) c", a=k, b=k)
+
+
+def shrink(frames: np.ndarray, cell: int) -> np.ndarray:
+  """Frames (... height width 3) averaged down by the whole factor that leaves `cell` or more."""
+  height, width = frames.shape[-3:-1]
+  k = max(1, min(height, width) // cell)
+  if k == 1:
+    return frames
+  cut = frames[..., : height // k * k, : width // k * k, :]
+  mean = reduce(cut.astype(np.float32), "... (h a) (w b) c -> ... h w c", "mean", a=k, b=k)
+  return mean.round().astype(np.uint8)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
+  """Text at pixels of the montage; `$` is not mathematics."""
+  axes.text(
+    x,
+    y,
+    text,
+    va="center",
+    clip_on=False,
+    parse_math=False,
+    **{"fontsize": 8, "color": MUTED, **style},
+  )
+
+
+def _panel(title: str, x_name: str, y_name: str) -> tuple[Figure, Axes]:
+  figure = Figure(figsize=(6.4, 3.6), facecolor="white", layout="constrained")
+  axes = figure.add_subplot()
+  axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK)
+  axes.set_xlabel(x_name, color=INK, fontsize=9)
+  axes.set_ylabel(y_name, color=INK, fontsize=9)
+  axes.tick_params(colors=MUTED, labelsize=8, length=3)
+  axes.grid(axis="y", color=RULE, linewidth=0.8)
+  axes.set_axisbelow(True)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  for side in ("left", "bottom"):
+    axes.spines[side].set_color(MUTED)
+  return figure, axes
+
+
+def _name_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]]) -> None:
+  """Names beside the ends of their lines, moved apart where they would overlap."""
+  low, high = axes.get_ylim()
+  to_axes = axes.transScale.transform
+  bottom, top = (to_axes((x, y))[1] for y in (low, high))
+  last = -1.0
+  for y, name, colour in sorted(ends):
+    place = max((to_axes((x, y))[1] - bottom) / (top - bottom), last + 0.07)
+    last = place
+    axes.annotate(
+      name,
+      xy=(1.01, place),
+      xycoords="axes fraction",
+      color=colour,
+      fontsize=9,
+      va="center",
+      annotation_clip=False,
+      parse_math=False,
+    )

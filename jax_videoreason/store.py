@@ -1,0 +1,665 @@
+"""Run folders on disk: write one piece by piece, open it again with `open_run(DIR)`.
+
+A run folder holds R runs (one case, seed and edit each) that went through one schedule of S steps:
+
+    manifest.json      resolved config, command, versions, device, git revision, and the sha256 of
+                       every data file
+    runs.json          what each run is: R objects {case, task, split, index, seed, prompt,
+                       metadata}; `seed` and `prompt` must be there, a run of no task has no more
+    final_latents.npy  R F H W C float32
+    trace.zarr/        zarr v3 group, arrays with named dimensions:
+      sigma            S
+      finite           S R bool, False = a number of that step is not finite
+      latents, x0      S R F H W C, what the model saw at the step, its guess of the clean video
+      frames           S' R frames height width rgb uint8, x0 as pixels; attribute `steps` = the S'
+                       steps shown, `decoded_by` = "vae" or "preview"
+      taps/SITE/REDUCTION   S' L G R ...; attributes `steps`, `layers`, `branches` = what was asked
+    answers.json       the answer read from x0 at every step (`AnswerTrace`), for runs of a task
+    first_<run>.png    the given first frame          video_<run>.mp4   the final video
+    x0_<run>.png, figures/, report.html    drawn from the above by `report.render`, not in the
+                       checksums
+
+zarr has no bfloat16, so bfloat16 is widened to float32, which is exact; the attribute
+`written_from` says so. A chunk is one step of as many runs as fit in 1 MB, at least one. A folder
+appears whole or not at all (`run_folder`).
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jax_videoreason import media
+from jax_videoreason.structs import AnswerTrace, Trace
+from jax_videoreason.taps import TapSpec
+from jax_videoreason.version import __version__
+
+CHUNK_BYTES = 1 << 20
+STAGE = ".unfinished"
+LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
+FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
+TAP_AXES = ("step", "layer", "branch", "run")
+DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
+OWNED = re.compile(
+  r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
+  r"|(first|x0)_\d+\.png|video_\d+\.mp4|" + re.escape(STAGE)
+)
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint", "av", "matplotlib")
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def run_folder(out: str | Path, *, redo: bool = False) -> Iterator[Path]:
+  """Yields a folder to fill; its files move to `out` when the block ends well, else none is left.
+
+  Raises:
+    ValueError: `out` holds something already and not `redo`; with `redo` the files of the run that
+      lies there are replaced, and files that no run wrote are left alone.
+    OSError: `out` can't be written.
+  """
+  out = Path(out)
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
+  existed = out.is_dir()
+  with _disk(out):
+    there = sorted(p.name for p in out.iterdir() if p.name != STAGE) if existed else []
+  if there and not redo:
+    more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    raise ValueError(
+      f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
+      "replace the run."
+    )
+  stage = out / STAGE
+  made = _missing_parents(out)
+  try:
+    with _disk(out):
+      shutil.rmtree(stage, ignore_errors=True)
+      stage.mkdir(parents=True)
+      yield stage
+      for name in there:
+        if OWNED.fullmatch(name):
+          _remove(out / name)
+      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+        item.rename(out / item.name)
+      stage.rmdir()
+  except BaseException:
+    shutil.rmtree(stage, ignore_errors=True)
+    for folder in made:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+  """Yields a path to write to; it becomes `path` when the block ends well, else it is removed."""
+  path = Path(path)
+  part = path.with_name(f".part-{path.name}")
+  try:
+    with _disk(path):
+      yield part
+      part.replace(path)
+  finally:
+    _remove(part)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Writes `value` as JSON; not-a-number is not JSON, so it must be None already."""
+  with atomic(path) as part:
+    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_final_latents(folder: str | Path, latents: Any) -> None:
+  """Writes `final_latents.npy`, R F H W C float32."""
+  with atomic(Path(folder) / "final_latents.npy") as part, part.open("wb") as file:
+    np.save(file, np.asarray(latents, np.float32))
+
+
+def write_runs(folder: str | Path, runs: Sequence[Mapping[str, Any]]) -> None:
+  """Writes `runs.json`; each run has at least `seed` and `prompt`."""
+  for number, run in enumerate(runs):
+    missing = {"seed", "prompt"} - run.keys()
+    if missing:
+      lacks = " and no ".join(sorted(missing))
+      raise ValueError(f"run {number} has no {lacks}: every run needs both.")
+  write_json(Path(folder) / "runs.json", [plain(run) for run in runs])
+
+
+def write_videos(
+  folder: str | Path, frames: np.ndarray, first_frames: np.ndarray | None = None, *, fps: int = 8
+) -> None:
+  """Writes `video_<run>.mp4` and `first_<run>.png`.
+
+  frames: R frames height width 3 uint8. first_frames: R height width 3 uint8.
+  """
+  for run, video in enumerate(frames):
+    with atomic(Path(folder) / f"video_{run}.mp4") as part:
+      media.write_mp4(part, video, fps=fps)
+  for run, first in enumerate(() if first_frames is None else first_frames):
+    with atomic(Path(folder) / f"first_{run}.png") as part:
+      media.write_png(part, first)
+
+
+def write_manifest(
+  folder: str | Path,
+  *,
+  config: Mapping[str, Any],
+  command: Sequence[str],
+  device: str,
+  **more: Any,
+) -> dict[str, Any]:
+  """Writes `manifest.json`, last of all: it holds the checksum of every data file in the folder.
+
+  config: the resolved configuration. command: the words typed. device: its name, as jax gives it.
+  more: further entries (`model`, `seconds`, `evaluations`, ...), kept as they are.
+  """
+  folder = Path(folder)
+  manifest = {
+    "format": 1,
+    "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": list(command),
+    "device": device,
+    "revision": _revision(),
+    "versions": {
+      "jax_videoreason": __version__,
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
+    **plain(more),
+    "config": plain(config),
+    "files": {
+      item.name: checksum(item)
+      for item in sorted(folder.iterdir())
+      if not DRAWN.fullmatch(item.name) and item.name != "manifest.json"
+    },
+  }
+  write_json(folder / "manifest.json", manifest)
+  return manifest
+
+
+def checksum(path: Path) -> str:
+  """sha256 of a file; of a folder, over the names and checksums of its files in order."""
+  digest = hashlib.sha256()
+  if path.is_dir():
+    for item in sorted(p for p in path.rglob("*") if p.is_file()):
+      digest.update(f"{item.relative_to(path).as_posix()} {checksum(item)}\n".encode())
+  else:
+    with path.open("rb") as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceWriter:
+  """Where the pieces of a trace go; made by `create_trace`."""
+
+  path: Path
+  steps: int
+  runs: int
+  taps: TapSpec
+
+  def write(self, piece: Trace, *, at_step: int = 0, at_run: int = 0) -> None:
+    """Writes the rows of `piece` from step `at_step` and run `at_run` of the whole trace.
+
+    Tap rows go to the steps of the writer's `taps` that lie inside the piece.
+    """
+    count, batch = np.shape(piece.finite)
+    steps = slice(at_step, at_step + count)
+    runs = slice(at_run, at_run + batch)
+    if steps.stop > self.steps or runs.stop > self.runs:
+      raise ValueError(
+        f"the piece ends at step {steps.stop} and run {runs.stop}, the trace has {self.steps} "
+        f"steps and {self.runs} runs: create it with the sizes of the whole."
+      )
+    with _disk(self.path):
+      self._put("sigma", ("step",), (self.steps,), piece.sigma, (steps,))
+      self._put("finite", ("step", "run"), (self.steps, self.runs), piece.finite, (steps, runs))
+      for name, value in (("latents", piece.latents), ("x0", piece.x0)):
+        if value is not None:
+          shape = (self.steps, self.runs, *np.shape(value)[2:])
+          self._put(name, LATENT_AXES, shape, value, (steps, runs))
+      kept = range(self.steps) if self.taps.steps is None else self.taps.steps
+      inside = [row for row, step in enumerate(kept) if steps.start <= step < steps.stop]
+      for name, value in piece.taps.items():
+        shape = np.shape(value)
+        if shape[0] != len(inside):
+          raise ValueError(
+            f"tap {name} brings {shape[0]} rows for steps {steps.start}.."
+            f"{steps.stop - 1}, of which {len(inside)} are kept: give create_trace the "
+            "TapSpec with the steps of the whole schedule."
+          )
+        if inside:
+          reduction = name.rpartition("/")[2]
+          rest = (f"{reduction}_{axis}" for axis in range(len(shape) - 4))
+          layers = range(shape[1]) if self.taps.layers is None else self.taps.layers
+          self._put(
+            f"taps/{name}",
+            (*TAP_AXES, *rest),
+            (len(kept), *shape[1:3], self.runs, *shape[4:]),
+            value,
+            (slice(inside[0], inside[-1] + 1), slice(None), slice(None), runs),
+            steps=list(kept),
+            layers=list(layers),
+            branches=list(self.taps.branches),
+          )
+
+  def write_frames(
+    self,
+    frames: np.ndarray,
+    *,
+    at_run: int = 0,
+    steps: Sequence[int] | None = None,
+    decoded_by: str = "vae",
+  ) -> None:
+    """Writes x0 as pixels, S' R frames height width 3 uint8.
+
+    steps: the S' steps shown, None = all. decoded_by: "vae" or "preview" (the linear map).
+    """
+    shown = list(range(self.steps)) if steps is None else [int(s) for s in steps]
+    if len(shown) != len(frames):
+      raise ValueError(
+        f"frames has {len(frames)} rows for {len(shown)} steps: give one row a step."
+      )
+    runs = slice(at_run, at_run + frames.shape[1])
+    with _disk(self.path):
+      self._put(
+        "frames",
+        FRAME_AXES,
+        (len(shown), self.runs, *frames.shape[2:]),
+        np.asarray(frames, np.uint8),
+        (slice(None), runs),
+        steps=shown,
+        decoded_by=decoded_by,
+      )
+
+  def _put(
+    self,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    value: Any,
+    where: tuple[slice, ...],
+    **attributes: Any,
+  ) -> None:
+    value = np.asarray(value)
+    if value.dtype.name == "bfloat16":
+      value, attributes = value.astype(np.float32), {**attributes, "written_from": "bfloat16"}
+    for part in reversed(list(Path(name).parents)[:-1]):
+      _group(self.path / part)
+    spec = {
+      "driver": "zarr3",
+      "kvstore": {"driver": "file", "path": f"{self.path / name}/"},
+      "open": True,
+      "create": True,
+      "store_data_equal_to_fill_value": True,
+      "metadata": {
+        "shape": list(shape),
+        "data_type": value.dtype.name,
+        "dimension_names": list(axes),
+        "attributes": attributes,
+        "fill_value": {"f": "NaN", "b": False}.get(value.dtype.kind, 0),
+        "chunk_grid": {
+          "name": "regular",
+          "configuration": {"chunk_shape": _chunk(axes, shape, value.dtype.itemsize)},
+        },
+        "codecs": [
+          {"name": "bytes", "configuration": {"endian": "little"}},
+          {"name": "zstd", "configuration": {"level": 3}},
+          {"name": "crc32c"},
+        ],
+      },
+    }
+    if value.dtype.itemsize == 1:
+      spec["metadata"]["codecs"][0] = {"name": "bytes"}
+    try:
+      ts.open(spec).result()[where].write(value).result()
+    except ValueError as error:
+      raise _disk_error(error, self.path / name) from error
+
+
+@contextlib.contextmanager
+def create_trace(
+  folder: str | Path, *, steps: int, runs: int, taps: TapSpec | None = None
+) -> Iterator[TraceWriter]:
+  """Yields a writer for `trace.zarr` in `folder`, which appears there when the block ends well.
+
+  steps, runs: S and R of the whole; pieces may come in any order.
+  taps: what was asked for, with `steps` as rows of the whole schedule.
+  """
+  with atomic(Path(folder) / "trace.zarr") as part:
+    _remove(part)
+    _group(part)
+    yield TraceWriter(path=part, steps=steps, runs=runs, taps=TapSpec() if taps is None else taps)
+
+
+# Answers
+
+
+def write_answers(folder: str | Path, answers: AnswerTrace) -> None:
+  """Writes `answers.json`; an answer is a str, an int or None."""
+  record = {f.name: getattr(answers, f.name) for f in dataclasses.fields(answers)}
+  write_json(Path(folder) / "answers.json", plain(record))
+
+
+def read_answers(path: str | Path) -> AnswerTrace:
+  """Reads `answers.json`."""
+  record = _json(Path(path))
+  kinds: dict[str, type] = {"answer": object, "right": bool}
+  kinds |= dict.fromkeys(("sigma", "score", "commitment_sigma"), float)
+  kinds |= dict.fromkeys(("candidates", "entropy", "mass"), float)
+  try:
+    arrays = {
+      f.name: np.array(record[f.name], kinds.get(f.name, int))
+      for f in dataclasses.fields(AnswerTrace)
+      if f.name != "task"
+    }
+    return AnswerTrace(task=tuple(record["task"]), **arrays)
+  except (KeyError, TypeError, ValueError) as error:
+    raise _damaged(Path(path)) from error
+
+
+# Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+  """An array on disk: `stored[step]`, or any numpy index, reads just that."""
+
+  path: Path
+  stored: Any
+  axes: tuple[str, ...]
+  attributes: Mapping[str, Any]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.stored.shape)
+
+  @property
+  def steps(self) -> list[int]:
+    """The denoising step of each row."""
+    return list(self.attributes.get("steps", range(self.shape[0])))
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, where: Any) -> np.ndarray:
+    first = where[0] if isinstance(where, tuple) and where else where
+    if isinstance(first, int | np.integer) and not -len(self) <= first < len(self):
+      raise IndexError(f"row {first} is not in {self.path.name}; it has {len(self)} rows.")
+    if isinstance(first, int | np.integer) and first < 0:
+      rest = where[1:] if isinstance(where, tuple) else ()
+      where = (first + len(self), *rest)
+    try:
+      return np.asarray(self.stored[where].read().result())
+    except ValueError as error:
+      raise ValueError(
+        f"{self.path} can't be read at {where!r}, a chunk is missing or damaged: run it "
+        "again, or copy the folder again."
+      ) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A run folder, read lazily; made by `open_run`.
+
+  sigma: S. finite: S R. latents, x0: S R F H W C. frames: S' R frames height width 3, x0 as
+  pixels. None = not kept. taps: 'attn_out/norm' -> S' L G R .... runs: what each of the R runs is.
+  answers: None = no run belongs to a task.
+  """
+
+  path: Path
+  manifest: dict[str, Any]
+  runs: list[dict[str, Any]]
+  sigma: np.ndarray
+  finite: np.ndarray
+  latents: StoredArray | None
+  x0: StoredArray | None
+  frames: StoredArray | None
+  taps: dict[str, StoredArray]
+  answers: AnswerTrace | None
+
+  @property
+  def final_latents(self) -> np.ndarray:
+    """R F H W C float32."""
+    path = self.path / "final_latents.npy"
+    try:
+      return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise _damaged(path) from error
+
+  def first(self, run: int) -> Path | None:
+    """The given first frame of a run, a PNG."""
+    return self._file(f"first_{run}.png")
+
+  def video(self, run: int) -> Path | None:
+    """The final video of a run, an MP4."""
+    return self._file(f"video_{run}.mp4")
+
+  def strip(self, run: int) -> Path | None:
+    """The film strip of a run, a PNG: rows steps, columns frames."""
+    return self._file(f"x0_{run}.png")
+
+  def verify(self) -> None:
+    """Compares every data file with its checksum; ValueError names those that differ."""
+    faults = []
+    for name, wanted in self.manifest["files"].items():
+      path = self.path / name
+      if not path.exists():
+        faults.append(f"{name} is missing")
+      elif checksum(path) != wanted:
+        faults.append(f"{name} differs from its checksum")
+    if faults:
+      said = ", ".join(faults)
+      raise ValueError(f"{self.path}: {said}; run it again, or copy the folder again.")
+
+  def table(self) -> list[dict[str, Any]]:
+    """One row per run and step: what the run is, step, sigma, finite, answer, right, score."""
+    rows = []
+    answers = self.answers
+    row_of = {} if answers is None else {int(s): i for i, s in enumerate(answers.steps)}
+    for r, run in enumerate(self.runs):
+      said = {k: run.get(k) for k in ("case", "task", "split", "index", "seed", "prompt")}
+      for s, sigma in enumerate(self.sigma):
+        row = {"run": r, **said, "step": s, "sigma": float(sigma)}
+        row["finite"] = bool(self.finite[s, r])
+        if answers is not None:
+          i = row_of.get(s)
+          read = i is not None and answers.task[r] is not None
+          row["answer"] = answers.answer[i, r] if read else None
+          row["right"] = bool(answers.right[i, r]) if read else None
+          row["score"] = float(answers.score[i, r]) if read else None
+        rows.append(row)
+    return rows
+
+  def to_pandas(self) -> Any:
+    """`table()` as a pandas DataFrame."""
+    if importlib.util.find_spec("pandas") is None:
+      raise ValueError(
+        "to_pandas needs pandas, which is not installed: pip install pandas, or use .table()."
+      )
+    return importlib.import_module("pandas").DataFrame(self.table())
+
+  def _file(self, name: str) -> Path | None:
+    path = self.path / name
+    return path if path.is_file() else None
+
+
+def open_run(folder: str | Path) -> Run:
+  """Opens a run folder; arrays are read when indexed.
+
+  Raises:
+    ValueError: the folder is not there, is not a run, or a file of it is missing or damaged.
+  """
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise ValueError(f"there is no folder {folder}: give the --out of a run.")
+  if not (folder / "manifest.json").is_file():
+    raise ValueError(
+      f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."
+    )
+  manifest = _json(folder / "manifest.json")
+  runs = _json(folder / "runs.json")
+  root = folder / "trace.zarr"
+  arrays = {
+    p.parent.relative_to(root).as_posix(): _open_array(p.parent)
+    for p in sorted(root.rglob("zarr.json"))
+    if _json(p).get("node_type") == "array"
+  }
+  for name in ("sigma", "finite"):
+    if name not in arrays:
+      raise _damaged(root / name)
+  if arrays["finite"].shape[1] != len(runs):
+    raise ValueError(
+      f"{folder}: runs.json names {len(runs)} runs, trace.zarr has "
+      f"{arrays['finite'].shape[1]}; run it again, or copy the folder again."
+    )
+  answers = folder / "answers.json"
+  return Run(
+    path=folder,
+    manifest=manifest,
+    runs=runs,
+    sigma=arrays["sigma"][:],
+    finite=arrays["finite"][:],
+    latents=arrays.get("latents"),
+    x0=arrays.get("x0"),
+    frames=arrays.get("frames"),
+    taps={n.removeprefix("taps/"): a for n, a in arrays.items() if n.startswith("taps/")},
+    answers=read_answers(answers) if answers.is_file() else None,
+  )
+
+
+# Details
+
+
+def plain(value: Any) -> Any:
+  """`value` as JSON can say it: arrays and tuples as lists, numbers that are not finite as None."""
+  if isinstance(value, Mapping):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, np.ndarray):
+    return plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  if isinstance(value, set | frozenset):
+    return sorted((plain(v) for v in value), key=repr)
+  if isinstance(value, np.generic):
+    return plain(value.item())
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, str | int | bool):
+    return value
+  if isinstance(value, Path):
+    return str(value)
+  raise ValueError(f"{value!r} can't be written as JSON: give numbers, strings, lists and dicts.")
+
+
+def _chunk(axes: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> list[int]:
+  """One step of as many runs as fit in `CHUNK_BYTES`; `sigma` and `finite` are one chunk."""
+  if len(shape) <= 2:
+    return [max(n, 1) for n in shape]
+  run = axes.index("run")
+  of_run = itemsize * math.prod(n for i, n in enumerate(shape) if i not in (0, run))
+  chunk = [max(n, 1) for n in shape]
+  chunk[0] = 1
+  chunk[run] = max(1, min(shape[run], CHUNK_BYTES // max(of_run, 1)))
+  return chunk
+
+
+def _group(path: Path) -> None:
+  path.mkdir(exist_ok=True)
+  mark = path / "zarr.json"
+  if not mark.exists():
+    mark.write_text(json.dumps({"zarr_format": 3, "node_type": "group"}), encoding="utf-8")
+
+
+def _open_array(path: Path) -> StoredArray:
+  spec = {
+    "driver": "zarr3",
+    "kvstore": {"driver": "file", "path": f"{path}/"},
+    "fill_missing_data_reads": False,
+  }
+  try:
+    stored = ts.open(spec, read=True).result()
+  except ValueError as error:
+    raise _damaged(path / "zarr.json") from error
+  meta = _json(path / "zarr.json")
+  return StoredArray(path, stored, tuple(meta["dimension_names"]), meta.get("attributes", {}))
+
+
+def _json(path: Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise ValueError(f"{path} is missing: run it again, or copy the folder again.") from error
+  except (OSError, ValueError) as error:
+    raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> ValueError:
+  return ValueError(f"{path} is missing or damaged: run it again, or copy the folder again.")
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+  """Turns an OSError of the system into one sentence that names the file and the remedy."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None:
+      raise
+    raise _disk_error(error, path) from error
+
+
+def _disk_error(error: Exception, path: Path) -> OSError:
+  place = path.parent.parent if STAGE in path.parts else path
+  reason = error.strerror if isinstance(error, OSError) else str(error)
+  if "space" in str(error) or "quota" in str(error).lower() or "too large" in str(error):
+    remedy = "free some space or choose another --out"
+  else:
+    remedy = "choose another --out"
+  return OSError(f"{place} could not be written ({reason}): {remedy}.")
+
+
+def _missing_parents(path: Path) -> list[Path]:
+  """The folders that making `path` will make, innermost first."""
+  made = []
+  while not path.exists():
+    made.append(path)
+    path = path.parent
+  return made
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _revision() -> str | None:
+  """The git revision of a checkout, with a + where tracked files differ; None when installed."""
+  root = Path(__file__).resolve().parent.parent
+  if not (root / ".git").exists() or shutil.which("git") is None:
+    return None
+  git = ["git", "-C", str(root)]
+  head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+  if head.returncode:
+    return None
+  changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+  return head.stdout.strip() + ("+" if changed else "")

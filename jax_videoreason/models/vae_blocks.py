@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from jax_videoreason.attention import attend
 from jax_videoreason.axes import Array
 
 STREAM = "stream"
@@ -35,12 +36,12 @@ class CausalConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, first: bool = True) -> Array:
-    kt, kh, kw = self.kernel
+    kt = self.kernel[0]
     shape = (*self.kernel, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(x.dtype)
     bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
 
-    step, space = self.stride
+    step = self.stride[0]
     kept = kt - step
     if kept > 0:
       if not first:
@@ -50,19 +51,32 @@ class CausalConv(nn.Module):
       if self.is_mutable_collection(STREAM) and not self.is_initializing():
         self.put_variable(STREAM, "frames", x[:, x.shape[1] - kept :])
 
-    # XLA's 3-D convolution is slow on CPU: shifted frames stacked on the channels make it 2-D,
-    # several times faster forward and backward.
+    # XLA's 3-D convolution is slow on CPU. Shifted frames stacked on the channels make it 2-D,
+    # several times faster forward and backward; the narrower side, input or output, is stacked.
     count = (x.shape[1] - kt) // step + 1
-    x = jnp.concatenate([x[:, t : t + step * count : step][:, :count] for t in range(kt)], axis=-1)
-    runs = x.shape[0]
+
+    def shifted(x: Array, t: int) -> Array:
+      return x[:, t : t + step * count : step][:, :count]
+
+    if step == 1 and self.features < x.shape[-1]:
+      y = self._space(x, rearrange(kernel, "t h w i o -> h w i (t o)"))
+      y = rearrange(y, "r f h w (t c) -> t r f h w c", t=kt)
+      y = sum(shifted(y[t], t) for t in range(1, kt)) + shifted(y[0], 0)
+    else:
+      x = jnp.concatenate([shifted(x, t) for t in range(kt)], axis=-1)
+      y = self._space(x, rearrange(kernel, "t h w i o -> h w (t i) o"))
+    return y + jnp.expand_dims(bias, (0, 1, 2, 3))
+
+  def _space(self, x: Array, kernel: Array) -> Array:
+    """The convolution over height and width, each frame by itself."""
     y = jax.lax.conv_general_dilated(
       rearrange(x, "r f h w c -> (r f) h w c"),
-      rearrange(kernel, "t h w i o -> h w (t i) o"),
-      window_strides=(space, space),
-      padding=[self.pad or (k // 2, k // 2) for k in (kh, kw)],
+      kernel,
+      window_strides=(self.stride[1], self.stride[1]),
+      padding=[self.pad or (k // 2, k // 2) for k in self.kernel[1:]],
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return rearrange(y, "(r f) h w c -> r f h w c", r=runs) + jnp.expand_dims(bias, (0, 1, 2, 3))
+    return rearrange(y, "(r f) h w c -> r f h w c", r=x.shape[0])
 
 
 class ChannelNorm(nn.Module):
@@ -104,7 +118,8 @@ class FrameAttention(nn.Module):
     y = ChannelNorm(name="norm")(x)
     y = nn.Dense(3 * channels, dtype=x.dtype, name="qkv")(y)
     q, k, v = rearrange(y, "r f h w (n k) -> n (r f) (h w) 1 k", n=3)
-    y = jax.nn.dot_product_attention(q, k, v)
+    # Plain XLA: this one head is wider than cuDNN's kernels take (384 at the published size).
+    y = attend(q, k, v, implementation="xla")
     y = rearrange(y, "(r f) (h w) 1 k -> r f h w k", r=runs, h=height)
     return x + nn.Dense(channels, dtype=x.dtype, name="out")(y)
 

@@ -1,0 +1,223 @@
+"""The Wan2.1 VAE: shapes, causality, chunks, normalisation, errors, names of the tensors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_videoreason.convert import vae as vae_table
+from jax_videoreason.convert.engine import leaves
+from jax_videoreason.models.vae_blocks import CausalConv
+from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+
+TINY = WanVAEConfig(base_width=4, stages=(1, 2, 4), temporal=(True, True), blocks=1)
+
+
+def random_params(config: WanVAEConfig):
+  """Weights in every leaf, so that biases and scales count."""
+  frames = 1 + config.stride[0]
+  video = jax.ShapeDtypeStruct((1, frames, *config.stride[1:], 3), jnp.float32)
+  shapes = jax.eval_shape(WanVAE(config).init, jax.random.key(0), video)["params"]
+  rng = np.random.default_rng(0)
+
+  def leaf(path, shape):
+    if path[-1].key == "scale":
+      value = rng.uniform(0.5, 1.5, shape.shape)
+    else:
+      value = rng.normal(0, 1.0, shape.shape) / max(1, np.prod(shape.shape[:-1])) ** 0.5
+    return jnp.asarray(value, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@pytest.fixture(scope="session")
+def params():
+  return random_params(TINY)
+
+
+@functools.cache
+def run(method: str, chunk: int | None = None):
+  vae = WanVAE(TINY)
+  return jax.jit(lambda p, x: vae.apply({"params": p}, x, chunk, method=method))
+
+
+def video(frames: int, runs: int = 2, size: int = 8):
+  rng = np.random.default_rng(frames)
+  return jnp.asarray(rng.uniform(-1, 1, (runs, frames, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("temporal", [(True, True), (False, True), (False, False)])
+def test_the_stride_follows_the_stages_and_the_temporal_flags(temporal):
+  config = WanVAEConfig(base_width=4, stages=(1, 2, 4), temporal=temporal, blocks=1)
+  step = 2 ** sum(temporal)
+  assert config.stride == (step, 4, 4)
+  x = jax.ShapeDtypeStruct((2, 1 + 2 * step, 8, 12, 3), jnp.float32)
+  _, variables = jax.eval_shape(lambda x: WanVAE(config).init_with_output(jax.random.key(0), x), x)
+  z = jax.eval_shape(lambda v, x: WanVAE(config).apply(v, x, method="encode"), variables, x)
+  y = jax.eval_shape(lambda v, z: WanVAE(config).apply(v, z, method="decode"), variables, z)
+  assert set(variables) == {"params"}
+  assert z.shape == (2, 3, 2, 3, 16)
+  assert y.shape == x.shape
+
+
+def test_the_published_size_has_the_published_number_of_parameters():
+  config = WanVAEConfig()
+  x = jax.ShapeDtypeStruct((1, 5, 16, 16, 3), jnp.float32)
+  shapes = jax.eval_shape(WanVAE(config).init, jax.random.key(0), x)["params"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 126_892_531
+  assert config.stride == (4, 8, 8)
+
+
+@pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
+def test_a_causal_convolution_is_the_3d_convolution_of_frames_padded_in_front(widths):
+  inside, outside = widths
+  conv = CausalConv(outside)
+  x = jax.random.normal(jax.random.key(0), (2, 4, 5, 6, inside))
+  variables = conv.init(jax.random.key(1), x)
+  wanted = jax.lax.conv_general_dilated(
+    x,
+    variables["params"]["kernel"],
+    (1, 1, 1),
+    ((2, 0), (1, 1), (1, 1)),
+    dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+  )
+  np.testing.assert_allclose(conv.apply(variables, x), wanted, atol=1e-5)
+
+
+SLOW = pytest.mark.slow  # compilations: the pairs left out say little that the others do not
+
+
+@pytest.mark.parametrize(
+  ("frames", "chunk"),
+  [
+    (1, 1),
+    (5, 2),
+    (17, 1),
+    (17, 2),
+    pytest.param(1, 2, marks=SLOW),
+    pytest.param(1, 4, marks=SLOW),
+    pytest.param(5, 1, marks=SLOW),
+    pytest.param(5, 4, marks=SLOW),
+    pytest.param(17, 4, marks=SLOW),
+  ],
+)
+def test_chunks_equal_the_whole(params, frames, chunk):
+  x = video(frames)
+  mean, logvar = run("encode_moments")(params, x)
+  chunked_mean, chunked_logvar = run("encode_moments", chunk)(params, x)
+  np.testing.assert_allclose(chunked_mean, mean, atol=1e-5)
+  np.testing.assert_allclose(chunked_logvar, logvar, atol=1e-5)
+  whole = run("decode_values")(params, mean)
+  assert whole.shape == x.shape
+  np.testing.assert_allclose(run("decode_values", chunk)(params, mean), whole, atol=1e-5)
+
+
+def test_nothing_sees_a_later_frame(params):
+  x = video(9)
+  z = run("encode")(params, x)
+  cut = run("encode")(params, x[:, :5])
+  np.testing.assert_allclose(cut, z[:, :2], atol=1e-5)
+  y, y_cut = run("decode")(params, z), run("decode")(params, z[:, :2])
+  np.testing.assert_allclose(y_cut, y[:, :5], atol=1e-5)
+  later = run("encode")(params, x.at[:, 5:].set(0.0))
+  assert float(jnp.abs(later[:, 2] - z[:, 2]).max()) > 1e-2
+
+
+def test_latents_are_normalised_per_channel_and_the_video_is_clipped(params):
+  x = video(5)
+  mean, _ = run("encode_moments")(params, x)
+  z = run("encode")(params, x)
+  wanted = (np.asarray(mean, np.float64) - np.array(TINY.mean)) / np.array(TINY.std)
+  np.testing.assert_allclose(z, wanted, atol=1e-5)
+  raw = run("decode_values")(params, mean)
+  np.testing.assert_allclose(run("decode")(params, z), np.clip(raw, -1, 1), atol=1e-4)
+
+
+def test_gradients_are_finite_for_a_constant_video():
+  vae = WanVAE(WanVAEConfig(base_width=4, stages=(1, 2), temporal=(True,), blocks=1))
+
+  @jax.jit
+  @jax.grad
+  def slope(p, x):
+    mean, logvar = vae.apply({"params": p}, x, method="encode_moments")
+    y = vae.apply({"params": p}, mean, method="decode_values")
+    return jnp.mean((y - x) ** 2) + jnp.mean(jnp.exp(logvar))
+
+  weights = random_params(vae.config)
+  blank = jax.tree.map(jnp.zeros_like, weights)  # every norm divides by the norm of zeros
+  for given in (weights, blank):
+    grads = slope(given, jnp.zeros((1, 3, 4, 4, 3)))
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_memory_of_chunks_does_not_grow_with_the_frames(params):
+  def working(frames: int, chunk: int | None) -> int:
+    z = jax.ShapeDtypeStruct((1, frames, 8, 8, 16), jnp.float32)
+    compiled = run("decode_values", chunk).lower(params, z).compile()
+    analysis = compiled.memory_analysis()
+    pixels = 4 * 3 * 32 * 32 * (1 + 4 * (frames - 1))
+    return analysis.temp_size_in_bytes - 2 * pixels  # the scan's rows, then the joined video
+
+  assert working(33, 1) < 1.2 * working(9, 1)
+  assert working(33, None) > 2 * working(9, None)
+  assert working(33, 1) < 0.2 * working(33, None)
+
+
+def test_bfloat16_blocks_give_float32_near_the_float32_result(params):
+  half = WanVAE(WanVAEConfig(**{**vars(TINY), "dtype": "bfloat16"}))
+  x = video(5)
+  z = run("encode")(params, x)
+  z_half = half.apply({"params": params}, x, method="encode")
+  assert z_half.dtype == jnp.float32
+  # bfloat16 keeps 8 bits: 0.4% a rounding, some ten of them in a row.
+  assert float(jnp.linalg.norm(z_half - z) / jnp.linalg.norm(z)) < 5e-2
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8, 16), (1, 5, 8, 8, 4)])
+def test_latents_of_another_rank_or_width_are_refused(params, shape):
+  with pytest.raises(ValueError, match=r"latents are \(.*wanted R F H W C with C = 16"):
+    WanVAE(TINY).apply({"params": params}, jnp.zeros(shape), method="decode")
+
+
+@pytest.mark.parametrize(
+  ("shape", "text"),
+  [
+    ((1, 4, 8, 8, 3), r"1 \+ 4k frames"),
+    ((1, 5, 10, 8, 3), "multiples of 4 and 4 pixels"),
+    ((5, 8, 8, 3), "wanted R frames height width 3"),
+  ],
+)
+def test_videos_that_do_not_fit_are_refused(params, shape, text):
+  with pytest.raises(ValueError, match=text):
+    WanVAE(TINY).apply({"params": params}, jnp.zeros(shape), method="encode")
+
+
+def test_bad_chunks_and_configs_are_refused(params):
+  with pytest.raises(ValueError, match="chunk=0 latent frames, wanted 1 or more"):
+    WanVAE(TINY).apply({"params": params}, video(5), 0, method="encode")
+  with pytest.raises(ValueError, match="has 3 flags, wanted 2"):
+    WanVAEConfig(stages=(1, 2, 4))
+  with pytest.raises(ValueError, match="mean has 16 numbers, wanted z_channels=4"):
+    WanVAEConfig(z_channels=4)
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("config", [TINY, WanVAEConfig(base_width=4)])
+def test_both_namings_fill_every_leaf_once(config, naming):
+  rows = vae_table.table(config, naming)
+  targets = [target for _, target, _ in rows]
+  assert sorted(targets) == sorted(leaves(random_params(config)))
+  assert len({key for key, _, _ in rows}) == len(rows)
+
+
+def test_the_original_names_of_the_published_size():
+  keys = {key: target for key, target, _ in vae_table.table(WanVAEConfig(), "original")}
+  assert keys[r"encoder\.downsamples\.5\.time_conv\.weight"] == (
+    "encoder/stage_1_down/time_conv/kernel"
+  )
+  assert keys[r"decoder\.upsamples\.4\.shortcut\.weight"] == (
+    "decoder/stage_1_block_0/shortcut/kernel"
+  )
+  assert keys[r"decoder\.upsamples\.11\.resample\.1\.weight"] == "decoder/stage_2_up/space/kernel"

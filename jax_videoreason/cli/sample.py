@@ -172,7 +172,7 @@ def record(
   store.write_manifest(
     folder,
     config=dataclasses.asdict(chosen),
-    command=sys.argv,
+    command=["videoreason", *sys.argv[1:]],
     device=jax.devices()[0].device_kind,
     model=card.name,
     sources=dict(card.sources),
@@ -255,7 +255,7 @@ def describe(question: Question, seed: int) -> Mapping[str, Any]:
     return {"seed": seed, "prompt": question.prompt}
   case = question.case
   return {
-    "case": f"{case.task}/{case.split}/{case.index}",
+    "case": f"{case.task} {case.split} {case.index}",
     "task": case.task,
     "split": case.split,
     "index": case.index,

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jax_videoreason.axes import Array
@@ -127,7 +126,7 @@ def _truncated(timestep: np.ndarray) -> np.ndarray:
 
 def _bfloat16(timestep: np.ndarray) -> np.ndarray:
     # float32 comes first, as in the reference.
-    return timestep.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+    return timestep.astype(np.float32).astype(jnp.dtype("bfloat16")).astype(np.float64)
 
 
 ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {

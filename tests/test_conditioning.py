@@ -1,0 +1,223 @@
+"""Prompts and first frames reach the model as Wan wants them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_videoreason import conditioning
+from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
+from jax_videoreason.models.wan import WanConfig, WanDiT
+from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
+from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
+
+PROMPTS = ["move the red ball to the exit", "sort the bars", "sort the bars"]
+LENGTH = 9
+
+
+def dit(image_input: str, clip_width: int | None = None) -> WanDiT:
+  channels = 12 if image_input == "concat" else 4
+  return WanDiT(
+    WanConfig(
+      width=24,
+      ffn_width=32,
+      heads=2,
+      layers=1,
+      in_channels=channels,
+      out_channels=4,
+      image_input=image_input,
+      clip_width=clip_width,
+    )
+  )
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory) -> ModelBundle:
+  """concat; 2 x 2 x 2 stride, 4 channels; text 9 x 16."""
+  file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+  file.write_text(train_word_tokenizer(PROMPTS), encoding="utf-8")
+  text = UMT5Encoder(
+    UMT5Config(vocab=32, width=16, head_width=8, heads=2, ffn_width=32, layers=1, dtype="float32")
+  )
+  vae = WanVAE(
+    WanVAEConfig(
+      base_width=4,
+      z_channels=4,
+      stages=(1, 1),
+      blocks=1,
+      temporal=(True,),
+      mean=(0.1, -0.2, 0.3, 0.0),
+      std=(1.0, 2.0, 0.5, 1.5),
+    )
+  )
+  ids = jnp.zeros((1, LENGTH), jnp.int32)
+  return ModelBundle(
+    params=(None,),
+    text=jax.jit(text.init)(jax.random.key(0), ids, ids == 0)["params"],
+    vae=jax.jit(vae.init)(jax.random.key(1), jnp.zeros((1, 1, 4, 4, 3)))["params"],
+    parts=Parts(dit=dit("concat"), vae=vae, text=text),
+    card=Card(
+      name="tiny",
+      family="wan21",
+      latents=LatentSpec(channels=4, stride=vae.config.stride),
+      text_length=LENGTH,
+      tokenizer=str(file),
+    ),
+  )
+
+
+def vae_encode(bundle: ModelBundle, video: np.ndarray) -> jax.Array:
+  vae = bundle.parts.vae
+  return jax.jit(lambda x: vae.apply({"params": bundle.vae}, x, method="encode"))(video)
+
+
+def with_dit(bundle: ModelBundle, image_input: str, clip_width: int | None = None) -> ModelBundle:
+  parts = dataclasses.replace(bundle.parts, dit=dit(image_input, clip_width))
+  return dataclasses.replace(bundle, parts=parts)
+
+
+@pytest.fixture(scope="session")
+def first_frames() -> np.ndarray:
+  images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
+  return images[[0, 1, 0]]
+
+
+@pytest.fixture(scope="session")
+def encoded(bundle, first_frames):
+  return conditioning.encode(bundle, PROMPTS, first_frames, frames=5)
+
+
+def test_shapes_and_branches(encoded):
+  assert encoded.text.shape == (2, 3, LENGTH, 16)
+  assert encoded.known.shape == (3, 3, 4, 6, 4)
+  assert encoded.known_mask.shape == (3, 3, 4, 6, 4)
+  assert encoded.clip is None
+
+
+def test_text_is_that_of_the_encoder_and_zero_after_the_last_token(bundle, encoded):
+  ids, mask = Tokenizer(bundle.card.tokenizer).encode(PROMPTS, LENGTH)
+  states = bundle.parts.text.apply({"params": bundle.text}, ids, mask)
+  wanted = np.where(mask[..., None], states, 0.0)
+  np.testing.assert_allclose(encoded.text[0], wanted, atol=1e-5)
+  assert mask.sum(1).tolist() == [8, 4, 4]
+  assert not np.any(encoded.text[0, 1, 4:])
+
+
+def test_the_negative_prompt_is_one_for_all_runs(bundle, encoded, first_frames):
+  negative = np.asarray(encoded.text[1])
+  np.testing.assert_array_equal(negative, negative[[0, 0, 0]])
+  assert np.any(negative[0, 0]) and not np.any(negative[0, 1:])  # '' is its </s> alone
+  other = conditioning.encode(
+    bundle, PROMPTS, first_frames, frames=5, negative_prompt="sort the bars"
+  )
+  np.testing.assert_allclose(other.text[1, 0], other.text[0, 1], atol=1e-6)
+
+
+def test_unguided_has_one_branch(bundle, encoded, first_frames):
+  unguided = conditioning.encode(bundle, PROMPTS, first_frames, frames=5, guided=False)
+  assert unguided.text.shape == (1, 3, LENGTH, 16)
+  np.testing.assert_allclose(unguided.text[0], encoded.text[0], atol=1e-6)
+
+
+def test_known_is_the_image_followed_by_mid_grey(bundle, encoded, first_frames):
+  video = np.zeros((3, 5, 8, 12, 3), np.float32)
+  video[:, 0] = first_frames / 127.5 - 1.0
+  wanted = vae_encode(bundle, video)
+  np.testing.assert_allclose(encoded.known, wanted, atol=1e-5)
+  assert np.abs(encoded.known[0] - encoded.known[1]).max() > 1e-3
+  np.testing.assert_array_equal(encoded.known[0], encoded.known[2])
+
+
+def test_the_mask_gives_all_four_channels_of_latent_frame_zero(encoded):
+  mask = np.asarray(encoded.known_mask)
+  assert np.all(mask[:, 0] == 1) and not np.any(mask[:, 1:])
+
+
+def test_overwrite_encodes_the_image_alone_and_pads(bundle, first_frames):
+  made = conditioning.encode(with_dit(bundle, "overwrite"), PROMPTS, first_frames, frames=5)
+  image = first_frames[:, None] / np.float32(127.5) - 1
+  wanted = vae_encode(bundle, image)
+  assert made.known.shape == (3, 3, 4, 6, 4)
+  np.testing.assert_allclose(made.known[:, :1], wanted, atol=1e-5)
+  assert not np.any(made.known[:, 1:])
+  np.testing.assert_array_equal(made.known_mask[:, :, 0, 0, 0], [[1, 0, 0]] * 3)
+
+
+@pytest.mark.parametrize("image_input", ["none", "overwrite"])
+def test_text_alone_gives_no_known(bundle, image_input):
+  made = conditioning.encode(with_dit(bundle, image_input), PROMPTS, None, frames=5)
+  assert made.known is None and made.known_mask is None
+
+
+def test_batches_do_not_show(bundle, encoded, first_frames, monkeypatch):
+  monkeypatch.setattr(conditioning, "PROMPTS", 2)
+  monkeypatch.setattr(conditioning, "PIXELS", 5 * 8 * 12 - 1)  # one video at a time, in chunks
+  small = conditioning.encode(bundle, PROMPTS, first_frames, frames=5)
+  np.testing.assert_allclose(small.text, encoded.text, atol=1e-5)
+  np.testing.assert_allclose(small.known, encoded.known, atol=1e-5)
+
+
+def test_the_model_takes_what_was_made(bundle, encoded):
+  made = jax.eval_shape(
+    lambda: WanDiT(dataclasses.replace(bundle.parts.dit.config, text_width=16)).init_with_output(
+      jax.random.key(0), jnp.zeros((3, 3, 4, 6, 4)), jnp.zeros((2, 256)), encoded
+    )[0][0]
+  )
+  assert made.shape == (2, 3, 3, 4, 6, 4)
+
+
+def test_clip_tokens_are_handed_on_and_demanded(bundle, first_frames):
+  reads_clip = with_dit(bundle, "concat", clip_width=10)
+  tokens = jnp.ones((3, 7, 10))
+  made = conditioning.encode(reads_clip, PROMPTS, first_frames, frames=5, clip=tokens)
+  np.testing.assert_array_equal(made.clip, tokens)
+  with pytest.raises(ValueError, match="clip is missing and the model has clip_width=10"):
+    conditioning.encode(reads_clip, PROMPTS, first_frames, frames=5)
+  with pytest.raises(ValueError, match=r"clip is \(3, 7, 10\) and the model has clip_width=None"):
+    conditioning.encode(bundle, PROMPTS, first_frames, frames=5, clip=tokens)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"frames": 6}, r"frames=6, wanted 1 \+ 2k: use 5 or 7"),
+    ({"prompts": "one"}, "wanted a list with one prompt per run"),
+    ({"prompts": []}, "wanted a list with one prompt per run"),
+    ({"prompts": ["a"]}, "3 first frames for 1 prompts"),
+    ({"first_frames": np.zeros((3, 8, 10, 3), np.uint8)}, "width=10 pixels, wanted a multiple"),
+    ({"first_frames": np.zeros((3, 8, 12, 3))}, r"float64 \(3, 8, 12, 3\), wanted uint8 RGB"),
+    ({"first_frames": np.zeros((3, 8, 12, 4), np.uint8)}, r"uint8 \(3, 8, 12, 4\), wanted uint8"),
+    ({"first_frames": np.zeros((8, 12, 3), np.uint8)}, r"uint8 \(8, 12, 3\), wanted uint8 RGB"),
+    ({"first_frames": None}, "tiny continues a first frame and first_frames is None"),
+  ],
+)
+def test_bad_input_is_refused(bundle, first_frames, change, message):
+  call = {"prompts": PROMPTS, "first_frames": first_frames, "frames": 5} | change
+  with pytest.raises(ValueError, match=message):
+    conditioning.encode(bundle, **call)
+
+
+def test_a_frame_for_a_model_without_image_input_is_refused(bundle, first_frames):
+  with pytest.raises(ValueError, match="tiny takes text alone"):
+    conditioning.encode(with_dit(bundle, "none"), PROMPTS, first_frames, frames=5)
+
+
+@pytest.mark.parametrize(
+  ("part", "message"), [("text", "text encoder of tiny is not loaded"), ("vae", "VAE of tiny")]
+)
+def test_a_part_that_is_not_loaded_is_named(bundle, first_frames, part, message):
+  with pytest.raises(ValueError, match=message):
+    conditioning.encode(
+      dataclasses.replace(bundle, **{part: None}), PROMPTS, first_frames, frames=5
+    )
+
+
+def test_a_foreign_tokenizer_is_refused(bundle, first_frames, tmp_path):
+  file = tmp_path / "tokenizer.json"
+  file.write_text(train_word_tokenizer([" ".join(f"word{i}" for i in range(40))]))
+  card = dataclasses.replace(bundle.card, tokenizer=str(file))
+  with pytest.raises(ValueError, match="has 43 ids, the text encoder 32"):
+    conditioning.encode(dataclasses.replace(bundle, card=card), PROMPTS, first_frames, frames=5)

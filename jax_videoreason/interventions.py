@@ -3,7 +3,8 @@
 First the nouns, then what the sampler and the model call, then the constructors: pure functions
 from an Intervention to an Intervention, which compose. They stay in numpy while every value is
 known, so that faults are found before anything runs; a traced step, layer, run or number works
-too, without those checks. A second edit of a cell acts on the result of the first.
+too, without those checks. A second edit of one kind acts on the result of the first; the kinds act
+in the order mix, gate, steer, whatever the order of the calls.
 """
 
 import dataclasses
@@ -839,6 +840,7 @@ def _inside(
 def _with_place(edit: Intervention, at: At, written: Any) -> Intervention:
   """`edit` with the tokens and branches of `at`, refused where another edit holds them already."""
   sizes = at.sizes
+  check_edit(edit, sizes)
   cells = _mask(at.steps, sizes.S)[:, None] & written[None, :]
   busy = _busy(edit, sizes)
   tokens = _tokens(at)

@@ -1,0 +1,740 @@
+"""Interventions: what they leave alone to the bit, what they change, and what they refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_videoreason.interventions import (
+  BLOCK_UPDATE,
+  NOISE_MODES,
+  ROOM,
+  Intervention,
+  ablate,
+  check_edit,
+  closeness_weights,
+  edit_latents,
+  edit_output,
+  edit_site,
+  ensemble_runs,
+  identity,
+  layer_edits,
+  noise_at,
+  patch_runs,
+  steer,
+  step_edits,
+  swap_runs,
+  wants_noise,
+  where,
+)
+from jax_videoreason.sharding import make_mesh
+from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import SITES
+
+SIZES = Sizes(S=5, R=4, G=2, L=6, F=3, H=4, W=4, C=2, T=12, D=8, sites=SITES)
+SIGMA = np.array([1.0, 0.95, 0.8, 0.6, 0.3, 0.0], np.float32)
+BLOCK_ROOM = ("mix", "gate", "steer", "tokens")
+MIDDLE = 1 / 3
+
+
+@pytest.fixture(scope="module")
+def value():
+  return np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 12, 8)))
+
+
+@pytest.fixture(scope="module")
+def latents():
+  x, x0, noise = jax.random.normal(jax.random.key(1), (3, 4, 3, 4, 4, 2))
+  return np.asarray(x), np.asarray(x0), np.asarray(noise)
+
+
+@pytest.fixture(scope="module")
+def at_site():
+  """edit_site with everything in the room, compiled once: (value, edit, step, layer) -> value."""
+
+  @jax.jit
+  def call(value, edit, step, layer):
+    edits = step_edits(edit, step)
+    return value if edits is None else edit_site(value, layer_edits(edits, layer), "attn_out")
+
+  return lambda value, edit, step=0, layer=0: np.asarray(call(value, edit, step, layer))
+
+
+@pytest.fixture(scope="module")
+def on_latents():
+  call = jax.jit(edit_latents)
+
+  def run(edit, step, x, x0, noise):
+    return [np.asarray(out) for out in call(edit, step, x, x0, noise)]
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def on_output():
+  call = jax.jit(edit_output)
+
+  def run(edit, step, x0, velocity, x, sigma):
+    return [np.asarray(out) for out in call(edit, step, x0, velocity, x, sigma)]
+
+  return run
+
+
+def room(*edits, sites=("attn_out",), sizes=SIZES):
+  return identity(sizes, edits=edits or BLOCK_ROOM, sites=sites)
+
+
+# Identity
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_identity_keeps_every_bit(dtype, at_site, value):
+  x = value.astype(dtype)
+  x[0, 1, 2, 3], x[1, 0, 0, 0] = np.nan, -0.0
+  for step, layer in ((0, 0), (4, 5)):
+    after = at_site(x, room(), step, layer)
+    assert after.dtype == dtype
+    assert after.tobytes() == x.tobytes()
+
+
+def test_identity_keeps_every_bit_of_latents_and_output(on_latents, on_output, latents):
+  x, x0, noise = latents
+  edit = identity(SIZES, edits=("mix_latents", "noise", "mix_out"))
+  after, touched = on_latents(edit, 2, x, x0, noise)
+  assert after.tobytes() == x.tobytes()
+  assert not touched.any()
+  same = on_output(edit, 2, x0, noise, x, 0.8)
+  assert same[0].tobytes() == x0.tobytes() and same[1].tobytes() == noise.tobytes()
+
+
+def test_identity_without_room_is_not_in_the_program(value, latents):
+  edit = identity(SIZES)
+  assert jax.tree.leaves(edit) == []
+  assert step_edits(edit, 0) is None
+  x, x0, _ = latents
+  assert edit_latents(edit, 0, jnp.asarray(x), x0)[0] is not None
+  program = jax.make_jaxpr(lambda x: edit_latents(edit, 0, x, x)[0])(x)
+  assert [e.primitive.name for e in program.eqns if e.primitive.name in ("cond", "select_n")] == []
+  for edits, site in ((None, "attn_out"), (step_edits(room(), 0), "mlp_out")):
+    assert edit_site(value, edits, site) is value
+
+
+def test_one_cond_per_site(value):
+  edits = layer_edits(step_edits(room(), 0), 0)
+  program = jax.make_jaxpr(lambda x: edit_site(x, edits, "attn_out"))(value)
+  assert [e.primitive.name for e in program.eqns].count("cond") == 1
+  touching = [
+    e.primitive.name
+    for e in program.eqns
+    if any(getattr(v, "aval", None) is not None and v.aval.shape == value.shape for v in e.outvars)
+  ]
+  assert touching == ["cond"]
+
+
+# Mixing between runs
+
+
+def test_swap_exchanges_bits_and_twice_is_none(at_site, value):
+  at = where(SIZES, steps=1, layers=2)
+  once = swap_runs(room(), at, 0, 3)
+  after = at_site(value, once, 1, 2)
+  np.testing.assert_array_equal(after, value[:, [3, 1, 2, 0]])
+  for step, layer in ((0, 2), (1, 3)):
+    np.testing.assert_array_equal(at_site(value, once, step, layer), value)
+  twice = swap_runs(once, at, 0, 3)
+  np.testing.assert_array_equal(twice.mix, room().mix)
+
+
+def test_patch_copies_bits_pair_by_pair(at_site, value):
+  edit = patch_runs(room(), where(SIZES), source=(0, 1), target=(2, 3))
+  np.testing.assert_array_equal(at_site(value, edit), value[:, [0, 1, 0, 1]])
+  from_one = patch_runs(room(), where(SIZES), source=1, target=np.array([0, 2, 3]))
+  np.testing.assert_array_equal(at_site(value, from_one), value[:, [1, 1, 1, 1]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4))
+def test_a_second_edit_acts_on_the_result_of_the_first(at_site, value, patches):
+  edit, runs = room(), np.arange(4)
+  for source, target in patches:
+    edit = patch_runs(edit, where(SIZES, layers=1), source=source, target=target)
+    runs[target] = runs[source]
+  check_edit(edit, SIZES)
+  np.testing.assert_array_equal(at_site(value, edit, 3, 1), value[:, runs])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(4)), st.integers(0, 3), st.integers(0, 3))
+def test_the_order_of_runs_does_not_matter(at_site, value, order, source, target):
+  """Edit, then permute = permute, then the same edit of the permuted runs."""
+  place = np.argsort(order)
+  at = where(SIZES)
+  edit = patch_runs(room(), at, source=source, target=target)
+  moved = patch_runs(room(), at, source=int(place[source]), target=int(place[target]))
+  np.testing.assert_array_equal(at_site(value, edit)[:, order], at_site(value[:, order], moved))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+  st.sets(st.integers(0, 4), min_size=1),
+  st.sets(st.integers(0, 5), min_size=1),
+  st.lists(st.booleans(), min_size=12, max_size=12),
+  st.sampled_from([(0,), (1,), (0, 1)]),
+  st.integers(0, 4),
+  st.integers(0, 5),
+)
+def test_only_the_cells_asked_for_change(at_site, value, steps, layers, region, branches, s, l):  # noqa: E741
+  at = where(
+    SIZES, steps=sorted(steps), layers=sorted(layers), region=np.array(region), branches=branches
+  )
+  edit = swap_runs(room(), at, 1, 2)
+  hit = np.zeros((2, 4, 12), bool)
+  if s in steps and l in layers:
+    hit[np.ix_(branches, [1, 2], np.flatnonzero(region))] = True
+  swapped = value[:, [0, 2, 1, 3]]
+  np.testing.assert_array_equal(
+    at_site(value, edit, s, l), np.where(hit[..., None], swapped, value)
+  )
+
+
+def test_frames_and_regions_choose_tokens(at_site, value):
+  """Tokens are (f h w): latent frame 1 of 3 is tokens 4..7; a region cuts it; runs may differ."""
+  own = np.zeros((4, 3, 2, 2), bool)
+  own[0, :, 0], own[1, :, :, 1] = True, True
+  for at, hits in (
+    (where(SIZES, frames=1), {0: [4, 5, 6, 7], 1: [4, 5, 6, 7]}),
+    (where(SIZES, frames=slice(1, 3), region=own[0]), {0: [4, 5, 8, 9], 1: [4, 5, 8, 9]}),
+    (where(SIZES, frames=0, region=own), {0: [0, 1], 1: [1, 3]}),
+  ):
+    after = at_site(value, swap_runs(room(), at, 0, 1))
+    changed = (after != value).any(axis=(0, 3))
+    assert {run: np.flatnonzero(changed[run]).tolist() for run in (0, 1)} == hits
+    assert not changed[2:].any()
+
+
+def test_an_average_is_the_mean_and_equals_stay(at_site, value):
+  at = where(SIZES)
+  edit = ensemble_runs(room(), at, (0, 2, 3), what="attn")
+  mean = value[:, [0, 2, 3]].mean(1)
+  after = at_site(value, edit)
+  np.testing.assert_allclose(after[:, 0], mean, atol=1e-6)
+  np.testing.assert_array_equal(after[:, 1:], value[:, 1:])
+  every = ensemble_runs(room(), at, (0, 2, 3), what="attn", keep="all")
+  np.testing.assert_allclose(
+    at_site(value, every)[:, [0, 2, 3]], np.stack([mean] * 3, 1), atol=1e-6
+  )
+  alike = np.repeat(value[:, :1], 4, axis=1)
+  np.testing.assert_allclose(at_site(alike, every), alike, atol=1e-6)
+
+
+def test_an_ensemble_of_groups_weights_and_amount(at_site, value):
+  first, second = np.array([0, 1]), np.array([2, 3])
+  edit = ensemble_runs(
+    room(), where(SIZES), (first, second), what="attn", weights=(0.75, 0.25), amount=0.5
+  )
+  after = at_site(value, edit)
+  np.testing.assert_allclose(
+    after[:, :2], 0.5 * value[:, :2] + 0.375 * value[:, :2] + 0.125 * value[:, 2:], atol=1e-6
+  )
+  np.testing.assert_array_equal(after[:, 2:], value[:, 2:])
+
+
+def test_averages_of_bf16_are_taken_in_float32(at_site):
+  x = np.full((2, 4, 12, 8), 256, jnp.bfloat16)
+  x[:, 1], x[:, 2] = 257.6, 250
+  edit = ensemble_runs(room(), where(SIZES), (0, 1, 2), what="attn")
+  exact = x[:, :3].astype(np.float32).mean(1).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(at_site(x, edit)[:, 0], exact)
+
+
+def test_nan_travels_only_through_averages(at_site, value):
+  x = value.copy()
+  x[:, 3] = np.nan
+  edit = ensemble_runs(room(), where(SIZES), (0, 1), what="attn")
+  edit = patch_runs(edit, where(SIZES), source=1, target=2)
+  clean = np.isfinite(at_site(x, edit)).all(axis=(0, 2, 3))
+  # run 0 averages only 0 and 1, but 0 * NaN is NaN; 1 is left alone, 2 is gathered
+  assert clean.tolist() == [False, True, True, False]
+
+
+def test_closeness_weights_sum_to_one_and_like_the_middle():
+  x = np.array([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0]], np.float32)
+  weights = np.asarray(closeness_weights(x))
+  assert weights.sum() == pytest.approx(1, abs=1e-6)
+  assert weights[2] == weights.min()
+  np.testing.assert_allclose(closeness_weights(np.ones((3, 4))), MIDDLE, atol=1e-6)
+
+
+# A small residual network, to see what an edit does downstream
+
+
+@pytest.fixture(scope="module")
+def network():
+  """Layers scanned with all five sites: (x R T D, edit, text R) -> x of every layer, L+1 R T D."""
+  weights = jax.random.normal(jax.random.key(2), (SIZES.L, 3, 8, 8)) * 0.3
+
+  @jax.jit
+  def call(x, edit, text):
+    edits = step_edits(edit, 0)
+
+    def layer(x, row):
+      weight, number = row
+      own = None if edits is None else layer_edits(edits, number)
+      x = edit_site(x, own, "resid_pre")
+      for which, site in enumerate(BLOCK_UPDATE):
+        seen = jnp.tanh(x @ weight[which]) + x.mean(axis=2, keepdims=True)
+        if site == "cross_out":
+          seen = seen + text[None, :, None, None]
+        x = x + edit_site(jnp.tanh(seen), own, site)
+      x = edit_site(x, own, "resid_post")
+      return x, x
+
+    rows = (weights, jnp.arange(SIZES.L))
+    return jax.lax.scan(layer, x[None], rows)[1]
+
+  return lambda x, edit, text=(0.0, 0.0, 0.0, 0.0): np.asarray(
+    call(x, edit, np.asarray(text, np.float32))
+  )
+
+
+def test_swapping_the_whole_stream_is_flat_over_layers(network, value):
+  """Runs that share their text are exchanged from the layer on: the same bits at every layer."""
+  base = identity(SIZES, edits=BLOCK_ROOM, sites=("resid_post",))
+  clean = network(value[0], base)[-1]
+  for layer in range(SIZES.L):
+    after = network(value[0], swap_runs(base, where(SIZES, layers=layer), 0, 1))[-1]
+    assert after[:, [1, 0]].tobytes() == clean[:, :2].tobytes()
+  ends = [
+    network(value[0], swap_runs(base, where(SIZES, layers=layer, frames=0), 0, 1))[-1]
+    for layer in (0, 3)
+  ]
+  assert np.abs(ends[0] - ends[1]).max() > 1e-3, "with a token mask the layers differ"
+  texts = [
+    network(value[0], swap_runs(base, where(SIZES, layers=layer), 0, 1), (0, 1, 0, 0))[-1]
+    for layer in (0, 3)
+  ]
+  assert np.abs(texts[0] - texts[1]).max() > 1e-3, "with different texts the layers differ"
+
+
+def test_the_three_terms_patched_together_are_the_block_update(network, value):
+  base = identity(SIZES, edits=BLOCK_ROOM, sites=BLOCK_UPDATE)
+  clean = network(value[0], base)
+  layer = 3
+  at = where(SIZES, layers=layer)
+  after = network(value[0], patch_runs(base, at, source=0, target=2))
+  update = clean[layer, :, 0] - clean[layer - 1, :, 0]
+  np.testing.assert_allclose(after[layer, :, 2], clean[layer - 1, :, 2] + update, atol=1e-6)
+  np.testing.assert_array_equal(after[:, :, :2], clean[:, :, :2])
+
+
+def test_averaging_whole_streams_over_layers_is_averaging_at_the_first(network, value):
+  base = identity(SIZES, edits=BLOCK_ROOM, sites=("resid_post",))
+  ends = [
+    network(
+      value[0], ensemble_runs(base, where(SIZES, layers=at), (0, 1), what="resid", keep="all")
+    )[-1]
+    for at in (2, slice(2, 6))
+  ]
+  np.testing.assert_allclose(ends[0], ends[1], atol=1e-5)
+
+
+def test_one_compilation_for_all_values(value):
+  base = room()
+  traces = []
+
+  @jax.jit
+  def call(edit, layer):
+    traces.append(0)
+    return edit_site(value, layer_edits(step_edits(edit, 1), layer), "attn_out")
+
+  at = where(SIZES, steps=1, layers=2, frames=1)
+  for edit in (
+    base,
+    swap_runs(base, at, 0, 1),
+    ensemble_runs(base, at, (0, 1, 2), what="attn"),
+    ablate(base, at),
+    steer(base, at, np.ones(8)),
+  ):
+    call(edit, 2)
+  assert len(traces) == 1
+
+
+# Gate and steer
+
+
+def test_a_gate_scales_and_zero_is_zero(at_site, value):
+  x = value.copy()
+  x[:, 1] = np.inf
+  edit = ablate(room(), where(SIZES, layers=0), runs=(1, 2))
+  after = at_site(x, edit)
+  assert (after[:, 1:3] == 0).all()
+  np.testing.assert_array_equal(after[:, [0, 3]], x[:, [0, 3]])
+  half = ablate(ablate(room(), where(SIZES), gate=0.5), where(SIZES), gate=0.5)
+  np.testing.assert_array_equal(at_site(value, half), value / 4)
+
+
+def test_steering_adds_along_its_direction(at_site, value):
+  directions = np.arange(48, dtype=np.float32).reshape(6, 8)
+  at = where(SIZES, layers=slice(1, 3))
+  edit = steer(steer(room(), at, directions, gain=2), at, directions, gain=-0.5, runs=3)
+  after = at_site(value, edit, 0, 2)
+  np.testing.assert_allclose(after[:, :3], value[:, :3] + 2 * directions[2], rtol=1e-6)
+  np.testing.assert_allclose(after[:, 3], value[:, 3] + 1.5 * directions[2], rtol=1e-6)
+  np.testing.assert_array_equal(at_site(value, edit, 0, 3), value)
+
+
+def test_mix_then_gate_then_steer(at_site, value):
+  at, direction = where(SIZES), np.ones(8, np.float32)
+  calls = [
+    lambda e: steer(e, at, direction, runs=0),
+    lambda e: ablate(e, at, gate=3.0, runs=0),
+    lambda e: patch_runs(e, at, source=1, target=0),
+  ]
+  for order in (calls, calls[::-1]):
+    edit = room()
+    for call in order:
+      edit = call(edit)
+    np.testing.assert_allclose(at_site(value, edit)[:, 0], value[:, 1] * 3 + 1, atol=1e-5)
+
+
+# Latents
+
+
+def expected_noise(mode, step, x, x0, noise):
+  sigma = SIGMA[step]
+  return {
+    "replace": noise,
+    "add": x + 0.5 * noise,
+    "add_sigma": x + 0.5 * sigma * noise,
+    "renoise": (1 - sigma) * x0 + sigma * noise,
+  }[mode]
+
+
+@pytest.mark.parametrize("mode", NOISE_MODES)
+def test_noise_modes(mode, on_latents, latents):
+  x, x0, noise = latents
+  gain = {"gain": 0.5} if mode.startswith("add") else {}
+  at = where(SIZES, steps=(1, 3), frames=2)
+  edit = noise_at(identity(SIZES), at, mode=mode, sigma=SIGMA, runs=(0, 2), **gain)
+  check_edit(edit, SIZES)
+  for step in range(SIZES.S):
+    after, touched = on_latents(edit, step, x, x0, noise)
+    hit = np.zeros((4, 3), bool)
+    if step in (1, 3):
+      hit[[0, 2], 2] = True
+    wanted = np.where(hit[:, :, None, None, None], expected_noise(mode, step, x, x0, noise), x)
+    np.testing.assert_allclose(after, wanted, atol=1e-6)
+    np.testing.assert_array_equal(after[~hit], x[~hit])
+    assert touched.tolist() == hit.any(1).tolist()
+    assert bool(wants_noise(edit, step)) == (step in (1, 3))
+
+
+def test_replace_forgets_even_nan(on_latents, latents):
+  x, x0, noise = latents
+  edit = noise_at(identity(SIZES), where(SIZES, steps=2), mode="replace")
+  after, _ = on_latents(edit, 2, x * np.nan, x0 * np.nan, noise)
+  np.testing.assert_array_equal(after, noise)
+
+
+def test_noise_composes_with_one_draw(on_latents, latents):
+  x, x0, noise = latents
+  at = where(SIZES, steps=2)
+  twice = noise_at(noise_at(identity(SIZES), at, mode="add"), at, mode="add", gain=2.0)
+  np.testing.assert_allclose(on_latents(twice, 2, x, x0, noise)[0], x + 3 * noise, rtol=1e-5)
+  last = noise_at(twice, at, mode="renoise", sigma=SIGMA)
+  np.testing.assert_allclose(
+    on_latents(last, 2, x, x0, noise)[0],
+    (1 - SIGMA[2]) * x0 + SIGMA[2] * noise,
+    atol=1e-6,
+  )
+
+
+def test_averaged_latents_stay_on_the_noise_level(on_latents, latents):
+  """x = (1-sigma) x0 + sigma eps, averaged: (1-sigma) mean x0 + sigma sqrt(n) mean eps."""
+  _, x0, noise = latents
+  step = 2
+  x = (1 - SIGMA[step]) * x0 + SIGMA[step] * noise
+  edit = ensemble_runs(
+    identity(SIZES), where(SIZES, steps=step), (1, 2, 3), what="latents", sigma=SIGMA
+  )
+  after, touched = on_latents(edit, step, x, x0, noise)
+  level = (1 - SIGMA[step]) * x0[1:].mean(0) + SIGMA[step] * np.sqrt(3) * noise[1:].mean(0)
+  np.testing.assert_allclose(after[1], level, atol=1e-5)
+  np.testing.assert_array_equal(after[[0, 2, 3]], x[[0, 2, 3]])
+  assert touched.tolist() == [False, True, False, False]
+  assert not bool(wants_noise(edit, step))
+  noised = noise_at(edit, where(SIZES, steps=step), mode="add", gain=0.1)
+  np.testing.assert_allclose(
+    on_latents(noised, step, x, x0, noise)[0][1], level + 0.1 * noise[1], atol=1e-5
+  )
+
+
+def test_weights_set_the_noise_level_too(on_latents, latents):
+  x, x0, noise = latents
+  edit = ensemble_runs(
+    identity(SIZES), where(SIZES, steps=0), (0, 1), what="latents", weights=(0.8, 0.2), sigma=SIGMA
+  )
+  after, _ = on_latents(edit, 0, x, x0, noise)
+  # at sigma 1 the latents are noise; 0.8^2 + 0.2^2 of the variance is left, and is put back
+  np.testing.assert_allclose(after[0], (0.8 * x[0] + 0.2 * x[1]) / np.sqrt(0.68), atol=1e-5)
+
+
+# The model's guess
+
+
+@pytest.mark.parametrize("out", ["x0", "velocity"])
+def test_an_averaged_guess_keeps_each_run_consistent(out, on_output, latents):
+  x, x0, _ = latents
+  sigma = 0.8
+  velocity = (x - x0) / np.float32(sigma)
+  edit = ensemble_runs(
+    identity(SIZES), where(SIZES, steps=1), (0, 1, 2), what="out", keep="all", out=out
+  )
+  assert edit.out == out
+  new_x0, new_velocity = on_output(edit, 1, x0, velocity, x, sigma)
+  np.testing.assert_allclose(x - sigma * new_velocity, new_x0, atol=1e-5)
+  mixed, whole = (new_x0, x0) if out == "x0" else (new_velocity, velocity)
+  for run in range(3):
+    np.testing.assert_allclose(mixed[run], whole[:3].mean(0), atol=1e-5)
+  assert new_x0[3].tobytes() == x0[3].tobytes()
+  assert new_velocity[3].tobytes() == velocity[3].tobytes()
+  same = on_output(edit, 2, x0, velocity, x, sigma)
+  assert same[0].tobytes() == x0.tobytes() and same[1].tobytes() == velocity.tobytes()
+
+
+# Constructors
+
+
+def constructors(step, layer, number):
+  """Every constructor at a step and layer with a number; inside the blocks, then on latents."""
+  block = where(SIZES, steps=step, layers=layer, frames=1, branches=0)
+  latent = where(SIZES, steps=step, frames=2)
+  runs = where(SIZES, steps=step)
+  full = identity(SIZES, edits=(*BLOCK_ROOM, "noise", "mix_latents", "mix_out"), sites=BLOCK_UPDATE)
+  return {
+    "swap": swap_runs(full, block, 0, 1),
+    "patch": patch_runs(full, block, source=0, target=(2, 3)),
+    "ensemble": ensemble_runs(full, block, (0, 1), amount=number),
+    "ablate": ablate(full, block, gate=number, runs=1),
+    "steer": steer(full, block, np.ones(8), gain=number),
+    "add": noise_at(full, latent, mode="add_sigma", gain=number, sigma=SIGMA),
+    "renoise": noise_at(full, latent, mode="renoise", sigma=SIGMA * number),
+    "latents": ensemble_runs(full, runs, (0, 1), what="latents", sigma=SIGMA, amount=number),
+    "out": ensemble_runs(full, runs, (0, 1), what="out", amount=number),
+  }
+
+
+def test_traced_places_and_numbers_give_the_same_edit():
+  traced = jax.jit(constructors)(3, 2, 0.25)
+  concrete = constructors(3, 2, 0.25)
+  for name, edit in concrete.items():
+    check_edit(edit, SIZES)
+    for field in dataclasses.fields(Intervention):
+      one, two = getattr(edit, field.name), getattr(traced[name], field.name)
+      if isinstance(one, np.ndarray):
+        assert two.dtype == one.dtype, (name, field.name)
+        np.testing.assert_allclose(two, one, atol=1e-6, err_msg=f"{name} {field.name}")
+      else:
+        assert one == two, (name, field.name)
+
+
+def test_traced_runs_give_the_same_edit():
+  call = jax.jit(lambda a, b: (patch_runs(room(), where(SIZES), source=a, target=b)).mix)
+  np.testing.assert_array_equal(
+    call(1, 2), patch_runs(room(), where(SIZES), source=1, target=2).mix
+  )
+
+
+def test_constructors_make_room_and_leave_their_argument_alone():
+  base = identity(SIZES)
+  edit = patch_runs(base, where(SIZES, frames=0), source=0, target=1, sites=("attn_out",))
+  assert (edit.sites, edit.mix.shape, edit.tokens.shape) == (
+    ("attn_out",), (5, 6, 4, 4), (5, 4, 12)
+  )  # fmt: skip
+  assert edit.gate is None and base.mix is None
+  full = room()
+  before = [leaf.tobytes() for leaf in jax.tree.leaves(full)]
+  swap_runs(full, where(SIZES, frames=0), 0, 1)
+  ablate(full, where(SIZES))
+  assert [leaf.tobytes() for leaf in jax.tree.leaves(full)] == before
+
+
+def test_room_has_no_effect_and_the_right_shapes():
+  edit = identity(SIZES, edits=ROOM, sites=BLOCK_UPDATE)
+  check_edit(edit, SIZES)
+  assert edit.branches is None
+  assert all(
+    getattr(edit, field.name) is not None
+    for field in dataclasses.fields(Intervention)
+    if field.name != "branches"
+  )
+
+
+def test_what_an_ensemble_of_each_kind_mixes():
+  at = where(SIZES, steps=0)
+  for what, sites in (
+    ("resid", ("resid_post",)),
+    ("update", BLOCK_UPDATE),
+    ("attn", ("attn_out",)),
+    ("out", ()),
+    ("latents", ()),
+  ):
+    edit = ensemble_runs(identity(SIZES), at, (0, 1, 2), what=what, sigma=SIGMA)
+    assert edit.sites == sites
+    mix = {"out": edit.mix_out, "latents": edit.mix_latents}.get(what, edit.mix)
+    rows = mix[0] if what in ("out", "latents") else mix[0, 0]
+    np.testing.assert_allclose(rows[0], [MIDDLE, MIDDLE, MIDDLE, 0])
+    np.testing.assert_array_equal(rows[1:], np.eye(4)[1:])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+  ("place", "said"),
+  [
+    ({"layers": 6}, r"layers=6 does not exist: there are 6, 0\.\.5"),
+    ({"layers": -1}, r"layers=-1 does not exist"),
+    ({"steps": (0, 5)}, r"steps=5 does not exist: there are 5, 0\.\.4"),
+    ({"steps": slice(0, 10)}, r"steps=0:10 leaves 0\.\.4"),
+    ({"steps": slice(0, 0)}, "selects nothing: for no edit use identity"),
+    ({"frames": 3}, "frames=3 does not exist"),
+    ({"branches": 2}, "branches=2 does not exist"),
+    ({"frames": 1.5}, r"frames=1.5, wanted indices 0\.\.2"),
+    ({"steps": np.ones(4, bool)}, r"the mask steps is \(4,\), wanted \(5,\)"),
+    ({"region": np.ones(11, bool)}, r"region is \(11,\), wanted T = \(12,\)"),
+    ({"region": np.ones(12)}, "region is float64, wanted bool"),
+  ],
+)
+def test_places_that_do_not_exist(place, said):
+  with pytest.raises(ValueError, match=said):
+    where(SIZES, **place)
+
+
+EVERYWHERE = where(SIZES)
+FRAME = where(SIZES, frames=0)
+SAID = [
+  (lambda: identity(SIZES, edits=("swap",)), "no edit 'swap' to make room for; there are: mix_lat"),
+  (lambda: identity(SIZES, edits=("mix",)), r"room for 'mix' needs a site: sites=\('attn_out',\)"),
+  (lambda: room(sites=("resid_mid",)), "no site 'resid_mid' to edit; there are: resid_pre, "),
+  (lambda: room(sites=("update",)), "'update' is for taps alone"),
+  (lambda: room(sites="attn_out"), r"wanted a tuple: sites=\('attn_out',\)"),
+  (lambda: identity(SIZES, out="noise"), "out='noise', wanted 'x0' or 'velocity'"),
+  (lambda: swap_runs(identity(SIZES), EVERYWHERE, 0, 1), r"the edit has no site: pass sites="),
+  (lambda: swap_runs(room(), EVERYWHERE, 0, 1, sites=("mlp_out",)), "one set of sites"),
+  (lambda: swap_runs(room(), EVERYWHERE, 0, 0), "name a run twice"),
+  (lambda: swap_runs(room(), EVERYWHERE, 0, 4), r"b=4: the batch has the runs 0\.\.3"),
+  (lambda: patch_runs(room(), EVERYWHERE, source=(0, 1), target=(2, 3, 1)), "pair by pair"),
+  (lambda: patch_runs(room(), EVERYWHERE, source=0, target=(1, 1)), "one source"),
+  (lambda: patch_runs(room(), EVERYWHERE, source=None, target=1), "source=None, wanted a run"),
+  (lambda: ablate(room(), EVERYWHERE, runs=9), "runs=9 does not exist"),
+  (lambda: ablate(room(), EVERYWHERE, gate=np.ones(4)), r"gate is \(4,\), wanted one number"),
+  (lambda: steer(room(), EVERYWHERE, np.ones(7)), r"direction is \(7,\), wanted D = \(8,\)"),
+  (
+    lambda: steer(steer(room(), EVERYWHERE, np.ones(8)), EVERYWHERE, np.arange(8)),
+    "layer 0 already steers along another direction",
+  ),
+  (
+    lambda: ablate(swap_runs(room(), FRAME, 0, 1), where(SIZES, frames=1)),
+    "run 0 at step 0 is already edited under another token mask",
+  ),
+  (lambda: ablate(swap_runs(room(), FRAME, 0, 1), EVERYWHERE), "another token mask"),
+  (
+    lambda: ablate(swap_runs(room(), where(SIZES, branches=0), 0, 1), EVERYWHERE),
+    r"acts on branches \[0\], this one on \[0, 1\]",
+  ),
+  (lambda: noise_at(room(), EVERYWHERE, mode="swap"), "no noise mode 'swap'; there are: replace, "),
+  (lambda: noise_at(room(), EVERYWHERE, mode="renoise"), "needs sigma"),
+  (lambda: noise_at(room(), EVERYWHERE, mode="replace", gain=0.5), "gain has no meaning"),
+  (
+    lambda: noise_at(room(), EVERYWHERE, mode="renoise", sigma=SIGMA[:3]),
+    r"sigma is \(3,\), wanted \(5,\) or \(6,\)",
+  ),
+  (lambda: noise_at(room(), where(SIZES, layers=1), mode="add"), "noise_at has no layers"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="mlp"), "no ensemble of 'mlp'"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0,)), "an ensemble of 1 runs"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 0), what="attn"), "name a run twice"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 7), what="attn"), r"the batch has the runs 0\.\."),
+  (
+    lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="attn", weights=(0.5, 0.6)),
+    "weights sum to .*, wanted 1",
+  ),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="attn", weights="max"), "weights='max'"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="attn", keep="last"), "keep='last'"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="update"), "one set of sites"),
+  (lambda: ensemble_runs(room(), FRAME, (0, 1), what="out"), "an ensemble of out has no frames"),
+  (lambda: ensemble_runs(room(), EVERYWHERE, (0, 1), what="latents"), "needs sigma"),
+  (
+    lambda: ensemble_runs(
+      identity(SIZES, edits=("mix_out",)), EVERYWHERE, (0, 1), what="out", out="velocity"
+    ),
+    "the edit mixes x0, this one velocity",
+  ),
+  (
+    lambda: ensemble_runs(
+      noise_at(identity(SIZES), where(SIZES, steps=2), mode="add"),
+      EVERYWHERE,
+      (0, 1),
+      what="latents",
+      sigma=SIGMA,
+    ),
+    "run 0 at step 2 already have a noise edit",
+  ),
+  (
+    lambda: swap_runs(room(), where(dataclasses.replace(SIZES, S=7)), 0, 1),
+    r"mix S L R R is \(5, 6, 4, 4\), wanted \(7, 6, 4, 4\)",
+  ),
+]
+
+
+@pytest.mark.parametrize(("call", "said"), SAID, ids=range(len(SAID)))
+def test_edits_that_cannot_be(call, said):
+  with pytest.raises(ValueError, match=said):
+    call()
+
+
+def test_the_same_mask_may_be_edited_twice(at_site, value):
+  edit = ablate(swap_runs(room(), FRAME, 0, 1), FRAME, gate=2.0)
+  after = at_site(value, edit)
+  np.testing.assert_allclose(after[:, 0, :4], 2 * value[:, 1, :4], rtol=1e-6)
+  np.testing.assert_array_equal(after[:, :, 4:], value[:, :, 4:])
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"mix": room().mix * 0.5}, "mix at step 0, layer 0: row 0 sums to 0.5, wanted 1"),
+    ({"mix": np.eye(4)[None, None]}, r"mix S L R R is \(1, 1, 4, 4\), wanted \(5, 6, 4, 4\)"),
+    ({"mix": room().mix * np.nan}, "sums to nan"),
+    ({"sites": ()}, "mix has no site to act at"),
+    ({"sites": ("resid_mid",)}, "no site 'resid_mid'"),
+    ({"direction": None}, "steer and direction come together"),
+    ({"tokens": np.ones((4, 12), bool)}, r"tokens S R T is \(4, 12\), wanted \(5, 4, 12\)"),
+    ({"out": "noise"}, "out='noise'"),
+  ],
+)
+def test_an_edit_made_by_hand_is_checked(change, said):
+  check_edit(room(), SIZES)
+  with pytest.raises(ValueError, match=said):
+    check_edit(dataclasses.replace(room(), **change), SIZES)
+
+
+def test_noise_is_demanded_where_it_is_injected(latents):
+  x, x0, _ = latents
+  with pytest.raises(ValueError, match="noise=None"):
+    edit_latents(identity(SIZES, edits=("noise",)), 0, x, x0)
+
+
+def test_runs_on_four_devices_are_mixed_as_on_one(at_site, value):
+  """The run axis sharded over the mesh: gathers stay exact, averages agree."""
+  mesh = make_mesh(seed=4)
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "seed"))
+  sharded = jax.device_put(value, place)
+  edit = swap_runs(room(), where(SIZES), 0, 3)
+  np.testing.assert_array_equal(at_site(sharded, edit), at_site(value, edit))
+  edit = ensemble_runs(room(), where(SIZES), (0, 1, 2), what="attn", keep="all")
+  np.testing.assert_allclose(at_site(sharded, edit), at_site(value, edit), atol=1e-6)

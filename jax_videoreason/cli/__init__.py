@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   debug = "--debug" in words
   words = [word for word in words if word != "--debug"]
   try:
-    return _dispatch(words)
+    with warnings.catch_warnings():
+      warnings.simplefilter("always", UserWarning)
+      warnings.showwarning = _warn
+      return _dispatch(words)
   except KeyboardInterrupt:
     print("videoreason: interrupted.", file=sys.stderr)
     return INTERRUPTED
@@ -50,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       traceback.print_exc()
     print(f"videoreason: {_sentence(error)}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _warn(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+  """A warning meant for users as one sentence; those for developers are not shown."""
+  if issubclass(category, UserWarning):
+    print(f"videoreason: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _dispatch(words: list[str]) -> int:

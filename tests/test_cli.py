@@ -1,0 +1,624 @@
+"""The commands as a shell calls them; bad input is one sentence, status 2, nothing left behind."""
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_videoreason import checkpoint, cli, media, open_run, settings, store, tasks, tokenizer
+from jax_videoreason.models import FAMILIES
+from jax_videoreason.structs import Card, ModelBundle
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "mark the largest shape"
+SMALL = ("--config.frames=5", "--config.height=16", "--config.width=16", "--config.steps=3")
+LATENTS = (2, 4, 4, 4)  # F H W C of 5 x 16 x 16 pixels
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(tmp_path_factory) -> Path:
+  """A bundle of random weights on disk: stride 4, 2 layers, 12 wide."""
+  place = tmp_path_factory.mktemp("bundles")
+  text = place / "words.json"
+  text.write_text(tokenizer.train_word_tokenizer([PROMPT]))
+  family = FAMILIES["wan21"]
+  parts = family.build(
+    {
+      "dit": {
+        "width": 24,
+        "ffn_width": 32,
+        "heads": 2,
+        "layers": 2,
+        "in_channels": 12,
+        "out_channels": 4,
+        "text_width": 16,
+        "freq_dim": 16,
+        "image_input": "concat",
+        "dtype": "float32",
+      },
+      "vae": {
+        "base_width": 4,
+        "z_channels": 4,
+        "stages": (1, 1, 2),
+        "temporal": (True, True),
+        "blocks": 1,
+        "mean": (0.0,) * 4,
+        "std": (1.0,) * 4,
+      },
+      "text": {
+        "vocab": tokenizer.Tokenizer(text).vocab,
+        "width": 16,
+        "head_width": 8,
+        "heads": 2,
+        "ffn_width": 16,
+        "layers": 1,
+        "dtype": "float32",
+      },
+    }
+  )
+  rng = np.random.default_rng(0)
+  params = {
+    name: jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.1, s.shape), jnp.float32), tree)
+    for name, tree in family.abstract(parts).items()
+  }
+  card = Card(
+    name="tiny",
+    family="wan21",
+    latents=family.latents(parts),
+    text_length=6,
+    tokenizer=str(text),
+  )
+  made = ModelBundle(
+    params=(params["dit"],), vae=params["vae"], text=params["text"], parts=parts, card=card
+  )
+  return checkpoint.save(made, place / "tiny")
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+  path = tmp_path / "frame.png"
+  media.write_png(path, np.full((16, 16, 3), 90, np.uint8))
+  return path
+
+
+@pytest.fixture
+def call(capsys):
+  """Calls a command: (status, standard output, standard error)."""
+
+  def run(*words) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = cli.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+  return run
+
+
+@pytest.fixture
+def refuses(call):
+  """Calls a command that must be refused with one sentence; returns it."""
+
+  def run(*words) -> str:
+    status, _, err = call(*words)
+    lines = [line for line in err.splitlines() if line.startswith("videoreason: ")]
+    assert status == 2
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+  return run
+
+
+@pytest.fixture
+def sample_words(bundle_dir, image, tmp_path):
+  """The words of a small `sample` that works."""
+  return [
+    "sample",
+    f"--checkpoint={bundle_dir}",
+    *SMALL,
+    f"--image={image}",
+    f"--prompt={PROMPT}",
+    "--seeds=0,1",
+    f"--out={tmp_path / 'run'}",
+  ]
+
+
+def python(*words: str, **more) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False, **more
+  )
+
+
+# Help
+
+
+def test_help_is_quick_and_imports_no_jax():
+  began = time.monotonic()
+  said = python("-X", "importtime", "-m", "jax_videoreason", "--help")
+  assert time.monotonic() - began < 1.5
+  assert said.returncode == 0
+  loaded = {line.rsplit("|", 1)[-1].strip() for line in said.stderr.splitlines()}
+  assert loaded.isdisjoint({"jax", "numpy", "absl", "ml_collections", "rich"})
+  for command, summary in cli.COMMANDS.items():
+    assert f"{command:<8}{summary}" in said.stdout
+
+
+def test_no_command_shows_help_and_fails(call):
+  status, out, _ = call()
+  assert status == 2
+  assert "usage: videoreason COMMAND" in out
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_explains_itself(call, command):
+  status, out, _ = call(command, "--help")
+  assert status == 0
+  assert f"videoreason {command}" in out
+  assert "options:" in out
+
+
+def test_version(call):
+  from jax_videoreason.version import __version__
+
+  assert call("--version") == (0, f"videoreason {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (("sampel",), "no command 'sampel'; did you mean 'sample'?"),
+    (("sample", "--imagee=x"), "Unknown command line flag 'imagee'. Did you mean: image"),
+    (("sample", "x.png"), "unexpected word 'x.png'"),
+    (("sample",), "--prompt and --out must be given"),
+    (("report",), "no folder given"),
+    (("report", "nowhere"), "there is no folder nowhere"),
+    (("tasks",), "say videoreason tasks export"),
+    (("tasks", "export"), "--out must be given"),
+    (("tasks", "export", "--out=x", "--tasks=mase"), "no task 'mase'"),
+    (("tasks", "export", "--out=x", "--split=test"), "no split 'test'"),
+    (("tasks", "export", "--out=x", "--cases=0"), "--cases=0"),
+    (("tasks", "export", "--out=x", "--frames=16"), "frames=16, wanted 1 + 4k"),
+    (("demo", "--tasks=mase"), "no task 'mase'"),
+    (("demo", "--config=minni"), "did you mean 'mini'?"),
+    (("demo", "--config.width=64"), "tasks are square"),
+  ],
+)
+def test_a_wrong_word_is_refused(refuses, tmp_path, monkeypatch, words, said):
+  monkeypatch.chdir(tmp_path)
+  assert said in refuses(*words)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where(call):
+  status, _, err = call("report", "nowhere", "--debug")
+  assert status == 2
+  assert "Traceback" in err
+
+
+def test_an_interrupt_is_130_and_no_traceback(call, monkeypatch):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli, "_dispatch", interrupted)
+  assert call("report", "x") == (130, "", "videoreason: interrupted.\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+  def broken(*_):
+    raise KeyError("bug")
+
+  monkeypatch.setattr(cli, "_dispatch", broken)
+  with pytest.raises(KeyError):
+    cli.main(["report", "x"])
+
+
+# Configs
+
+
+class Command:
+  define = staticmethod(lambda flags: cli.define_config(flags, "mini"))
+
+
+def configured(*words: str) -> settings.SampleSettings:
+  return settings.from_config(cli.resolved(cli.parse(Command, words)[0]))
+
+
+def test_every_shipped_config_is_read_and_documented():
+  names = [p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")]
+  assert "mini" in names
+  for name in names:
+    assert configured(f"--config={name}").checkpoint
+    assert f"--config {name}" in (ROOT / "configs" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+  ("words", "field", "value"),
+  [
+    ((), "steps", 20),
+    (("--config", "mini:steps=50,seeds=8"), "seeds", tuple(range(8))),
+    (("--config=mini:steps=50", "--config.steps=7"), "steps", 7),
+    (("--config.steps", "7"), "steps", 7),
+    (("--config=configs/mini.py:solver=unipc",), "solver", "unipc"),
+    (("--config=mini:guidance=(4.0,3.0),steps=3",), "guidance", (4.0, 3.0)),
+    (("--config.guidance=(4,3)",), "guidance", (4.0, 3.0)),
+    (("--config.guidance=1",), "guidance", (1.0,)),
+    (("--config.boundary=0.9",), "boundary", 0.9),
+    (("--config.negative_prompt=dull, grey",), "negative_prompt", "dull, grey"),
+    (("--config.taps.sites=('attn_out',)",), "taps", settings.TapSettings(sites=("attn_out",))),
+    (("--config=mini:taps.layers=(1,2)",), "taps", settings.TapSettings(layers=(1, 2))),
+    (("--checkpoint=some/folder",), "checkpoint", "some/folder"),
+  ],
+)
+def test_a_config_takes_an_argument_and_overrides(monkeypatch, words, field, value):
+  monkeypatch.chdir(ROOT)
+  assert getattr(configured(*words), field) == value
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (("--config.stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
+    (("--config=mini:stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
+    (("--config=mini:steps",), "argument 'steps', wanted key=value"),
+    (("--config=mini:steps=many",), "wanted a value of type int"),
+    (("--config.steps=many",), "--config.steps=many"),
+    (("--config=",), "--config wants a path or a shipped name"),
+    (("--config=setup.cfg",), "a config ends in .py"),
+    (("--config.solver=eular",), "wanted one of euler, unipc"),
+    (("--config.taps.sites=('resid_mid',)",), "wanted one of resid_pre"),
+  ],
+)
+def test_a_wrong_config_is_refused_with_the_nearest_right_one(monkeypatch, words, said):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(ValueError) as caught:
+    configured(*words)
+  assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("source", "said"),
+  [
+    ("def get_config(argument=None):\n  return 3\n", "returned int, wanted a ConfigDict"),
+    ("x = (\n", "was never closed"),
+    ("x = 3\n", "get_config"),
+  ],
+)
+def test_a_broken_config_file_is_refused(tmp_path, source, said):
+  path = tmp_path / "own.py"
+  path.write_text(source)
+  with pytest.raises(ValueError) as caught:
+    configured(f"--config={path}")
+  assert said in str(caught.value)
+
+
+# sample
+
+
+@pytest.fixture(scope="session")
+def sampled(bundle_dir, tmp_path_factory) -> Path:
+  """A run folder made by `sample` with taps, in pieces and batches."""
+  place = tmp_path_factory.mktemp("sampled")
+  media.write_png(place / "frame.png", np.full((16, 16, 3), 90, np.uint8))
+  status = cli.main(
+    [
+      "sample",
+      f"--checkpoint={bundle_dir}",
+      *SMALL,
+      f"--image={place / 'frame.png'}",
+      f"--prompt={PROMPT}",
+      "--seeds=0,5,2",
+      "--config.taps.sites=('attn_out', 'resid_post')",
+      "--config.batch=2",
+      "--config.piece=1",
+      f"--out={place / 'run'}",
+    ]
+  )
+  assert status == 0
+  return place / "run"
+
+
+def test_sample_leaves_a_whole_run_folder(sampled):
+  names = {p.name for p in sampled.iterdir()}
+  per_run = {
+    f"{kind}_{r}.{end}" for r in range(3) for kind, end in (("video", "mp4"), ("x0", "png"))
+  }
+  assert (
+    per_run
+    | {
+      "manifest.json",
+      "runs.json",
+      "final_latents.npy",
+      "trace.zarr",
+      "report.html",
+    }
+    <= names
+  )
+  run = open_run(sampled)
+  run.verify()
+  assert run.final_latents.shape == (3, *LATENTS)
+  assert run.x0 is not None
+  assert run.x0.shape == (3, 3, *LATENTS)
+  assert np.array_equal(run.x0[-1], run.final_latents)
+  assert [r["seed"] for r in run.runs] == [0, 5, 2]
+  assert run.finite.all()
+  assert run.taps["attn_out/norm"].shape[:4] == (3, 2, 1, 3)
+  assert run.frames is not None
+  assert run.frames.shape == (3, 3, 5, 16, 16, 3)
+  assert run.answers is None
+
+
+def test_the_manifest_says_how_to_do_it_again(sampled, bundle_dir):
+  manifest = json.loads((sampled / "manifest.json").read_text())
+  chosen = settings.from_config(manifest["config"])
+  assert chosen.seeds == (0, 5, 2)
+  assert (chosen.steps, chosen.piece, chosen.batch) == (3, 1, 2)
+  assert chosen.checkpoint == str(bundle_dir)
+  assert manifest["command"][0] == "videoreason"
+  assert manifest["model"] == "tiny"
+  assert manifest["evaluations"] == 3 * 3 * 2
+  assert manifest["device"]
+  assert {"jax", "jax_videoreason", "python"} <= manifest["versions"].keys()
+
+
+def test_report_draws_again(call, sampled):
+  page = sampled / "report.html"
+  before = page.read_bytes()
+  page.unlink()
+  status, out, _ = call("report", sampled)
+  assert status == 0
+  assert page.read_bytes() == before
+  assert page.resolve().as_uri() in out
+
+
+def test_noise_fed_in_is_noise_drawn(call, sampled, sample_words, tmp_path):
+  latents = open_run(sampled).latents
+  assert latents is not None
+  np.save(tmp_path / "noise.npy", latents[0][:2])
+  status, _, _ = call(*sample_words, f"--noise={tmp_path / 'noise.npy'}", "--seeds=8,9")
+  assert status == 0
+  given = open_run(tmp_path / "run").final_latents
+  np.testing.assert_allclose(given, open_run(sampled).final_latents[:2], atol=1e-5)
+
+
+def test_an_empty_prompt_is_a_prompt(call, sample_words, tmp_path):
+  status, _, err = call(*sample_words, "--prompt=")
+  assert status == 0
+  assert "warning" not in err
+  assert open_run(tmp_path / "run").runs[0]["prompt"] == ""
+
+
+def test_a_prompt_over_the_limit_is_cut_with_a_warning(call, sample_words, tmp_path):
+  status, _, err = call(*sample_words, "--prompt=mark the largest shape mark the largest shape")
+  said = [line for line in err.splitlines() if line.startswith("videoreason: warning: ")]
+  assert status == 0
+  assert len(said) == 1
+  assert "shape mark the largest shape" in said[0] or "6 tokens" in said[0]
+
+
+# Bad input of sample; nothing may be left where --out points
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+  path.write_bytes(data)
+  return path
+
+
+def grey_image(folder: Path) -> Path:
+  from PIL import Image
+
+  Image.fromarray(np.zeros((16, 16), np.uint8)).save(folder / "grey.png")
+  return folder / "grey.png"
+
+
+def large_image(folder: Path) -> Path:
+  media.write_png(folder / "large.png", np.zeros((20, 24, 3), np.uint8))
+  return folder / "large.png"
+
+
+def saved(folder: Path, array: np.ndarray) -> Path:
+  np.save(folder / "noise.npy", array)
+  return folder / "noise.npy"
+
+
+BAD = {
+  "image missing": (lambda d: ["--image=nowhere.png"], "nowhere.png"),
+  "image unreadable": (lambda d: [f"--image={write_bytes(d / 'x.png', b'no')}"], "x.png"),
+  "image not RGB": (lambda d: [f"--image={grey_image(d)}"], "RGB"),
+  "image of another size": (lambda d: [f"--image={large_image(d)}"], "24 x 20 pixels"),
+  "size the model can't take": (
+    lambda d: [f"--image={large_image(d)}", "--config.width=24", "--config.height=20"],
+    "height=20 pixels, wanted a multiple of 8",
+  ),
+  "frames not 4k+1": (lambda d: ["--config.frames=6"], "frames=6, wanted 1 + 4k"),
+  "noise of another shape": (
+    lambda d: [f"--noise={saved(d, np.zeros((1, *LATENTS), np.float32))}"],
+    "(1, 2, 4, 4, 4), wanted floats of (2, 2, 4, 4, 4)",
+  ),
+  "noise with NaN": (
+    lambda d: [f"--noise={saved(d, np.full((2, *LATENTS), np.nan, np.float32))}"],
+    "not finite",
+  ),
+  "noise of integers": (
+    lambda d: [f"--noise={saved(d, np.zeros((2, *LATENTS), int))}"],
+    "wanted floats",
+  ),
+  "noise unreadable": (
+    lambda d: [f"--noise={write_bytes(d / 'x.npy', b'no')}"],
+    "x.npy is no .npy array",
+  ),
+  "noise missing": (lambda d: ["--noise=nowhere.npy"], "nowhere.npy"),
+  "seeds": (lambda d: ["--seeds=a,b"], "--seeds=a,b, wanted whole numbers"),
+  "unknown key": (lambda d: ["--config.stepz=3"], "did you mean 'steps'"),
+  "unknown site": (lambda d: ["--config.taps.sites=('resid_mid',)"], "wanted one of resid_pre"),
+  "unknown solver": (lambda d: ["--config.solver=heun"], "wanted one of euler"),
+  "layer that is not there": (
+    lambda d: ["--config.taps.sites=('attn_out',)", "--config.taps.layers=(7,)"],
+    "7",
+  ),
+  "taps over the budget": (
+    lambda d: [
+      "--config.taps.sites=('attn_out',)",
+      "--config.taps.reduce=('full',)",
+      "--config.taps.budget_gb=0.000001",
+    ],
+    "the budget is",
+  ),
+  "no bundle": (lambda d: ["--checkpoint=nowhere"], "no bundle 'nowhere'"),
+  "out below a file": (
+    lambda d: [f"--out={write_bytes(d / 'file', b'') / 'run'}"],
+    "could not be written",
+  ),
+  "out is a file": (lambda d: [f"--out={write_bytes(d / 'file', b'')}"], "is a file"),
+}
+
+
+@pytest.mark.parametrize("fault", list(BAD))
+def test_bad_input_is_one_sentence_and_leaves_nothing(refuses, sample_words, tmp_path, fault):
+  words, said = BAD[fault]
+  changed = words(tmp_path)
+  before = sorted(tmp_path.rglob("*"))
+  assert said in refuses(*sample_words, *changed)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_in_use_is_refused_unless_redo(call, refuses, sample_words, tmp_path):
+  out = tmp_path / "run"
+  out.mkdir()
+  (out / "mine.txt").write_text("keep")
+  assert "not empty" in refuses(*sample_words)
+  assert [p.name for p in out.iterdir()] == ["mine.txt"]
+  assert call(*sample_words, "--redo")[0] == 0
+  first = open_run(out).final_latents
+  assert call(*sample_words, "--redo", "--seeds=7")[0] == 0
+  assert open_run(out).final_latents.shape[0] == 1
+  assert first.shape[0] == 2
+  assert not (out / "video_1.mp4").exists()
+  assert (out / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("limit", [2_000, 8_000])
+def test_a_disk_that_fills_up_leaves_nothing(refuses, sample_words, tmp_path, limit):
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = sorted(tmp_path.rglob("*"))
+  # a file that may not grow fails as a full disk does, in the middle of the writing
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  try:
+    said = refuses(*sample_words)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+  assert "could not be written" in said
+  assert str(tmp_path / "run") in said
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_says_so(refuses, tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(store, "run_folder", full)
+  said = refuses("tasks", "export", "--tasks=pick", f"--out={tmp_path / 'cases'}")
+  assert "No space left on device" in said
+
+
+def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path):
+  import shutil
+
+  copy = tmp_path / "damaged"
+  shutil.copytree(bundle_dir, copy)
+  described = json.loads((copy / "bundle.json").read_text())
+  leaf = next(iter(described["leaves"]["dit_0"].values()))
+  leaf["sha256"] = "0" * 64
+  (copy / "bundle.json").write_text(json.dumps(described))
+  before = sorted(tmp_path.rglob("*"))
+  assert "differs from its checksum" in refuses(*sample_words, f"--checkpoint={copy}")
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+# tasks
+
+
+def test_tasks_export_writes_the_five_files(call, tmp_path):
+  out = tmp_path / "cases"
+  status, said, _ = call(
+    "tasks", "export", "--tasks=maze,pick", "--split=id", "--cases=2", "--size=32", f"--out={out}"
+  )
+  assert status == 0
+  assert "4 cases" in said
+  assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
+    f"{task}/{index}/{name}"
+    for task in ("maze", "pick")
+    for index in ("00000", "00001")
+    for name in (
+      "first_frame.png",
+      "final_frame.png",
+      "ground_truth.mp4",
+      "prompt.txt",
+      "metadata.json",
+    )
+  }
+  case = tasks.load("pick", size=32).generate("id", 1)
+  folder = out / "pick" / "00001"
+  assert np.array_equal(media.read_image(folder / "first_frame.png"), case.first_frame)
+  assert (folder / "prompt.txt").read_text() == case.prompt + "\n"
+  assert json.loads((folder / "metadata.json").read_text())["answers"] == case.metadata["answers"]
+
+
+def test_tasks_export_again_needs_redo(call, refuses, tmp_path):
+  words = ["tasks", "export", "--tasks=pick", "--size=32", f"--out={tmp_path / 'cases'}"]
+  assert call(*words, "--cases=3")[0] == 0
+  assert "not empty" in refuses(*words, "--cases=1")
+  assert call(*words, "--cases=1", "--redo")[0] == 0
+  assert [p.name for p in (tmp_path / "cases" / "pick").iterdir()] == ["00000"]
+
+
+def test_tasks_list_names_them_all(call):
+  status, out, _ = call("tasks", "list")
+  assert status == 0
+  assert all(name in out for name in tasks.TASKS)
+
+
+# demo
+
+
+def test_demo_asks_unseen_cases_of_the_tasks_with_every_seed(call, bundle_dir, tmp_path):
+  status, out, _ = call(
+    "demo",
+    f"--checkpoint={bundle_dir}",
+    "--config.steps=2",
+    "--config.frames=13",
+    "--config.seeds=2",
+    "--tasks=pick,maze",
+    "--cases=1",
+    f"--out={tmp_path / 'demo'}",
+  )
+  assert status == 0
+  run = open_run(tmp_path / "demo")
+  assert [(r["task"], r["split"], r["seed"]) for r in run.runs] == [
+    ("pick", "id", 0),
+    ("pick", "id", 1),
+    ("maze", "id", 0),
+    ("maze", "id", 1),
+  ]
+  assert run.answers is not None
+  assert run.answers.answer.shape == (2, 4)
+  assert "pick 0" in out
+  assert (tmp_path / "demo" / "report.html").resolve().as_uri() in out
+
+
+@pytest.mark.slow
+def test_the_demo_takes_less_than_three_minutes(tmp_path):
+  began = time.monotonic()
+  said = python("-m", "jax_videoreason", "demo", f"--out={tmp_path / 'demo'}")
+  assert said.returncode == 0, said.stderr
+  assert time.monotonic() - began < 180
+  run = open_run(tmp_path / "demo")
+  assert len({r["task"] for r in run.runs}) == 3
+  assert len({r["seed"] for r in run.runs}) >= 3

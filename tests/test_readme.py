@@ -1,0 +1,69 @@
+"""The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jax_videoreason import checkpoint, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+  """Every `videoreason ...` of a shell block or of the table."""
+  lines = [line for block in blocks("sh") for line in block.splitlines()]
+  lines += re.findall(r"`(videoreason [a-z].*?)`", TEXT)
+  words = [shlex.split(line) for line in lines]
+  return [w for w in words if w[0] == "videoreason" and w[1] in cli.COMMANDS]
+
+
+def test_the_first_two_shell_blocks_run_the_demo_and_the_tests():
+  demo, tests = blocks("sh")[:2]
+  assert [line for line in demo.splitlines() if not line.startswith(("git clone", "cd "))] == [
+    "pip install -e .",
+    "videoreason demo --out runs/demo",
+  ]
+  assert tests.splitlines() == ['pip install -e ".[test]"', 'pytest -n 2 -m "not slow"']
+
+
+def test_there_is_something_to_check():
+  assert len(blocks("python")) == 1
+  assert {words[1] for words in commands()} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_line_is_understood(words):
+  module = importlib.import_module(f"jax_videoreason.cli.{words[1]}")
+  cli.parse(module, words[2:])
+
+
+@pytest.mark.skipif("mini" not in checkpoint.shipped(), reason="the bundle mini is not there yet")
+@pytest.mark.parametrize("block", blocks("python"), ids=["library"])
+def test_the_library_example_runs(block, capsys):
+  assert len([line for line in block.splitlines() if line.strip()]) <= 14
+  exec(compile(block, "README.md", "exec"), {})
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 20
+  assert said[0].startswith("sigma 1.00 [")
+
+
+def test_links_and_pictures_lead_to_files():
+  for target in re.findall(r"\]\((?!https?:)([^)#]+)", TEXT):
+    assert (ROOT / target).exists(), target
+
+
+def test_every_module_stands_in_the_table_of_floors():
+  named = set(re.findall(r"`([a-z_]+)/?`", TEXT))
+  for path in (ROOT / "jax_videoreason").iterdir():
+    is_module = path.suffix == ".py" and not path.stem.startswith("__") and path.stem != "version"
+    is_package = path.is_dir() and (path / "__init__.py").exists()
+    if is_module or is_package:
+      assert path.stem in named, path.stem

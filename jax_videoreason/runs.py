@@ -30,7 +30,7 @@ def make_noise(
   batch or device, and fewer frames get the first frames of the same noise.
   start: R F H W C noise to use instead (float, finite).
   """
-  if not jax.config.read("jax_threefry_partitionable"):
+  if not jax.config.values["jax_threefry_partitionable"]:
     raise ValueError(
       "jax_threefry_partitionable is off, so noise depends on the sharding: remove the setting."
     )

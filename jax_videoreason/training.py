@@ -70,7 +70,7 @@ def begin(params: Params, settings: TrainSettings) -> TrainState:
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=params,
+    ema=jax.tree.map(jnp.copy, params),
     optimiser=optimiser(settings).init(params),
   )
 

@@ -29,8 +29,10 @@ from tqdm import tqdm
 
 from jax_videoreason import tasks, training
 from jax_videoreason.conditioning import known_mask
-from jax_videoreason.models import FAMILIES
-from jax_videoreason.structs import Card, LatentSpec, ModelBundle
+from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
+from jax_videoreason.models.wan import WanConfig, WanDiT
+from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
 
 SIZE, FRAMES, TEXT_LENGTH = 32, 17, 32
@@ -160,8 +162,12 @@ def clips_of(numbers: range) -> np.ndarray:
   return np.stack([case_of(n).frames for n in numbers])
 
 
-def make_parts(vae: dict[str, Any], vocab: int) -> Any:
-  return FAMILIES["wan21"].build({"dit": DIT, "vae": vae, "text": {**TEXT, "vocab": vocab}})
+def make_parts(vae: dict[str, Any], vocab: int) -> Parts:
+  return Parts(
+    dit=WanDiT(WanConfig(**DIT)),
+    vae=WanVAE(WanVAEConfig(**vae)),
+    text=UMT5Encoder(UMT5Config(**TEXT, vocab=vocab)),
+  )
 
 
 def load_vae(work: Path) -> tuple[Any, Any]:
@@ -283,14 +289,14 @@ def stage_vae(options: argparse.Namespace) -> None:
 
   def batch_of(number: int) -> dict[str, Any]:
     rng = np.random.default_rng([11, number])
-    rows, low = rng.integers(len(clips), size=16), rng.integers(FRAMES - window + 1)
+    rows, low = rng.integers(len(clips), size=8), rng.integers(FRAMES - window + 1)
     return {"video": signed(np.stack([clips[r, low : low + window] for r in rows]))}
 
   params = jax.jit(lambda key: parts.vae.init(key, jnp.zeros((1, 5, SIZE, SIZE, 3)))["params"])(
     jax.random.key(0)
   )
   settings = training.TrainSettings(
-    steps=options.steps, batch=16, learning_rate=2e-3, warmup=100, weight_decay=0.0, ema=0.995
+    steps=options.steps, batch=8, learning_rate=2e-3, warmup=100, weight_decay=0.0, ema=0.995
   )
   state = fit(
     "vae", work, training.vae_loss(parts.vae, 1e-5), params, settings, batch_of, 0, options.minutes
@@ -347,8 +353,8 @@ def latent_shape(parts: Any) -> tuple[int, ...]:
   return (*spec.grid(FRAMES, SIZE, SIZE), spec.channels)
 
 
-def latent_spec(parts: Any) -> LatentSpec:
-  return FAMILIES["wan21"].latents(parts)
+def latent_spec(parts: Parts) -> LatentSpec:
+  return LatentSpec(channels=parts.vae.config.z_channels, stride=parts.vae.config.stride)
 
 
 def stage_dit(options: argparse.Namespace) -> None:
@@ -449,7 +455,8 @@ def trained_bundle(work: Path) -> ModelBundle:
 
 def stage_score(options: argparse.Namespace) -> None:
   """Scores unseen cases of every trained task at 20 steps with guidance."""
-  from jax_videoreason import conditioning, decode, runs, sampler, schedules
+  from jax_videoreason import conditioning, runs, sampler, schedules
+  from jax_videoreason.decode import decode
 
   bundle = trained_bundle(options.work)
   for name in options.tasks or list(SHARES):
@@ -466,7 +473,7 @@ def stage_score(options: argparse.Namespace) -> None:
       freq_dim=bundle.parts.dit.config.freq_dim,
     )
     latents, _, _ = sampler.denoise(bundle, noise, cond, schedule)
-    frames = decode.decode(bundle, latents)
+    frames = decode(bundle, latents)
     scores = [task.score(f, c.metadata) for f, c in zip(frames, cases, strict=True)]
     static = [
       task.score(np.repeat(c.first_frame[None], FRAMES, 0), c.metadata).value for c in cases

@@ -1,0 +1,302 @@
+"""What watching costs: one JSON line per question, each a side-by-side measurement in this process.
+
+  python scripts/bench_denoise.py                   all questions, on the shipped model
+  python scripts/bench_denoise.py trace taps        only some
+
+A ratio is the median over interleaved pairs of (with / without), with the 95% bootstrap interval of
+that median; order within a pair alternates. Nothing is timed before it is compiled and run once.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_videoreason import load, runs, sampler, schedules
+from jax_videoreason.interventions import identity
+from jax_videoreason.models.wan import WanConfig, WanDiT
+from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
+from jax_videoreason.taps import SITES, TapSpec
+
+BARE = TapSpec(latents=False, x0=False)
+TRACED = TapSpec()
+NORMS = TapSpec(sites=("resid_post",), reduce=("norm",))
+
+
+def pairs(with_it: Callable[[], Any], without: Callable[[], Any], count: int) -> dict[str, Any]:
+  """Median ratio of times over interleaved pairs, with its interval, and the medians in ms."""
+
+  def seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+  seconds(with_it), seconds(without)
+  times = []
+  for number in range(count):
+    if number % 2:
+      b = seconds(without)
+      a = seconds(with_it)
+    else:
+      a = seconds(with_it)
+      b = seconds(without)
+    times.append((a, b))
+  table = np.asarray(times)
+  ratios = table[:, 0] / table[:, 1]
+  draws = np.random.default_rng(0).choice(ratios, (2000, count))
+  low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+  return {
+    "ratio": round(float(np.median(ratios)), 4),
+    "interval": [round(float(low), 4), round(float(high), 4)],
+    "pairs": count,
+    "with_ms": round(1e3 * float(np.median(table[:, 0])), 2),
+    "without_ms": round(1e3 * float(np.median(table[:, 1])), 2),
+  }
+
+
+def say(question: str, **row: Any) -> None:
+  """One JSON line with the machine and the versions."""
+  device = jax.devices()[0]
+  where = {
+    "device": device.device_kind,
+    "processor": platform.machine(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+  }
+  print(json.dumps({"question": question, **row, **where}), flush=True)
+
+
+def mini_problem(count: int, steps: int) -> tuple[ModelBundle, Noise, Conditioning, Any]:
+  """Random conditioning of the shape of mini's: timings do not depend on the values."""
+  bundle = load("mini", parts=("dit",))
+  grid = bundle.card.latents.grid(17, 32, 32)
+  config = bundle.parts.dit.config
+  rng = np.random.default_rng(0)
+  shape = (count, *grid)
+  text = rng.normal(size=(2, count, bundle.card.text_length, config.text_width))
+  cond = Conditioning(
+    text=jnp.asarray(text, jnp.float32),
+    known=jnp.asarray(rng.normal(size=(*shape, config.out_channels)), jnp.float32),
+    known_mask=jnp.zeros((*shape, 4)).at[:, 0].set(1.0),
+  )
+  noise = runs.make_noise(range(count), (*grid, config.out_channels))
+  return bundle, noise, cond, schedules.build(steps=steps, freq_dim=config.freq_dim)
+
+
+def measure_trace(options: argparse.Namespace) -> None:
+  problem = mini_problem(options.runs, options.steps)
+  row = pairs(
+    lambda: sampler.denoise(*problem, taps=TRACED),
+    lambda: sampler.denoise(*problem, taps=BARE),
+    options.pairs,
+  )
+  say("latents and x0 of every step", wanted="upper end at most 1.05", **row)
+
+
+def measure_taps(options: argparse.Namespace) -> None:
+  problem = mini_problem(options.runs, options.steps)
+  row = pairs(
+    lambda: sampler.denoise(*problem, taps=NORMS),
+    lambda: sampler.denoise(*problem, taps=TRACED),
+    options.pairs,
+  )
+  say("token norms of every layer and step", wanted="at most 1.15", **row)
+
+
+def measure_identity(options: argparse.Namespace) -> None:
+  problem = mini_problem(options.runs, options.steps)
+  sizes = sampler.sizes_of(*problem)
+  edit = identity(sizes, edits=("mix", "gate", "steer"), sites=SITES)
+  row = pairs(
+    lambda: sampler.denoise(*problem, edit=edit),
+    lambda: sampler.denoise(*problem),
+    options.pairs,
+  )
+  say("all sites open with an identity", wanted="at most 1.05", **row)
+
+
+def abstract_problem(steps: int, layers: int) -> tuple[Any, ...]:
+  """A 14B-wide image-to-video problem at 480x832, 81 frames, as shapes: nothing is allocated."""
+  config = WanConfig(
+    width=5120,
+    ffn_width=13824,
+    heads=40,
+    layers=layers,
+    in_channels=36,
+    out_channels=16,
+    image_input="concat",
+    dtype="bfloat16",
+  )
+  spec = LatentSpec(channels=16, stride=(4, 8, 8))
+  grid = spec.grid(81, 480, 832)
+  dit = WanDiT(config)
+  cells = jax.ShapeDtypeStruct((1, *grid, 16), jnp.float32)
+  cond = Conditioning(
+    text=jax.ShapeDtypeStruct((2, 1, 512, 4096), jnp.float32),
+    known=cells,
+    known_mask=jax.ShapeDtypeStruct((1, *grid, 4), jnp.float32),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  row = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+  params = jax.eval_shape(dit.init, key, cells, row, cond)["params"]
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+  bundle = ModelBundle(
+    params=(params,),
+    parts=Parts(dit=dit),
+    card=Card(name="14b", family="wan21", latents=spec, text_length=512),
+  )
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  return bundle, Noise(keys=keys, grid=(*grid, 16)), cond, schedules.build(steps=steps)
+
+
+def lowered(problem: tuple[Any, ...], taps: TapSpec) -> Any:
+  return jax.jit(sampler.denoise).lower(*problem, taps=taps)
+
+
+def measure_cost(options: argparse.Namespace) -> None:
+  """Bytes and FLOPs that XLA counts for one step of the loop, with and without the trace."""
+  problem = abstract_problem(steps=50, layers=40)
+  costs = [lowered(problem, taps).compile().cost_analysis() for taps in (TRACED, BARE)]
+  ratio = {
+    name: round(costs[0][key] / costs[1][key], 6)
+    for name, key in (("flops", "flops"), ("bytes", "bytes accessed"))
+  }
+  say("14B shape, latents and x0 by cost analysis", wanted="at most 1.01", **ratio)
+
+
+def compile_seconds(problem: tuple[Any, ...]) -> float:
+  program = lowered(problem, NORMS)
+  began = time.perf_counter()
+  program.compile()
+  return time.perf_counter() - began
+
+
+def measure_compile(options: argparse.Namespace) -> None:
+  """Compilation of the 14B shape: it must not grow with steps, and hardly with layers."""
+  for name, wanted, long, short in (
+    ("50 steps against 10", 1.15, (50, 40), (10, 40)),
+    ("40 layers against 4", 1.3, (50, 40), (50, 4)),
+  ):
+    seconds = []
+    for _ in range(options.compiles):
+      jax.clear_caches()
+      a = compile_seconds(abstract_problem(*long))
+      jax.clear_caches()
+      seconds.append((a, compile_seconds(abstract_problem(*short))))
+    table = np.asarray(seconds)
+    say(
+      f"compile time, {name}",
+      wanted=f"at most {wanted}",
+      ratio=round(float(np.median(table[:, 0] / table[:, 1])), 3),
+      seconds=[round(float(s), 2) for s in np.median(table, axis=0)],
+      pairs=options.compiles,
+    )
+
+
+def measure_diffusers(options: argparse.Namespace) -> None:
+  """WanDiT against diffusers' transformer in fp32, the same weights, 1,280 tokens."""
+  import torch
+  from diffusers import WanTransformer3DModel
+
+  from jax_videoreason.convert import engine, wan
+
+  layers, heads, width = 4, 4, 512
+  torch.manual_seed(0)
+  reference = WanTransformer3DModel(
+    num_attention_heads=heads,
+    attention_head_dim=width // heads,
+    in_channels=16,
+    out_channels=16,
+    text_dim=256,
+    ffn_dim=4 * width,
+    num_layers=layers,
+  ).eval()
+  config = WanConfig(
+    width=width,
+    ffn_width=4 * width,
+    heads=heads,
+    layers=layers,
+    text_width=256,
+    numerics="diffusers",
+  )
+  dit = WanDiT(config)
+  rng = np.random.default_rng(0)
+  latents = rng.normal(size=(1, 5, 32, 32, 16)).astype(np.float32)
+  text = rng.normal(size=(1, 1, 512, 256)).astype(np.float32)
+  time_row = schedules.sinusoid(np.array([500.0, 0.0]), 256, "diffusers")
+  cond = Conditioning(text=jnp.asarray(text))
+  shapes = jax.eval_shape(dit.init, jax.random.key(0), latents, time_row, cond)["params"]
+  state = {name: value.numpy() for name, value in reference.state_dict().items()}
+  params = engine.fill(state, wan.table("diffusers"), shapes)
+  ours = jax.jit(lambda p, x: dit.apply({"params": p}, x, time_row, cond)[0])
+  x_torch = torch.from_numpy(latents).permute(0, 4, 1, 2, 3).contiguous()
+  text_torch, t = torch.from_numpy(text[0]), torch.tensor([500.0])
+
+  def theirs() -> Any:
+    with torch.no_grad():
+      return reference(x_torch, t, text_torch, return_dict=False)[0].numpy()
+
+  wrong = np.asarray(ours(params, latents))[0].transpose(0, 4, 1, 2, 3) - theirs()
+  row = pairs(lambda: theirs(), lambda: ours(params, latents), options.pairs)
+  say(
+    "speed of WanDiT over diffusers, fp32, 1280 tokens",
+    wanted="at least 0.9",
+    difference=float(np.linalg.norm(wrong) / np.linalg.norm(theirs())),
+    threads=torch.get_num_threads(),
+    **row,
+  )
+
+
+def measure_start(options: argparse.Namespace) -> None:
+  """Seconds of `import jax_videoreason` and of `videoreason --help`, medians of five."""
+  root = Path(__file__).resolve().parent.parent
+  for name, wanted, words in (
+    ("import", 3.0, ["-c", "import jax_videoreason"]),
+    ("--help", 1.5, ["-m", "jax_videoreason", "--help"]),
+  ):
+    seconds = []
+    for _ in range(5):
+      began = time.perf_counter()
+      subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=root)
+      seconds.append(time.perf_counter() - began)
+    say(f"seconds of {name}", wanted=f"under {wanted}", seconds=round(float(np.median(seconds)), 3))
+
+
+QUESTIONS = {
+  "trace": measure_trace,
+  "taps": measure_taps,
+  "identity": measure_identity,
+  "cost": measure_cost,
+  "compile": measure_compile,
+  "diffusers": measure_diffusers,
+  "start": measure_start,
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("questions", nargs="*", default=list(QUESTIONS), metavar="QUESTION")
+  parser.add_argument("--pairs", type=int, default=30)
+  parser.add_argument("--compiles", type=int, default=3, help="pairs of compilations")
+  parser.add_argument("--runs", type=int, default=4)
+  parser.add_argument("--steps", type=int, default=10)
+  options = parser.parse_args()
+  for name in options.questions:
+    if name not in QUESTIONS:
+      parser.error(f"no question {name!r}; there are: {', '.join(QUESTIONS)}.")
+    QUESTIONS[name](options)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,384 @@
+"""The contract of `denoise`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+  GRID,
+  SITES,
+  SOLVERS,
+  relative,
+  replace,
+  tiny_bundle,
+  tiny_inputs,
+  tiny_schedule,
+)
+
+from jax_videoreason import interventions, runs, sampler, schedules, sharding
+from jax_videoreason.interventions import Intervention, identity
+from jax_videoreason.sampler import denoise
+from jax_videoreason.taps import TapSpec
+
+# Two programs of the same mathematics differ by float32 rounding, which the steps carry on.
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def bundle():
+  return tiny_bundle()
+
+
+@pytest.fixture(scope="module")
+def pair():
+  return tiny_bundle(experts=2)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+  return tiny_inputs(4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_last_guess_is_the_final_latent(bundle, inputs, solver):
+  latents, trace, _ = denoise(bundle, *inputs, tiny_schedule(solver=solver))
+  assert relative(trace.x0[-1], latents) < 1e-6
+  assert trace.finite.all() and trace.latents.shape == (4, 4, *GRID)
+
+
+def test_euler_steps_from_its_own_guess(bundle, inputs):
+  schedule = tiny_schedule()
+  latents, trace, _ = denoise(bundle, *inputs, schedule)
+  sigma = schedule.sigma[:, None, None, None, None, None]
+  velocity = (trace.latents - trace.x0) / sigma[:-1]
+  after = jnp.concatenate([trace.latents[1:], latents[None]])
+  assert relative(trace.x0 + sigma[1:] * velocity, after) < 1e-5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_pieces_handed_on_by_state_equal_the_whole(bundle, inputs, solver):
+  schedule = tiny_schedule(solver=solver)
+  whole, trace, _ = denoise(bundle, *inputs, schedule)
+  state = sampler.start(inputs[0], solver)
+  seen = []
+  for piece in (schedule[:2], schedule[2:]):
+    latents, part, state = denoise(bundle, *inputs, piece, state=state)
+    seen.append(part.x0)
+  assert relative(latents, whole) < SAME
+  assert relative(jnp.concatenate(seen), trace.x0) < SAME
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_held_steps_equal_a_cut_schedule(bundle, inputs, solver):
+  schedule = tiny_schedule(solver=solver)
+  _, _, middle = denoise(bundle, *inputs, schedule[:2])
+  cut, _, _ = denoise(bundle, *inputs, schedule[2:], state=middle)
+  held, trace, _ = denoise(bundle, *inputs, schedule.only(2, 4), state=middle)
+  assert relative(held, cut) < SAME
+  np.testing.assert_array_equal(trace.latents[0], middle.latents)
+  np.testing.assert_array_equal(trace.x0[1], middle.x0)
+
+
+def test_a_held_step_is_not_edited(bundle, inputs):
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, *inputs, schedule)
+  noisy = interventions.noise_at(
+    identity(sizes), interventions.where(sizes, steps=0), mode="replace"
+  )
+  plain, _, _ = denoise(bundle, *inputs, schedule.only(1, 4), identity(sizes, edits=("noise",)))
+  edited, _, _ = denoise(bundle, *inputs, schedule.only(1, 4), noisy)
+  np.testing.assert_array_equal(plain, edited)
+
+
+def test_a_stored_trajectory_branches_exactly(bundle, inputs):
+  schedule = tiny_schedule()
+  whole, trace, _ = denoise(bundle, *inputs, schedule)
+  state = sampler.state_at(trace, schedule, 2)
+  branched, _, _ = denoise(bundle, *inputs, schedule[2:], state=state)
+  assert relative(branched, whole) < SAME
+  with pytest.raises(ValueError, match=r"step 4 is not in the trace"):
+    sampler.state_at(trace, schedule, 4)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
+  noise, cond = tiny_inputs(4, branches=branches)
+  schedule = tiny_schedule()
+  latents, _, _ = denoise(bundle, noise, cond, schedule)
+  order = np.array([2, 0, 3, 1])
+  turned, _, _ = denoise(bundle, runs.take(noise, order), runs.take(cond, order), schedule)
+  assert relative(turned, latents[order]) < SAME
+  assert relative(runs.run(bundle, noise, cond, schedule, batch=3, piece=2), latents) < SAME
+
+
+def test_four_devices_equal_one(bundle, inputs):
+  schedule = tiny_schedule()
+  latents, _, _ = denoise(bundle, *inputs, schedule)
+  mesh = sharding.make_mesh(seed=4)
+  assert relative(runs.run(bundle, *inputs, schedule, mesh=mesh), latents) < SAME
+  placed = sampler.start(runs.place(inputs[0], mesh), "euler").latents
+  assert len(placed.sharding.device_set) == 4
+  np.testing.assert_array_equal(placed, sampler.start(inputs[0], "euler").latents)
+
+
+def test_noise_of_a_run_is_its_own():
+  whole = sampler.start(runs.make_noise([3, 5, 8], GRID), "euler").latents
+  alone = sampler.start(runs.make_noise([5], GRID), "euler").latents
+  np.testing.assert_array_equal(whole[1], alone[0])
+  fewer = sampler.start(runs.make_noise([5], (2, *GRID[1:])), "euler").latents
+  np.testing.assert_array_equal(fewer[0], alone[0, :2])
+  assert abs(float(whole.mean())) < 0.2 and abs(float(whole.std()) - 1) < 0.2
+
+
+def test_giving_the_noise_equals_drawing_it(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule()
+  drawn, _, _ = denoise(bundle, noise, cond, schedule)
+  start = np.asarray(sampler.start(noise, "euler").latents)
+  given, _, _ = denoise(bundle, runs.make_noise(range(4), GRID, start), cond, schedule)
+  assert relative(given, drawn) < SAME
+
+
+def test_one_compilation_for_all_that_is_data(pair, inputs):
+  noise, cond = inputs
+  run = jax.jit(chex.assert_max_traces(lambda *a: denoise(*a)[0], n=1))
+  results = []
+  for seed, shift, guidance, boundary, gain in (
+    (0, 5.0, 5.0, 0.9, 0.0),
+    (1, 5.0, 5.0, 0.9, 0.0),
+    (0, 3.0, 5.0, 0.9, 0.0),
+    (0, 5.0, (4.0, 3.0), 0.9, 0.0),
+    (0, 5.0, 5.0, 0.5, 0.0),
+    (0, 5.0, 5.0, 0.9, 1.0),
+  ):
+    schedule = tiny_schedule(shift=shift, guidance=guidance, boundary=boundary)
+    sizes = sampler.sizes_of(pair, noise, cond, schedule)
+    room = identity(sizes, edits=("noise", "gate"), sites=("mlp_out",))
+    edit = interventions.noise_at(room, interventions.where(sizes, steps=2), mode="add", gain=gain)
+    some = runs.make_noise([seed + r for r in range(4)], GRID)
+    results.append(np.asarray(run(pair, some, cond, schedule, edit)))
+  for other in results[1:]:
+    assert relative(other, results[0]) > 1e-3
+
+
+def test_the_boundary_hands_over_to_the_second_expert(pair, inputs):
+  low_only = replace(pair, params=(None, pair.params[1]))
+  always_low = tiny_schedule(boundary=1.0)
+  always_low = replace(always_low, which=np.ones(4, np.int32))
+  both, _, _ = denoise(pair, *inputs, always_low)
+  single = tiny_bundle()
+  single = replace(single, params=(pair.params[1],))
+  alone, _, _ = denoise(single, *inputs, tiny_schedule())
+  assert relative(both, alone) < SAME
+  assert relative(denoise(low_only, *inputs, always_low)[0], alone) < SAME
+  mixed, trace, _ = denoise(pair, *inputs, tiny_schedule(boundary=0.9))
+  high, high_trace, _ = denoise(replace(single, params=(pair.params[0],)), *inputs, tiny_schedule())
+  which = tiny_schedule(boundary=0.9).which
+  first_low = int(np.argmax(which))
+  assert 0 < first_low < 4
+  assert relative(trace.x0[:first_low], high_trace.x0[:first_low]) < SAME
+  assert relative(mixed, high) > 1e-3
+
+
+@pytest.mark.parametrize("image_input", ["none", "concat", "overwrite"])
+def test_an_identity_changes_nothing(image_input):
+  bundle, inputs = tiny_bundle(image_input), tiny_inputs(3, image_input)
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, *inputs, schedule)
+  plain, _, _ = denoise(bundle, *inputs, schedule)
+  np.testing.assert_array_equal(denoise(bundle, *inputs, schedule, identity(sizes))[0], plain)
+  everything = ("mix_latents", "noise", "mix_out", "mix", "gate", "steer", "tokens")
+  open_sites = identity(sizes, edits=everything, sites=SITES)
+  assert relative(denoise(bundle, *inputs, schedule, open_sites)[0], plain) < SAME
+
+
+def test_runs_an_edit_does_not_name_stay_bit_equal(bundle, inputs):
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, *inputs, schedule)
+  room = identity(sizes, edits=("gate",), sites=("attn_out",))
+  clean, _, _ = denoise(bundle, *inputs, schedule, room)
+  edit = replace(room, gate=jnp.asarray(room.gate).at[:, 1, 2].set(0.0))
+  edited, _, _ = denoise(bundle, *inputs, schedule, edit)
+  np.testing.assert_array_equal(edited[jnp.array([0, 1, 3])], clean[jnp.array([0, 1, 3])])
+  assert relative(edited[2], clean[2]) > 1e-4
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_whole_residual_swap_becomes_the_other_run(bundle, layer):
+  """Two runs with one text differ by their stream alone, so after the swap they are each other."""
+  noise, cond = tiny_inputs(2)
+  text = jnp.broadcast_to(cond.text[:, :1], cond.text.shape)
+  cond = replace(cond, text=text)
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  at = interventions.where(sizes, steps=0, layers=layer)
+  room = identity(sizes, edits=("mix",), sites=("resid_post",))
+  _, clean, _ = denoise(bundle, noise, cond, schedule[:1], room)
+  swapped = interventions.swap_runs(room, at, 0, 1)
+  _, trace, _ = denoise(bundle, noise, cond, schedule[:1], swapped)
+  velocity = (clean.latents[0] - clean.x0[0]) / schedule.sigma[0]
+  other = (trace.latents[0] - trace.x0[0]) / schedule.sigma[0]
+  assert relative(other, velocity[::-1]) < 1e-6
+
+
+def test_replaced_noise_at_the_first_step_is_another_seed(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  edit = interventions.noise_at(
+    identity(sizes), interventions.where(sizes, steps=0), mode="replace"
+  )
+  rng = np.random.default_rng(5)
+  injected = jnp.asarray(rng.normal(size=(4, 4, *GRID)), jnp.float32)
+  edited, trace, _ = denoise(bundle, replace(noise, injected=injected), cond, schedule, edit)
+  np.testing.assert_array_equal(trace.latents[0], injected[0])
+  again, _, _ = denoise(bundle, replace(noise, start=injected[0]), cond, schedule)
+  assert relative(edited, again) < SAME
+
+
+def test_injected_noise_is_drawn_from_the_key_of_the_run(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  at = interventions.where(sizes, steps=1)
+  edit = interventions.noise_at(identity(sizes), at, mode="replace")
+  _, trace, _ = denoise(bundle, noise, cond, schedule, edit)
+  wanted = jax.random.normal(jax.random.fold_in(noise.keys[2], 2), GRID, jnp.float32)
+  np.testing.assert_array_equal(trace.latents[1, 2], wanted)
+  _, piece, _ = denoise(
+    bundle, noise, cond, schedule[1:], edit, state=sampler.start(noise, "euler")
+  )
+  np.testing.assert_array_equal(piece.latents[0, 2], wanted)
+
+
+def test_unipc_forgets_a_run_whose_latents_were_edited(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule(5, solver="unipc")
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  rng = np.random.default_rng(1)
+  injected = jnp.asarray(rng.normal(size=(5, 4, *GRID)), jnp.float32)
+  at = interventions.where(sizes, steps=2)
+  edit = interventions.noise_at(identity(sizes), at, mode="replace")
+  edited, _, _ = denoise(bundle, replace(noise, injected=injected), cond, schedule, edit)
+  fresh = replace(sampler.start(noise, "unipc"), latents=injected[2])
+  restarted, _, _ = denoise(bundle, noise, cond, schedule[2:], state=fresh)
+  assert relative(edited, restarted) < SAME
+
+
+def test_averaged_guesses_make_the_runs_one_at_the_end(bundle, inputs):
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, *inputs, schedule)
+  mean = jnp.full((4, 4, 4), 0.25)
+  edit = replace(identity(sizes, edits=("mix_out",)), mix_out=mean)
+  latents, trace, _ = denoise(bundle, *inputs, schedule, edit)
+  assert relative(latents[1], latents[0]) < SAME
+  velocity = (trace.latents[0] - trace.x0[0]) / schedule.sigma[0]
+  assert relative(trace.x0[0] + schedule.sigma[1] * velocity, trace.latents[1]) < SAME
+
+
+def test_given_cells_of_ti2v_never_move():
+  bundle, (noise, cond) = tiny_bundle("overwrite"), tiny_inputs(2, "overwrite")
+  latents, trace, _ = denoise(bundle, noise, cond, tiny_schedule())
+  np.testing.assert_array_equal(latents[:, 0], cond.known[:, 0])
+  np.testing.assert_array_equal(trace.latents[:, :, 0], np.stack([cond.known[:, 0]] * 4))
+  np.testing.assert_array_equal(trace.x0[:, :, 0], np.stack([cond.known[:, 0]] * 4))
+  assert relative(latents[:, 1:], cond.known[:, 1:]) > 0.1
+
+
+def test_a_nan_stays_in_its_run(bundle, inputs):
+  noise, cond = inputs
+  start = np.asarray(sampler.start(noise, "euler").latents).copy()
+  start[1, 0, 0, 0, 0] = np.nan
+  bad, trace, _ = denoise(bundle, replace(noise, start=jnp.asarray(start)), cond, tiny_schedule())
+  assert trace.finite.all(axis=0).tolist() == [True, False, True, True]
+  assert np.isfinite(np.asarray(bad)[[0, 2, 3]]).all()
+
+
+def test_taps_keep_the_steps_layers_and_branches_asked_for(bundle, inputs):
+  schedule = tiny_schedule()
+  every = TapSpec(sites=("resid_post", "update"), reduce=("norm",), branches=(0, 1))
+  plain, _, _ = denoise(bundle, *inputs, schedule)
+  latents, trace, _ = denoise(bundle, *inputs, schedule, taps=every)
+  assert relative(latents, plain) < SAME
+  norms = trace.taps["resid_post/norm"]
+  assert norms.shape == (4, 3, 2, 4, 3 * 2 * 2)
+  some = replace(every, layers=(0, 2), steps=(1, 3), branches=(1,), latents=False, x0=False)
+  _, part, _ = denoise(bundle, *inputs, schedule, taps=some)
+  assert part.latents is None and part.x0 is None
+  wanted = norms[jnp.array([1, 3])][:, jnp.array([0, 2])][:, :, 1:]
+  assert relative(part.taps["resid_post/norm"], wanted) < SAME
+  with pytest.raises(ValueError, match=r"rows of the schedule passed, 0\.\.3"):
+    denoise(bundle, *inputs, schedule, taps=replace(every, steps=(4,)))
+
+
+def test_a_lens_of_the_last_layer_is_the_velocity(bundle, inputs):
+  schedule = tiny_schedule(guidance=1.0)
+  taps = TapSpec(sites=("resid_post",), reduce=("lens",), layers=(2,))
+  _, trace, _ = denoise(bundle, *inputs, schedule, taps=taps)
+  from jax_videoreason.models.common import unpatchify
+
+  lens = trace.taps["resid_post/lens"][:, 0, 0]
+  velocity = jnp.stack([unpatchify(x[None], (3, 2, 2), (1, 2, 2))[0] for x in lens])
+  sigma = schedule.sigma[:-1][:, None, None, None, None, None]
+  assert relative(velocity, (trace.latents - trace.x0) / sigma) < 1e-4
+
+
+def test_the_trajectory_is_differentiable(bundle):
+  noise, cond = tiny_inputs(1, branches=1)
+  start = sampler.start(noise, "euler").latents
+
+  def last(x):
+    return denoise(bundle, replace(noise, start=x), cond, tiny_schedule(2))[0].sum()
+
+  slope = jax.grad(last)(start)
+  assert np.isfinite(np.asarray(slope)).all() and float(jnp.abs(slope).max()) > 0
+
+
+def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule(boundary=0.9)
+  high_only = replace(pair, params=(pair.params[0], None))
+  with pytest.raises(ValueError, match=r"calls expert 1, which is not loaded"):
+    denoise(high_only, noise, cond, schedule)
+  denoise(high_only, noise, cond, schedule.only(0, 1))
+  with pytest.raises(ValueError, match=r"names no expert and the model has 2"):
+    denoise(pair, noise, cond, tiny_schedule())
+  short = replace(cond, known=cond.known[:, :1])
+  with pytest.raises(ValueError, match=r"known R F H W C is \(4, 1, 4, 4, 4\), wanted \(4, 3, 4"):
+    denoise(bundle, noise, short, tiny_schedule())
+  with pytest.raises(ValueError, match=r"takes a first frame and cond.known is None"):
+    denoise(bundle, noise, replace(cond, known=None, known_mask=None), tiny_schedule())
+  with pytest.raises(ValueError, match=r"edit.gate has 4 steps, wanted 5"):
+    denoise(bundle, noise, cond, tiny_schedule(5), Intervention(gate=jnp.ones((4, 3, 4))))
+  with pytest.raises(ValueError, match=r"typed keys"):
+    denoise(bundle, replace(noise, keys=jnp.zeros((4,), jnp.uint32)), cond, tiny_schedule())
+
+
+def test_bad_noise_is_refused():
+  good = np.zeros((2, *GRID), np.float32)
+  with pytest.raises(ValueError, match=r"noise R F H W C is float32 \(2, 3, 4, 4, 4\), wanted"):
+    runs.make_noise([0], GRID, good)
+  good[1, 2, 3, 0, 1] = np.nan
+  with pytest.raises(ValueError, match=r"1 values that are not finite, the first at \(1, 2, 3, 0"):
+    runs.make_noise([0, 1], GRID, good)
+  with pytest.raises(ValueError, match=r"at least one whole number"):
+    runs.make_noise([], GRID)
+
+
+def test_edited_runs_are_never_split_over_batches(bundle, inputs):
+  schedule = tiny_schedule()
+  edit = identity(sampler.sizes_of(bundle, *inputs, schedule))
+  with pytest.raises(ValueError, match=r"need their 4 runs in one batch, batch=2"):
+    runs.run(bundle, *inputs, schedule, edit, batch=2)
+
+
+def test_pieces_have_one_length():
+  assert [p.stop - p.start for p in runs.pieces(50, 12)] == [10] * 5
+  assert runs.pieces(7, 3) == [slice(i, i + 1) for i in range(7)]
+  assert [list(b) for b in runs.batches(5, 2)] == [[0, 1], [2, 3], [4, 4]]
+
+
+def test_steps_beyond_the_schedule_are_refused():
+  with pytest.raises(ValueError):
+    schedules.build(steps=0)

@@ -18,7 +18,8 @@ import numpy as np
 from jax_videoreason.tasks import draw
 
 SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
-ID_BUCKETS = 8  # a problem whose hash falls in bucket 0 of 8 belongs to `id`, never to `train`
+BUCKETS = 8  # a problem's hash, modulo 8, says which split may have it
+RESERVED = {"id": 0, "ood": 1}  # `train` has the other six
 MOST_ANSWERS = 4
 TRIES = 20_000
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
@@ -121,8 +122,8 @@ def only_mark(amounts: np.ndarray) -> int | None:
 
   amounts: (T, N), the drawn share of each of N possible marks.
   """
-  whole = (amounts[-2:] >= 0.85).all(axis=0)
-  absent = (amounts[-2:] <= 0.15).all(axis=0)
+  whole = amounts[-2:].min(axis=0) >= 0.85
+  absent = amounts[-2:].max(axis=0) <= 0.15
   if whole.sum() != 1 or not (whole | absent).all():
     return None
   return int(whole.argmax())
@@ -165,7 +166,7 @@ class Task:
   def draw_problem(self, rng: np.random.Generator, split: str, ambiguous: bool) -> Problem | None:
     """One problem in symbols; None when the draw is of no use and another must be made.
 
-    `ood` problems have to differ from `train` and `id` ones by construction.
+    `ood` draws from ranges (sizes, colours, their pairings) that the other splits lack.
     """
     raise NotImplementedError
 
@@ -296,7 +297,7 @@ class Task:
     )
 
   def problem_hash(self, problem: Problem) -> str:
-    """Equal for equal problems; decides between `train` and `id`."""
+    """Equal for equal problems; decides between `train`, `id` and `ood`."""
     return digest([self.name, self.canonical(problem)])
 
   def accept(
@@ -311,7 +312,10 @@ class Task:
       if not (2 <= len(answers) <= MOST_ANSWERS if ambiguous else len(answers) == 1):
         continue
       key = self.problem_hash(problem)
-      if split in ("train", "id") and (int(key, 16) % ID_BUCKETS == 0) != (split == "id"):
+      bucket = int(key, 16) % BUCKETS
+      if split == "train" and bucket in RESERVED.values():
+        continue
+      if split in RESERVED and bucket != RESERVED[split]:
         continue
       return problem, answers, key
     raise ValueError(

@@ -192,13 +192,15 @@ def label(frames: np.ndarray) -> np.ndarray:
 
   UNDECIDED where no colour is within REACH.
   """
-  pixels = frames.astype(np.float32)
-  table = RGB.astype(np.float32)
-  # |p - c|^2 = |p|^2 - 2 p.c + |c|^2: one matrix product for all pixels and colours.
-  near = (table**2).sum(-1) - 2 * (pixels @ table.T)
-  best = near.argmin(-1)
-  distance = near.min(-1) + (pixels**2).sum(-1)
-  return np.where(distance <= REACH**2, best, UNDECIDED).astype(np.int8)
+  red, green, blue = np.moveaxis(frames.astype(np.int32), -1, 0)
+  nearest = np.full(red.shape, int(REACH**2) + 1, np.int32)
+  found = np.full(red.shape, UNDECIDED, np.int8)
+  for index, (r, g, b) in enumerate(RGB.tolist()):
+    distance = (red - r) ** 2 + (green - g) ** 2 + (blue - b) ** 2
+    closer = distance < nearest
+    found[closer] = index
+    nearest = np.minimum(nearest, distance)
+  return found
 
 
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:

@@ -64,6 +64,27 @@ def carve(rng: np.random.Generator, rooms: int) -> set[Cell]:
   return opened
 
 
+def several_ways(rng: np.random.Generator, opened: set[Cell], start: Cell, goal: Cell) -> set[Cell]:
+  """Opens walls until there are 2 to 4 shortest ways, and closes again what those do not need."""
+  side = max(max(cell) for cell in opened) + 1
+  closed = [(y, x) for y in range(side) for x in range(side) if (y + x) % 2]
+  closed = [cell for cell in closed if cell not in opened]
+  more: list[Cell] = []
+  for i in rng.permutation(len(closed)):
+    more.append(closed[i])
+    count = len(shortest(opened | {*more}, start, goal))
+    if count > base.MOST_ANSWERS:
+      more.pop()
+    elif count > 1:
+      break
+  ways = shortest(opened | {*more}, start, goal)
+  for cell in list(more):
+    fewer = [c for c in more if c != cell]
+    if shortest(opened | {*fewer}, start, goal) == ways:
+      more = fewer
+  return opened | {*more}
+
+
 class Maze(base.Task):
   name = "maze"
   number = 1
@@ -81,13 +102,7 @@ class Maze(base.Task):
     ends = rng.choice(rooms * rooms, 2, replace=False)
     start, goal = ((2 * int(e // rooms), 2 * int(e % rooms)) for e in ends)
     if ambiguous:
-      closed = [
-        (y, x) for y in range(side) for x in range(side) if (y + x) % 2 and (y, x) not in opened
-      ]
-      for i in rng.permutation(len(closed)):
-        opened.add(closed[i])
-        if 2 <= len(shortest(opened, start, goal)) <= base.MOST_ANSWERS:
-          break
+      opened = several_ways(rng, opened, start, goal)
     rows = ["".join(".#"[(y, x) not in opened] for x in range(side)) for y in range(side)]
     problem = {"rows": rows, "start": list(start), "goal": list(goal)}
     return problem if len(shortest(opened, start, goal)[0]) >= 4 else None
@@ -118,9 +133,8 @@ class Maze(base.Task):
     for i, cell in enumerate(cells[1:], start=1):
       # frame on which the dot enters cell i: evenly spread, the last on frame T - 2
       first = -(-i * (self.frames - 2) // steps)
-      box = draw.shrink(boxes[cell], 0.5) if cell == goal else boxes[cell]
       for t in range(first, self.frames):
-        fill(maps[t], box, draw.RED)
+        fill(maps[t], boxes[cell], draw.RED)
     return maps
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
@@ -129,24 +143,31 @@ class Maze(base.Task):
     start, goal = ends_of(problem)
     opened = sorted(free(problem))
     walls = [(y, x) for y in range(side) for x in range(side) if (y, x) not in set(opened)]
-    own = {start: draw.RED, goal: draw.BLUE}
+    corridors = [cell for cell in opened if cell not in (start, goal)]
+
+    def group(cells: list[Cell], allowed: list[list[int]]) -> base.Kept:
+      return base.kept(draw.cells(self.size, np.stack([boxes[c] for c in cells])), allowed)
+
+    # Red and green blur to something like grey where cells are small.
+    begin = [draw.RED, draw.GREEN, draw.GREY, draw.UNDECIDED]
     return [
-      base.kept(draw.cells(self.size, np.stack([boxes[c] for c in walls])), [[WALL]] * len(walls)),
-      base.kept(
-        draw.cells(self.size, np.stack([boxes[c] for c in opened])),
-        [[own.get(c, FLOOR), draw.RED, draw.UNDECIDED] for c in opened],
-      ),
+      group(walls, [[WALL]] * len(walls)),
+      group(corridors, [[FLOOR, draw.RED, draw.UNDECIDED]] * len(corridors)),
+      group([start, goal], [begin, [draw.BLUE, draw.RED, draw.UNDECIDED]]),
     ]
 
   def trails(self, labels: np.ndarray, problem: base.Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Per frame and cell: is it red, is it a blend (neither red nor as in the problem)."""
+    """Per frame and cell: is it red, is it a blend (neither red nor as in the problem).
+
+    The start counts as red: the dot on it is too small to be read at 4 pixels a cell.
+    """
     side = len(problem["rows"])
     seen = draw.majority(labels, layout(self.size, side)[1])
-    red = seen == draw.RED
-    own = np.array([FLOOR if c == "." else WALL for row in problem["rows"] for c in row])
     start, goal = ends_of(problem)
+    own = np.array([FLOOR if c == "." else WALL for row in problem["rows"] for c in row])
     own[goal[0] * side + goal[1]] = draw.BLUE
-    own[start[0] * side + start[1]] = draw.RED
+    seen[:, start[0] * side + start[1]] = draw.RED
+    red = seen == draw.RED
     return red, ~red & (seen != own)
 
   def ending(self, labels: np.ndarray, problem: base.Problem) -> tuple[set[Cell], bool]:

@@ -146,8 +146,8 @@ class Pick(base.Task):
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
     """The half all of whose members have a ring while no member of the other has one."""
     amounts, half = self.drawn(labels, problem)
-    whole = (amounts[-2:] >= 0.85).all(axis=0)
-    absent = (amounts[-2:] <= 0.15).all(axis=0)
+    whole = amounts[-2:].min(axis=0) >= 0.85
+    absent = amounts[-2:].max(axis=0) <= 0.15
     for i, option in enumerate(self.options(problem)):
       if whole[half == i].all() and absent[half != i].all():
         return option

@@ -51,18 +51,20 @@ def boards(ambiguous: bool) -> tuple[str, ...]:
   """All boards with one winning move (2 or 3 if ambiguous), nobody having won, in fixed order.
 
   A plain board also has a decoy: a cell where the other side would win, or a line of two of the
-  mover that is blocked.
+  mover that is blocked. At least three cells are empty, and one of them is a wrong move.
   """
   found = []
   for cells in itertools.product(".mo", repeat=9):
     mine, theirs = cells.count("m"), cells.count("o")
-    if theirs - mine not in (0, 1) or "." not in cells or mine < 2:
+    if theirs - mine not in (0, 1) or mine < 2:
       continue
     lines = [[cells[i] for i in line] for line in LINES]
     if any(line.count("m") == 3 or line.count("o") == 3 for line in lines):
       continue
     board = "".join(cells)
     ways = len(wins(board, "m"))
+    if cells.count(".") < max(3, ways + 1):
+      continue
     decoy = wins(board, "o") or any(x.count("m") == 2 and x.count("o") == 1 for x in lines)
     if (2 <= ways <= 3) if ambiguous else (ways == 1 and decoy):
       found.append(board)
@@ -169,7 +171,7 @@ class TicTacToe(base.Task):
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """One cell fills gradually, and no other empty cell is ever filled."""
-    return base.lone_growth(self.filled(labels, metadata["problem"]), steps=3)
+    return base.lone_growth(self.filled(labels, metadata["problem"]), steps=2)
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     options = empty(problem["board"])

@@ -246,14 +246,17 @@ class _Part:
         self.folder.resolve(),
         args=ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True),
       )
+    except jax.errors.JaxRuntimeError:  # no memory on the device, say: not the file's fault
+      raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
       paths = list(_flatten(target))
       if len(paths) > 1:
         for path in paths:  # once more, leaf by leaf, to name the one at fault
           self._restore(_pick(target, path), _pick(args, path))
+      fault = f"leaf {self.name}/{paths[0]}" if len(paths) == 1 else f"part {self.name}"
       raise ValueError(
-        f"leaf {self.name}/{paths[0]} cannot be read from {self.folder} "
-        f"({type(error).__name__}): copy the bundle again."
+        f"{fault} cannot be read from {self.folder} ({type(error).__name__}): copy the bundle "
+        "again."
       ) from error
     finally:
       reader.close()

@@ -22,228 +22,225 @@ TRAIN_STEPS = 1000
 
 @pytree
 class Schedule:
-    """What every denoising step needs to know; each leaf is data, so none of it recompiles.
+  """What every denoising step needs to know; each leaf is data, so none of it recompiles.
 
-    sigma: S+1, ending at 0 in a whole schedule. timestep: S, rounded as `numerics` says.
-    time: S 2 freq_dim, cosines first; row 0 is the timestep, row 1 is t = 0 (for given tokens).
-    guidance: S. coef: the table of the solver, S each. index: S int32, place in the whole schedule.
-    which: S int32, 0 and 1 = expert, 2 = hold; None = one expert, no step held.
-    total: steps of the whole schedule, which a piece still knows.
+  sigma: S+1, ending at 0 in a whole schedule. timestep: S, rounded as `numerics` says.
+  time: S 2 freq_dim, cosines first; row 0 is the timestep, row 1 is t = 0 (for given tokens).
+  guidance: S. coef: the table of the solver, S each. index: S int32, place in the whole schedule.
+  which: S int32, 0 and 1 = expert, 2 = hold; None = one expert, no step held.
+  total: steps of the whole schedule, which a piece still knows.
+  """
+
+  sigma: Array
+  timestep: Array
+  time: Array
+  guidance: Array
+  coef: dict[str, Array]
+  index: Array
+  which: Array | None = None
+  solver: str = static()
+  total: int = static()
+
+  def __len__(self) -> int:
+    return self.sigma.shape[0] - 1
+
+  def __getitem__(self, rows: slice) -> "Schedule":
+    """The piece of the steps i <= s < j; `sigma` keeps one more row. Only slices of step 1."""
+    if not isinstance(rows, slice):
+      raise ValueError(f"schedule[{rows!r}]: wanted a slice, schedule[i:j].")
+    start, stop, stride = rows.indices(len(self))
+    if stride != 1 or stop <= start:
+      raise ValueError(
+        f"schedule[{rows.start}:{rows.stop}:{rows.step}] of {len(self)} steps: wanted "
+        "consecutive steps, at least one: schedule[i:j] with i < j."
+      )
+    return Schedule(
+      sigma=self.sigma[start : stop + 1],
+      timestep=self.timestep[start:stop],
+      time=self.time[start:stop],
+      guidance=self.guidance[start:stop],
+      coef={name: values[start:stop] for name, values in self.coef.items()},
+      index=self.index[start:stop],
+      which=None if self.which is None else self.which[start:stop],
+      solver=self.solver,
+      total=self.total,
+    )
+
+  def only(self, start: int | Array, stop: int | Array) -> "Schedule":
+    """The same schedule with every step outside start <= s < stop held.
+
+    Shapes stay, so a sweep over `start` is one compilation; both may be traced.
     """
-
-    sigma: Array
-    timestep: Array
-    time: Array
-    guidance: Array
-    coef: dict[str, Array]
-    index: Array
-    which: Array | None = None
-    solver: str = static()
-    total: int = static()
-
-    def __len__(self) -> int:
-        return self.sigma.shape[0] - 1
-
-    def __getitem__(self, rows: slice) -> "Schedule":
-        """The piece of the steps i <= s < j; `sigma` keeps one more row. Only slices of step 1."""
-        if not isinstance(rows, slice):
-            raise ValueError(f"schedule[{rows!r}]: wanted a slice, schedule[i:j].")
-        start, stop, stride = rows.indices(len(self))
-        if stride != 1 or stop <= start:
-            raise ValueError(
-                f"schedule[{rows.start}:{rows.stop}:{rows.step}] of {len(self)} steps: wanted "
-                "consecutive steps, at least one: schedule[i:j] with i < j."
-            )
-        return Schedule(
-            sigma=self.sigma[start : stop + 1],
-            timestep=self.timestep[start:stop],
-            time=self.time[start:stop],
-            guidance=self.guidance[start:stop],
-            coef={name: values[start:stop] for name, values in self.coef.items()},
-            index=self.index[start:stop],
-            which=None if self.which is None else self.which[start:stop],
-            solver=self.solver,
-            total=self.total,
+    if isinstance(start, int) and isinstance(stop, int):
+      if not 0 <= start <= stop <= len(self):
+        raise ValueError(
+          f"only({start}, {stop}) of {len(self)} steps: wanted 0 <= start <= stop <= {len(self)}."
         )
-
-    def only(self, start: int | Array, stop: int | Array) -> "Schedule":
-        """The same schedule with every step outside start <= s < stop held.
-
-        Shapes stay, so a sweep over `start` is one compilation; both may be traced.
-        """
-        if isinstance(start, int) and isinstance(stop, int):
-            if not 0 <= start <= stop <= len(self):
-                raise ValueError(
-                    f"only({start}, {stop}) of {len(self)} steps: wanted 0 <= start <= stop <= "
-                    f"{len(self)}."
-                )
-        rows = jnp.arange(len(self), dtype=jnp.int32)
-        inside = (rows >= start) & (rows < stop)
-        which = jnp.zeros_like(rows) if self.which is None else self.which
-        return Schedule(
-            sigma=self.sigma,
-            timestep=self.timestep,
-            time=self.time,
-            guidance=self.guidance,
-            coef=self.coef,
-            index=self.index,
-            which=jnp.where(inside, which, jnp.int32(HOLD)),
-            solver=self.solver,
-            total=self.total,
-        )
+    rows = jnp.arange(len(self), dtype=jnp.int32)
+    inside = (rows >= start) & (rows < stop)
+    which = jnp.zeros_like(rows) if self.which is None else self.which
+    return Schedule(
+      sigma=self.sigma,
+      timestep=self.timestep,
+      time=self.time,
+      guidance=self.guidance,
+      coef=self.coef,
+      index=self.index,
+      which=jnp.where(inside, which, jnp.int32(HOLD)),
+      solver=self.solver,
+      total=self.total,
+    )
 
 
 def _official(steps: int, shift: float) -> np.ndarray:
-    # The reference keeps sigma_max as a float32 and counts down from there in float64.
-    return _shifted(np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1], shift)
+  # The reference keeps sigma_max as a float32 and counts down from there in float64.
+  return _shifted(np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1], shift)
 
 
 def _diffsynth(steps: int, shift: float) -> np.ndarray:
-    return _shifted(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
+  return _shifted(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
 
 
 def _diffusers(steps: int, shift: float) -> np.ndarray:
-    sigma = _shifted(np.linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)[:-1], shift)
-    if abs(sigma[0] - 1.0) < 1e-6:
-        sigma[0] -= 1e-6
-    return sigma
+  sigma = _shifted(np.linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)[:-1], shift)
+  if abs(sigma[0] - 1.0) < 1e-6:
+    sigma[0] -= 1e-6
+  return sigma
 
 
 def _shifted(u: np.ndarray, shift: float) -> np.ndarray:
-    return shift * u / (1.0 + (shift - 1.0) * u)
+  return shift * u / (1.0 + (shift - 1.0) * u)
 
 
 GRIDS: dict[str, Callable[[int, float], np.ndarray]] = {
-    "official": _official,
-    "diffusers": _diffusers,
-    "diffsynth": _diffsynth,
+  "official": _official,
+  "diffusers": _diffusers,
+  "diffsynth": _diffsynth,
 }
 
 
 def _truncated(timestep: np.ndarray) -> np.ndarray:
-    return np.trunc(timestep)
+  return np.trunc(timestep)
 
 
 def _bfloat16(timestep: np.ndarray) -> np.ndarray:
-    # float32 comes first, as in the reference.
-    return timestep.astype(np.float32).astype(jnp.dtype("bfloat16")).astype(np.float64)
+  # float32 comes first, as in the reference.
+  return timestep.astype(np.float32).astype(jnp.dtype("bfloat16")).astype(np.float64)
 
 
 ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "official": _truncated,
-    "diffusers": _truncated,
-    "diffsynth": _bfloat16,
+  "official": _truncated,
+  "diffusers": _truncated,
+  "diffsynth": _bfloat16,
 }
 
 
 def sinusoid(timestep: Any, freq_dim: int = 256, numerics: str = "official") -> np.ndarray:
-    """(..., freq_dim) float32 of timesteps (...), the cosines first, base 10000.
+  """(..., freq_dim) float32 of timesteps (...), the cosines first, base 10000.
 
-    Computed in float64 and rounded once, except for numerics "diffusers", where frequencies and
-    phases are float32 (which moves them by up to 5e-5 near t = 1000).
-    """
-    if freq_dim < 2 or freq_dim % 2:
-        raise ValueError(f"freq_dim={freq_dim}, wanted an even number of at least 2.")
-    half = freq_dim // 2
-    if numerics == "diffusers":
-        exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
-        exponent = exponent / np.float32(half)
-        frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
-        phase = np.asarray(timestep, np.float32)[..., None] * frequency
-        phase = phase.astype(np.float64)
-    else:
-        frequency = np.power(10000.0, -np.arange(half, dtype=np.float64) / half)
-        phase = np.asarray(timestep, np.float64)[..., None] * frequency
-    return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
+  Computed in float64 and rounded once, except for numerics "diffusers", where frequencies and
+  phases are float32 (which moves them by up to 5e-5 near t = 1000).
+  """
+  if freq_dim < 2 or freq_dim % 2:
+    raise ValueError(f"freq_dim={freq_dim}, wanted an even number of at least 2.")
+  half = freq_dim // 2
+  if numerics == "diffusers":
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+    exponent = exponent / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    phase = np.asarray(timestep, np.float32)[..., None] * frequency
+    phase = phase.astype(np.float64)
+  else:
+    frequency = np.power(10000.0, -np.arange(half, dtype=np.float64) / half)
+    phase = np.asarray(timestep, np.float64)[..., None] * frequency
+  return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
 
 
 def build(
-    *,
-    steps: int,
-    shift: float = 5.0,
-    guidance: float | Sequence[float] = 5.0,
-    boundary: float | None = None,
-    solver: str = "euler",
-    grid: str = "diffsynth",
-    numerics: str = "official",
-    freq_dim: int = 256,
+  *,
+  steps: int,
+  shift: float = 5.0,
+  guidance: float | Sequence[float] = 5.0,
+  boundary: float | None = None,
+  solver: str = "euler",
+  grid: str = "diffsynth",
+  numerics: str = "official",
+  freq_dim: int = 256,
 ) -> Schedule:
-    """The schedule of `steps` denoising steps.
+  """The schedule of `steps` denoising steps.
 
-    guidance: one scale; (high, low), a pair, where a boundary is given; or one scale per step.
-    boundary: sigma in 0..1; the first expert makes the steps whose timestep before rounding is at
-      least 1000 * boundary. None = one expert.
-    grid: where the sigmas lie, "official", "diffusers" (0.37 and later) or "diffsynth".
-    numerics: how the timestep is rounded and embedded; "official" and "diffusers" truncate it to
-      an integer, "diffsynth" rounds it to bfloat16.
-    ValueError names the argument.
-    """
-    _check_name("solver", solver, SOLVERS)
-    _check_name("grid", grid, GRIDS)
-    _check_name("numerics", numerics, ROUNDING)
-    steps = _check_steps(steps)
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(
-            f"shift={shift}, wanted a number above 0: Wan uses 3.0 at 480p, 5.0 above."
-        )
-    if boundary is not None and not 0 <= boundary <= 1:
-        raise ValueError(
-            f"boundary={boundary}, wanted a sigma in 0..1 (0.875 for timestep 875), or None for a "
-            "model with one expert."
-        )
-    sigma = np.append(GRIDS[grid](steps, float(shift)), 0.0)
-    if np.any(np.diff(sigma) >= 0):
-        raise ValueError(
-            f"shift={shift} with steps={steps} puts several steps at one sigma: use fewer steps or "
-            "a shift nearer to 1."
-        )
-    timestep = TRAIN_STEPS * sigma[:-1]
-    which: Any = None
-    if boundary is not None:
-        # The slack lets a step that lies on the boundary stay with the first expert.
-        which = (timestep < TRAIN_STEPS * boundary - 1e-6).astype(np.int32)
-    rounded = ROUNDING[numerics](timestep)
-    time = np.stack([rounded, np.zeros_like(rounded)], axis=1)
-    tables = {
-        "sigma": sigma,
-        "timestep": rounded,
-        "guidance": _guidance(guidance, steps, which),
-        "coef": SOLVERS[solver].coefficients(sigma),
-        "time": sinusoid(time, freq_dim, numerics),
-    }
-    leaves: dict[str, Any] = jax.tree.map(np.float32, tables)
-    leaves["index"] = np.arange(steps, dtype=np.int32)
-    return Schedule(**leaves, which=which, solver=solver, total=steps)
+  guidance: one scale; (high, low), a pair, where a boundary is given; or one scale per step.
+  boundary: sigma in 0..1; the first expert makes the steps whose timestep before rounding is at
+    least 1000 * boundary. None = one expert.
+  grid: where the sigmas lie, "official", "diffusers" (0.37 and later) or "diffsynth".
+  numerics: how the timestep is rounded and embedded; "official" and "diffusers" truncate it to
+    an integer, "diffsynth" rounds it to bfloat16.
+  ValueError names the argument.
+  """
+  _check_name("solver", solver, SOLVERS)
+  _check_name("grid", grid, GRIDS)
+  _check_name("numerics", numerics, ROUNDING)
+  steps = _check_steps(steps)
+  if not (math.isfinite(shift) and shift > 0):
+    raise ValueError(f"shift={shift}, wanted a number above 0: Wan uses 3.0 at 480p, 5.0 above.")
+  if boundary is not None and not 0 <= boundary <= 1:
+    raise ValueError(
+      f"boundary={boundary}, wanted a sigma in 0..1 (0.875 for timestep 875), or None for a "
+      "model with one expert."
+    )
+  sigma = np.append(GRIDS[grid](steps, float(shift)), 0.0)
+  if np.any(np.diff(sigma) >= 0):
+    raise ValueError(
+      f"shift={shift} with steps={steps} puts several steps at one sigma: use fewer steps or "
+      "a shift nearer to 1."
+    )
+  timestep = TRAIN_STEPS * sigma[:-1]
+  which: Any = None
+  if boundary is not None:
+    # The slack lets a step that lies on the boundary stay with the first expert.
+    which = (timestep < TRAIN_STEPS * boundary - 1e-6).astype(np.int32)
+  rounded = ROUNDING[numerics](timestep)
+  time = np.stack([rounded, np.zeros_like(rounded)], axis=1)
+  tables = {
+    "sigma": sigma,
+    "timestep": rounded,
+    "guidance": _guidance(guidance, steps, which),
+    "coef": SOLVERS[solver].coefficients(sigma),
+    "time": sinusoid(time, freq_dim, numerics),
+  }
+  leaves: dict[str, Any] = jax.tree.map(np.float32, tables)
+  leaves["index"] = np.arange(steps, dtype=np.int32)
+  return Schedule(**leaves, which=which, solver=solver, total=steps)
 
 
 def _guidance(guidance: Any, steps: int, which: np.ndarray | None) -> np.ndarray:
-    scale = np.asarray(guidance, np.float64)
-    if scale.ndim > 1 or not np.all(np.isfinite(scale)):
-        raise ValueError(
-            f"guidance={guidance}, wanted one finite scale, (high, low), or {steps} scales."
-        )
-    if scale.ndim == 0:
-        return np.full(steps, scale)
-    if which is not None and len(scale) == 2:
-        return scale[which]
-    if len(scale) != steps:
-        pair = "or a pair (high, low)" if which is not None else "(a pair needs a boundary)"
-        raise ValueError(
-            f"guidance has {len(scale)} values, wanted one, {steps} for steps={steps}, {pair}."
-        )
-    return scale
+  scale = np.asarray(guidance, np.float64)
+  if scale.ndim > 1 or not np.all(np.isfinite(scale)):
+    raise ValueError(
+      f"guidance={guidance}, wanted one finite scale, (high, low), or {steps} scales."
+    )
+  if scale.ndim == 0:
+    return np.full(steps, scale)
+  if which is not None and len(scale) == 2:
+    return scale[which]
+  if len(scale) != steps:
+    pair = "or a pair (high, low)" if which is not None else "(a pair needs a boundary)"
+    raise ValueError(
+      f"guidance has {len(scale)} values, wanted one, {steps} for steps={steps}, {pair}."
+    )
+  return scale
 
 
 def _check_name(argument: str, name: str, known: dict[str, Any]) -> None:
-    if name not in known:
-        raise ValueError(f"no {argument} {name!r}; there are: {', '.join(known)}.")
+  if name not in known:
+    raise ValueError(f"no {argument} {name!r}; there are: {', '.join(known)}.")
 
 
 def _check_steps(steps: Any) -> int:
-    try:
-        count = operator.index(steps)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"steps={steps!r}, wanted a whole number of at least 1.")
-    return count
+  try:
+    count = operator.index(steps)
+  except TypeError:
+    count = 0
+  if count < 1:
+    raise ValueError(f"steps={steps!r}, wanted a whole number of at least 1.")
+  return count

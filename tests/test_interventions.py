@@ -231,6 +231,12 @@ def test_an_average_is_the_mean_and_equals_stay(at_site, value):
   np.testing.assert_allclose(at_site(alike, every), alike, atol=1e-6)
 
 
+def test_an_average_of_patched_runs_reads_what_was_patched(at_site, value):
+  at = where(SIZES)
+  edit = ensemble_runs(patch_runs(room(), at, source=3, target=0), at, (0, 1), what="attn")
+  np.testing.assert_allclose(at_site(value, edit)[:, 0], value[:, [3, 1]].mean(1), atol=1e-6)
+
+
 def test_an_ensemble_of_groups_weights_and_amount(at_site, value):
   first, second = np.array([0, 1]), np.array([2, 3])
   edit = ensemble_runs(
@@ -387,6 +393,13 @@ def test_steering_adds_along_its_direction(at_site, value):
   np.testing.assert_array_equal(at_site(value, edit, 0, 3), value)
 
 
+def test_runs_without_a_gain_keep_their_bits(at_site, value):
+  x = value.copy()
+  x[:, 2, :, 0] = -0.0
+  edit = steer(room(), where(SIZES), np.ones(8), runs=0)
+  assert at_site(x, edit)[:, 1:].tobytes() == x[:, 1:].tobytes()
+
+
 def test_mix_then_gate_then_steer(at_site, value):
   at, direction = where(SIZES), np.ones(8, np.float32)
   calls = [
@@ -471,6 +484,18 @@ def test_averaged_latents_stay_on_the_noise_level(on_latents, latents):
   np.testing.assert_allclose(
     on_latents(noised, step, x, x0, noise)[0][1], level + 0.1 * noise[1], atol=1e-5
   )
+
+
+def test_mixed_latents_are_gathered_and_touched(on_latents, latents):
+  x, x0, noise = latents
+  swap = np.eye(4, dtype=np.float32)[[1, 0, 2, 3]]
+  base = identity(SIZES, edits=("mix_latents",))
+  edit = dataclasses.replace(base, mix_latents=np.stack([swap, *base.mix_latents[1:]]))
+  check_edit(edit, SIZES)
+  after, touched = on_latents(edit, 0, x, x0, noise)
+  np.testing.assert_array_equal(after, x[[1, 0, 2, 3]])
+  assert touched.tolist() == [True, True, False, False]
+  assert not on_latents(edit, 1, x, x0, noise)[1].any()
 
 
 def test_weights_set_the_noise_level_too(on_latents, latents):

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from jax_videoreason.convert.engine import Row
 from jax_videoreason.models.wan21_vae import WanVAEConfig
+
+from .engine import Row
 
 Naming = Literal["original", "diffusers"]
 
@@ -13,33 +14,34 @@ CONV = "o i t h w -> t h w i o"
 SPACE = "o i h w -> 1 h w i o"
 DENSE = "o i 1 1 -> i o"
 
-# original, diffusers, ours, pattern of the weight. A norm has a gamma; all others have a bias too.
-TOP = (
+Part = tuple[str, str, str, str]  # original, diffusers, ours, pattern of the weight
+Parts = tuple[Part, ...]
+
+# A norm has a gamma; all others have a bias too.
+TOP: Parts = (
   ("conv1", "quant_conv", "encoder/to_moments", CONV),
   ("conv2", "post_quant_conv", "decoder/from_latents", CONV),
 )
-SIDE = (  # under encoder. and decoder.
+SIDE: Parts = (  # under encoder. and decoder.
   ("conv1", "conv_in", "conv_in", CONV),
   ("head.0", "norm_out", "norm_out", "gamma"),
   ("head.2", "conv_out", "conv_out", CONV),
 )
-RES = (
+RES: Parts = (
   ("residual.0", "norm1", "norm_0", "gamma"),
   ("residual.2", "conv1", "conv_0", CONV),
   ("residual.3", "norm2", "norm_1", "gamma"),
   ("residual.6", "conv2", "conv_1", CONV),
 )
-SHORTCUT = (("shortcut", "conv_shortcut", "shortcut", CONV),)
-ATTENTION = (
+SHORTCUT: Parts = (("shortcut", "conv_shortcut", "shortcut", CONV),)
+ATTENTION: Parts = (
   ("norm", "norm", "norm", "frame gamma"),
   ("to_qkv", "to_qkv", "qkv", DENSE),
   ("proj", "proj", "out", DENSE),
 )
-RESAMPLE = (("resample.1", "resample.1", "space", SPACE),)
-TIME = (("time_conv", "time_conv", "time_conv", CONV),)
+RESAMPLE: Parts = (("resample.1", "resample.1", "space", SPACE),)
+TIME: Parts = (("time_conv", "time_conv", "time_conv", CONV),)
 GAMMA = {"gamma": "c 1 1 1 -> c", "frame gamma": "c 1 1 -> c"}
-
-Part = tuple[str, str, str, str]
 
 
 def table(config: WanVAEConfig, naming: Naming) -> tuple[Row, ...]:
@@ -76,7 +78,7 @@ def _parts(config: WanVAEConfig) -> Iterator[Part]:
 def _encoder_stages(config: WanVAEConfig) -> Iterator[Part]:
   number, before = 0, 1
   for i, multiple in enumerate(config.stages):
-    blocks = [(f"block_{j}", RES) for j in range(config.blocks)]
+    blocks: list[tuple[str, Parts]] = [(f"block_{j}", RES) for j in range(config.blocks)]
     if multiple != before:
       blocks[0] = ("block_0", RES + SHORTCUT)
     if i < len(config.temporal):
@@ -92,7 +94,9 @@ def _decoder_stages(config: WanVAEConfig) -> Iterator[Part]:
   number, before = 0, config.base_width * config.stages[-1]
   for i, multiple in enumerate(reversed(config.stages)):
     width = config.base_width * multiple
-    blocks = [(f"block_{j}", f"resnets.{j}", RES) for j in range(config.blocks + 1)]
+    blocks: list[tuple[str, str, Parts]] = [
+      (f"block_{j}", f"resnets.{j}", RES) for j in range(config.blocks + 1)
+    ]
     if width != before:
       blocks[0] = ("block_0", "resnets.0", RES + SHORTCUT)
     if i < len(config.temporal):
@@ -106,6 +110,6 @@ def _decoder_stages(config: WanVAEConfig) -> Iterator[Part]:
     before = width // 2
 
 
-def _under(old: str, new: str, ours: str, parts: tuple[Part, ...]) -> Iterator[Part]:
+def _under(old: str, new: str, ours: str, parts: Parts) -> Iterator[Part]:
   for a, b, c, pattern in parts:
     yield old + a, new + b, ours + c, pattern

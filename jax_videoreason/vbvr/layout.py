@@ -1,10 +1,12 @@
 """The benchmark's folder layout: five files a case, TASK/NUMBER/{first_frame.png, ...}."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from jax_videoreason import media
+from jax_videoreason import media, tasks
 from jax_videoreason.tasks.base import Case
 
 FPS = 16  # of VBVR-Bench
@@ -30,3 +32,67 @@ def write_case(folder: Path, case: Case) -> Path:
     json.dumps(case.metadata, indent=1) + "\n", encoding="utf-8"
   )
   return folder
+
+
+def read(root: str | Path) -> Iterator[Case]:
+  """The cases below a folder in the order of their paths, one at a time: the videos are large.
+
+  Cases of the project's own tasks are drawn again from the symbols in their metadata.json, exactly
+  as they were. Those of the benchmark come from the files: `task` is the folder above the case,
+  `split` the one above that, `metadata` the contents of metadata.json, or empty without one.
+
+  Raises:
+    ValueError: no case below the folder, a file is missing or damaged, or the first frame is not
+      the one that the symbols give.
+  """
+  folders = sorted(path.parent for path in Path(root).rglob("prompt.txt"))
+  if not folders:
+    raise ValueError(
+      f"{root} holds no case: wanted folders TASK/NUMBER with prompt.txt and first_frame.png."
+    )
+  for folder in folders:
+    yield read_case(folder)
+
+
+def read_case(folder: str | Path) -> Case:
+  """One case; see `read`."""
+  folder = Path(folder).resolve()
+  needed = [name for name in FILES if name not in ("final_frame.png", "metadata.json")]
+  missing = [name for name in needed if not (folder / name).is_file()]
+  if missing:
+    raise ValueError(f"{folder} lacks {', '.join(missing)}: copy or export the case again.")
+  metadata = read_metadata(folder / "metadata.json")
+  first_frame = media.read_image(folder / "first_frame.png")
+  if metadata.get("task") in tasks.TASKS and "problem" in metadata:
+    task = tasks.load(metadata["task"], size=metadata["size"], frames=metadata["frames"])
+    case = task.case(metadata)
+    if first_frame.shape != case.first_frame.shape or (first_frame != case.first_frame).any():
+      raise ValueError(
+        f"first_frame.png in {folder} is not the one that its metadata.json describes: export the "
+        "case again."
+      )
+    return case
+  number = re.search(r"(\d+)$", folder.name)
+  if number is None:
+    raise ValueError(
+      f"{folder} is named {folder.name!r}, wanted a number such as 00000 at its end."
+    )
+  return Case(
+    task=folder.parent.name,
+    split=folder.parent.parent.name,
+    index=int(number[1]),
+    first_frame=first_frame,
+    prompt=(folder / "prompt.txt").read_text(encoding="utf-8").strip(),
+    frames=media.read_mp4(folder / "ground_truth.mp4")[0],
+    metadata=metadata,
+  )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+  """What metadata.json holds; empty without the file, which the benchmark does not have."""
+  if not path.is_file():
+    return {}
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is no JSON object: copy or export the case again.") from error

@@ -1,0 +1,73 @@
+"""Case folders: written in the official five files and read back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jax_videoreason import media, tasks
+from jax_videoreason.vbvr import layout
+
+
+@pytest.fixture
+def case():
+  return tasks.load("pick", size=64).generate("id", 3)
+
+
+def test_a_case_is_five_files_that_other_tools_can_read(tmp_path, case):
+  (folder,) = layout.write_cases(tmp_path, [case])
+  assert folder == tmp_path / "pick" / "00003"
+  assert sorted(p.name for p in folder.iterdir()) == sorted(layout.FILES)
+  assert (media.read_image(folder / "first_frame.png") == case.first_frame).all()
+  assert (media.read_image(folder / "final_frame.png") == case.frames[-1]).all()
+  assert (folder / "prompt.txt").read_text() == case.prompt + "\n"
+  frames, fps = media.read_mp4(folder / "ground_truth.mp4")
+  assert fps == 16
+  assert np.abs(frames.astype(int) - case.frames).mean() < 6
+  task = tasks.load("pick", size=64)
+  metadata = json.loads((folder / "metadata.json").read_text())
+  assert task.score(frames, metadata).value >= 0.95
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_own_cases_are_read_back_exactly(tmp_path, name):
+  task = tasks.load(name, size=32)
+  split = "heldout" if task.held_out else "ood"
+  written = [task.generate(split, index) for index in (0, 1)]
+  layout.write_cases(tmp_path, written)
+  read = list(layout.read(tmp_path))
+  assert [c.index for c in read] == [0, 1]
+  for one, two in zip(read, written, strict=True):
+    assert (one.task, one.split, one.prompt) == (two.task, two.split, two.prompt)
+    assert one.metadata == two.metadata
+    assert (one.frames == two.frames).all()
+
+
+def test_benchmark_folders_are_read_from_their_files(tmp_path, case):
+  for number in ("00001", "00000"):
+    folder = tmp_path / "In-Domain_50" / "G-1_any_data-generator" / number
+    layout.write_case(folder, case)
+    (folder / "metadata.json").unlink()
+  first, second = layout.read(tmp_path)
+  assert (first.index, second.index) == (0, 1)
+  assert (first.split, first.task) == ("In-Domain_50", "G-1_any_data-generator")
+  assert first.metadata == {}
+  assert first.prompt == case.prompt
+  assert first.frames.shape == case.frames.shape
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path, case):
+  with pytest.raises(ValueError, match="holds no case"):
+    list(layout.read(tmp_path))
+  (folder,) = layout.write_cases(tmp_path, [case])
+  video = (folder / "ground_truth.mp4").read_bytes()
+  (folder / "ground_truth.mp4").unlink()
+  with pytest.raises(ValueError, match=r"lacks ground_truth\.mp4"):
+    list(layout.read(tmp_path))
+  (folder / "ground_truth.mp4").write_bytes(video)
+  media.write_png(folder / "first_frame.png", case.frames[-1])
+  with pytest.raises(ValueError, match="not the one that its metadata"):
+    list(layout.read(tmp_path))
+  (folder / "metadata.json").write_text("[1]")
+  with pytest.raises(ValueError, match="no JSON object"):
+    list(layout.read(tmp_path))

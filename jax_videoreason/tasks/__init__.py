@@ -2,6 +2,7 @@
 
 from jax_videoreason.tasks.base import SPLITS, Answer, Case, Metadata, Score, Task
 from jax_videoreason.tasks.maze import Maze
+from jax_videoreason.tasks.occlusion import Occlusion
 from jax_videoreason.tasks.pick import Pick
 from jax_videoreason.tasks.select_largest import SelectLargest
 from jax_videoreason.tasks.tictactoe import TicTacToe
@@ -11,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
   for task in (
     Maze,
     TicTacToe,
+    Occlusion,
     SelectLargest,
     Pick,
   )

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from einops import rearrange, reduce, repeat
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from jax_videoreason import media
 
 INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -65,7 +68,7 @@ def film_strip(
   if title:
     _write(axes, -96, -44, title, ha="left", weight="bold", color=INK, fontsize=10)
   _write(axes, 0, -26, "frame of the predicted video (x0)", ha="left")
-  figure.savefig(path, dpi=100, format="png")
+  _save(figure, path, dpi=100)
 
 
 def curves(
@@ -98,7 +101,7 @@ def curves(
     axes.invert_xaxis()
   axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
   _name_ends(axes, float(x[-1]), ends)
-  figure.savefig(path, dpi=120, format="png")
+  _save(figure, path, dpi=120)
 
 
 def loss_curve(
@@ -118,7 +121,7 @@ def loss_curve(
     ends.append((float(smooth[-1]), name, colour))
   axes.set_yscale("log")
   _name_ends(axes, float(steps[-1]), ends)
-  figure.savefig(path, dpi=120, format="png")
+  _save(figure, path, dpi=120)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -147,6 +150,14 @@ def shrink(frames: np.ndarray, cell: int) -> np.ndarray:
   cut = frames[..., : height // k * k, : width // k * k, :]
   mean = reduce(cut.astype(np.float32), "... (h a) (w b) c -> ... h w c", "mean", a=k, b=k)
   return mean.round().astype(np.uint8)
+
+
+def _save(figure: Figure, path: str | Path, dpi: int) -> None:
+  """An RGB picture without alpha, which `media.read_image` takes again."""
+  figure.set_dpi(dpi)
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  media.write_png(path, np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]))
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:

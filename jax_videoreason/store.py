@@ -27,11 +27,13 @@ appears whole or not at all (`run_folder`).
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -436,6 +438,12 @@ class Run:
   answers: AnswerTrace | None
 
   @property
+  def name(self) -> str:
+    """The name of the folder, also while it is being filled."""
+    path = self.path.resolve()
+    return path.parent.name if path.name == STAGE else path.name
+
+  @property
   def final_latents(self) -> np.ndarray:
     """R F H W C float32."""
     path = self.path / "final_latents.npy"
@@ -627,12 +635,15 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def _disk_error(error: Exception, path: Path) -> OSError:
-  place = path.parent.parent if STAGE in path.parts else path
-  reason = error.strerror if isinstance(error, OSError) else str(error)
-  if "space" in str(error) or "quota" in str(error).lower() or "too large" in str(error):
-    remedy = "free some space or choose another --out"
-  else:
-    remedy = "choose another --out"
+  """tensorstore gives the errno only inside its message."""
+  parts = path.parts
+  place = Path(*parts[: parts.index(STAGE)]) if STAGE in parts else path
+  code = error.errno if isinstance(error, OSError) else None
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  code = int(found[1]) if found else code
+  reason = os.strerror(code) if code else " ".join(str(error).split())
+  full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  remedy = "free some space or choose another --out" if full else "choose another --out"
   return OSError(f"{place} could not be written ({reason}): {remedy}.")
 
 

@@ -1,0 +1,313 @@
+"""A run folder as one page, report.html: opens offline, pictures and short videos inside."""
+
+import base64
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from jax_videoreason import media, metrics, plots
+from jax_videoreason.store import Run, StoredArray, atomic, open_run
+from jax_videoreason.structs import AnswerTrace
+
+SHEET_BYTES = 6 << 20  # all sprite sheets of a page, as PNG
+VIDEO_BYTES = 1 << 20  # a longer video is linked, not inlined
+MOST_RUNS = 24  # runs shown in full
+SHEET_COLUMNS = (33, 17, 9, 5)  # frames a sheet shows: the first that fits SHEET_BYTES
+SPLITS = {
+  "train": "training case",
+  "id": "unseen case",
+  "ood": "case beyond the training range",
+  "heldout": "task never trained, case",
+}
+SHEET_CELL = 64  # pixels of the shorter side, at most about twice that
+
+
+def render(folder: str | Path) -> Path:
+  """Draws a run folder again from what is on disk; returns the path of report.html.
+
+  Writes report.html, x0_<run>.png and figures/*.png, each whole or not at all.
+
+  Raises:
+    ValueError: the folder is no run, or is damaged. OSError: it can't be written.
+  """
+  run = open_run(folder)
+  change = None if run.x0 is None else changes(run.x0)
+  draw_strips(run)
+  draw_figures(run, change)
+  page = environment().get_template("report.html.j2").render(**contents(run, change))
+  path = run.path / "report.html"
+  with atomic(path) as part:
+    part.write_text(page, encoding="utf-8")
+  return path
+
+
+def environment() -> Environment:
+  """Templates with every text escaped."""
+  return Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+
+
+def changes(x0: StoredArray) -> np.ndarray:
+  """S-1 R: `metrics.change`, reading two steps at a time."""
+  last = x0[-1]
+  pairs = itertools.pairwise(range(len(x0)))
+  rows = [metrics.change(np.stack([x0[a], x0[b], last]))[0] for a, b in pairs]
+  return np.asarray(rows).reshape(len(rows), x0.shape[1])
+
+
+def draw_strips(run: Run) -> None:
+  """Writes x0_<run>.png, where x0 was decoded."""
+  if run.frames is None:
+    return
+  steps = run.frames.steps
+  for r, said in enumerate(run.runs):
+    words = readings(run, r)
+    with atomic(run.path / f"x0_{r}.png") as part:
+      plots.film_strip(
+        part,
+        run.frames[:, r],
+        run.sigma[steps],
+        steps=steps,
+        title=f"{title_of(run, r)}, seed {said['seed']}",
+        notes=[words[step] for step in steps] if words else None,
+      )
+
+
+def draw_figures(run: Run, change: np.ndarray | None) -> None:
+  """Writes figures/change.png and figures/answers.png."""
+  figures = run.path / "figures"
+  figures.mkdir(exist_ok=True)
+  if change is not None:
+    with atomic(figures / "change.png") as part:
+      plots.curves(
+        part,
+        run.sigma[1:],
+        {"mean": change},
+        x_name="sigma",
+        y_name="change of x0 since the step before",
+        title="How far the guess moves at each step",
+        falling=True,
+      )
+  if run.answers is not None:
+    with atomic(figures / "answers.png") as part:
+      plots.curves(
+        part,
+        run.answers.sigma,
+        {"right": run.answers.early},
+        x_name="sigma",
+        y_name="share of runs",
+        title="Runs whose x0 already shows a right answer",
+        falling=True,
+      )
+
+
+def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
+  """Everything the template shows, as plain values."""
+  total = len(run.sigma)
+  full = range(min(len(run.runs), MOST_RUNS))
+  sheets, columns = sprite_sheets(run, full)
+  shown = [] if run.frames is None else run.frames.steps
+  cards = [card(run, r, change, r in full) for r in range(len(run.runs))]
+  share = None
+  if run.answers is not None:
+    share = curve(run.answers.early[rows_at(run.answers.steps, total)], total, top=1.0)
+  return {
+    "name": run.name,
+    "model": str(run.manifest.get("model") or ""),
+    "cases": [list(group) for group in grouped(cards)],
+    "total": total,
+    "sigma": [float(s) for s in run.sigma],
+    "ticks": plots.spread(total, 6),
+    "seeds": sorted({str(said["seed"]) for said in run.runs}),
+    "sheets": sheets,
+    "columns": columns,
+    "rows": len(shown),
+    "shape": (1, 1) if run.frames is None else run.frames.shape[3:5],
+    "decoded_by": None if run.frames is None else run.frames.attributes["decoded_by"],
+    "summary": None if run.answers is None else summary(run.answers),
+    "share": share,
+    "manifest": run.manifest,
+    "settings": flat(run.manifest["config"]),
+    "data": {
+      "sigma": [round(float(s), 4) for s in run.sigma],
+      "row": rows_at(shown, total).tolist() if shown else [],
+      "words": [c["words"] for c in cards],
+    },
+  }
+
+
+def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, Any]:
+  """What the page says of run `r`; pictures only where it is shown in full."""
+  said, total = run.runs[r], len(run.sigma)
+  broken = np.flatnonzero(~run.finite[:, r])
+  video = run.video(r) if full else None
+  linked = video is not None and video.stat().st_size > VIDEO_BYTES
+  first = run.first(r) if full else None
+  moved = None if change is None else np.concatenate([[np.nan], change[:, r]])
+  answers = run.answers if run.answers is not None and run.answers.task[r] else None
+  facts = {
+    "number": r,
+    "title": title_of(run, r),
+    "prompt": said["prompt"],
+    "seed": said["seed"],
+    "edit": said.get("edit"),
+    "rights": (said.get("metadata") or {}).get("answers"),
+    "full": full,
+    "broken": int(broken[0]) if len(broken) else None,
+    "first": None if first is None else inline(first, "image/png"),
+    "video": None if video is None else video.name if linked else inline(video, "video/mp4"),
+    "change": None if moved is None else curve(moved, total),
+    "words": readings(run, r),
+    "answer": None,
+    "unsure": None,
+  }
+  if answers is None:
+    return facts
+  at = rows_at(answers.steps, total)
+  kinds = [kind(answers, i, r) for i in at]
+  settled, hit = int(answers.commitment[r]), int(answers.first_hit[r])
+  return facts | {
+    "answer": show(answers.answer[-1, r]),
+    "kinds": kinds,
+    "segments": segments([(show(answers.answer[i, r]), k) for i, k in zip(at, kinds, strict=True)]),
+    "score": float(answers.score[-1, r]),
+    "settled": None if settled < 0 else int(answers.steps[settled]),
+    "hit": None if hit < 0 else int(answers.steps[hit]),
+    "flips": int(answers.flips[r]),
+    "unsure": curve(answers.entropy[at, r], total),
+  }
+
+
+def title_of(run: Run, r: int) -> str:
+  """The case of a run in words, such as "Sort bars, unseen case 3"."""
+  said = run.runs[r]
+  if said.get("task") is None:
+    return str(said.get("case") or "Own prompt")
+  task = str(said["task"]).replace("_", " ").capitalize()
+  return f"{task}, {SPLITS[said['split']]} {said['index']}"
+
+
+def readings(run: Run, r: int) -> list[str]:
+  """Per step of the schedule what is read there, such as "RRDD, right"; empty without a task."""
+  answers = run.answers
+  if answers is None or answers.task[r] is None:
+    return []
+  said = []
+  for i in rows_at(answers.steps, len(run.sigma)):
+    answer = answers.answer[i, r]
+    said.append("unreadable" if answer is None else f"{answer}, {kind(answers, i, r)}")
+  return said
+
+
+def kind(answers: AnswerTrace, row: int, r: int) -> str:
+  if answers.answer[row, r] is None:
+    return "none"
+  return "right" if answers.right[row, r] else "wrong"
+
+
+def show(answer: Any) -> str:
+  return "unreadable" if answer is None else str(answer)
+
+
+def rows_at(steps: Sequence[int] | np.ndarray, total: int) -> np.ndarray:
+  """For each of `total` steps the row that shows it: the last of `steps` not after it."""
+  rows = np.searchsorted(np.asarray(steps), np.arange(total), side="right") - 1
+  return np.maximum(rows, 0)
+
+
+def grouped(cards: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+  """Cards of one case together, in the order of their first runs."""
+  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for item in cards:
+    groups.setdefault((item["title"], item["prompt"]), []).append(item)
+  return list(groups.values())
+
+
+def segments(readings: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+  """Equal neighbours joined: start, length, text, kind."""
+  joined, start = [], 0
+  for (text, what), group in itertools.groupby(readings):
+    length = len(list(group))
+    joined.append({"start": start, "length": length, "text": text, "kind": what})
+    start += length
+  return joined
+
+
+def curve(values: np.ndarray, total: int, top: float | None = None) -> dict[str, Any] | None:
+  """A line in a box of 100 x 100, a column per step, gaps where a value is missing."""
+  good = np.isfinite(values)
+  if not good.any():
+    return None
+  peak = int(np.nanargmax(np.where(good, values, -np.inf)))
+  top = top or float(values[peak]) or 1.0
+  lines = []
+  for is_good, group in itertools.groupby(range(total), key=lambda s: bool(good[s])):
+    if is_good:
+      points = [((s + 0.5) / total * 100, 97 - 92 * values[s] / top) for s in group]
+      lines.append(" ".join(f"{x:.2f},{y:.1f}" for x, y in points))
+  return {"lines": lines, "peak": peak, "top": float(values[peak]), "last": float(values[good][-1])}
+
+
+def summary(answers: AnswerTrace) -> dict[str, Any] | None:
+  """The outcome over all runs that belong to a task."""
+  known = np.array([name is not None for name in answers.task])
+  if not known.any():
+    return None
+  settled = answers.commitment[known & (answers.commitment >= 0)]
+  middle = None if not len(settled) else int(answers.steps[int(np.median(settled))])
+  return {
+    "runs": int(known.sum()),
+    "right": int(answers.right[-1, known].sum()),
+    "unread": int(sum(answers.answer[-1, r] is None for r in np.flatnonzero(known))),
+    "settled": middle,
+    "changed": int((answers.flips[known] > 0).sum()),
+    "mended": int((answers.to_right[known] > 0).sum()),
+  }
+
+
+def sprite_sheets(run: Run, shown: Sequence[int]) -> tuple[dict[int, str], list[int]]:
+  """PNG of each run as data URI, rows steps and columns frames; and which frames those are."""
+  if run.frames is None:
+    return {}, []
+  sheets: dict[int, str] = {}
+  columns: list[int] = []
+  for most in SHEET_COLUMNS:
+    columns = plots.spread(run.frames.shape[2], most)
+    sheets, size = {}, 0
+    with tempfile.TemporaryDirectory() as scratch:
+      for r in shown:
+        rows = (run.frames[row, r][columns] for row in range(len(run.frames)))
+        tiles = np.stack([plots.shrink(frames, SHEET_CELL) for frames in rows])
+        path = Path(scratch) / f"{r}.png"
+        media.write_png(path, rearrange(tiles, "s f h w c -> (s h) (f w) c"))
+        size += path.stat().st_size
+        if size > SHEET_BYTES and most != SHEET_COLUMNS[-1]:
+          break
+        sheets[r] = inline(path, "image/png")
+      else:
+        return sheets, columns
+  return sheets, columns
+
+
+def inline(path: Path, kind: str) -> str:
+  """The file as a data URI."""
+  return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def flat(config: Any, prefix: str = "") -> list[tuple[str, str]]:
+  """Nested settings as rows of (dotted name, value)."""
+  if not isinstance(config, dict):
+    return [(prefix, str(config))]
+  rows = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in config.items())
+  return list(itertools.chain.from_iterable(rows))

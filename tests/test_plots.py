@@ -1,0 +1,56 @@
+"""Figures come out whole, at the right size, with the pixels of the frames in them."""
+
+import numpy as np
+import pytest
+
+from jax_videoreason import media, plots
+
+
+def test_film_strip_shows_each_step_as_a_row_and_keeps_pixels(tmp_path):
+  frames = np.zeros((4, 17, 32, 32, 3), np.uint8)
+  colours = np.random.default_rng(0).integers(0, 200, (4, 17, 3))
+  frames[:] = colours[:, :, None, None]
+  path = tmp_path / "x0_0.png"
+  plots.film_strip(path, frames, [1.0, 0.9, 0.5, 0.1], title="maze", notes=["a $x$", "b", "", "c"])
+  picture = media.read_image(path)
+  cell = 64 + 3
+  for row in range(4):
+    for column, frame in enumerate(range(0, 17, 2)):
+      y, x = 64 + row * cell + 32, 108 + column * cell + 32
+      assert np.abs(picture[y, x].astype(int) - colours[row, frame]).max() <= 2
+
+
+@pytest.mark.parametrize(("height", "width"), ((32, 32), (64, 96), (480, 832), (50, 33)))
+def test_cells_have_about_the_wanted_size(height, width):
+  scaled = plots.scale(np.zeros((1, height, width, 3), np.uint8), 64)
+  assert 64 <= min(scaled.shape[1:3]) < 128
+
+
+def test_growing_keeps_hard_edges_and_shrinking_averages():
+  dots = np.array([[[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]], np.uint8)
+  grown = plots.scale(dots, 4)
+  assert set(np.unique(grown)) == {0, 255} and grown.shape == (1, 4, 4, 3)
+  np.testing.assert_array_equal(plots.shrink(dots, 1), np.full((1, 1, 1, 3), 128))
+
+
+def test_spread_keeps_both_ends():
+  assert plots.spread(17, 9) == list(range(0, 17, 2))
+  assert plots.spread(3, 9) == [0, 1, 2]
+  assert plots.spread(81, 5) == [0, 20, 40, 60, 80]
+
+
+def test_curves_and_loss_curve(tmp_path):
+  sigma = np.linspace(1, 0.1, 10)
+  runs = np.random.default_rng(0).random((10, 3))
+  plots.curves(
+    tmp_path / "a.png",
+    sigma,
+    {"right": runs[:, 0], "mean $ of runs": runs},
+    x_name="sigma",
+    y_name="share",
+    falling=True,
+  )
+  plots.loss_curve(tmp_path / "b.png", range(1, 101), {"loss": 1 / np.arange(1, 101)})
+  for name in ("a.png", "b.png"):
+    picture = media.read_image(tmp_path / name)
+    assert picture.shape[0] > 300 and len(np.unique(picture)) > 20

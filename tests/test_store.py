@@ -1,0 +1,323 @@
+"""A run folder is whole or not there, and reads back as it was written."""
+
+import builtins
+import dataclasses
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import zarr
+
+import run_folder
+from jax_videoreason import store
+from jax_videoreason.structs import Trace
+from jax_videoreason.taps import TapSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return run_folder.make(tmp_path_factory.mktemp("runs") / "one")
+
+
+def trace(steps=5, runs=3, sites=1, dtype=np.float32):
+  rng = np.random.default_rng(1)
+  whole = run_folder.piece(rng, run_folder.sigmas(steps), runs)
+  taps = {name: value.astype(dtype) for name, value in list(whole.taps.items())[:sites]}
+  return dataclasses.replace(whole, taps=taps)
+
+
+def cut(whole, steps, runs):
+  return Trace(
+    sigma=whole.sigma[steps],
+    finite=whole.finite[steps, runs],
+    latents=whole.latents[steps, runs],
+    x0=whole.x0[steps, runs],
+    taps={name: value[steps, :, :, runs] for name, value in whole.taps.items()},
+  )
+
+
+def write_pieces(folder, whole, pieces, taps=None):
+  steps, runs = whole.finite.shape
+  with store.create_trace(folder, steps=steps, runs=runs, taps=taps) as writer:
+    for at_steps, at_runs in pieces:
+      writer.write(cut(whole, at_steps, at_runs), at_step=at_steps.start, at_run=at_runs.start)
+
+
+def test_everything_reads_back(folder):
+  run = store.open_run(folder)
+  assert run.sigma.shape == (6,)
+  assert run.finite.all()
+  assert run.latents.shape == run.x0.shape == (6, 4, 2, 4, 4, 4)
+  assert run.frames.shape == (6, 4, 17, 32, 32, 3) and run.frames[0].dtype == np.uint8
+  assert set(run.taps) == set(run_folder.SITES)
+  assert run.final_latents.shape == (4, 2, 4, 4, 4)
+  np.testing.assert_array_equal(run.x0[-1], run.final_latents)
+  np.testing.assert_array_equal(run.x0[2, 1], run.x0[2][1])
+  assert [said["seed"] for said in run.runs] == [0, 1, 0, 1]
+  assert run.answers.answer.shape == (6, 4)
+  assert all(path.is_file() for r in range(4) for path in (run.first(r), run.video(r)))
+  assert run.video(4) is None
+  assert run.manifest["config"]["shift"] == 5.0 and run.manifest["model"] == "mini"
+  run.verify()
+
+
+def test_zarr_reads_it_with_named_dimensions(folder):
+  group = zarr.open_group(folder / "trace.zarr", mode="r")
+  latents = group["latents"]
+  assert latents.metadata.dimension_names == store.LATENT_AXES
+  np.testing.assert_array_equal(latents[:], store.open_run(folder).latents[:])
+  norms = group["taps/attn_out/norm"]
+  assert norms.metadata.dimension_names == ("step", "layer", "branch", "run", "norm_0")
+  assert norms.attrs["layers"] == [0, 1, 2]
+  assert group["frames"].attrs["decoded_by"] == "preview"
+
+
+def test_pieces_in_any_order_equal_the_whole(tmp_path):
+  whole = trace()
+  a, b = tmp_path / "a", tmp_path / "b"
+  for path in (a, b):
+    path.mkdir()
+  write_pieces(a, whole, [(slice(0, 5), slice(0, 3))])
+  write_pieces(
+    b, whole, [(slice(i, j), slice(k, k + 1)) for i, j in ((3, 5), (0, 3)) for k in (2, 0, 1)]
+  )
+  one, other = (zarr.open_group(path / "trace.zarr", mode="r") for path in (a, b))
+  for name in ("sigma", "finite", "latents", "x0", "taps/attn_out/norm"):
+    np.testing.assert_array_equal(one[name][:], other[name][:])
+  np.testing.assert_array_equal(one["latents"][:], whole.latents)
+
+
+def test_taps_of_chosen_steps_land_on_their_rows(tmp_path):
+  whole = trace()
+  first, last = cut(whole, slice(0, 3), slice(0, 3)), cut(whole, slice(3, 5), slice(0, 3))
+  (name,) = whole.taps
+  kept = TapSpec(sites=("attn_out",), steps=(1, 4), layers=(0, 2, 5))
+  with store.create_trace(tmp_path, steps=5, runs=3, taps=kept) as writer:
+    writer.write(dataclasses.replace(last, taps={name: whole.taps[name][4:5]}), at_step=3)
+    writer.write(dataclasses.replace(first, taps={name: whole.taps[name][1:2]}))
+    with pytest.raises(ValueError, match=r"brings 3 rows for steps 0\.\.2, of which 1 are kept"):
+      writer.write(first)
+  array = zarr.open_group(tmp_path / "trace.zarr", mode="r")[f"taps/{name}"]
+  np.testing.assert_array_equal(array[:], whole.taps[name][[1, 4]])
+  assert array.attrs["steps"] == [1, 4] and array.attrs["layers"] == [0, 2, 5]
+
+
+def test_bfloat16_is_widened_exactly(tmp_path):
+  whole = trace(dtype=ml_dtypes.bfloat16)
+  write_pieces(tmp_path, whole, [(slice(0, 5), slice(0, 3))])
+  array = zarr.open_group(tmp_path / "trace.zarr", mode="r")["taps/attn_out/norm"]
+  assert array.dtype == np.float32 and array.attrs["written_from"] == "bfloat16"
+  np.testing.assert_array_equal(array[:], whole.taps["attn_out/norm"].astype(np.float32))
+
+
+def test_a_chunk_holds_one_step_of_as_many_runs_as_fit():
+  small = store._chunk(store.LATENT_AXES, (50, 1024, 5, 8, 8, 16), 4)
+  assert small == [1, 51, 5, 8, 8, 16]
+  assert store._chunk(store.LATENT_AXES, (50, 8, 21, 60, 104, 16), 4) == [1, 1, 21, 60, 104, 16]
+
+
+def test_a_piece_beyond_the_trace_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="ends at step 6 and run 3, the trace has 5 steps"):
+    with store.create_trace(tmp_path, steps=5, runs=3) as writer:
+      writer.write(trace(steps=2), at_step=4)
+  assert not list(tmp_path.iterdir())
+
+
+# --- the folder as a whole ---
+
+
+def test_a_full_folder_is_refused_and_redo_replaces_only_what_a_run_wrote(folder, tmp_path):
+  out = run_folder.make(tmp_path / "run", seeds=3)
+  (out / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"is not empty .*--redo"):
+    run_folder.make(out)
+  run_folder.make(out, seeds=1, redo=True)
+  assert (out / "notes.txt").read_text() == "mine"
+  assert len(store.open_run(out).runs) == 2
+  assert not (out / "video_5.mp4").exists()
+
+
+@pytest.mark.parametrize("existed", (True, False))
+def test_a_run_that_fails_leaves_nothing(tmp_path, existed):
+  out = tmp_path / "deep" / "run"
+  if existed:
+    out.mkdir(parents=True)
+  with pytest.raises(KeyboardInterrupt):
+    with store.run_folder(out) as stage:
+      store.write_json(stage / "runs.json", [])
+      raise KeyboardInterrupt
+  assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", out] if existed else [])
+
+
+def test_a_failed_redo_keeps_the_old_run(tmp_path):
+  out = run_folder.make(tmp_path / "run", seeds=1)
+  with pytest.raises(RuntimeError):
+    with store.run_folder(out, redo=True):
+      raise RuntimeError
+  store.open_run(out).verify()
+
+
+def test_what_a_killed_run_left_is_no_obstacle(tmp_path):
+  (tmp_path / store.STAGE / "trace.zarr").mkdir(parents=True)
+  run_folder.make(tmp_path, seeds=1)
+  assert not (tmp_path / store.STAGE).exists()
+
+
+def test_out_that_cannot_be_a_folder(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  with pytest.raises(ValueError, match="is a file, wanted a folder"):
+    with store.run_folder(file):
+      pass
+  with pytest.raises(OSError, match=r"could not be written \(Not a directory\): choose another"):
+    with store.run_folder(file / "run"):
+      pass
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import run_folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+  run_folder.make(Path(sys.argv[1]))
+except OSError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize("room", (30, 3000))
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path, room):
+  """A limit on the size of a file stands for the full disk: 30 bytes stop JSON, 3000 a chunk."""
+  assert hasattr(resource, "RLIMIT_FSIZE")
+  here = str(Path(__file__).parent)
+  command = [sys.executable, "-c", FULL, str(tmp_path / "run"), here, str(room)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert "could not be written" in done.stdout, done.stderr
+  assert "free some space or choose another --out." in done.stdout
+  assert len(done.stdout.strip().splitlines()) == 1
+  assert not list(tmp_path.iterdir())
+
+
+# --- reading what is missing or damaged ---
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+  with pytest.raises(ValueError, match=r"there is no folder .*gone"):
+    store.open_run(tmp_path / "gone")
+  with pytest.raises(ValueError, match=r"has no manifest\.json, so it is not a finished run"):
+    store.open_run(tmp_path)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  """A copy of the folder that may be damaged."""
+  return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ("runs.json", "manifest.json", "answers.json"))
+def test_truncated_json(copy, name):
+  text = (copy / name).read_text()
+  (copy / name).write_text(text[: len(text) // 2])
+  with pytest.raises(ValueError, match=rf"{name} is missing or damaged: run it again"):
+    store.open_run(copy)
+
+
+def test_an_answer_file_without_a_column(copy):
+  record = json.loads((copy / "answers.json").read_text())
+  del record["flips"]
+  (copy / "answers.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=r"answers\.json is missing or damaged"):
+    store.open_run(copy)
+
+
+def test_truncated_latents(copy):
+  path = copy / "final_latents.npy"
+  path.write_bytes(path.read_bytes()[:-100])
+  run = store.open_run(copy)
+  with pytest.raises(ValueError, match=r"final_latents\.npy is missing or damaged"):
+    _ = run.final_latents
+  with pytest.raises(ValueError, match=r"final_latents\.npy differs from its checksum"):
+    run.verify()
+
+
+@pytest.mark.parametrize("damage", ("truncate", "flip", "remove"))
+def test_a_damaged_chunk_is_never_read_as_numbers(copy, damage):
+  chunk = next(p for p in sorted((copy / "trace.zarr/x0/c/3").rglob("*")) if p.is_file())
+  raw = bytearray(chunk.read_bytes())
+  if damage == "remove":
+    chunk.unlink()
+  else:
+    raw[len(raw) // 2] ^= 255
+    chunk.write_bytes(bytes(raw if damage == "flip" else raw[: len(raw) // 2]))
+  run = store.open_run(copy)
+  run.x0[2]
+  with pytest.raises(ValueError, match="a chunk is missing or damaged: run it again"):
+    run.x0[3]
+  with pytest.raises(ValueError, match=r"trace\.zarr differs from its checksum"):
+    run.verify()
+
+
+def test_a_trace_without_sigma(copy):
+  shutil.rmtree(copy / "trace.zarr/sigma")
+  with pytest.raises(ValueError, match="sigma is missing or damaged"):
+    store.open_run(copy)
+
+
+def test_a_step_that_is_not_there(folder):
+  run = store.open_run(folder)
+  with pytest.raises(IndexError, match="row 6 is not in x0; it has 6 rows"):
+    run.x0[6]
+  np.testing.assert_array_equal(run.x0[-1], run.x0[5])
+
+
+# --- tables and JSON ---
+
+
+def test_a_row_per_run_and_step(folder):
+  run = store.open_run(folder)
+  rows = run.table()
+  assert len(rows) == 4 * 6
+  last = rows[5]
+  assert (last["run"], last["step"], last["task"], last["seed"]) == (0, 5, "maze", 0)
+  assert last["answer"] == run.answers.answer[5, 0]
+  assert last["right"] == bool(run.answers.right[5, 0])
+
+
+def test_pandas_is_asked_for_in_one_sentence(folder, monkeypatch):
+  monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="to_pandas needs pandas, which is not installed"):
+    store.open_run(folder).to_pandas()
+
+
+def test_to_pandas_is_the_table(folder, monkeypatch):
+  """pandas is no dependency, so a stand-in shows what reaches it."""
+
+  class Pandas:
+    DataFrame = builtins.list
+
+  monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(store.importlib, "import_module", lambda name: Pandas)
+  run = store.open_run(folder)
+  assert run.to_pandas() == run.table()
+
+
+def test_plain_refuses_what_json_cannot_say():
+  assert store.plain({"a": (np.float32(0.5), float("nan")), 2: np.arange(2)}) == {
+    "a": [0.5, None],
+    "2": [0, 1],
+  }
+  with pytest.raises(ValueError, match="can't be written as JSON"):
+    store.plain(object())
+
+
+def test_a_run_without_a_prompt_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="run 1 has no prompt"):
+    store.write_runs(tmp_path, [{"seed": 0, "prompt": ""}, {"seed": 1}])

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from jax_videoreason.convert.engine import Row
+from .engine import Row
 
 Naming = Literal["original", "diffusers"]
 

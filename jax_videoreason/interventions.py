@@ -56,8 +56,8 @@ class Intervention:
   direction: Array | None = None
   tokens: Array | None = None
   branches: Array | None = None
-  sites: tuple[str, ...] = static(())
-  out: str = static("x0")
+  sites: tuple[str, ...] = static(default=())
+  out: str = static(default="x0")
 
 
 @pytree
@@ -74,7 +74,7 @@ class BlockEdits:
   direction: Array | None = None
   tokens: Array | None = None
   branches: Array | None = None
-  sites: tuple[str, ...] = static(())
+  sites: tuple[str, ...] = static(default=())
 
 
 @pytree

@@ -7,6 +7,7 @@ edits, then taps; guidance; x0 = x - sigma*v and `mix_out`; the solver; a row of
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from jax_videoreason import guidance
 from jax_videoreason.axes import Array
 from jax_videoreason.interventions import (
   Intervention,
+  check_edit,
   edit_latents,
   edit_output,
   step_edits,
@@ -105,7 +107,7 @@ def check(
   edit: Intervention | None = None,
   state: State | None = None,
 ) -> None:
-  """Raises one ValueError with every fault of the arguments of `denoise`; runs nothing."""
+  """Raises a ValueError with the faults of the arguments of `denoise`; runs nothing."""
   f, h, w, c = noise.grid
   runs = noise.keys.shape[0]
   cells = (runs, f, h, w, c)
@@ -165,16 +167,10 @@ def check(
           f"the schedule calls expert {expert}, which is not loaded: load it, or hold its steps "
           "with schedule.only(i, j)."
         )
-  if edit is not None:
-    for name in ("mix_latents", "keep", "mix_out", "mix", "gate", "steer", "tokens"):
-      value = getattr(edit, name)
-      if value is not None and value.shape[0] != schedule.total:
-        faults.append(
-          f"edit.{name} has {value.shape[0]} steps, wanted {schedule.total}: an edit keeps "
-          "the rows of the whole schedule."
-        )
   if faults:
     raise ValueError(" ".join(faults))
+  if edit is not None:
+    check_edit(edit, sizes_of(bundle, noise, cond, schedule))
 
 
 def _trajectory(
@@ -213,7 +209,7 @@ def _trajectory(
       return call(bundle.params[0])
     loaded = [expert for expert, params in enumerate(bundle.params) if params is not None]
     result = jax.eval_shape(call, bundle.params[loaded[0]])
-    branches = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
+    branches: list[Any] = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
     branches.append(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result))
     branch_of = np.full(HOLD + 1, len(loaded), np.int32)
     branch_of[loaded] = np.arange(len(loaded))

@@ -1,6 +1,7 @@
 """The one mesh and its rule: which letter of an array lies on which mesh axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ RULES: dict[str, str | tuple[str, ...]] = {"r": "seed", "t": ("fsdp", "context")
 
 
 def make_mesh(
-  seed: int = 1, fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
+  seed: int = 1, fsdp: int = 1, context: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """A mesh of seed * fsdp * context devices, by default the first ones there are.
 

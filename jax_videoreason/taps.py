@@ -33,13 +33,13 @@ class TapSpec:
   reference: R int32, the run each run is compared with, for 'cosine_to' and 'cka_to'.
   """
 
-  sites: tuple[str, ...] = static(())
-  reduce: tuple[str, ...] = static(("norm",))
-  latents: bool = static(True)
-  x0: bool = static(True)
-  layers: tuple[int, ...] | None = static(None)
-  steps: tuple[int, ...] | None = static(None)
-  branches: tuple[int, ...] = static((0,))
+  sites: tuple[str, ...] = static(default=())
+  reduce: tuple[str, ...] = static(default=("norm",))
+  latents: bool = static(default=True)
+  x0: bool = static(default=True)
+  layers: tuple[int, ...] | None = static(default=None)
+  steps: tuple[int, ...] | None = static(default=None)
+  branches: tuple[int, ...] = static(default=(0,))
   directions: Array | None = None
   regions: Array | None = None
   targets: Array | None = None

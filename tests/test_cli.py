@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_videoreason import checkpoint, cli, media, open_run, settings, store, tasks, tokenizer
+from jax_videoreason import (
+  checkpoint,
+  cli,
+  media,
+  open_run,
+  report,
+  settings,
+  store,
+  tasks,
+  tokenizer,
+)
+from jax_videoreason.cli import sample
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.structs import Card, ModelBundle
 
@@ -400,7 +411,8 @@ def test_a_prompt_over_the_limit_is_cut_with_a_warning(call, sample_words, tmp_p
   said = [line for line in err.splitlines() if line.startswith("videoreason: warning: ")]
   assert status == 0
   assert len(said) == 1
-  assert "shape mark the largest shape" in said[0] or "6 tokens" in said[0]
+  assert "reads 6 text tokens" in said[0]
+  assert "lost 'the largest shape'" in said[0]
 
 
 # Bad input of sample; nothing may be left where --out points
@@ -411,11 +423,11 @@ def write_bytes(path: Path, data: bytes) -> Path:
   return path
 
 
-def grey_image(folder: Path) -> Path:
+def clear_image(folder: Path) -> Path:
   from PIL import Image
 
-  Image.fromarray(np.zeros((16, 16), np.uint8)).save(folder / "grey.png")
-  return folder / "grey.png"
+  Image.fromarray(np.zeros((16, 16, 4), np.uint8)).save(folder / "clear.png")
+  return folder / "clear.png"
 
 
 def large_image(folder: Path) -> Path:
@@ -431,7 +443,7 @@ def saved(folder: Path, array: np.ndarray) -> Path:
 BAD = {
   "image missing": (lambda d: ["--image=nowhere.png"], "nowhere.png"),
   "image unreadable": (lambda d: [f"--image={write_bytes(d / 'x.png', b'no')}"], "x.png"),
-  "image not RGB": (lambda d: [f"--image={grey_image(d)}"], "RGB"),
+  "image not RGB": (lambda d: [f"--image={clear_image(d)}"], "wanted opaque RGB"),
   "image of another size": (lambda d: [f"--image={large_image(d)}"], "24 x 20 pixels"),
   "size the model can't take": (
     lambda d: [f"--image={large_image(d)}", "--config.width=24", "--config.height=20"],
@@ -504,7 +516,7 @@ def test_a_folder_in_use_is_refused_unless_redo(call, refuses, sample_words, tmp
   assert (out / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("limit", [2_000, 8_000])
+@pytest.mark.parametrize("limit", [300, 900])
 def test_a_disk_that_fills_up_leaves_nothing(refuses, sample_words, tmp_path, limit):
   _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   before = sorted(tmp_path.rglob("*"))
@@ -540,6 +552,23 @@ def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path
   before = sorted(tmp_path.rglob("*"))
   assert "differs from its checksum" in refuses(*sample_words, f"--checkpoint={copy}")
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_that_fails_does_not_cost_the_run(refuses, sample_words, tmp_path, monkeypatch):
+  def full(_):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(report, "render", full)
+  said = refuses(*sample_words)
+  assert f"`videoreason report {tmp_path / 'run'}` draws it" in said
+  open_run(tmp_path / "run").verify()
+
+
+def test_a_run_that_is_not_finite_is_told():
+  finite = np.ones((4, 3), bool)
+  finite[2:, 1] = False
+  with pytest.warns(UserWarning, match="run 1 is not finite from step 2 on"):
+    sample.warn_broken(finite)
 
 
 # tasks

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from helpers import (
   GRID,
   SITES,
@@ -15,7 +16,6 @@ from helpers import (
   tiny_inputs,
   tiny_schedule,
 )
-
 from jax_videoreason import interventions, runs, sampler, schedules, sharding
 from jax_videoreason.interventions import Intervention, identity
 from jax_videoreason.sampler import denoise
@@ -349,7 +349,7 @@ def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
     denoise(bundle, noise, short, tiny_schedule())
   with pytest.raises(ValueError, match=r"takes a first frame and cond.known is None"):
     denoise(bundle, noise, replace(cond, known=None, known_mask=None), tiny_schedule())
-  with pytest.raises(ValueError, match=r"edit.gate has 4 steps, wanted 5"):
+  with pytest.raises(ValueError, match=r"gate S L R is \(4, 3, 4\), wanted \(5, 3, 4\)"):
     denoise(bundle, noise, cond, tiny_schedule(5), Intervention(gate=jnp.ones((4, 3, 4))))
   with pytest.raises(ValueError, match=r"typed keys"):
     denoise(bundle, replace(noise, keys=jnp.zeros((4,), jnp.uint32)), cond, tiny_schedule())

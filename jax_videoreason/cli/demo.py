@@ -11,7 +11,7 @@ import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import cli, console, settings, store, tasks
-from jax_videoreason.cli.sample import Question, record, show_end
+from jax_videoreason.cli.sample import Question, finish, record
 from jax_videoreason.structs import AnswerTrace
 
 TASKS = "pick,maze,select_largest"
@@ -42,7 +42,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     said = record(folder, chosen, questions)
   if said is not None:
     show_answers(questions, len(chosen.seeds), said)
-  show_end(flags.out)
+  finish(flags.out)
 
 
 def show_answers(questions: list[Question], seeds: int, said: AnswerTrace) -> None:

@@ -8,9 +8,9 @@ report.html; jax_videoreason.open_run(DIR) reads them. The image has the size th
 """
 
 import dataclasses
-import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   question = Question(prompt=flags.prompt, first_frame=image)
   with store.run_folder(flags.out, redo=flags.redo) as folder:
     record(folder, chosen, [question], noise=noise)
-  show_end(flags.out)
+  finish(flags.out)
 
 
 def seed_numbers(text: str) -> list[int]:
@@ -113,7 +113,7 @@ def record(
   *,
   noise: np.ndarray | None = None,
 ) -> AnswerTrace | None:
-  """Asks every question with every seed and writes the run folder, report included.
+  """Asks every question with every seed and writes the data of the run folder.
 
   Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn.
   Returns the answers, None where no question is a case of a task.
@@ -132,11 +132,13 @@ def record(
 
   shown = shown_steps(chosen, len(of_run))
   kept: dict[int, np.ndarray] = {}
+  finite = np.ones((chosen.steps, len(of_run)), bool)
   with store.create_trace(folder, steps=chosen.steps, runs=len(of_run), taps=spec) as writer:
     with console.progress(chosen.steps * len(of_run), "denoise", "step") as advance:
 
       def on_piece(trace: Any, steps: slice, part: slice) -> None:
         writer.write(trace, at_step=steps.start, at_run=part.start)
+        finite[steps, part] = trace.finite
         for row, step in enumerate(range(steps.start, steps.stop)):
           if step in shown:
             whole = kept.setdefault(step, np.empty((len(of_run), *trace.x0.shape[2:]), np.float32))
@@ -153,6 +155,7 @@ def record(
         piece=chosen.piece,
         on_piece=on_piece,
       )
+    warn_broken(finite)
     with console.progress(len(shown) + 1, "decode", "step") as advance:
       frames = []
       for step in shown:
@@ -179,7 +182,6 @@ def record(
     seconds=round(time.monotonic() - began, 1),
     evaluations=chosen.steps * sizes.R * sizes.G,
   )
-  report.render(folder)
   return said
 
 
@@ -225,6 +227,16 @@ def build_schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Sch
   )
 
 
+def warn_broken(finite: np.ndarray) -> None:
+  """Warns of runs with numbers that are not finite; finite is S R."""
+  for run in np.flatnonzero(~finite.all(0)):
+    step = int(np.argmin(finite[:, run]))
+    warnings.warn(
+      f"run {run} is not finite from step {step} on: its video and answers mean nothing.",
+      stacklevel=2,
+    )
+
+
 def shown_steps(chosen: SampleSettings, count: int) -> list[int]:
   """The steps whose x0 is decoded: all, or as many as `SHOWN_PIXELS` allows; always the last."""
   pixels = count * chosen.frames * chosen.height * chosen.width
@@ -265,8 +277,19 @@ def describe(question: Question, seed: int) -> Mapping[str, Any]:
   }
 
 
-def show_end(out: str) -> None:
-  """Where to look."""
+def finish(out: str) -> None:
+  """Draws the report of the run that now lies in `out` and says where to look.
+
+  Raises:
+    ValueError: it could not be drawn; what was computed stays.
+  """
   place = Path(out).resolve()
-  console.say(f"report: {(place / 'report.html').as_uri()}")
-  console.say(f"in Python: jax_videoreason.open_run({shlex.quote(str(place))!r})")
+  try:
+    page = report.render(place)
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"the run is whole in {out}, its report could not be drawn ({error}): when that is mended, "
+      f"`videoreason report {out}` draws it."
+    ) from error
+  console.say(f"report: {page.as_uri()}")
+  console.say(f"in Python: jax_videoreason.open_run({str(place)!r})")

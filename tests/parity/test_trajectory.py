@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from helpers import relative
 
+from helpers import relative
 from jax_videoreason import runs, schedules
 from jax_videoreason.convert import engine, wan
 from jax_videoreason.models.wan import WanConfig, WanDiT, abstract_params

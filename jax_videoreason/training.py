@@ -69,7 +69,7 @@ def begin(params: Params, settings: TrainSettings) -> TrainState:
   """The state before the first step."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
+    params=jax.tree.map(jnp.copy, params),
     ema=jax.tree.map(jnp.copy, params),
     optimiser=optimiser(settings).init(params),
   )
@@ -91,7 +91,7 @@ def make_step(
   def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, memory = transform.update(grads, state.optimiser, state.params)
     params = optax.apply_updates(state.params, updates)

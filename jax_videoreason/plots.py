@@ -80,11 +80,12 @@ def curves(
   y_name: str,
   title: str = "",
   falling: bool = False,
+  top: float | None = None,
 ) -> None:
   """Draws each series over x, its name at its end.
 
-  falling: x runs from high to low, as sigma does. A series of two axes (x, run) is drawn as its
-  mean with the single runs behind it.
+  falling: x runs from high to low, as sigma does. top: the end of the y axis. A series of two axes
+  (x, run) is drawn as its mean with the single runs behind it.
   """
   figure, axes = _panel(title, x_name, y_name)
   x = np.asarray(x, float)
@@ -99,7 +100,8 @@ def curves(
     ends.append((float(values[-1]), name, colour))
   if falling:
     axes.invert_xaxis()
-  axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+  low, high = axes.get_ylim()
+  axes.set_ylim(min(0, low), high if top is None else top)
   _name_ends(axes, float(x[-1]), ends)
   _save(figure, path, dpi=120)
 

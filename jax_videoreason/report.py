@@ -109,6 +109,7 @@ def draw_figures(run: Run, change: np.ndarray | None) -> None:
         y_name="share of runs",
         title="Runs whose x0 already shows a right answer",
         falling=True,
+        top=1.02,
       )
 
 

@@ -93,7 +93,8 @@ def run_folder(out: str | Path, *, redo: bool = False) -> Iterator[Path]:
     with _disk(out):
       shutil.rmtree(stage, ignore_errors=True)
       stage.mkdir(parents=True)
-      yield stage
+    yield stage
+    with _disk(out):
       for name in there:
         if OWNED.fullmatch(name):
           _remove(out / name)
@@ -110,7 +111,10 @@ def run_folder(out: str | Path, *, redo: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-  """Yields a path to write to; it becomes `path` when the block ends well, else it is removed."""
+  """Yields a path to write to; it becomes `path` when the block ends well, else it is removed.
+
+  The block only writes: an OSError in it is said to be about `path`.
+  """
   path = Path(path)
   part = path.with_name(f".part-{path.name}")
   try:
@@ -129,8 +133,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_final_latents(folder: str | Path, latents: Any) -> None:
   """Writes `final_latents.npy`, R F H W C float32."""
+  array = np.ascontiguousarray(latents, np.float32)
+  header = np.lib.format.header_data_from_array_1_0(array)
   with atomic(Path(folder) / "final_latents.npy") as part, part.open("wb") as file:
-    np.save(file, np.asarray(latents, np.float32))
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(array.data)  # np.save forgets the errno of a full disk
 
 
 def write_runs(folder: str | Path, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -345,10 +352,17 @@ def create_trace(
   steps, runs: S and R of the whole; pieces may come in any order.
   taps: what was asked for, with `steps` as rows of the whole schedule.
   """
-  with atomic(Path(folder) / "trace.zarr") as part:
-    _remove(part)
-    _group(part)
+  path = Path(folder) / "trace.zarr"
+  part = path.with_name(".part-trace.zarr")
+  try:
+    with _disk(path):
+      _remove(part)
+      _group(part)
     yield TraceWriter(path=part, steps=steps, runs=runs, taps=TapSpec() if taps is None else taps)
+    with _disk(path):
+      part.replace(path)
+  finally:
+    _remove(part)
 
 
 # Answers

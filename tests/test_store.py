@@ -155,6 +155,13 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, existed):
   assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", out] if existed else [])
 
 
+def test_faults_that_are_not_about_the_folder_stay_as_they_are(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"weights\.bin"):
+    with store.run_folder(tmp_path / "run") as stage, store.create_trace(stage, steps=1, runs=1):
+      (tmp_path / "weights.bin").read_bytes()
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_redo_keeps_the_old_run(tmp_path):
   out = run_folder.make(tmp_path / "run", seeds=1)
   with pytest.raises(RuntimeError):
@@ -186,19 +193,24 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import run_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+out = Path(sys.argv[1])
 try:
-  run_folder.make(Path(sys.argv[1]))
+  if sys.argv[4] == "run":
+    run_folder.make(out)
+  else:
+    from jax_videoreason import store
+    store.write_final_latents(out.parent, [0.0] * 1000)
 except OSError as error:
   print(error)
 """
 
 
-@pytest.mark.parametrize("room", (30, 3000))
-def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path, room):
+@pytest.mark.parametrize(("what", "room"), (("run", 30), ("run", 3000), ("latents", 3000)))
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path, what, room):
   """A limit on the size of a file stands for the full disk: 30 bytes stop JSON, 3000 a chunk."""
   assert hasattr(resource, "RLIMIT_FSIZE")
   here = str(Path(__file__).parent)
-  command = [sys.executable, "-c", FULL, str(tmp_path / "run"), here, str(room)]
+  command = [sys.executable, "-c", FULL, str(tmp_path / "run"), here, str(room), what]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert "could not be written" in done.stdout, done.stderr
   assert "free some space or choose another --out." in done.stdout

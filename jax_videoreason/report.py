@@ -88,12 +88,13 @@ def draw_figures(run: Run, change: np.ndarray | None) -> None:
   """Writes figures/change.png and figures/answers.png."""
   figures = run.path / "figures"
   figures.mkdir(exist_ok=True)
-  if change is not None:
+  sound = run.finite.all(0)
+  if change is not None and sound.any():
     with atomic(figures / "change.png") as part:
       plots.curves(
         part,
         run.sigma[1:],
-        {"mean": change},
+        {"mean": change[:, sound]},
         x_name="sigma",
         y_name="change of x0 since the step before",
         title="How far the guess moves at each step",

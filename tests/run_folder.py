@@ -74,6 +74,7 @@ def make(
   trace = piece(rng, sigma, len(every))
   if broken is not None:
     trace.finite[broken[0] :, broken[1]] = False
+    trace.x0[broken[0] :, broken[1]] = np.nan
   runs = [
     {
       "case": f"{case.task} {case.split} {case.index}",

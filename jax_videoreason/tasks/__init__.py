@@ -5,6 +5,7 @@ from jax_videoreason.tasks.maze import Maze
 from jax_videoreason.tasks.occlusion import Occlusion
 from jax_videoreason.tasks.pick import Pick
 from jax_videoreason.tasks.select_largest import SelectLargest
+from jax_videoreason.tasks.sort_bars import SortBars
 from jax_videoreason.tasks.tictactoe import TicTacToe
 
 TASKS: dict[str, type[Task]] = {
@@ -13,6 +14,7 @@ TASKS: dict[str, type[Task]] = {
     Maze,
     TicTacToe,
     Occlusion,
+    SortBars,
     SelectLargest,
     Pick,
   )

@@ -18,4 +18,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.steps = 20
   config.guidance = (2.0,)
   config.seeds = 3
+  config.piece = 4
   return common.parse(config.lock(), argument)

@@ -1,5 +1,6 @@
 """Runs as an axis: their noise, their place on a mesh, and batches denoised piece by piece."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,6 +140,8 @@ def run(
   Each finished piece is handed to `on_piece` and let go, so memory holds one batch and one piece.
   One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis.
 
+  `taps.steps` are rows of the whole `schedule`; a piece of it brings those that lie inside.
+
   Raises ValueError where an edit or a tap relates runs of different batches.
   """
   taps = TapSpec() if taps is None else taps
@@ -150,6 +153,10 @@ def run(
     raise ValueError(
       f"edits and taps with an R axis need their {total} runs in one batch, batch={batch} makes "
       f"{len(groups)}: raise batch, or call run for each group of runs."
+    )
+  if taps.steps is not None and max(taps.steps, default=0) >= len(schedule):
+    raise ValueError(
+      f"taps.steps={taps.steps}, wanted rows of the schedule passed, 0..{len(schedule) - 1}."
     )
   seats = 1 if mesh is None else mesh.shape["seed"]
   finals = []
@@ -167,13 +174,21 @@ def run(
     state: State = sampler.start(some_noise, schedule.solver)
     for rows in pieces(len(schedule), piece):
       _, trace, state = sampler.denoise(
-        bundle, some_noise, some_cond, schedule[rows], edit, taps, state
+        bundle, some_noise, some_cond, schedule[rows], edit, _steps_of(taps, rows), state
       )
       if on_piece is not None:
         host = jax.tree.map(np.asarray, trace)
         on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
     finals.append(np.asarray(state.latents)[:count])
   return np.concatenate(finals)
+
+
+def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:
+  """`taps` of the whole schedule as rows of a piece of it."""
+  if taps.steps is None:
+    return taps
+  inside = tuple(s - rows.start for s in taps.steps if rows.start <= s < rows.stop)
+  return dataclasses.replace(taps, steps=inside)
 
 
 def _runs_of(trace: Trace, taps: TapSpec, count: int) -> Trace:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_videoreason import guidance
 from jax_videoreason.axes import Array
-from jax_videoreason.interventions import (
+from jax_videoreason.edits import (
   Intervention,
   check_edit,
   edit_latents,
@@ -235,9 +235,10 @@ def _trajectory(
     if schedule.which is not None:
       state = jax.tree.map(lambda old, new: jnp.where(held, old, new), before, state)
       latents = jnp.where(held, before.latents, latents)
-    kept = {
-      name: buffer.at[row["slot"]].set(tapped[name], mode="drop") for name, buffer in kept.items()
-    }
+    if step_rows.size:  # a piece may hold none of the steps asked for
+      kept = {
+        name: buffer.at[row["slot"]].set(tapped[name], mode="drop") for name, buffer in kept.items()
+      }
     finite = jnp.all(jnp.isfinite(latents) & jnp.isfinite(state.x0), axis=(1, 2, 3, 4))
     seen = (latents if taps.latents else None, state.x0 if taps.x0 else None)
     return (state, kept), (finite, *seen)

@@ -399,6 +399,22 @@ def test_noise_fed_in_is_noise_drawn(call, sampled, sample_words, tmp_path):
   np.testing.assert_allclose(given, open_run(sampled).final_latents[:2], atol=1e-5)
 
 
+def test_taps_of_some_steps_and_layers_are_those_of_all(call, sampled, sample_words, tmp_path):
+  status, _, err = call(
+    *sample_words,
+    "--config.taps.sites=('attn_out',)",
+    "--config.taps.steps=(0, 2)",
+    "--config.taps.layers=(1,)",
+    "--config.piece=1",
+    "--seeds=0,5",
+  )
+  assert status == 0, err
+  some, every = (open_run(d).taps["attn_out/norm"] for d in (tmp_path / "run", sampled))
+  assert some.steps == [0, 2]
+  wanted = np.stack([every[0][1:], every[2][1:]])[..., :2, :]
+  np.testing.assert_allclose(some[:], wanted, rtol=1e-5)
+
+
 def test_an_empty_prompt_is_a_prompt(call, sample_words, tmp_path):
   status, _, err = call(*sample_words, "--prompt=")
   assert status == 0

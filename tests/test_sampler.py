@@ -312,6 +312,21 @@ def test_taps_keep_the_steps_layers_and_branches_asked_for(bundle, inputs):
     denoise(bundle, *inputs, schedule, taps=replace(every, steps=(4,)))
 
 
+def test_tapped_steps_are_found_in_their_pieces(bundle, inputs):
+  schedule = tiny_schedule(6)
+  taps = TapSpec(sites=("resid_post",), steps=(1, 5), latents=False, x0=False)
+  whole, parts = [], []
+  keep = {6: whole, 2: parts}
+  for piece, kept in keep.items():
+    runs.run(
+      bundle, *inputs, schedule, taps=taps, piece=piece,
+      on_piece=lambda trace, *_, kept=kept: kept.extend(trace.taps.get("resid_post/norm", ())),
+    )  # fmt: skip
+  assert len(whole) == 2 and relative(np.stack(parts), np.stack(whole)) < SAME
+  with pytest.raises(ValueError, match=r"taps.steps=\(6,\)"):
+    runs.run(bundle, *inputs, schedule, taps=replace(taps, steps=(6,)))
+
+
 def test_a_lens_of_the_last_layer_is_the_velocity(bundle, inputs):
   schedule = tiny_schedule(guidance=1.0)
   taps = TapSpec(sites=("resid_post",), reduce=("lens",), layers=(2,))

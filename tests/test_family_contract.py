@@ -12,7 +12,7 @@ from einops import rearrange
 
 from helpers import relative, tiny_config
 from jax_videoreason.convert import engine, wan
-from jax_videoreason.interventions import BlockEdits
+from jax_videoreason.edits import BlockEdits
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.umt5 import UMT5Config
 from jax_videoreason.models.wan import WanConfig

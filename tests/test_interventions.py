@@ -9,26 +9,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_videoreason.interventions import (
+from jax_videoreason.edits import (
   BLOCK_UPDATE,
+  check_edit,
+  edit_latents,
+  edit_output,
+  edit_site,
+  layer_edits,
+  step_edits,
+  wants_noise,
+)
+from jax_videoreason.interventions import (
   NOISE_MODES,
   ROOM,
   Intervention,
   ablate,
-  check_edit,
   closeness_weights,
-  edit_latents,
-  edit_output,
-  edit_site,
   ensemble_runs,
   identity,
-  layer_edits,
   noise_at,
   patch_runs,
   steer,
-  step_edits,
   swap_runs,
-  wants_noise,
   where,
 )
 from jax_videoreason.sharding import make_mesh

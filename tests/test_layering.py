@@ -25,6 +25,9 @@ FLOORS = (
   (
     "structs",
     "taps",
+    "places",
+    "edits",
+    "composing",
     "interventions",
     "settings",
     "media",

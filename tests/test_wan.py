@@ -41,7 +41,7 @@ def run():
   return call
 
 
-# wan_port.md section 1
+# the published checkpoints: their settings and how many parameters they hold
 SIZES = {
   "2.1 t2v 1.3B": (dict(width=1536, ffn_width=8960, heads=12, layers=30), 1_418_996_800),
   "t2v 14B": (dict(width=5120, ffn_width=13824, heads=40, layers=40), 14_288_491_584),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jax_videoreason.axes import Array
-from jax_videoreason.interventions import BlockEdits, edit_site
+from jax_videoreason.edits import BlockEdits, edit_site
 from jax_videoreason.taps import TapAids, TapSpec, record
 
 

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from jax_videoreason import rope
 from jax_videoreason.attention import attend
 from jax_videoreason.axes import Array, Params
-from jax_videoreason.interventions import BlockEdits
+from jax_videoreason.edits import BlockEdits
 from jax_videoreason.models.common import (
   LayerNorm,
   Numerics,

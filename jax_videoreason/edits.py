@@ -1,0 +1,325 @@
+"""What an `Intervention` is, and what the sampler and the model do with it.
+
+It is a pytree of arrays over the steps and layers of a run. Within one step the kinds act in the
+order mix, gate, steer.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from jax_videoreason.axes import Array
+from jax_videoreason.places import is_known
+from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import SITES
+
+BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
+LETTERS = {
+  "mix_latents": "SRR",
+  "keep": "SRF",
+  "to_x0": "SRF",
+  "noise_gain": "SRF",
+  "mix_out": "SRR",
+  "mix": "SLRR",
+  "gate": "SLR",
+  "steer": "SLR",
+  "direction": "LD",
+  "tokens": "SRT",
+  "branches": "G",
+}
+
+
+@pytree
+class Intervention:
+  """Every array may be None = not in the program (static structure).
+
+  S counts the steps of the whole schedule.
+  mix_latents: S R R, row r is written from the columns it names; first of all, before keep.
+  keep, to_x0, noise_gain: S R F, x <- keep*x + to_x0*x0_before + noise_gain*noise.
+  mix_out: S R R on the model's guess (`out`); v is rebuilt for the rows touched.
+  mix: S L R R inside the blocks, at every site in `sites`.
+  gate: S L R scales the value at the site; 0 = ablate.
+  steer: S L R gain of `direction` (L D).
+  tokens: S R T bool, which tokens any block edit touches; None = all.
+  branches: G bool, which guidance branches; None = all.
+  """
+
+  mix_latents: Array | None = None
+  keep: Array | None = None
+  to_x0: Array | None = None
+  noise_gain: Array | None = None
+  mix_out: Array | None = None
+  mix: Array | None = None
+  gate: Array | None = None
+  steer: Array | None = None
+  direction: Array | None = None
+  tokens: Array | None = None
+  branches: Array | None = None
+  sites: tuple[str, ...] = static(default=())
+  out: str = static(default="x0")
+
+
+@pytree
+class BlockEdits:
+  """The rows of an Intervention that act inside the blocks at one step.
+
+  L leads mix, gate, steer and direction; `layer_edits` takes it away.
+  mix: L R R; gate, steer: L R; direction: L D; tokens: R T bool; branches: G bool.
+  """
+
+  mix: Array | None = None
+  gate: Array | None = None
+  steer: Array | None = None
+  direction: Array | None = None
+  tokens: Array | None = None
+  branches: Array | None = None
+  sites: tuple[str, ...] = static(default=())
+
+
+def check_edit(edit: Intervention, sizes: Sizes) -> None:
+  """ValueError with every fault of an Intervention for a problem of these sizes.
+
+  Shapes always; where values are known, also that rows of mixes sum to 1 (only `ablate`, which is
+  a gate, takes something away), and that nothing is lost for want of a site or a partner field.
+  """
+  faults = []
+  for field, letters in LETTERS.items():
+    value = getattr(edit, field)
+    if value is None:
+      continue
+    wanted = tuple(getattr(sizes, letter) for letter in letters)
+    if tuple(value.shape) != wanted:
+      faults.append(f"{field} {' '.join(letters)} is {tuple(value.shape)}, wanted {wanted}.")
+    elif field.startswith("mix") and is_known(value):
+      faults += _row_faults(field, value)
+    if field in ("mix", "gate", "steer") and not edit.sites:
+      faults.append(f"{field} has no site to act at: set sites, e.g. sites={BLOCK_UPDATE}.")
+  if (edit.steer is None) != (edit.direction is None):
+    faults.append("steer and direction come together: give both or neither.")
+  if edit.out not in ("x0", "velocity"):
+    faults.append(f"out='{edit.out}', wanted 'x0' or 'velocity'.")
+  if faults:
+    raise ValueError(" ".join(faults))
+  known_sites(sizes, edit.sites)
+
+
+def known_sites(sizes: Sizes, sites: Sequence[str]) -> tuple[str, ...]:
+  """`sites` as a tuple; ValueError for one that is no place for an edit."""
+  if isinstance(sites, str):
+    raise ValueError(f"sites='{sites}', wanted a tuple: sites=('{sites}',).")
+  for site in sites:
+    if site == "update":
+      raise ValueError(f"the site 'update' is for taps alone; its terms are {BLOCK_UPDATE}.")
+    if site not in site_names(sizes):
+      raise ValueError(f"no site '{site}' to edit; there are: {', '.join(site_names(sizes))}.")
+  return tuple(sites)
+
+
+def site_names(sizes: Sizes) -> tuple[str, ...]:
+  """The sites of the model, of every model where `sizes` does not say."""
+  return sizes.sites or SITES
+
+
+def _row_faults(field: str, mix: Any) -> list[str]:
+  sums = np.asarray(mix).sum(axis=-1)
+  wrong = np.argwhere(~(np.abs(sums - 1) <= 1e-4))
+  if not len(wrong):
+    return []
+  place = tuple(wrong[0].tolist())
+  names = ", ".join(f"{n} {i}" for n, i in zip(("step", "layer"), place[:-1], strict=False))
+  return [
+    f"{field} at {names}: row {place[-1]} sums to {sums[place]:.4g}, wanted 1: to take something "
+    "away use ablate."
+  ]
+
+
+def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
+  """The block edits of step `index` of the whole schedule; None where the structure has none."""
+  if not edit.sites or (edit.mix is None and edit.gate is None and edit.steer is None):
+    return None
+  return BlockEdits(
+    mix=_row(edit.mix, index),
+    gate=_row(edit.gate, index),
+    steer=_row(edit.steer, index),
+    direction=None if edit.steer is None else edit.direction,
+    tokens=_row(edit.tokens, index),
+    branches=edit.branches,
+    sites=edit.sites,
+  )
+
+
+def layer_edits(edits: BlockEdits, layer: Array | int) -> BlockEdits:
+  """The edits of one layer, as a layer scan hands them on: mix R R; gate, steer R; direction D."""
+  return dataclasses.replace(
+    edits,
+    mix=_row(edits.mix, layer),
+    gate=_row(edits.gate, layer),
+    steer=_row(edits.steer, layer),
+    direction=_row(edits.direction, layer),
+  )
+
+
+def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
+  """The value G R T D at `site` of one layer after its edits, in the order mix, gate, steer.
+
+  edits: one layer's (no L axis). Cells that no edit touches keep their bits; a row of mix with a
+  single 1 is gathered; only true averages are multiplied, in float32. Where nothing is active at
+  this layer the value passes through one `cond`.
+  """
+  if edits is None or site not in edits.sites:
+    return value
+  active = [] if edits.mix is None else [jnp.any(edits.mix != _eye(edits.mix))]
+  active += [] if edits.gate is None else [jnp.any(edits.gate != 1)]
+  active += [] if edits.steer is None else [jnp.any(edits.steer != 0)]
+  if not active:
+    return value
+
+  def apply(value: Array) -> Array:
+    made = value
+    if edits.mix is not None:
+      made = _mix_rows(edits.mix, made, axis=1)
+    if edits.gate is not None:
+      gate = _over_runs(edits.gate)
+      scaled = (gate * made.astype(jnp.float32)).astype(value.dtype)
+      scaled = jnp.where(gate == 0, jnp.zeros_like(made), scaled)
+      made = jnp.where(gate == 1, made, scaled)
+    if edits.steer is not None and edits.direction is not None:
+      gain = _over_runs(edits.steer)
+      push = gain * rearrange(edits.direction.astype(jnp.float32), "d -> 1 1 1 d")
+      steered = (made.astype(jnp.float32) + push).astype(value.dtype)
+      made = jnp.where(gain == 0, made, steered)
+    for mask, pattern in ((edits.tokens, "r t -> 1 r t 1"), (edits.branches, "g -> g 1 1 1")):
+      if mask is not None:
+        made = jnp.where(rearrange(mask, pattern), made, value)
+    return made
+
+  return jax.lax.cond(jnp.any(jnp.stack(active)), apply, lambda value: value, value)
+
+
+def wants_noise(edit: Intervention, index: Array | int) -> Array:
+  """bool scalar: does `edit` inject noise at step `index`? It is drawn under a cond on this."""
+  if edit.noise_gain is None:
+    return jnp.zeros((), bool)
+  return jnp.any(_row(edit.noise_gain, index) != 0)
+
+
+def edit_latents(
+  edit: Intervention,
+  index: Array | int,
+  latents: Array,
+  x0_before: Array,
+  noise: Array | None = None,
+) -> tuple[Array, Array]:
+  """(latents R F H W C after the edits of step `index`, R bool: the runs that were touched).
+
+  First `mix_latents`, which mixes x0_before by the same rows; then x <- keep*x + to_x0*x0_before +
+  noise_gain*noise per run and latent frame. A term whose number is 0 is left out, so `replace` is
+  the noise itself whatever stood there.
+
+  x0_before: the guess of the step before (`State.x0`, 0 before the first): the guess of this step
+  needs the forward pass that the edit precedes. Under Euler they differ by sigma_i (v_{i-1} - v_i).
+  noise: R F H W C, may be None without `noise` room. A multistep solver restarts the touched runs.
+  """
+  touched = jnp.zeros(latents.shape[0], bool)
+  if edit.mix_latents is not None:
+    mix = _row(edit.mix_latents, index)
+    moved = jnp.any(mix != _eye(mix), axis=1)
+
+    def mixed(pair: tuple[Array, Array], mix: Array = mix) -> tuple[Array, Array]:
+      return _mix_rows(mix, pair[0], axis=0), _mix_rows(mix, pair[1], axis=0)
+
+    latents, x0_before = jax.lax.cond(
+      jnp.any(moved), mixed, lambda pair: pair, (latents, x0_before)
+    )
+    touched = touched | moved
+  numbers = (edit.keep, edit.to_x0, edit.noise_gain)
+  if any(number is not None for number in numbers):
+    if edit.noise_gain is not None and noise is None:
+      raise ValueError("edit_latents got noise=None, wanted R F H W C: the edit has noise_gain.")
+    total = jnp.zeros_like(latents)
+    changed = jnp.zeros((*latents.shape[:2], 1, 1, 1), bool)
+    for number, term, still in zip(numbers, (latents, x0_before, noise), (1, 0, 0), strict=True):
+      if number is not None:
+        number = rearrange(_row(number, index), "r f -> r f 1 1 1")
+        changed = changed | (number != still)
+        total = total + jnp.where(number == 0, 0.0, number * term).astype(latents.dtype)
+      elif still:
+        total = latents
+    latents = jnp.where(changed, total, latents)
+    touched = touched | jnp.any(changed, axis=(1, 2, 3, 4))
+  return latents, touched
+
+
+def edit_output(
+  edit: Intervention,
+  index: Array | int,
+  x0: Array,
+  velocity: Array,
+  latents: Array,
+  sigma: Array | float,
+) -> tuple[Array, Array]:
+  """(x0, velocity), R F H W C each, after `mix_out` of step `index`.
+
+  out = "x0": x0 is mixed and the velocity of touched rows rebuilt as (latents - x0) / sigma, each
+  run with its own noise; out = "velocity": the velocity is mixed and x0 rebuilt as latents - sigma
+  * velocity. Other rows keep their bits.
+  """
+  if edit.mix_out is None:
+    return x0, velocity
+  mix = _row(edit.mix_out, index)
+  moved = jnp.any(mix != _eye(mix), axis=1)
+
+  def apply(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+    x0, velocity = pair
+    rows = rearrange(moved, "r -> r 1 1 1 1")
+    if edit.out == "x0":
+      mixed = _mix_rows(mix, x0, axis=0)
+      rebuilt = ((latents - mixed) / sigma).astype(velocity.dtype)
+      return mixed, jnp.where(rows, rebuilt, velocity)
+    mixed = _mix_rows(mix, velocity, axis=0)
+    return jnp.where(rows, (latents - sigma * mixed).astype(x0.dtype), x0), mixed
+
+  return jax.lax.cond(jnp.any(moved), apply, lambda pair: pair, (x0, velocity))
+
+
+def _row(array: Array | None, index: Array | int) -> Any:
+  if array is None:
+    return None
+  return jax.lax.dynamic_index_in_dim(jnp.asarray(array), index, keepdims=False)
+
+
+def _eye(mix: Array) -> Array:
+  return jnp.eye(mix.shape[-1], dtype=jnp.float32)
+
+
+def _over_runs(row: Array) -> Array:
+  return rearrange(row.astype(jnp.float32), "r -> 1 r 1 1")
+
+
+def _mix_rows(mix: Array, value: Array, axis: int) -> Array:
+  """`value` with its run axis (0 or 1) read through the rows of mix R R.
+
+  A row with a single 1 gathers, so it is exact and NaN of the runs it does not name stays away; a
+  row of zeros is 0.
+  """
+  ones, zeros = mix == 1, mix == 0
+  shape = [1] * value.ndim
+  shape[axis] = mix.shape[0]
+  empty = jnp.all(zeros, axis=1)
+  exact = empty | ((ones.sum(axis=1) == 1) & jnp.all(ones | zeros, axis=1))
+  source = jnp.where(exact & ~empty, jnp.argmax(ones, axis=1), jnp.arange(mix.shape[0]))
+  taken = jnp.take(value, source, axis=axis, mode="clip")
+  taken = jnp.where(jnp.reshape(empty, shape), jnp.zeros_like(taken), taken)
+
+  def averaged(taken: Array) -> Array:
+    letters = "rs,s...->r..." if axis == 0 else "rs,gs...->gr..."
+    total = jnp.einsum(letters, mix, value.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(jnp.reshape(exact, shape), taken, total.astype(value.dtype))
+
+  return jax.lax.cond(jnp.any(~exact), averaged, lambda taken: taken, taken)

@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -557,8 +558,6 @@ def test_a_full_disk_says_so(refuses, tmp_path, monkeypatch):
 
 
 def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path):
-  import shutil
-
   copy = tmp_path / "damaged"
   shutil.copytree(bundle_dir, copy)
   described = json.loads((copy / "bundle.json").read_text())

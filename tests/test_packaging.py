@@ -1,6 +1,8 @@
 """The wheel holds everything and runs elsewhere; metadata lies in setup.cfg and nowhere twice."""
 
 import configparser
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -83,8 +85,9 @@ def test_the_version_is_written_once():
 
 
 def run(*words: object, cwd: Path) -> str:
+  environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   done = subprocess.run(
-    [str(w) for w in words], cwd=cwd, capture_output=True, text=True, check=False
+    [str(w) for w in words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -93,8 +96,6 @@ def run(*words: object, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
   """The wheel, built from a copy so that the checkout stays clean."""
-  import shutil
-
   place = tmp_path_factory.mktemp("wheel")
   ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
   for name in FOLDERS:

@@ -16,9 +16,9 @@ OOD_COLOUR = "cyan"
 GROUND, CURTAIN = draw.BLACK, draw.GREY
 TALL = 2.5  # height of the curtain, in cells: three frames and more of full cover
 TEMPLATES = (
-  "The grey curtain slides down over the squares and leaves the picture at the bottom. The squares "
-  "stay where they are.",
-  "A grey curtain moves down, hides the coloured squares for a while, and disappears below. Nothing "
+  "The grey curtain slides down over the squares and leaves the picture at the bottom. The "
+  "squares stay where they are.",
+  "A grey curtain moves down, hides the coloured squares for a while and disappears below. Nothing "
   "else changes.",
   "Lower the grey curtain until it has passed all squares and is gone. They keep place and colour.",
   "The curtain falls past every square and out of the picture; behind it all is as before.",

@@ -1,6 +1,7 @@
 """Trains `mini`, a small member of the Wan family, on the project's own tasks, on CPU, GPU or TPU.
 
   python scripts/train_mini.py vae --work DIR       the VAE and its linear preview, then frozen
+  python scripts/train_mini.py decoder --work DIR   the decoder longer, on all tasks; latents stay
   python scripts/train_mini.py encode --work DIR    cases -> memory-mapped latents, by workers
   python scripts/train_mini.py dit --work DIR       DiT and text encoder on those latents
   python scripts/train_mini.py score --bundle mini  score of unseen cases, beside the static clip
@@ -299,7 +300,37 @@ def stage_vae(options: argparse.Namespace) -> None:
   freeze_vae(work, parts, state.ema, clips)
 
 
-def freeze_vae(work: Path, parts: Any, params: Any, clips: np.ndarray) -> None:
+def stage_decoder(options: argparse.Namespace) -> None:
+  """Trains the decoder on, over all trained tasks; the encoder, so every latent, stays as it is."""
+  work: Path = options.work
+  parts, frozen = load_vae(work)
+  names = [name for name, task in tasks.TASKS.items() if not task.held_out]
+
+  def clip(number: int) -> np.ndarray:
+    task = tasks.load(names[number % len(names)], size=SIZE, frames=FRAMES)
+    return task.generate("train", number).frames
+
+  def batch_of(number: int) -> dict[str, Any]:
+    return {"video": signed(np.stack([clip(4 * number + i) for i in range(4)]))}
+
+  def loss(params: Any, batch: Any, key: Any) -> Any:
+    whole = {"params": {**frozen, "decoder": params}}
+    latents = parts.vae.apply(whole, batch["video"], method="encode_moments")[0]
+    again = parts.vae.apply(whole, jax.lax.stop_gradient(latents), method="decode_values")
+    wrong = again - batch["video"]
+    return jnp.mean(jnp.abs(wrong)) + jnp.mean(jnp.square(wrong)), {}
+
+  settings = training.TrainSettings(
+    steps=options.steps, batch=4, learning_rate=1e-3, warmup=20, weight_decay=0.0, ema=0.99
+  )
+  state = fit("decoder", work, loss, frozen["decoder"], settings, batch_of, 2, options.minutes)
+  clips = np.stack([clip(n) for n in range(512)])
+  freeze_vae(work, parts, {**frozen, "decoder": state.ema}, clips, keep_scale=True)
+
+
+def freeze_vae(
+  work: Path, parts: Any, params: Any, clips: np.ndarray, keep_scale: bool = False
+) -> None:
   """Measures the latents, writes the frozen VAE, fits the preview and says how close they are."""
   from jax_videoreason.decode import fit_preview
 
@@ -307,7 +338,11 @@ def freeze_vae(work: Path, parts: Any, params: Any, clips: np.ndarray) -> None:
   values = np.concatenate(
     [np.asarray(moments(signed(clips[i : i + 32]))) for i in range(0, 512, 32)]
   )
-  mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
+  config = parts.vae.config
+  if keep_scale:
+    mean, std = np.asarray(config.mean), np.asarray(config.std)
+  else:
+    mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
   config = {**VAE, "mean": [float(x) for x in mean], "std": [float(x) for x in std]}
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((work / "vae_frozen").absolute(), params, force=True)
@@ -501,6 +536,7 @@ def stage_bundle(options: argparse.Namespace) -> None:
 
 STAGES = {
   "vae": stage_vae,
+  "decoder": stage_decoder,
   "encode": stage_encode,
   "dit": stage_dit,
   "score": stage_score,

@@ -4,6 +4,7 @@ from jax_videoreason.tasks.base import SPLITS, Answer, Case, Metadata, Score, Ta
 from jax_videoreason.tasks.maze import Maze
 from jax_videoreason.tasks.occlusion import Occlusion
 from jax_videoreason.tasks.pick import Pick
+from jax_videoreason.tasks.rotate import Rotate
 from jax_videoreason.tasks.select_largest import SelectLargest
 from jax_videoreason.tasks.sort_bars import SortBars
 from jax_videoreason.tasks.tictactoe import TicTacToe
@@ -15,6 +16,7 @@ TASKS: dict[str, type[Task]] = {
     TicTacToe,
     Occlusion,
     SortBars,
+    Rotate,
     SelectLargest,
     Pick,
   )

@@ -80,6 +80,14 @@ def hashable(cells: np.ndarray) -> tuple[tuple[bool, ...], ...]:
   return tuple(tuple(bool(v) for v in row) for row in cells)
 
 
+def iou(seen: np.ndarray, masks: np.ndarray) -> np.ndarray:
+  """Overlap of each of T masks with each of N: bool (T height width), (N height width) -> (T, N)."""
+  seen = rearrange(seen, "t h w -> t (h w)").astype(np.float32)
+  masks = rearrange(masks, "n h w -> (h w) n").astype(np.float32)
+  both = seen @ masks
+  return both / (seen.sum(axis=1)[:, None] + masks.sum(axis=0)[None] - both)
+
+
 class Rotate(base.Task):
   name = "rotate"
   number = 6
@@ -206,18 +214,16 @@ class Rotate(base.Task):
     """
     rows = hashable(self.cells(problem))
     degrees = np.arange(-180 + STEP, 181, STEP)
-    masks = np.stack([raster(self.size, rows, (1, 1), int(d)) for d in degrees])
-    masks = rearrange(masks, "n h w -> (h w) n").astype(np.float32)
-    seen = rearrange(self.piece(labels, problem), "t h w -> t (h w)").astype(np.float32)
-    both = seen @ masks
-    either = seen.sum(1)[:, None] + masks.sum(0)[None] - both
-    overlap = both / either
-    most = overlap.max(axis=1)
-    best = degrees[overlap.argmax(axis=1)].astype(float)
-    mirror = overlap[:, np.append(np.arange(len(degrees) - 1)[::-1], len(degrees) - 1)]
-    other = np.take_along_axis(mirror, overlap.argmax(axis=1)[:, None], axis=1)[:, 0]
-    clear = (most - other >= 0.1) | (best == 0) | (best == 180)
-    return np.where((most >= MATCH) & clear, best, np.nan)
+    turned = [raster(self.size, rows, (1, 1), int(d)) for d in degrees]
+    upright = raster(self.size, rows, (1, 1), 0)
+    coming = [np.roll(upright, -up, axis=0) for up in range(1, self.size // 4)]
+    overlap = iou(self.piece(labels, problem), np.stack(turned))
+    most, best = overlap.max(axis=1), overlap.argmax(axis=1)
+    mirror = np.append(np.arange(len(degrees) - 1)[::-1], len(degrees) - 1)[best]
+    lead = most - np.take_along_axis(overlap, mirror[:, None], axis=1)[:, 0]
+    clear = (lead >= 0.1) | (mirror == best)
+    arrived = most >= iou(self.piece(labels, problem), np.stack(coming)).max(axis=1)
+    return np.where((most >= MATCH) & clear & arrived, degrees[best], np.nan)
 
   def turned(self, labels: np.ndarray, problem: base.Problem) -> float:
     """Degrees turned in all, without leaps."""

@@ -16,6 +16,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 
 Row = tuple[str, str, str]
+LAYER = r"(?P<L>\d+)"
 
 
 class Shaped(Protocol):
@@ -25,6 +26,15 @@ class Shaped(Protocol):
   def shape(self) -> tuple[int, ...]: ...
   @property
   def dtype(self) -> Any: ...
+
+
+class Faults(ValueError):
+  """Everything that is wrong, in one message; `faults` has a sentence each."""
+
+  def __init__(self, faults: Iterable[str]):
+    self.faults = tuple(faults)
+    count = len(self.faults)
+    super().__init__(f"convert: {count} fault{'s' * (count > 1)}. {' '.join(self.faults)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,12 @@ class Move:
   def __call__(self, tensor: np.ndarray) -> np.ndarray:
     """The tensor in the layout of the target."""
     return rearrange(tensor, self.pattern)
+
+  def back(self, value: np.ndarray, **sizes: int) -> np.ndarray:
+    """A slice of the target in the layout of the source; sizes: of axes the pattern joins."""
+    left, _, right = self.pattern.partition("->")
+    needed = {name: size for name, size in sizes.items() if name in left.split()}
+    return rearrange(value, f"{right} -> {left}", **needed)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -66,7 +82,7 @@ def moves(
 
   target: the tree wanted, of anything with a shape (`jax.eval_shape` of init).
   ignore: regexes of source keys that have no place in the target.
-  ValueError with every fault at once: a key that no row or several rows match, a target that does
+  Faults, all at once: a key that no row or several rows match, a target that does
   not exist, a shape that differs, a leaf or layer filled twice or never.
   """
   wanted = leaves(target)
@@ -101,9 +117,30 @@ def moves(
     elif None not in given and (gaps := sorted(set(range(leaf.shape[0])) - set(given))):
       faults.append(f"{path}: layers {', '.join(map(str, gaps))} never filled.")
   if faults:
-    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-    raise ValueError(f"convert: {count}. {' '.join(faults)}")
+    raise Faults(faults)
   return [filled[path][layer] for path in wanted for layer in sorted(filled[path], key=_order)]
+
+
+def moves_back(table: Iterable[Row], target: Any) -> list[Move]:
+  """The Moves that would fill every leaf of a tree, from the keys a table would read.
+
+  Faults: a leaf that no row fills. The rows may have no group but L.
+  """
+  rows = {path: (key, pattern) for key, path, pattern in table}
+  made: list[Move] = []
+  faults: list[str] = []
+  for path, leaf in leaves(target).items():
+    if path not in rows:
+      faults.append(f"{path}: no row fills it.")
+      continue
+    key, pattern = rows[path]
+    stacked = LAYER in key
+    for layer in range(leaf.shape[0]) if stacked else (None,):
+      name = re.sub(r"\\(.)", r"\1", key.replace(LAYER, str(layer)))
+      made.append(Move(source=name, target=path, layer=layer, pattern=pattern))
+  if faults:
+    raise Faults(faults)
+  return made
 
 
 def fill(

@@ -7,6 +7,10 @@ from .engine import Row
 
 Naming = Literal["original", "diffusers"]
 
+# Our leaves that a conversion to bfloat16 leaves in float32, as every reference but DiffSynth does:
+# they are small, and the residual stream is scaled by them.
+KEPT = r"time_embed/.*|.*norm[^/]*/.*|.*modulation"
+
 # original, diffusers, ours; {L} is the layer. Each is a weight and a bias.
 DENSE = (
   ("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embed/up"),

@@ -5,10 +5,14 @@ tokenizer.json. A part may lie in another bundle, named by a relative path. The 
 Orbax.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason.axes import Params
@@ -34,6 +39,8 @@ MODULES = ("dit", "vae", "text", "clip")  # the parts that have a config
 OTHERS = ("vae", "text", "clip", "preview")  # the parts beside the experts of the DiT
 SMALL = 2**16  # numbers; a smaller leaf is replicated
 READ_BYTES = 2**30  # leaves are read for checking in groups of about so much
+CHUNK_BYTES = 2**28  # a chunk of a leaf written by LeafWriter is one layer, and at most so much
+JOURNAL = "journal.jsonl"
 
 
 def shipped() -> list[str]:
@@ -163,6 +170,210 @@ def save(
   return path
 
 
+class LeafWriter:
+  """Writes a bundle leaf by leaf, slice by slice, holding one slice at a time.
+
+  The bundle grows in a hidden folder beside its destination, with a journal of what is done, and
+  `commit` moves it there whole. After an interruption a writer of the same plan goes on where the
+  journal ends. The trees are plain zarr3 arrays, one chunk or more per layer, in the layout of
+  Orbax, which restores them.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    leaves: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
+    *,
+    plan: str,
+    redo: bool = False,
+  ):
+    """leaves: part -> path -> shape and dtype; a leaf under "blocks" is stacked over layers.
+
+    plan: what tells this conversion from another. redo: replace what is there, and start over.
+    ValueError: the destination exists, another plan was begun there, or the disk is too small.
+    """
+    self.path = Path(os.path.abspath(path))
+    self.folder = self.path.parent / f".{self.path.name}.part"
+    self.leaves = leaves
+    self.redo = redo
+    if self.path.exists() and not redo:
+      raise ValueError(f"{self.path} exists already: remove it, or give --redo to replace it.")
+    if redo:
+      shutil.rmtree(self.folder, ignore_errors=True)
+    with _disk(self.folder):
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
+    self._count: dict[tuple[str, str], int] = {}
+    self._digest: dict[tuple[str, str], Any] = {}
+    self._sha: dict[tuple[str, str], str] = {}
+    self.notes: dict[str, str] = {}
+    try:
+      self._resume(plan)
+    except BaseException:
+      self._journal.close()
+      raise
+
+  def __enter__(self) -> "LeafWriter":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._journal.close()
+
+  def has(self, part: str, path: str, layer: int | None) -> bool:
+    """Whether the slice is written already."""
+    return self._count.get((part, path), 0) > (layer or 0)
+
+  def write(self, part: str, path: str, layer: int | None, value: np.ndarray) -> None:
+    """One layer of a stacked leaf, or with None a whole leaf; the layers of a leaf in order."""
+    leaf, at = self.leaves[part][path], (part, path)
+    stacked = "blocks" in path.split("/")
+    given = (leaf.shape[0], *value.shape) if stacked else value.shape
+    done = self._count.get(at, 0)
+    if given != leaf.shape or value.dtype != leaf.dtype or done != (layer or 0):
+      raise ValueError(
+        f"{part}/{path}: slice {layer} of {value.shape} {value.dtype} given, slice {done} of a "
+        f"leaf {leaf.shape} {leaf.dtype} wanted."
+      )
+    if at not in self._digest:
+      self._digest[at] = self._digest_so_far(part, path, done)
+    with _disk(self.folder):
+      stored = self._create(part, path) if done == 0 else _open_leaf(self.folder / part, path, True)
+      (stored[layer] if stacked else stored).write(value).result()
+    self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
+    self._count[at] = done + 1
+    if self._count[at] == (leaf.shape[0] if stacked else 1):
+      self._sha[at] = self._digest.pop(at).hexdigest()
+    self._note({"slice": [part, path], "sha256": self._sha.get(at)})
+
+  def sha256(self, part: str, path: str) -> str:
+    """The checksum of a leaf that is whole."""
+    return self._sha[part, path]
+
+  def note(self, key: str, value: str) -> None:
+    """Remembers something over an interruption, in `notes`."""
+    self.notes[key] = value
+    self._note({"note": key, "value": value})
+
+  def commit(self, bundle: ModelBundle) -> Path:
+    """Describes the bundle (its card and modules; weights are not looked at) and moves it in place.
+
+    ValueError: a leaf is not whole, or the leaves contradict the config of their module.
+    """
+    lacking = [f"{p}/{n}" for p in self.leaves for n in self.leaves[p] if (p, n) not in self._sha]
+    if lacking:
+      raise ValueError(f"{len(lacking)} leaves are not written, first {lacking[0]}.")
+    records = {
+      part: {
+        path: {
+          "shape": list(leaf.shape),
+          "dtype": np.dtype(leaf.dtype).name,
+          "sha256": self._sha[part, path],
+        }
+        for path, leaf in leaves.items()
+      }
+      for part, leaves in self.leaves.items()
+    }
+    tokenizer = _tokenizer_record(bundle.card.tokenizer)
+    described = _describe(bundle, {part: part for part in self.leaves}, records, tokenizer)
+    for part in self.leaves:
+      _check_config(described, self.path, part)
+    with _disk(self.folder):
+      if tokenizer:
+        shutil.copyfile(bundle.card.tokenizer, self.folder / TOKENIZER)
+      text = json.dumps(described, indent=1) + "\n"
+      (self.folder / DESCRIPTION).write_text(text, encoding="utf-8")
+      old = self.path.parent / f".{self.path.name}.old"
+      if self.redo and self.path.exists():
+        os.rename(self.path, old)
+      (self.folder / JOURNAL).unlink()
+      os.rename(self.folder, self.path)
+      shutil.rmtree(old, ignore_errors=True)
+    return self.path
+
+  def _resume(self, plan: str) -> None:
+    """Reads the journal, or begins it."""
+    try:
+      fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(f"{self.path} is being written by another process: wait for it.") from error
+    self._journal.seek(0)
+    text = self._journal.read()
+    whole = text[: text.rfind("\n") + 1]
+    self._journal.truncate(len(whole.encode()))  # a line cut short by the interruption
+    for line in whole.splitlines():
+      self._recall(json.loads(line), plan)
+    total = sum(_leaf_bytes(leaf) for part in self.leaves.values() for leaf in part.values())
+    done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+    try:
+      _check_space(self.path, total - done)
+    except ValueError:
+      if not whole:
+        self._journal.close()
+        shutil.rmtree(self.folder)
+      raise
+    if not whole:
+      self._note({"plan": plan})
+    with _disk(self.folder):
+      for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished)
+      for part, leaves in self.leaves.items():
+        if not (self.folder / part).is_dir():
+          _write_tree(self.folder / part, _nest({path: np.zeros(1) for path in leaves}), False)
+
+  def _recall(self, entry: Mapping[str, Any], plan: str) -> None:
+    """Takes in one line of the journal."""
+    if entry.get("plan", plan) != plan:
+      raise ValueError(
+        f"{self.folder} holds the beginning of another conversion: give --redo to start over, or "
+        "another destination."
+      )
+    if "slice" in entry:
+      part, path = entry["slice"]
+      self._count[part, path] = self._count.get((part, path), 0) + 1
+      if entry["sha256"]:
+        self._sha[part, path] = entry["sha256"]
+    if "note" in entry:
+      self.notes[entry["note"]] = entry["value"]
+
+  def _note(self, entry: Mapping[str, Any]) -> None:
+    with _disk(self.folder):
+      self._journal.write(json.dumps(entry) + "\n")
+      self._journal.flush()
+
+  def _digest_so_far(self, part: str, path: str, done: int) -> Any:
+    digest = hashlib.sha256()
+    for layer in range(done):
+      value = read_slice(self.folder / part, path, layer)
+      digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+    return digest
+
+  def _create(self, part: str, path: str) -> Any:
+    leaf = self.leaves[part][path]
+    shutil.rmtree(self.folder / part / path.replace("/", "."), ignore_errors=True)
+    metadata = {
+      "shape": list(leaf.shape),
+      "data_type": np.dtype(leaf.dtype).name,
+      "chunk_grid": {
+        "name": "regular",
+        "configuration": {"chunk_shape": _chunk_shape(path, leaf)},
+      },
+      "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+    spec = _leaf_spec(self.folder / part, path)
+    return ts.open({**spec, "metadata": metadata}, create=True).result()
+
+
+def read_slice(folder: Path, path: str, layer: int | None) -> np.ndarray:
+  """One layer of a leaf, or with None the whole leaf, of a tree on disk; nothing else is read."""
+  stored = _open_leaf(folder, path, False)
+  try:
+    return (stored if layer is None else stored[layer]).read().result()
+  except ValueError as error:  # TensorStore's word for a chunk that is missing or damaged
+    raise ValueError(
+      f"leaf {path} cannot be read from {folder} ({type(error).__name__}): copy the bundle again."
+    ) from error
+
+
 def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """How a leaf is stored on the mesh: its longest axis that divides over `fsdp`, if it is large.
 
@@ -270,8 +481,65 @@ class _Part:
       )
 
 
-def _write_tree(folder: Path, tree: Any) -> None:
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+def _open_leaf(folder: Path, path: str, write: bool) -> Any:
+  try:
+    return ts.open(_leaf_spec(folder, path), open=True, read=True, write=write).result()
+  except ValueError as error:
+    raise ValueError(
+      f"leaf {path} cannot be opened in {folder} ({type(error).__name__}): copy the bundle again."
+    ) from error
+
+
+def _leaf_spec(folder: Path, path: str) -> dict[str, Any]:
+  """Where a leaf lies, in the one database of a saved tree or as a folder of its own."""
+  name = path.replace("/", ".") + "/"
+  store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+  if (folder / "manifest.ocdbt").is_file():
+    store = {"driver": "ocdbt", "base": store, "path": name}
+  else:
+    store["path"] += name
+  return {
+    "driver": "zarr3",
+    "kvstore": store,
+    "fill_missing_data_reads": False,
+    "store_data_equal_to_fill_value": True,
+  }
+
+
+def _chunk_shape(path: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
+  """One layer; a layer over CHUNK_BYTES is cut into equal pieces along its first axis."""
+  stacked = "blocks" in path.split("/")
+  shape = [max(n, 1) for n in leaf.shape]
+  if stacked:
+    shape[0] = 1
+  first = int(stacked)
+  size = int(np.prod(shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+  if first < len(shape):
+    shape[first] = -(-shape[first] // -(-size // CHUNK_BYTES))
+  return shape
+
+
+def _leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+  """A failure of the file system as one sentence; TensorStore says its number in its message."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if code is None:
+      raise
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room and start again, it goes on from there" if full else "choose another place"
+    raise OSError(f"{folder} could not be written ({os.strerror(code)}): {remedy}.") from error
+
+
+def _write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=True)
   with ocp.Checkpointer(handler) as writer:
     writer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
   # Orbax notes where it wrote, which says something about this machine and nothing to a reader.

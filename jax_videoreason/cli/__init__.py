@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
   "demo": "unseen cases of three tasks through the model that ships, and a report",
   "sample": "from a first frame and a prompt to a video, a trace of every step and a report",
+  "convert": "published weights (Wan 2.1, 2.2; original or diffusers layout) to a bundle",
   "report": "draws the report of a run folder again",
   "tasks": "writes cases of the tasks in the benchmark's folder layout",
 }

@@ -1,0 +1,264 @@
+"""A checkpoint becomes a bundle: the plan, its streaming execution, and its verification."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jax_videoreason.checkpoint import LeafWriter, read_slice
+from jax_videoreason.models import FAMILIES
+from jax_videoreason.structs import Card, ModelBundle, Parts
+from jax_videoreason.version import __version__
+
+from . import detect, wan
+from .detect import Source
+from .engine import Faults, Move, leaves, moves
+from .reader import Header, read
+
+TEXT_LENGTH = 512
+DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
+# What is changed in a tensor before it is moved.
+Change = Callable[[str, Move, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+  """One tensor of the source and the slice it fills."""
+
+  part: str
+  move: Move
+  header: Header
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """All that a conversion will do; target: part -> path -> shape and dtype."""
+
+  source: Source
+  steps: tuple[Step, ...]
+  target: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+  parts: Parts
+  numerics: str
+  settings: tuple[str, ...]  # what else changes the result
+
+  @property
+  def files(self) -> list[Path]:
+    """Every file that is read."""
+    return sorted({step.header.file for step in self.steps})
+
+  @property
+  def read_bytes(self) -> int:
+    return sum(step.header.nbytes for step in self.steps)
+
+  @property
+  def written_bytes(self) -> int:
+    return sum(
+      int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+      for part in self.target.values()
+      for leaf in part.values()
+    )
+
+  @property
+  def fingerprint(self) -> str:
+    """Differs when the sources or what is made of them differ."""
+    said: list[Any] = [__version__, repr(self.parts), self.numerics, *self.settings]
+    for file in self.files:
+      stat = file.stat()
+      said.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    for step in self.steps:
+      dtype = self.target[step.part][step.move.target].dtype
+      said.append([step.part, dataclasses.astuple(step.move), step.header.file.name, str(dtype)])
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def plan(
+  source: Source, *, dtype: str | None = None, numerics: str | None = None, settings=()
+) -> Plan:
+  """The plan of a conversion. Faults says what does not fit, of all parts at once.
+
+  dtype: "bf16" or "fp32" of the transformer and the text encoder; None = as in the source. The VAE
+    keeps its own; in bf16, so do the leaves of `wan.KEPT`.
+  numerics: None = those of the layout.
+  """
+  chosen = numerics or ("diffusers" if source.layout == "diffusers" else "official")
+  faults: list[str] = []
+  steps: list[Step] = []
+  target: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+  configs: dict[str, Any] = {}
+  for part, found in source.parts.items():
+    kind = part.split("_")[0]
+    shapes = detect.abstract(found, kind)
+    try:
+      made = moves(found.tensors, found.table, shapes, found.ignore)
+    except Faults as error:
+      faults += [f"{found.place}: {fault}" for fault in error.faults]
+      continue
+    dtypes: dict[str, np.dtype] = {}
+    for move in made:
+      header = found.tensors[move.source]
+      steps.append(Step(part=part, move=move, header=header))
+      given = _dtype_of(kind, move.target, header.dtype, dtype)
+      dtypes[move.target] = np.promote_types(dtypes.get(move.target, given), given)
+    target[part] = {
+      path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves(shapes).items()
+    }
+    changes: dict[str, Any] = {"dtype": _compute(target[part])}
+    if kind == "dit":
+      changes["numerics"] = chosen
+    configs.setdefault(kind, dataclasses.replace(found.config, **changes))
+  if faults:
+    raise Faults(faults)
+  return Plan(
+    source=source,
+    steps=tuple(steps),
+    target=target,
+    parts=FAMILIES[detect.FAMILY].build(configs),
+    numerics=chosen,
+    settings=(str(dtype), *settings),
+  )
+
+
+def write(
+  made: Plan,
+  out: Path,
+  *,
+  change: Change | None = None,
+  redo: bool = False,
+  check: bool = False,
+  advance: Callable[[int], Any] = lambda _: None,
+) -> Path:
+  """Carries a plan out, or goes on with it; `advance` is told of bytes of the source.
+
+  check: read both sides again and compare before the bundle appears.
+  """
+  out = Path(out)
+  with LeafWriter(out, made.target, plan=made.fingerprint, redo=redo) as writer:
+    # The sources are hashed beside the conversion: neither keeps a core and the disk busy alone.
+    with ThreadPoolExecutor(1) as pool:
+      asked = [file for file in made.files if str(file) not in writer.notes]
+      hashed = {file: pool.submit(_sha256, file) for file in asked}
+      try:
+        for step in made.steps:
+          if not writer.has(step.part, step.move.target, step.move.layer):
+            value = value_of(made, step, change)
+            writer.write(step.part, step.move.target, step.move.layer, value)
+          advance(step.header.nbytes)
+        for file, digest in hashed.items():
+          writer.note(str(file), digest.result())
+      finally:
+        pool.shutdown(cancel_futures=True)
+    _refuse_equal_experts(made, writer)
+    if check:
+      verify(made, writer.folder, change=change)
+    return writer.commit(_described(made, out.name, writer.notes))
+
+
+def verify(
+  made: Plan,
+  folder: Path,
+  *,
+  change: Change | None = None,
+  advance: Callable[[int], Any] = lambda _: None,
+) -> None:
+  """Reads every tensor of the source and its slice in the bundle; Faults names what differs."""
+  faults = []
+  for step in made.steps:
+    wanted = value_of(made, step, change)
+    found = read_slice(folder / step.part, step.move.target, step.move.layer)
+    if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
+      layer = "" if step.move.layer is None else f"[{step.move.layer}]"
+      faults.append(
+        f"{step.part}/{step.move.target}{layer} differs from {step.header.key} in "
+        f"{step.header.file}."
+      )
+    advance(step.header.nbytes)
+  if faults:
+    raise Faults(faults)
+
+
+def value_of(made: Plan, step: Step, change: Change | None) -> np.ndarray:
+  """What a step writes: the tensor changed, moved, and cast last."""
+  tensor = read(step.header)
+  if change is not None:
+    tensor = change(step.part, step.move, tensor)
+  dtype = made.target[step.part][step.move.target].dtype
+  return step.move(tensor).astype(dtype, order="C")
+
+
+def summary(made: Plan) -> list[tuple[str, str, str, int, str, str]]:
+  """A row per part: part, where it lies, naming, tensors, dtypes, GB on disk."""
+  rows = []
+  for part, found in made.source.parts.items():
+    sizes: dict[str, int] = defaultdict(int)
+    for leaf in made.target[part].values():
+      dtype = np.dtype(leaf.dtype)
+      sizes[dtype.name] += int(np.prod(leaf.shape, dtype=np.int64)) * dtype.itemsize
+    rows.append(
+      (
+        part,
+        str(found.place),
+        found.naming,
+        sum(step.part == part for step in made.steps),
+        " ".join(sorted(sizes, key=lambda name: -sizes[name])),
+        f"{sum(sizes.values()) / 1e9:.3f}",
+      )
+    )
+  return rows
+
+
+def _described(made: Plan, name: str, hashes: Mapping[str, str]) -> ModelBundle:
+  """The bundle without its weights."""
+  root = made.source.root if made.source.root.is_dir() else made.source.root.parent
+  named = {
+    file: file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+    for file in made.files
+  }
+  card = Card(
+    name=name,
+    family=detect.FAMILY,
+    latents=made.source.latents,
+    text_length=TEXT_LENGTH,
+    boundary=made.source.boundary,
+    numerics=made.numerics,
+    tokenizer=str(made.source.tokenizer or ""),
+    sources=tuple((name, hashes[str(file)]) for file, name in named.items()),
+  )
+  return ModelBundle(params=(), parts=made.parts, card=card)
+
+
+def _refuse_equal_experts(made: Plan, writer: LeafWriter) -> None:
+  """A LoRA on both may not make them equal either."""
+  if "dit_1" in made.target and all(
+    writer.sha256("dit_0", path) == writer.sha256("dit_1", path) for path in made.target["dit_0"]
+  ):
+    raise Faults(["both experts have the same weights after the conversion."])
+
+
+def _dtype_of(kind: str, path: str, given: np.dtype, asked: str | None) -> np.dtype:
+  if asked is None or kind == "vae":
+    return given
+  if asked == "bf16" and kind == "dit" and re.fullmatch(wan.KEPT, path):
+    return DTYPES["fp32"]
+  return DTYPES[asked]
+
+
+def _compute(target: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+  """What a part computes in: bfloat16 where most of its bytes are."""
+  sizes: dict[str, int] = defaultdict(int)
+  for leaf in target.values():
+    sizes[np.dtype(leaf.dtype).name] += int(np.prod(leaf.shape, dtype=np.int64))
+  return "bfloat16" if max(sizes, key=lambda name: sizes[name]) == "bfloat16" else "float32"
+
+
+def _sha256(file: Path) -> str:
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()

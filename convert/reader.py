@@ -1,0 +1,222 @@
+"""Tensors in files, one at a time: safetensors, and .pth that hold nothing but tensors.
+
+The only importer of torch and safetensors. A file is opened anew for every tensor: both libraries
+map it into memory, and what has been read would count as ours until the map is closed.
+"""
+
+import dataclasses
+import json
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from .engine import Faults
+
+SUFFIXES = (".safetensors", ".pth")
+INDEX = ".safetensors.index.json"
+# The names of floating dtypes in a safetensors header; weights have no other.
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+  """A tensor that has not been read: where it lies and what it is."""
+
+  file: Path
+  key: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def files_in(folder: Path) -> list[Path]:
+  """The safetensors files of a folder, by its index where it has one; Faults names what lacks."""
+  index = sorted(folder.glob(f"*{INDEX}"))
+  if len(index) > 1:
+    names = ", ".join(file.name for file in index)
+    raise Faults([f"{folder} has several indexes ({names}): leave the one that is meant."])
+  if not index:
+    found = sorted(folder.glob("*.safetensors"))
+    faults = _incomplete(folder, found) or ([] if found else [f"{folder}: no .safetensors there."])
+  else:
+    found = sorted({folder / name for name in _weight_map(index[0]).values()})
+    faults = [
+      f"{file} is missing, {index[0].name} names it: download it again."
+      for file in found
+      if not file.is_file()
+    ]
+  if faults:
+    raise Faults(faults)
+  return found
+
+
+def headers(files: Iterable[Path]) -> dict[str, Header]:
+  """Key -> header of every tensor of the files; Faults names each file and key that is wrong."""
+  found: dict[str, Header] = {}
+  faults: list[str] = []
+  files = list(files)
+  for file in files:
+    try:
+      given = _safetensors(file) if file.suffix == ".safetensors" else _pth(file)
+    except Faults as error:
+      faults += error.faults
+      continue
+    for key, header in given.items():
+      if key in found:
+        faults.append(f"{key} lies in {found[key].file.name} and in {file.name} of {file.parent}.")
+      found[key] = header
+  if not faults:  # an unreadable shard has its own sentence
+    faults = _not_as_indexed(files, found)
+  if faults:
+    raise Faults(faults)
+  return found
+
+
+def read(header: Header) -> np.ndarray:
+  """The tensor in its own dtype. Faults names the file and key."""
+  try:
+    if header.file.suffix == ".safetensors":
+      with safetensors.safe_open(header.file, "numpy") as opened:
+        return opened.get_tensor(header.key)
+    return _as_numpy(_load_pth(header.file)[header.key])
+  except (safetensors.SafetensorError, KeyError) as error:
+    raise Faults([f"{header.file}: {header.key} cannot be read ({error})."]) from error
+
+
+def metadata(file: Path) -> Mapping[str, str]:
+  """The notes in the header of a safetensors file; {} in any other."""
+  if file.suffix != ".safetensors":
+    return {}
+  with safetensors.safe_open(file, "numpy") as opened:
+    return opened.metadata() or {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """The object in a JSON file; Faults says that it is damaged."""
+  try:
+    value = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise Faults([f"{file} cannot be read ({error}): download it again."]) from error
+  if not isinstance(value, dict):
+    raise Faults([f"{file} holds no JSON object: download it again."])
+  return value
+
+
+def _safetensors(file: Path) -> dict[str, Header]:
+  try:
+    with safetensors.safe_open(file, "numpy") as opened:
+      slices = {key: opened.get_slice(key) for key in opened.keys()}
+      given = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise Faults(
+      [f"{file} is truncated or has a wrong header ({error}): download it again."]
+    ) from error
+  odd = [
+    f"{file}: {key} is {dtype}, wanted one of {', '.join(DTYPES)} (quantised weights are not read)."
+    for key, (_, dtype) in given.items()
+    if dtype not in DTYPES
+  ]
+  if odd:
+    raise Faults(odd)
+  return {
+    key: Header(file=file, key=key, shape=shape, dtype=DTYPES[dtype])
+    for key, (shape, dtype) in given.items()
+  }
+
+
+def _pth(file: Path) -> dict[str, Header]:
+  import torch
+
+  loaded = _load_pth(file)
+  names = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values()}
+  odd = [
+    f"{file}: {key} is {getattr(value, 'dtype', type(value).__name__)}, wanted a floating tensor."
+    for key, value in loaded.items()
+    if not isinstance(value, torch.Tensor) or value.dtype not in names
+  ]
+  if odd:
+    raise Faults(odd)
+  return {
+    key: Header(file=file, key=key, shape=tuple(value.shape), dtype=names[value.dtype])
+    for key, value in loaded.items()
+  }
+
+
+def _load_pth(file: Path) -> dict[str, Any]:
+  try:
+    import torch
+  except ImportError as error:
+    raise Faults([f"{file} is a PyTorch file and torch is missing: pip install torch."]) from error
+  try:
+    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+  except pickle.UnpicklingError as error:
+    raise Faults(
+      [f"{file} holds more than tensors and is not opened: save it again as safetensors."]
+    ) from error
+  except (RuntimeError, OSError, EOFError, ValueError) as error:
+    first = str(error).splitlines()[0]
+    raise Faults([f"{file} is truncated or no PyTorch file ({first}): download it again."]) from (
+      error
+    )
+  if not isinstance(loaded, dict):
+    raise Faults([f"{file} holds a {type(loaded).__name__}, wanted a dict of tensors."])
+  return loaded
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+  import torch
+
+  tensor = tensor.detach()
+  if tensor.dtype == torch.bfloat16:
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+  return tensor.numpy()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+  named = read_json(index).get("weight_map")
+  if not isinstance(named, dict) or not named:
+    raise Faults([f"{index} has no weight_map: download it again."])
+  outside = sorted({name for name in named.values() if Path(str(name)).name != name})
+  if outside:
+    raise Faults([f"{index} names {outside[0]!r}, wanted files beside it: download it again."])
+  return named
+
+
+def _incomplete(folder: Path, files: Sequence[Path]) -> list[str]:
+  """Shards that their neighbours' names promise and that are not there."""
+  counts: dict[tuple[str, int], set[int]] = defaultdict(set)
+  for file in files:
+    if match := SHARD.fullmatch(file.name):
+      counts[match["stem"], int(match["count"])].add(int(match["number"]))
+  return [
+    f"{folder / f'{stem}-{number:05d}-of-{count:05d}.safetensors'} is missing: download it again."
+    for (stem, count), numbers in counts.items()
+    for number in sorted(set(range(1, count + 1)) - numbers)
+  ]
+
+
+def _not_as_indexed(files: Sequence[Path], found: Mapping[str, Header]) -> list[str]:
+  """Keys that an index beside the files places in one that does not have them."""
+  return [
+    f"{folder / name} has no {key}, {index.name} says so: download both again."
+    for folder in sorted({file.parent for file in files})
+    for index in folder.glob(f"*{INDEX}")
+    for key, name in _weight_map(index).items()
+    if folder / name in files and (key not in found or found[key].file.name != name)
+  ]

@@ -1,0 +1,87 @@
+"""Published weights become a bundle, which every command takes by --checkpoint.
+
+  videoreason convert SRC --out DST --dtype bf16
+  videoreason convert SRC --out DST --dry-run
+
+SRC is a folder in the original layout (config.json, diffusion_pytorch_model*.safetensors, or
+high_noise_model/ and low_noise_model/) or the diffusers layout (model_index.json), or one file with
+a transformer; which, is seen from keys and shapes. One tensor is in memory at a time. Interrupted
+and started again it goes on; DST appears when it is whole.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list, DEFINE_string, FlagValues
+
+from jax_videoreason import cli, console
+
+WORDS = 1
+
+
+def define(flags: FlagValues) -> None:
+  DEFINE_string("out", None, "the bundle to write; must be new", flag_values=flags)
+  DEFINE_bool("redo", False, "start over, and replace what is in --out", flag_values=flags)
+  DEFINE_enum(
+    "dtype",
+    None,
+    ["bf16", "fp32"],
+    "of the transformer and the text encoder: bf16 or fp32; without it as in SRC",
+    flag_values=flags,
+  )
+  DEFINE_list("parts", None, "of dit,vae,text; without it all", flag_values=flags)
+  DEFINE_enum(
+    "numerics",
+    None,
+    ["official", "diffusers", "diffsynth"],
+    "which stack's arithmetic the model follows; without it that of the layout",
+    flag_values=flags,
+  )
+  DEFINE_bool("verify", False, "read both sides again and compare", flag_values=flags)
+  DEFINE_bool("dry-run", False, "say what would be done, and stop", flag_values=flags)
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  if not words:
+    raise cli.UsageError("no source given: videoreason convert SRC --out DST.")
+  source = Path(words[0])
+  if not flags["dry-run"].value:
+    cli.required(flags, "out")
+  detect, bundle = _convert("detect"), _convert("bundle")
+  found = detect.source(source, flags.parts)
+  plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics)
+  show(bundle, plan)
+  if flags["dry-run"].value:
+    return
+  out = Path(flags.out)
+  if flags.verify and (out / "bundle.json").is_file() and not flags.redo:
+    with _bar(plan, "compare") as advance:
+      bundle.verify(plan, out, advance=advance)
+    console.say(f"{out.resolve()} holds what {source} holds.")
+    return
+  with _bar(plan, "convert") as advance:
+    bundle.write(plan, out, redo=flags.redo, check=flags.verify, advance=advance)
+  console.say(f"bundle: {out.resolve()}")
+
+
+def show(bundle: Any, plan: Any) -> None:
+  """The plan as a table."""
+  title = f"{plan.source.layout} layout, {plan.numerics} numerics"
+  columns = ("part", "from", "naming", "tensors", "dtype", "GB")
+  console.table(title, columns, bundle.summary(plan))
+  config = plan.parts.dit.config
+  two = f", two experts, boundary {plan.source.boundary}" if "dit_1" in plan.target else ""
+  console.say(
+    f"transformer: {config.layers} layers, {config.width} wide, {config.heads} heads, "
+    f"{config.in_channels} -> {config.out_channels} channels, images: {config.image_input}{two}; "
+    f"{plan.read_bytes / 1e9:.3f} GB are read, {plan.written_bytes / 1e9:.3f} GB written."
+  )
+
+
+def _bar(plan: Any, title: str) -> Any:
+  return console.progress(plan.read_bytes, title, "B")
+
+
+def _convert(name: str) -> Any:
+  return importlib.import_module(f"jax_videoreason.convert.{name}")

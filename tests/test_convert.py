@@ -1,0 +1,456 @@
+"""Checkpoints become bundles: recognised, whole, resumable, and refused in one sentence."""
+
+import dataclasses
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+
+import chex
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import save_file
+
+from jax_videoreason import checkpoint, cli
+from jax_videoreason.convert import bundle, detect, engine, reader, umt5, vae, wan
+from jax_videoreason.models import FAMILIES
+from jax_videoreason.models.umt5 import UMT5Config
+from jax_videoreason.models.wan import WanConfig
+from jax_videoreason.models.wan21_vae import WanVAEConfig
+from jax_videoreason.tokenizer import train_word_tokenizer
+
+DIT = WanConfig(
+  width=128, ffn_width=32, heads=1, layers=2, in_channels=36, out_channels=16, text_width=16,
+  freq_dim=8, image_input="concat",
+)  # fmt: skip
+VAE = WanVAEConfig(base_width=2, blocks=1)
+TEXT = UMT5Config(
+  vocab=48, width=16, head_width=4, heads=2, ffn_width=24, layers=2, buckets=32, dtype="float32"
+)
+CONFIG = {"model_type": "i2v", "dim": 128, "ffn_dim": 32, "num_heads": 1, "num_layers": 2}
+CONFIG |= {"in_dim": 36, "out_dim": 16, "freq_dim": 8, "eps": 1e-6}
+
+
+def tensors(kind, config, table, seed, dtype=np.float32):
+  """A published part: random tensors under the keys that a table reads."""
+  rng = np.random.default_rng(seed)
+  tree = abstract(kind, config)
+  shapes = engine.leaves(tree)
+  sizes = dict(zip(("pf", "ph", "pw"), DIT.patch, strict=True))
+  made = {}
+  for move in engine.moves_back(table, tree):
+    shape = shapes[move.target].shape[0 if move.layer is None else 1 :]
+    value = move.back(rng.normal(size=shape).astype(np.float32), **sizes)
+    made[move.source] = np.ascontiguousarray(value.astype(dtype))
+  return made
+
+
+def shards(folder, given, count, stem="diffusion_pytorch_model"):
+  """Writes tensors over several files and their index, as the hub has them."""
+  folder.mkdir(parents=True, exist_ok=True)
+  keys = sorted(given)
+  files = {k: f"{stem}-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, k in enumerate(keys)}
+  for name in set(files.values()):
+    save_file({k: given[k] for k in keys if files[k] == name}, folder / name)
+  index = {"metadata": {"total_size": sum(t.nbytes for t in given.values())}, "weight_map": files}
+  (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def published():
+  """Part -> tensors in the original naming."""
+  return {
+    "dit_0": tensors("dit", DIT, wan.table("original"), 0),
+    "dit_1": tensors("dit", DIT, wan.table("original"), 1),
+    "vae": tensors("vae", VAE, vae.table(VAE, "original"), 2),
+    "text": tensors("text", TEXT, umt5.table("original"), 3, ml_dtypes.bfloat16),
+  }
+
+
+@pytest.fixture(scope="session")
+def original(published, tmp_path_factory):
+  """Two experts in three shards each, VAE and text encoder as single files."""
+  root = tmp_path_factory.mktemp("hub") / "Wan2.2-I2V-A14B"
+  for part, name in (("dit_0", "high_noise_model"), ("dit_1", "low_noise_model")):
+    shards(root / name, published[part], 3)
+    (root / name / "config.json").write_text(json.dumps(CONFIG))
+  save_file(published["vae"], root / "Wan2.1_VAE.safetensors")
+  save_file(published["text"], root / "models_t5_umt5-xxl-enc-bf16.safetensors")
+  words = root / "google" / "umt5-xxl" / "tokenizer.json"
+  words.parent.mkdir(parents=True)
+  words.write_text(train_word_tokenizer(["sort the bars"]), encoding="utf-8")
+  return root
+
+
+@pytest.fixture(scope="session")
+def single(published, tmp_path_factory):
+  """The first expert in one file."""
+  file = tmp_path_factory.mktemp("single") / "dit.safetensors"
+  save_file(published["dit_0"], file)
+  return file
+
+
+@pytest.fixture
+def source(original, tmp_path):
+  """A checkpoint that a test may damage."""
+  return shutil.copytree(original, tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def converted(original, tmp_path_factory):
+  out = tmp_path_factory.mktemp("bundles") / "a14b"
+  assert cli.main(["convert", str(original), "--out", str(out), "--verify"]) == 0
+  return out
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+  """What a conversion is answered, one line; nothing may be left under the destination's name."""
+
+  def run(source, *more, out=None):
+    out = out or tmp_path / "out"
+    before = out.exists()
+    capsys.readouterr()
+    assert cli.main(["convert", str(source), "--out", str(out), *more]) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert out.exists() == before
+    return said[said.rindex("videoreason: ") :].rstrip("\n")
+
+  return run
+
+
+def abstract(kind, config):
+  return FAMILIES["wan21"].parts[kind].abstract(config)
+
+
+def test_the_original_layout_becomes_a_bundle(converted, published):
+  loaded = checkpoint.load(converted)
+  for expert in (0, 1):
+    given = published[f"dit_{expert}"]
+    wanted = engine.fill(given, wan.table("original"), abstract("dit", DIT))
+    chex.assert_trees_all_equal(loaded.params[expert], wanted)
+  card = loaded.card
+  assert (card.name, card.boundary, card.numerics) == ("a14b", 0.9, "official")
+  assert (card.latents.channels, card.latents.stride) == (16, (4, 8, 8))
+  assert loaded.parts.dit.config == DIT
+  assert loaded.parts.vae.config == VAE
+  assert loaded.parts.text.config == dataclasses.replace(TEXT, dtype="bfloat16")
+  assert loaded.text["token_embedding"].dtype == ml_dtypes.bfloat16
+  assert len(card.sources) == 8
+  assert card.sources[0][0] == "Wan2.1_VAE.safetensors"
+
+
+def test_stock_orbax_restores_it(converted, published):
+  wanted = engine.fill(published["vae"], vae.table(VAE, "original"), abstract("vae", VAE))
+  chex.assert_trees_all_equal(ocp.PyTreeCheckpointer().restore(converted / "vae"), wanted)
+  stacked = json.loads((converted / "dit_0/blocks.mlp.up.kernel/zarr.json").read_text())
+  assert stacked["chunk_grid"]["configuration"]["chunk_shape"] == [1, 128, 32]
+
+
+def test_it_is_restored_onto_a_mesh(converted):
+  from jax_videoreason.sharding import make_mesh
+
+  mesh = make_mesh(fsdp=4)
+  on_mesh, plain = (checkpoint.load(converted, parts=("dit_1",), mesh=m) for m in (mesh, None))
+  chex.assert_trees_all_equal(on_mesh.params[1], plain.params[1])
+
+
+def test_a_leaf_of_zeros_is_there(published, tmp_path):
+  """Zarr leaves out chunks that equal the fill value; Orbax reads that as a missing file."""
+  given = {key: np.zeros_like(value) for key, value in published["dit_0"].items()}
+  save_file(given, tmp_path / "zeros.safetensors")
+  words = ["convert", str(tmp_path / "zeros.safetensors"), "--out", str(tmp_path / "out")]
+  assert cli.main(words) == 0
+  assert not np.asarray(checkpoint.load(tmp_path / "out").params[0]["head"]["bias"]).any()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+def test_a_single_file(published, tmp_path, prefix):
+  given = {prefix + key: value for key, value in published["dit_0"].items()}
+  save_file(given, tmp_path / "one.safetensors")
+  found = detect.source(tmp_path / "one.safetensors")
+  assert found.parts["dit_0"].config == DIT
+  assert len(bundle.plan(found).steps) == len(given)
+
+
+def test_bf16_keeps_norms_and_modulation(original, published):
+  made = bundle.plan(detect.source(original), dtype="bf16")
+  target = made.target["dit_0"]
+  assert target["blocks/self_attn/q/kernel"].dtype == ml_dtypes.bfloat16
+  kept = {path for path, leaf in target.items() if leaf.dtype == np.float32}
+  assert {"blocks/modulation", "head/modulation", "time_embed/up/kernel"} <= kept
+  assert {path.split("/")[0] for path in kept} == {"blocks", "head", "time_embed"}
+  assert made.parts.dit.config.dtype == made.parts.text.config.dtype == "bfloat16"
+  assert {leaf.dtype for leaf in made.target["vae"].values()} == {np.dtype(np.float32)}
+
+
+def test_dry_run_writes_nothing(original, tmp_path, capsys):
+  assert cli.main(["convert", str(original), "--dry-run", "--parts=dit,vae"]) == 0
+  said = capsys.readouterr().out
+  assert "2 layers, 128 wide" in said
+  assert "two experts, boundary 0.9" in said
+  assert "text" not in said.replace("text_", "")
+
+
+class Killed(BaseException):
+  """Stands for a kill: no handler catches it."""
+
+
+@pytest.mark.parametrize(("after", "torn"), [(1, False), (2, True), (9, False), (60, True)])
+def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch, after, torn):
+  """Killed between a chunk and its line in the journal, the worst moment there is."""
+  out, lines = tmp_path / "out", []
+  note, write = checkpoint.LeafWriter._note, checkpoint.LeafWriter.write
+
+  def dying(self, entry):
+    lines.append(entry)
+    if len(lines) > after:
+      raise Killed
+    note(self, entry)
+
+  monkeypatch.setattr(checkpoint.LeafWriter, "_note", dying)
+  with pytest.raises(Killed):
+    cli.main(["convert", str(single), "--out", str(out)])
+  assert not out.exists()
+  if torn:
+    with (tmp_path / ".out.part" / checkpoint.JOURNAL).open("a") as journal:
+      journal.write('{"slice": ["dit_')
+
+  written = []
+
+  def counting(self, part, path, layer, value):
+    written.append((part, path, layer))
+    write(self, part, path, layer, value)
+
+  monkeypatch.setattr(checkpoint.LeafWriter, "_note", note)
+  monkeypatch.setattr(checkpoint.LeafWriter, "write", counting)
+  assert cli.main(["convert", str(single), "--out", str(out)]) == 0
+  total = len(bundle.plan(detect.source(single)).steps)
+  assert len(written) == total - (after - 1)  # the first line is the plan's
+  ours, whole = (json.loads((f / "bundle.json").read_text()) for f in (out, converted))
+  assert ours["leaves"]["dit_0"] == whole["leaves"]["dit_0"]
+  checkpoint.load(out)
+
+
+def test_another_conversion_does_not_go_on_with_it(single, tmp_path, monkeypatch, refused):
+  def dying(*_):
+    raise Killed
+
+  monkeypatch.setattr(checkpoint.LeafWriter, "write", dying)
+  with pytest.raises(Killed):
+    cli.main(["convert", str(single), "--out", str(tmp_path / "out")])
+  assert "the beginning of another conversion" in refused(single, "--dtype=bf16")
+  monkeypatch.undo()
+  words = ["convert", str(single), "--out", str(tmp_path / "out"), "--dtype=bf16", "--redo"]
+  assert cli.main(words) == 0
+  assert cli.main(words) == 0
+  assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_destination_being_written_is_left_alone(single, tmp_path, refused):
+  plan = bundle.plan(detect.source(single))
+  with checkpoint.LeafWriter(tmp_path / "out", plan.target, plan=plan.fingerprint):
+    assert "is being written by another process" in refused(single)
+
+
+def test_a_disk_that_fills_up_is_survived(single, tmp_path, refused):
+  old = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, old[1]))
+  try:
+    assert "File too large): make room and start again" in refused(single)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+  assert cli.main(["convert", str(single), "--out", str(tmp_path / "out"), "--verify"]) == 0
+
+
+def test_a_disk_that_is_too_small_is_said_before(original, tmp_path, monkeypatch, refused):
+  free = type("Usage", (), {"free": 1000})
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+  assert "0.00 GB are free: make room" in refused(original)
+  assert os.listdir(tmp_path) == []
+
+
+def test_verify_finds_a_changed_bundle(original, converted, tmp_path, refused):
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  assert cli.main(["convert", str(original), "--out", str(copy), "--verify"]) == 0
+  chunk = copy / "dit_1/blocks.mlp.up.kernel/c/1/0/0"
+  data = bytearray(chunk.read_bytes())
+  data[5] ^= 1
+  chunk.write_bytes(data)
+  said = refused(original, "--verify", out=copy)
+  assert "dit_1/blocks/mlp/up/kernel[1] differs from blocks.1.ffn.0.weight in" in said
+
+
+def test_a_destination_that_exists(original, converted, refused):
+  assert "exists already" in refused(original, out=converted)
+
+
+def shard(root, number, expert="high_noise_model"):
+  return root / expert / f"diffusion_pytorch_model-{number:05d}-of-00003.safetensors"
+
+
+def test_faults_of_all_parts_come_at_once(source, refused):
+  shard(source, 2).unlink()
+  file = shard(source, 1, "low_noise_model")
+  file.write_bytes(file.read_bytes()[:-10])
+  (source / "Wan2.1_VAE.safetensors").unlink()
+  said = refused(source)
+  assert "convert: 3 faults." in said
+  assert "high_noise_model/diffusion_pytorch_model-00002-of-00003.safetensors is missing" in said
+  assert f"{file} is truncated or has a wrong header" in said
+  assert "has no Wan2.?_VAE.safetensors or Wan2.?_VAE.pth" in said
+
+
+def test_a_missing_shard_without_an_index(source, refused):
+  (source / "high_noise_model/diffusion_pytorch_model.safetensors.index.json").unlink()
+  shard(source, 3).unlink()
+  assert "00003-of-00003.safetensors is missing" in refused(source)
+
+
+@pytest.mark.parametrize(
+  "damaged", [b"", b"{}", struct.pack("<Q", 9) + b"no header"], ids=["empty", "short", "header"]
+)
+def test_a_wrong_header(source, refused, damaged):
+  shard(source, 2).write_bytes(damaged)
+  assert f"{shard(source, 2)} is truncated or has a wrong header" in refused(source)
+
+
+def rewritten(file, change):
+  given = change(dict(reader_tensors(file)))
+  save_file(given, file)
+
+
+def reader_tensors(file):
+  return {key: reader.read(header) for key, header in reader.headers([file]).items()}
+
+
+def test_keys_missing_extra_and_of_a_wrong_shape(source, published, refused):
+  """The index goes too, for it would name the missing key before the table does."""
+  for expert in ("high_noise_model", "low_noise_model"):
+    (source / expert / "diffusion_pytorch_model.safetensors.index.json").unlink()
+
+  def change(given):
+    gone, wide = "blocks.0.cross_attn.norm_q.weight", "blocks.0.self_attn.k.weight"
+    left = {key: value for key, value in given.items() if key != gone}
+    assert len(left) < len(given) and wide in given
+    return {**left, wide: np.zeros((128, 5), np.float32), "extra.weight": np.zeros(3, np.float32)}
+
+  rewritten(shard(source, 1), change)
+  said = refused(source)
+  assert "convert: 3 faults." in said
+  assert "high_noise_model: extra.weight: no row matches." in said
+  assert "(5, 128) given, (128, 128) wanted." in said
+  assert "blocks/cross_attn/norm_q/scale: layers 0 never filled." in said
+  rewritten(shard(source, 1), lambda given: {**given, "head.head.bias": np.zeros(3, np.int8)})
+  assert "head.head.bias is I8, wanted one of F64" in refused(source)
+
+
+def test_an_index_that_contradicts_its_shards(source, refused):
+  index = source / "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
+  said = json.loads(index.read_text())
+  said["weight_map"]["ghost.weight"] = shard(source, 1).name
+  index.write_text(json.dumps(said))
+  assert "has no ghost.weight" in refused(source)
+  index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+  assert "wanted files beside it" in refused(source)
+
+
+def test_experts_that_are_one(source, refused):
+  shutil.rmtree(source / "low_noise_model")
+  shutil.copytree(source / "high_noise_model", source / "low_noise_model")
+  assert "hold the same weights" in refused(source)
+  shutil.rmtree(source / "low_noise_model")
+  os.symlink(source / "high_noise_model", source / "low_noise_model")
+  assert "hold the same weights" in refused(source)
+  (source / "low_noise_model").unlink()
+  assert "low_noise_model is missing" in refused(source)
+
+
+def test_configs_that_contradict(source, refused):
+  config = source / "low_noise_model" / "config.json"
+  config.write_text(json.dumps({**CONFIG, "num_layers": 4}))
+  assert "config.json says num_layers=4, the tensors 2." in refused(source)
+  config.write_text(json.dumps({**CONFIG, "num_heads": 2}))
+  assert "do not belong together: heads 1 and 2." in refused(source)
+  config.write_text(json.dumps({**CONFIG, "_name_or_path": "wan/high_noise_model"}))
+  assert "the experts are exchanged" in refused(source)
+  config.write_text("{")
+  assert f"{config} cannot be read" in refused(source)
+
+
+def test_a_text_encoder_or_tokenizer_of_another_model(source, published, refused):
+  words = source / "google" / "umt5-xxl" / "tokenizer.json"
+  many = " ".join(f"word{n}" for n in range(99))
+  words.write_text(train_word_tokenizer([many]), encoding="utf-8")
+  assert "ids, the text encoder 48 rows" in refused(source)
+  words.unlink()
+  assert "tokenizer.json is missing" in refused(source)
+  save_file(published["vae"], source / "models_t5_umt5-xxl-enc-bf16.safetensors")
+  assert "a UMT5 encoder wanted" in refused(source)
+
+
+def test_parts_that_are_not_supported_are_said(published, tmp_path, refused, source):
+  wide = dataclasses.replace(DIT, clip_width=8)
+  given = tensors("dit", wide, wan.table("original"), 4)
+  root = tmp_path / "i2v"
+  shards(root, given, 2)
+  for name in ("Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors", "google"):
+    shutil.move(source / name, root / name)
+  assert "the CLIP image tower of Wan2.1 I2V is not supported yet" in refused(root)
+  changed = {**published["vae"], "encoder.conv1.weight": np.zeros((8, 12, 3, 3, 3), np.float32)}
+  save_file(changed, root / "Wan2.1_VAE.safetensors")
+  assert "the Wan2.2 VAE (16 channels) is not supported yet" in refused(root)
+  assert cli.main(["convert", str(root), "--dry-run", "--parts=dit,text"]) == 0
+
+
+def test_what_is_no_checkpoint(tmp_path, converted, refused):
+  assert "is not there" in refused(tmp_path / "nothing")
+  assert "is no checkpoint" in refused(tmp_path)
+  assert "is a bundle already" in refused(converted)
+  (tmp_path / "notes.txt").write_text("")
+  assert "wanted a file ending in .safetensors or .pth" in refused(tmp_path / "notes.txt")
+  assert "did you mean 'vae'" in refused(converted, "--parts=dit,vea")
+
+
+@pytest.mark.torch
+def test_pickles_hold_tensors_or_are_refused(source, published, tmp_path, refused):
+  torch = pytest.importorskip("torch")
+  (source / "models_t5_umt5-xxl-enc-bf16.safetensors").unlink()
+  (source / "Wan2.1_VAE.safetensors").unlink()
+  text, images = source / "models_t5_umt5-xxl-enc-bf16.pth", source / "Wan2.1_VAE.pth"
+
+  def tensor(value):
+    made = torch.from_numpy(np.array(value, np.float32))
+    return made.bfloat16() if value.dtype == ml_dtypes.bfloat16 else made
+
+  torch.save({key: tensor(value) for key, value in published["vae"].items()}, images)
+  whole = {key: tensor(value) for key, value in published["text"].items()}
+  torch.save(whole, text)
+  words = ["convert", str(source), "--out", str(tmp_path / "pth"), "--verify"]
+  assert cli.main(words) == 0
+  loaded = checkpoint.load(tmp_path / "pth", parts=("vae", "text"))
+  wanted = engine.fill(published["vae"], vae.table(VAE, "original"), abstract("vae", VAE))
+  chex.assert_trees_all_equal(loaded.vae, wanted)
+  assert loaded.text["token_embedding"].dtype == ml_dtypes.bfloat16
+
+  torch.save({**whole, "optimizer": shutil}, text, pickle_module=ModulePickle)
+  assert f"{text} holds more than tensors and is not opened" in refused(source)
+  torch.save({**whole, "step": 3}, text)
+  assert "step is int, wanted a floating tensor" in refused(source)
+  torch.save(whole, text)
+  text.write_bytes(text.read_bytes()[:-200])
+  assert f"{text} is truncated or no PyTorch file" in refused(source)
+
+
+class ModulePickle:
+  """Pickles a module as a call to its importer, as an attacker would any call."""
+
+  class Pickler(pickle._Pickler):
+    def reducer_override(self, value):
+      return (os.path.basename, ("a/b",)) if value is shutil else NotImplemented
+
+  dump, dumps, load = pickle.dump, pickle.dumps, pickle.load

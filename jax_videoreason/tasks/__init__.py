@@ -8,11 +8,13 @@ from jax_videoreason.tasks.rotate import Rotate
 from jax_videoreason.tasks.select_largest import SelectLargest
 from jax_videoreason.tasks.sort_bars import SortBars
 from jax_videoreason.tasks.tictactoe import TicTacToe
+from jax_videoreason.tasks.tree_reach import TreeReach
 
 TASKS: dict[str, type[Task]] = {
   task.name: task
   for task in (
     Maze,
+    TreeReach,
     TicTacToe,
     Occlusion,
     SortBars,

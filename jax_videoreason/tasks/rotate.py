@@ -81,7 +81,7 @@ def hashable(cells: np.ndarray) -> tuple[tuple[bool, ...], ...]:
 
 
 def iou(seen: np.ndarray, masks: np.ndarray) -> np.ndarray:
-  """Overlap of each of T masks with each of N: bool (T height width), (N height width) -> (T, N)."""
+  """Overlaps (T, N) of bool masks (T height width) and (N height width)."""
   seen = rearrange(seen, "t h w -> t (h w)").astype(np.float32)
   masks = rearrange(masks, "n h w -> (h w) n").astype(np.float32)
   both = seen @ masks

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_videoreason.models.umt5 import Layer, Norm, UMT5Config, UMT5Encoder, distance_buckets
+from jax_videoreason.models.common import RMSNorm
+from jax_videoreason.models.umt5 import Layer, UMT5Config, UMT5Encoder, distance_buckets
 
 CONFIG = UMT5Config(
   vocab=40, width=24, head_width=8, heads=2, ffn_width=32, layers=3, dtype="float32"
@@ -48,7 +49,7 @@ def test_scan_is_the_loop_over_layers(encoder):
   for layer in range(CONFIG.layers):
     own = jax.tree.map(lambda leaf, at=layer: leaf[at], params["blocks"])
     x = Layer(CONFIG).apply({"params": own}, x, buckets, mask)
-  x = Norm("float32").apply({"params": params["norm"]}, x)
+  x = RMSNorm().apply({"params": params["norm"]}, x)
   np.testing.assert_allclose(apply(ids, mask), x, atol=1e-5)
 
 

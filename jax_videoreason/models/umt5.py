@@ -15,8 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from jax_videoreason.axes import Array
-
-EPSILON = 1e-6
+from jax_videoreason.models.common import RMSNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,20 +52,6 @@ def distance_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
   far = np.minimum(exact + growth.astype(np.int32), half - 1)
   bucket = np.where(distance < exact, distance, far) + np.where(relative > 0, half, 0)
   return bucket.astype(np.int32)
-
-
-class Norm(nn.Module):
-  """Root mean square norm in float32, cast before the scale is applied."""
-
-  dtype: str
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normal = (wide * jax.lax.rsqrt(mean_square + EPSILON)).astype(self.dtype)
-    return normal * jnp.broadcast_to(scale.astype(self.dtype), normal.shape)
 
 
 def _dense(config: UMT5Config, width: int, variance: float, name: str) -> nn.Dense:
@@ -120,8 +105,8 @@ class Layer(nn.Module):
     small = nn.initializers.normal(c.width**-0.5)
     table = self.param("relative_bias", small, (c.buckets, c.heads))
     bias = rearrange(table.astype(jnp.float32)[buckets], "x y n -> n x y")
-    x = x + Attention(c, name="attn")(Norm(c.dtype, name="norm1")(x), bias, mask)
-    return x + FeedForward(c, name="ffn")(Norm(c.dtype, name="norm2")(x))
+    x = x + Attention(c, name="attn")(RMSNorm(name="norm1")(x), bias, mask)
+    return x + FeedForward(c, name="ffn")(RMSNorm(name="norm2")(x))
 
 
 class UMT5Encoder(nn.Module):
@@ -146,4 +131,4 @@ class UMT5Encoder(nn.Module):
 
     scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
     x, _ = scan(Layer(c, name="blocks"), x, None)
-    return Norm(c.dtype, name="norm")(x)
+    return RMSNorm(name="norm")(x)

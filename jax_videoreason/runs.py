@@ -14,7 +14,7 @@ from jax_videoreason.axes import Array
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace
-from jax_videoreason.taps import TapSpec
+from jax_videoreason.taps import TapSpec, step_slots
 
 ROOT = 0
 
@@ -140,33 +140,32 @@ def run(
   Each finished piece is handed to `on_piece` and let go, so memory holds one batch and one piece.
   One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis.
 
-  `taps.steps` are rows of the whole `schedule`; a piece of it brings those that lie inside.
+  `taps.steps` are rows of the whole `schedule`; a piece of it brings those that lie inside, and
+  compiles for their places in it.
 
   Raises ValueError where an edit or a tap relates runs of different batches.
   """
   taps = TapSpec() if taps is None else taps
   total = noise.keys.shape[0]
   groups = batches(total, batch)
-  if len(groups) > 1 and (
-    edit is not None or taps.reference is not None or taps.regions is not None
-  ):
+  by_run = (edit, taps.reference, taps.regions, taps.targets)
+  fixed = any(value is not None for value in by_run)
+  if fixed and len(groups) > 1:
     raise ValueError(
       f"edits and taps with an R axis need their {total} runs in one batch, batch={batch} makes "
       f"{len(groups)}: raise batch, or call run for each group of runs."
     )
-  if taps.steps is not None and max(taps.steps, default=0) >= len(schedule):
-    raise ValueError(
-      f"taps.steps={taps.steps}, wanted rows of the schedule passed, 0..{len(schedule) - 1}."
-    )
+  step_slots(taps, len(schedule))  # refuses steps that are not there
   seats = 1 if mesh is None else mesh.shape["seed"]
+  if fixed and total % seats:
+    raise ValueError(
+      f"edits and taps with an R axis leave no room to fill {total} runs up on a mesh with "
+      f"seed={seats}: give a multiple of {seats} runs."
+    )
   finals = []
   for group in groups:
     count = len(np.unique(group))
-    padded = np.resize(group, -(-len(group) // seats) * seats) if len(group) % seats else group
-    if len(padded) != len(group) and edit is not None:
-      raise ValueError(
-        f"{len(group)} edited runs on a mesh with seed={seats}: give a multiple of {seats} runs."
-      )
+    padded = np.resize(group, -(-len(group) // seats) * seats)
     some_noise, some_cond = take(noise, padded), take(cond, padded)
     if mesh is not None:
       some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)

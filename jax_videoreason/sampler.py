@@ -24,7 +24,7 @@ from jax_videoreason.edits import (
 from jax_videoreason.schedules import HOLD, Schedule
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
-from jax_videoreason.taps import SITES, TapSpec, layer_slots
+from jax_videoreason.taps import SITES, TapSpec, layer_slots, step_slots
 
 
 def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Sizes:
@@ -59,7 +59,9 @@ def start(noise: Noise, solver: str) -> State:
 def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
   """The state that a stored trajectory had before row `step` of the trace.
 
-  Exact for Euler; a multistep solver restarts there (its memory is not in the trace).
+  Exact for Euler; a multistep solver restarts there (its memory is not in the trace). Edits of that
+  step are in the latents already, and row 0 has no guess before it: x0 = 0, the truth only at the
+  start of a whole schedule.
   """
   if trace.latents is None or trace.x0 is None:
     raise ValueError(
@@ -136,6 +138,18 @@ def check(
       f"cond.text G R X D is {tuple(cond.text.shape)}, wanted G = 1 or 2 and R = {runs}: "
       "encode a prompt for every run."
     )
+  elif cond.text.shape[-1] != config.text_width:
+    faults.append(
+      f"cond.text is {cond.text.shape[-1]} wide, the model reads {config.text_width}: encode the "
+      "prompts with the text encoder of this bundle."
+    )
+  if schedule.time.shape[-1] != config.freq_dim:
+    faults.append(
+      f"schedule.time is {schedule.time.shape[-1]} wide, the model reads {config.freq_dim}: build "
+      f"the schedule with freq_dim={config.freq_dim}."
+    )
+  if config.image_input == "none" and cond.known is not None:
+    faults.append("this model takes no first frame and cond.known is given: leave it out.")
   if config.image_input == "concat" and (cond.known is None or cond.known_mask is None):
     faults.append(
       "this model takes a first frame and cond.known is None: give conditioning.encode the frames."
@@ -151,6 +165,12 @@ def check(
   )
   if state is not None:
     wanted("state.latents R F H W C", state.latents, cells, "continue with the same runs.")
+    memory = jax.eval_shape(SOLVERS[schedule.solver].init, state.latents)
+    if state.solver.keys() != memory.keys():
+      faults.append(
+        f"state remembers {sorted(state.solver)}, solver {schedule.solver!r} wants "
+        f"{sorted(memory)}: continue with the solver that began, or take state_at of its trace."
+      )
   if not any(params is not None for params in bundle.params):
     faults.append("no expert of the DiT is loaded: load(..., parts=('dit', ...)).")
   which = schedule.which
@@ -189,17 +209,12 @@ def _trajectory(
   steps = len(schedule)
   slots = jnp.asarray(layer_slots(taps, dit.config.layers))
   asked = len(taps.layers) if taps.layers is not None else dit.config.layers
-  step_rows = np.arange(steps) if taps.steps is None else np.asarray(taps.steps, np.int64)
-  if step_rows.size and not 0 <= step_rows.min() <= step_rows.max() < steps:
-    raise ValueError(
-      f"taps.steps={taps.steps}, wanted rows of the schedule passed, 0..{steps - 1}."
-    )
-  step_slot = np.full(steps, step_rows.size, np.int32)
-  step_slot[step_rows] = np.arange(step_rows.size)
+  step_slot = step_slots(taps, steps)
+  asked_steps = len(taps.steps) if taps.steps is not None else steps
 
   def model(latents: Array, row: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
     edits = None if edit is None else step_edits(edit, row["index"])
-    wanted = jnp.where(row["slot"] < step_rows.size, slots, asked)
+    wanted = jnp.where(row["slot"] < asked_steps, slots, asked)
     tap_arguments = (taps, wanted) if taps.sites else (None, None)
 
     def call(params: Any) -> tuple[Array, dict[str, Array]]:
@@ -209,10 +224,15 @@ def _trajectory(
       return call(bundle.params[0])
     loaded = [expert for expert, params in enumerate(bundle.params) if params is not None]
     result = jax.eval_shape(call, bundle.params[loaded[0]])
+
+    def filled(value: float) -> Any:
+      return lambda: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), result)
+
     branches: list[Any] = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
-    branches.append(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result))
-    branch_of = np.full(HOLD + 1, len(loaded), np.int32)
-    branch_of[loaded] = np.arange(len(loaded))
+    # Where `which` is traced, `check` cannot refuse an expert that is not loaded: NaN says so.
+    branches += [filled(0.0), filled(jnp.nan)]
+    branch_of = np.full(HOLD + 1, len(loaded) + 1, np.int32)
+    branch_of[[*loaded, HOLD]] = np.arange(len(loaded) + 1)
     return jax.lax.switch(jnp.asarray(branch_of)[row["which"]], branches)
 
   def step(carry: tuple[State, dict[str, Array]], row: dict[str, Any]) -> Any:
@@ -235,7 +255,7 @@ def _trajectory(
     if schedule.which is not None:
       state = jax.tree.map(lambda old, new: jnp.where(held, old, new), before, state)
       latents = jnp.where(held, before.latents, latents)
-    if step_rows.size:  # a piece may hold none of the steps asked for
+    if asked_steps:  # a piece may hold none of the steps asked for
       kept = {
         name: buffer.at[row["slot"]].set(tapped[name], mode="drop") for name, buffer in kept.items()
       }
@@ -258,7 +278,7 @@ def _trajectory(
   if taps.sites:
     first = jax.tree.map(lambda x: x[0], rows)
     _, shapes = jax.eval_shape(model, state.latents, first)
-    kept = {n: jnp.zeros((step_rows.size, *s.shape), s.dtype) for n, s in shapes.items()}
+    kept = {n: jnp.zeros((asked_steps, *s.shape), s.dtype) for n, s in shapes.items()}
   (state, kept), (finite, latents, x0) = jax.lax.scan(step, (state, kept), rows)
   trace = Trace(sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept)
   return state.latents, trace, state
@@ -291,7 +311,7 @@ def _known_cells(image_input: str, cond: Conditioning) -> tuple[Array, Array] | 
   """(R F H W 1 bool, R F H W C): cells that a model with given tokens (TI2V-5B) holds fixed."""
   if image_input != "overwrite" or cond.known is None or cond.known_mask is None:
     return None
-  return jnp.all(cond.known_mask > 0.5, axis=-1, keepdims=True), cond.known
+  return jnp.all(cond.known_mask > 0, axis=-1, keepdims=True), cond.known
 
 
 def _impose(known: tuple[Array, Array] | None, latents: Array) -> Array:

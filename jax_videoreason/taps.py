@@ -67,10 +67,17 @@ def layer_slots(spec: TapSpec, layers: int) -> np.ndarray:
 
   Errors: ValueError for a layer that does not exist.
   """
-  asked = _asked("layers", spec.layers, layers)
-  slots = np.full(layers, len(asked), np.int32)
-  slots[list(asked)] = np.arange(len(asked), dtype=np.int32)
-  return slots
+  return _slots(_asked("layers", spec.layers, layers), layers)
+
+
+def step_slots(spec: TapSpec, steps: int) -> np.ndarray:
+  """S int32: the row of the trace that the taps of each step fill; n, one past the last, where not
+  asked.
+
+  spec.steps may be (): a piece of a schedule can hold none of the steps asked for.
+  Errors: ValueError for steps that do not exist or do not increase.
+  """
+  return _slots(() if spec.steps == () else _asked("steps", spec.steps, steps), steps)
 
 
 def empty_buffers(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, Array]:
@@ -261,6 +268,12 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
     named = np.asarray(reference)
     if named.size and (named.min() < 0 or named.max() >= sizes.R):
       raise ValueError(f"reference={named.tolist()} names a run outside 0..{sizes.R - 1}.")
+
+
+def _slots(asked: tuple[int, ...], size: int) -> np.ndarray:
+  slots = np.full(size, len(asked), np.int32)
+  slots[list(asked)] = np.arange(len(asked), dtype=np.int32)
+  return slots
 
 
 def _asked(name: str, given: tuple[int, ...] | None, size: int) -> tuple[int, ...]:

@@ -308,8 +308,10 @@ def test_taps_keep_the_steps_layers_and_branches_asked_for(bundle, inputs):
   assert part.latents is None and part.x0 is None
   wanted = norms[jnp.array([1, 3])][:, jnp.array([0, 2])][:, :, 1:]
   assert relative(part.taps["resid_post/norm"], wanted) < SAME
-  with pytest.raises(ValueError, match=r"rows of the schedule passed, 0\.\.3"):
+  with pytest.raises(ValueError, match=r"steps=\(4,\): there is no 4, only 0\.\.3"):
     denoise(bundle, *inputs, schedule, taps=replace(every, steps=(4,)))
+  with pytest.raises(ValueError, match=r"steps=\(3, 1\), wanted increasing"):
+    denoise(bundle, *inputs, schedule, taps=replace(every, steps=(3, 1)))
 
 
 def test_tapped_steps_are_found_in_their_pieces(bundle, inputs):
@@ -323,8 +325,9 @@ def test_tapped_steps_are_found_in_their_pieces(bundle, inputs):
       on_piece=lambda trace, *_, kept=kept: kept.extend(trace.taps.get("resid_post/norm", ())),
     )  # fmt: skip
   assert len(whole) == 2 and relative(np.stack(parts), np.stack(whole)) < SAME
-  with pytest.raises(ValueError, match=r"taps.steps=\(6,\)"):
-    runs.run(bundle, *inputs, schedule, taps=replace(taps, steps=(6,)))
+  for steps, said in (((6,), r"there is no 6"), ((-1, 1), r"there is no -1")):
+    with pytest.raises(ValueError, match=said):
+      runs.run(bundle, *inputs, schedule, taps=replace(taps, steps=steps), piece=2)
 
 
 def test_a_lens_of_the_last_layer_is_the_velocity(bundle, inputs):
@@ -356,6 +359,8 @@ def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
   high_only = replace(pair, params=(pair.params[0], None))
   with pytest.raises(ValueError, match=r"calls expert 1, which is not loaded"):
     denoise(high_only, noise, cond, schedule)
+  _, seen, _ = jax.jit(lambda s: denoise(high_only, noise, cond, s))(schedule)
+  assert seen.finite.all(axis=1).tolist() == (schedule.which == 0).tolist()
   denoise(high_only, noise, cond, schedule.only(0, 1))
   with pytest.raises(ValueError, match=r"names no expert and the model has 2"):
     denoise(pair, noise, cond, tiny_schedule())
@@ -364,6 +369,16 @@ def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
     denoise(bundle, noise, short, tiny_schedule())
   with pytest.raises(ValueError, match=r"takes a first frame and cond.known is None"):
     denoise(bundle, noise, replace(cond, known=None, known_mask=None), tiny_schedule())
+  plain = tiny_bundle("none")
+  with pytest.raises(ValueError, match=r"takes no first frame and cond.known is given"):
+    denoise(plain, noise, cond, tiny_schedule())
+  with pytest.raises(ValueError, match=r"cond.text is 11 wide, the model reads 12"):
+    denoise(bundle, noise, replace(cond, text=cond.text[..., :11]), tiny_schedule())
+  with pytest.raises(ValueError, match=r"schedule.time is 256 wide.*freq_dim=16"):
+    denoise(bundle, noise, cond, schedules.build(steps=4))
+  state = sampler.start(noise, "euler")
+  with pytest.raises(ValueError, match=r"state remembers \[\], solver 'unipc' wants \['age'"):
+    denoise(bundle, noise, cond, tiny_schedule(solver="unipc"), state=state)
   with pytest.raises(ValueError, match=r"gate S L R is \(4, 3, 4\), wanted \(5, 3, 4\)"):
     denoise(bundle, noise, cond, tiny_schedule(5), Intervention(gate=jnp.ones((4, 3, 4))))
   with pytest.raises(ValueError, match=r"typed keys"):
@@ -386,6 +401,11 @@ def test_edited_runs_are_never_split_over_batches(bundle, inputs):
   edit = identity(sampler.sizes_of(bundle, *inputs, schedule))
   with pytest.raises(ValueError, match=r"need their 4 runs in one batch, batch=2"):
     runs.run(bundle, *inputs, schedule, edit, batch=2)
+  targets = TapSpec(sites=("resid_post",), reduce=("gram",), targets=jnp.ones((4, 12, 1)))
+  with pytest.raises(ValueError, match=r"need their 4 runs in one batch, batch=2"):
+    runs.run(bundle, *inputs, schedule, taps=targets, batch=2)
+  with pytest.raises(ValueError, match=r"no room to fill 4 runs up on a mesh with seed=3"):
+    runs.run(bundle, *inputs, schedule, taps=targets, mesh=sharding.make_mesh(seed=3))
 
 
 def test_pieces_have_one_length():

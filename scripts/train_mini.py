@@ -484,18 +484,19 @@ def trained_bundle(work: Path) -> ModelBundle:
 
 
 def stage_score(options: argparse.Namespace) -> None:
-  """Scores unseen cases of every trained task at 20 steps with guidance."""
-  from jax_videoreason import conditioning, runs, sampler, schedules
+  """Scores unseen cases of every trained task, with guidance."""
+  from jax_videoreason import checkpoint, conditioning, runs, sampler, schedules
   from jax_videoreason.decode import decode
 
-  bundle = trained_bundle(options.work)
+  bundle = checkpoint.load(options.bundle) if options.bundle else trained_bundle(options.work)
+  grid = bundle.card.latents.grid(FRAMES, SIZE, SIZE)
   for name in options.tasks or list(SHARES):
     task = tasks.load(name, size=SIZE, frames=FRAMES)
     cases = [task.generate("id", i) for i in range(options.score_cases)]
     cond = conditioning.encode(
       bundle, [c.prompt for c in cases], np.stack([c.first_frame for c in cases]), frames=FRAMES
     )
-    noise = runs.make_noise([0] * len(cases), (*bundle.card.latents.grid(FRAMES, SIZE, SIZE), 16))
+    noise = runs.make_noise([0] * len(cases), (*grid, bundle.card.latents.channels))
     schedule = schedules.build(
       steps=options.score_steps,
       shift=options.sample_shift,

@@ -118,7 +118,8 @@ def test_identity_without_room_is_not_in_the_program(value, latents):
   assert jax.tree.leaves(edit) == []
   assert step_edits(edit, 0) is None
   x, x0, _ = latents
-  assert edit_latents(edit, 0, jnp.asarray(x), x0)[0] is not None
+  kept = jnp.asarray(x)
+  assert edit_latents(edit, 0, kept, x0)[0] is kept
   program = jax.make_jaxpr(lambda x: edit_latents(edit, 0, x, x)[0])(x)
   assert [e.primitive.name for e in program.eqns if e.primitive.name in ("cond", "select_n")] == []
   for edits, site in ((None, "attn_out"), (step_edits(room(), 0), "mlp_out")):

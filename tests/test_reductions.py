@@ -135,9 +135,7 @@ def spectrum(seed, t=40, d=24):
 
 @pytest.fixture(scope="module")
 def components():
-  return jax.jit(
-    lambda value, before: pca3(value, Inputs(frames=1, before=before)), static_argnums=()
-  )
+  return jax.jit(lambda value, before: pca3(value, Inputs(frames=1, before=before)))
 
 
 @pytest.mark.parametrize("start", ["first layer", "layer before", "layer before, nothing kept"])

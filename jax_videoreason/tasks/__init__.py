@@ -1,6 +1,7 @@
 """The project's own tasks, by name."""
 
 from jax_videoreason.tasks.base import SPLITS, Answer, Case, Metadata, Score, Task
+from jax_videoreason.tasks.bounce import Bounce
 from jax_videoreason.tasks.maze import Maze
 from jax_videoreason.tasks.occlusion import Occlusion
 from jax_videoreason.tasks.pick import Pick
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     SortBars,
     Rotate,
     SelectLargest,
+    Bounce,
     Pick,
   )
 }

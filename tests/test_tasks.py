@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, draw
+from jax_videoreason.tasks import base, draw, pick
 
 SIZES = (32, 64, 128)
 EVERY = [(name, size) for name in tasks.TASKS for size in SIZES]
@@ -75,11 +75,18 @@ def cut(frames: np.ndarray) -> np.ndarray:
   return np.concatenate([static(frames)[:half], static(frames[::-1])[half:]])
 
 
+REDRAWN = 1 / 8  # a puzzle is another one when more of its first frame's pixels are others
+
+
+def redrawn(case: base.Case, other: base.Case) -> bool:
+  return (other.first_frame != case.first_frame).any(axis=-1).mean() > REDRAWN
+
+
 def another(task: base.Task, case: base.Case) -> base.Case:
   """Another problem of the same split, with another first frame."""
   for index in itertools.count(case.index + 2, 2):
     other = task.generate(case.split, index)
-    if (other.first_frame != case.first_frame).any():
+    if redrawn(case, other):
       return other
   raise AssertionError
 
@@ -130,6 +137,34 @@ def test_each_kind_of_clip_scores_as_the_contract_says(name, size, kind):
       score = task.score(frames, case.metadata)
       assert least <= score.value <= most, (case.split, case.index, score)
       assert score.strict == (kind in ("truth", "truth, compressed")), (case.index, score)
+
+
+@pytest.mark.parametrize("size", (32, 64))
+@each_task
+def test_no_clip_earns_anything_on_another_problem(name, size):
+  task = tasks.load(name, size=size)
+  for split in splits(task):
+    several = [task.generate(split, index) for index in range(12)]
+    for case, other in itertools.permutations(several, 2):
+      if redrawn(case, other):
+        score = task.score(other.frames, case.metadata)
+        assert score.value <= CONTRACT["redrawn puzzle"][1], (split, case.index, other.index)
+
+
+@pytest.mark.parametrize(("shown", "wanted"), list(itertools.permutations(pick.SHAPES, 2)))
+def test_pick_tells_the_kinds_of_shape_apart_at_32_pixels(shown, wanted):
+  task = tasks.load("pick", size=32)
+  case = task.generate("train", 0)
+  groups = [
+    {"colour": "purple", "shape": wanted, "along": [1.0]},
+    case.metadata["problem"]["groups"][1],
+  ]
+  problem = case.metadata["problem"] | {"groups": groups}
+  redrawn = problem | {"groups": [groups[0] | {"shape": shown}, groups[1]]}
+  answer = case.metadata["answer"]
+  labels = task.draw_answer(redrawn, answer)
+  assert base.preservation(task.draw_answer(problem, answer), task.kept(problem)) == 1
+  assert base.preservation(labels, task.kept(problem)) == 0
 
 
 @every_task

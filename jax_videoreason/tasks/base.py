@@ -81,6 +81,13 @@ def kept(regions: draw.Regions, allowed: Sequence[Sequence[int]]) -> Kept:
   return Kept(regions, table)
 
 
+def never(regions: draw.Regions, wrong: Sequence[int]) -> Kept:
+  """Kept from the one colour that each region must not have; a blurred edge may show any other."""
+  table = np.ones((len(regions), len(draw.NAMES) + 1), bool)
+  table[np.arange(len(regions)), list(wrong)] = False
+  return Kept(regions, table)
+
+
 def preservation(labels: np.ndarray, groups: Sequence[Kept]) -> float:
   """Mean over frames of clip((p - .8) / .2), p = share of regions kept, in the worst group."""
   worst = np.ones(len(labels))

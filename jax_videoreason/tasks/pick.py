@@ -13,6 +13,7 @@ from jax_videoreason.tasks import base, draw
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 GROUND = draw.BLACK
+LEAST = 3  # pixels by which a kind of shape differs from another, to be looked at
 HALVES = {"across": ("left", "right"), "down": ("top", "bottom")}
 TEMPLATES = {
   False: (
@@ -106,11 +107,13 @@ class Pick(base.Task):
     return maps
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """Every shape's inside and the ground within its ring; the rings; the ground beyond."""
+    """Every shape's inside and the ground within its ring; the rings; the ground beyond; and for
+    each shape, a group of its own, that it is no other kind."""
     members = self.members(problem)
-    masks, allowed = [], []
+    masks, allowed, kinds = [], [], []
     for group, centres in zip(problem["groups"], members, strict=True):
       for centre in centres:
+        kinds.append(self.kept_kind(group, centre))
         inside, notches = self.shape_regions(group["shape"], centre)
         masks.append(inside)
         allowed.append([draw.colour(group["colour"])])
@@ -124,7 +127,23 @@ class Pick(base.Task):
       base.kept(draw.regions(masks), allowed),
       base.kept(rings, [[GROUND, draw.WHITE, draw.UNDECIDED]] * len(rings)),
       base.kept(outside, [[GROUND]] * len(outside)),
+      *kinds,
     ]
+
+  def kept_kind(self, group: base.Problem, centre: tuple[float, float]) -> base.Kept:
+    """Where another kind of shape would show the ground instead of this one, or the reverse.
+
+    At 32 pixels these are edges, so only pixels that a blur leaves alone are looked at.
+    """
+    full = {kind: draw.shape(self.size, kind, centre, 0.28 * self.slot) for kind in SHAPES}
+    own, colour = full.pop(group["shape"]), draw.colour(group["colour"])
+    masks, wrong = [draw.firm(own)], [GROUND]
+    for other in full.values():
+      for mask, never in ((draw.firm(own) & ~other, GROUND), (other & draw.firm(~own), colour)):
+        if mask.sum() >= LEAST:
+          masks.append(mask)
+          wrong.append(never)
+    return base.never(draw.regions(masks), wrong)
 
   def shape_regions(self, kind: str, centre: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Pixels well inside a shape, and pixels of the circle round it well outside the shape."""

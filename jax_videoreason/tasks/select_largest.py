@@ -11,6 +11,7 @@ from jax_videoreason.tasks import base, draw
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 GROUND = draw.BLACK
 GAP = 0.095  # least difference, in slots, between the largest radius and the next: 1.5 px of 16
+BAND = 0.75  # width in pixels of the bands that tell a radius
 TEMPLATES = {
   False: (
     "A white ring grows around the largest disc.",
@@ -90,7 +91,8 @@ class SelectLargest(base.Task):
     return maps
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """Each disc's inside and the ground just round it (so its radius too); all other ground."""
+    """Each disc's inside and the ground just round it; all other ground; and for each disc, a
+    group of its own, its radius."""
     masks, allowed = [], []
     for d in problem["discs"]:
       centre, radius = self.centre(d["slot"]), d["radius"] * self.slot
@@ -110,11 +112,23 @@ class SelectLargest(base.Task):
       discs,
       base.kept(rings, [[GROUND, draw.WHITE, draw.UNDECIDED]] * len(rings)),
       base.kept(outside, [[GROUND]] * len(outside)),
+      *(self.kept_radius(d) for d in problem["discs"]),
     ]
     if free:
       empty = draw.regions([draw.disc(self.size, c, 0.2 * self.slot) for c in free])
       groups.append(base.kept(empty, [[GROUND]] * len(empty)))
     return groups
+
+  def kept_radius(self, disc: base.Problem) -> base.Kept:
+    """Narrow bands within the edge of a disc and beyond it, as far as its ring."""
+    centre, radius = self.centre(disc["slot"]), disc["radius"] * self.slot
+    far = min(radius + 2 * BAND, draw.ring_radii(self.slot)[0])
+    bands = [
+      (draw.ring(self.size, centre, max(0, radius - 2 * BAND), radius - BAND), GROUND),
+      (draw.ring(self.size, centre, radius + BAND, far), draw.colour(disc["colour"])),
+    ]
+    bands = [(mask, wrong) for mask, wrong in bands if mask.any()]
+    return base.never(draw.regions([mask for mask, _ in bands]), [wrong for _, wrong in bands])
 
   def drawn(self, labels: np.ndarray) -> np.ndarray:
     """Share of the ring of each slot, empty ones too, that is white: (T, slots)."""

@@ -200,7 +200,7 @@ def steps(path: list[int]) -> list[tuple[int, int]]:
 
 def line(size: int, start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
   """Mask of a straight line between two points (y, x)."""
-  dy, dx = draw.offsets(size, start)
+  dy, dx = draw.offsets(size, start.tolist())
   along = end - start
   length = float(np.linalg.norm(along))
   ahead = (dy * along[0] + dx * along[1]) / length

@@ -73,7 +73,7 @@ class TreeReach(base.Task):
   def centres(self, problem: base.Problem) -> np.ndarray:
     """(nodes, 2): (y, x) of each node's middle in pixels; a parent stands above its children."""
     slot = self.size / self.slots
-    leaves = [(s + 0.5) * slot for s in self.options(problem)]
+    leaves = [(int(s) + 0.5) * slot for s in self.options(problem)]
     middles = [float(np.mean([(s + 0.5) * slot for s in f])) for f in problem["children"]]
     x = [float(np.mean(middles)), *middles, *leaves]
     levels = [0] + [1] * len(middles) + [2] * len(leaves)

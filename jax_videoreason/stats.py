@@ -1,0 +1,339 @@
+"""How sure: bootstrap intervals over cases, paired differences, permutation tests with one error
+rate for a whole map.
+
+The first axis N of every array is the case (a problem). Seeds, frames or other repeats of a case
+are averaged before: they are not independent. Every other axis is carried along, a map [S L] as a
+single number. All random numbers come from the explicit `seed`, and one resampling serves all
+cells, so what cells have in common stays.
+
+Sources: Efron 1987 (BCa); Hesterberg 2015, The American Statistician 69(4) (the percentile interval
+widened for few cases); Westfall and Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no
+p-value of 0).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from statistics import NormalDist
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import ArrayLike
+
+LEAST = 8  # cases an interval needs: with fewer, resampling knows too little of the spread
+DRAWS = 10_000
+CELLS = 2**24  # numbers held at once while resampling
+NORMAL = NormalDist()
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Interval:
+  """An estimate with its interval; all three of the shape of one case.
+
+  low and high are NaN where no interval can be given, and `note` says why. cases: N.
+  """
+
+  estimate: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  level: float
+  cases: int
+  note: str | None = None
+
+  def __str__(self) -> str:
+    """Such as "0.61 [0.50, 0.72]", or with the note where there is no interval; scalars only."""
+    if np.ndim(self.estimate):
+      return f"intervals of {np.shape(self.estimate)}, {self.cases} cases"
+    if not np.isfinite(self.low):
+      return f"{float(self.estimate):.2f} ({self.note})"
+    return f"{float(self.estimate):.2f} [{float(self.low):.2f}, {float(self.high):.2f}]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Test:
+  """Two-sided p-values of "the mean is 0", of the shape of one case.
+
+  p is NaN where so few cases can't reject at all (`note` says so). significant: p <= level.
+  threshold: of the maximum statistic, |mean| / root mean square, in 0..1; None for single tests.
+  exact: all sign flips were counted, not drawn.
+  """
+
+  __test__ = False  # not a test class of pytest
+
+  estimate: np.ndarray
+  p: np.ndarray
+  significant: np.ndarray
+  level: float
+  cases: int
+  exact: bool
+  threshold: float | None = None
+  note: str | None = None
+
+
+def bootstrap(
+  values: ArrayLike,
+  *,
+  seed: int,
+  level: float = 0.95,
+  draws: int = DRAWS,
+  method: str = "percentile",
+  statistic: Statistic | None = None,
+) -> Interval:
+  """The mean over cases with its bootstrap interval: cases are drawn with replacement.
+
+  values: N ..., a row per case, finite. method: "percentile", or "bca", which corrects bias and
+  skewness (better for skewed values and 15 cases or more). statistic: another summary than the
+  mean, (draws N ...) -> (draws ...), over axis 1.
+
+  Fewer than LEAST cases, or cases that are all equal, give a note instead of an interval.
+
+  Raises ValueError for values that are not finite, an unknown method, or a level outside 0..1.
+  """
+  x = _cases(values)
+  _check(level, draws)
+  if method not in ("percentile", "bca"):
+    raise ValueError(f"method={method!r}, wanted 'percentile' or 'bca'.")
+  of = statistic or _mean
+  count, shape = len(x), x.shape[1:]
+  estimate = np.asarray(of(x[None])[0])
+  blank = np.full(estimate.shape, np.nan)
+  if count < LEAST:
+    note = f"{_number(count)}: an interval needs at least {LEAST}"
+    return Interval(estimate=estimate, low=blank, high=blank, level=level, cases=count, note=note)
+  rng = np.random.default_rng(seed)
+  if statistic is None:
+    flat = x.reshape(count, -1)
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+    low, high = blank.reshape(-1).copy(), blank.reshape(-1).copy()
+    skew = _skew(flat)
+    for cells in _chunks(flat.shape[1], draws):
+      drawn = weights @ flat[:, cells]
+      low[cells], high[cells] = _bounds(
+        drawn, estimate.reshape(-1)[cells], skew[cells], count, level, method
+      )
+    low, high = low.reshape(shape), high.reshape(shape)
+  else:
+    rows = rng.integers(count, size=(draws, count))
+    at_once = max(1, CELLS // max(1, x.size))
+    drawn = np.concatenate([of(x[rows[i : i + at_once]]) for i in range(0, draws, at_once)])
+    left_out = np.stack([np.asarray(of(np.delete(x, i, 0)[None])[0]) for i in range(count)])
+    low, high = _bounds(
+      drawn.reshape(draws, -1),
+      estimate.reshape(-1),
+      _skew(-left_out.reshape(count, -1)),
+      count,
+      level,
+      method,
+    )
+    low, high = low.reshape(estimate.shape), high.reshape(estimate.shape)
+  still = np.broadcast_to((x == x[:1]).all(0), shape)
+  note = None
+  if statistic is None and still.any():
+    low, high = np.where(still, np.nan, low), np.where(still, np.nan, high)
+    where = "" if still.ndim == 0 else f" in {int(still.sum())} of {still.size} cells"
+    note = f"all {count} cases are equal{where}: resampling shows no spread"
+  return Interval(estimate=estimate, low=low, high=high, level=level, cases=count, note=note)
+
+
+def share(hits: ArrayLike, *, seed: int, level: float = 0.95, draws: int = DRAWS) -> Interval:
+  """The share of cases that succeed, with its interval: `bootstrap`, and where all cases agree the
+  exact binomial bound (of N successes in N cases, a share down to (a/2)^(1/N) is not excluded).
+
+  hits: N ..., 0 or 1 (bool), or the share of a case's seeds in 0..1.
+  """
+  x = _cases(hits)
+  if x.min() < 0 or x.max() > 1:
+    raise ValueError(f"hits run from {x.min():g} to {x.max():g}, wanted shares in 0..1.")
+  found = bootstrap(x, seed=seed, level=level, draws=draws)
+  if found.cases < LEAST:
+    return found
+  edge = ((1 - level) / 2) ** (1 / found.cases)
+  ones, zeros = (x == 1).all(0), (x == 0).all(0)
+  low = np.where(ones, edge, np.where(zeros, 0.0, found.low))
+  high = np.where(ones, 1.0, np.where(zeros, 1 - edge, found.high))
+  note = found.note if np.isnan(low).any() else None
+  return dataclasses.replace(found, low=low, high=high, note=note)
+
+
+def paired(
+  a: ArrayLike,
+  b: ArrayLike,
+  *,
+  seed: int,
+  level: float = 0.95,
+  draws: int = DRAWS,
+  method: str = "percentile",
+) -> Interval:
+  """The mean of a - b with its interval; row i of both is the same case.
+
+  a, b: N ..., of one shape. As `bootstrap` otherwise.
+  """
+  return bootstrap(_differences(a, b), seed=seed, level=level, draws=draws, method=method)
+
+
+def sign_flip(
+  differences: ArrayLike, *, seed: int, level: float = 0.05, draws: int = DRAWS
+) -> Test:
+  """Paired permutation test: if nothing differs, each case's difference is as likely as its
+  negative.
+
+  differences: N ..., a - b of each case. Every cell is a test of its own; for a map that is looked
+  at as a whole use `max_statistic`. Exact while 2^N <= draws.
+  """
+  return _permute(differences, seed, level, draws, whole_map=False)
+
+
+def max_statistic(
+  differences: ArrayLike, *, seed: int, level: float = 0.05, draws: int = DRAWS
+) -> Test:
+  """Which cells of a map differ from 0, with one error rate for the whole map.
+
+  differences: N ..., such as N S L. A cell's statistic is |mean| / root mean square over cases (a
+  monotone function of |t|); its p-value is the share of sign flips under which the largest
+  statistic of the *whole map* is as large, so the chance of any false cell is at most `level`.
+  Flips are of whole cases: cells may depend on each other in any way.
+  """
+  return _permute(differences, seed, level, draws, whole_map=True)
+
+
+def _permute(
+  differences: ArrayLike, seed: int, level: float, draws: int, *, whole_map: bool
+) -> Test:
+  x = _cases(differences)
+  _check(level, draws)
+  count, shape = len(x), x.shape[1:]
+  estimate = x.mean(0)
+  exact = 2**count <= draws
+  if 2.0 ** (1 - count) > level:
+    needs = int(np.ceil(1 - np.log2(level)))
+    return Test(
+      estimate=estimate,
+      p=np.full(shape, np.nan),
+      significant=np.zeros(shape, bool),
+      level=level,
+      cases=count,
+      exact=exact,
+      note=f"{_number(count)}: a test at {level:g} needs at least {needs}",
+    )
+  flat = x.reshape(count, -1)
+  length = np.sqrt((flat**2).sum(0))
+  unit = flat / np.where(length > 0, length, 1.0) / np.sqrt(count)
+  seen = np.abs(unit.sum(0))
+  if exact:
+    codes = np.arange(2**count)
+    signs = 1.0 - 2.0 * (
+      rearrange(codes, "d -> d 1") >> rearrange(np.arange(count), "n -> 1 n") & 1
+    )
+  else:
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, count))
+  slack = 1e-9  # equal sums in another order
+  largest, above = np.zeros(len(signs)), np.zeros(flat.shape[1])
+  for cells in _chunks(flat.shape[1], len(signs)):
+    drawn = np.abs(signs @ unit[:, cells])
+    largest = np.maximum(largest, drawn.max(1, initial=0.0))
+    above[cells] = (drawn >= rearrange(seen[cells], "m -> 1 m") - slack).sum(0)
+  threshold = None
+  if whole_map:
+    rank = np.searchsorted(np.sort(largest), seen - slack, side="left")
+    above = (len(largest) - rank).astype(float)
+    # The smallest value that `level` of the flips, the observed one among them, don't exceed.
+    threshold = float(np.quantile(largest, 1 - level, method="higher"))
+  p = above / len(signs) if exact else (above + 1) / (len(signs) + 1)
+  p = p.reshape(shape)
+  return Test(
+    estimate=estimate,
+    p=p,
+    significant=p <= level,
+    level=level,
+    cases=count,
+    exact=exact,
+    threshold=threshold,
+  )
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+  return rows.mean(1)
+
+
+def _bounds(
+  drawn: np.ndarray,
+  estimate: np.ndarray,
+  skew: np.ndarray,
+  count: int,
+  level: float,
+  method: str,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Low and high (M,) of the resampled summaries drawn (D, M)."""
+  # Plain percentiles are too narrow for few cases: they have z for t, and n for n - 1.
+  z = _t(NORMAL.inv_cdf((1 + level) / 2), count - 1) * np.sqrt(count / (count - 1))
+  if method == "percentile":
+    tail = NORMAL.cdf(-z)
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    return low, high
+  at = rearrange(estimate, "m -> 1 m")
+  below = (drawn < at).mean(0) + (drawn == at).mean(0) / 2
+  edge = 1 / (2 * len(drawn))
+  bias = np.array([NORMAL.inv_cdf(b) for b in np.clip(below, edge, 1 - edge)])
+  ends = []
+  for side in (-z, z):
+    moved = bias + (bias + side) / (1 - skew * (bias + side))
+    tails = [NORMAL.cdf(float(m)) for m in moved]
+    ends.append(np.array([np.quantile(d, t) for d, t in zip(drawn.T, tails, strict=True)]))
+  return ends[0], ends[1]
+
+
+def _skew(x: np.ndarray) -> np.ndarray:
+  """The acceleration of BCa, from the spread of cases (N, M): a sixth of the skewness of a mean."""
+  away = x - x.mean(0, keepdims=True)
+  square = (away**2).sum(0)
+  return (away**3).sum(0) / np.where(square > 0, 6 * square**1.5, 1.0)
+
+
+def _t(z: float, freedom: int) -> float:
+  """The t quantile at the normal quantile z (Abramowitz and Stegun 26.7.5; 1e-3 from 7 up)."""
+  return (
+    z
+    + (z**3 + z) / (4 * freedom)
+    + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+  )
+
+
+def _cases(values: ArrayLike) -> np.ndarray:
+  x = np.asarray(values, np.float64)
+  if x.ndim == 0 or len(x) == 0:
+    raise ValueError(f"values are {x.shape}, wanted N ... with a row for each of N >= 1 cases.")
+  bad = int(x.size - np.count_nonzero(np.isfinite(x)))
+  if bad:
+    first = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    raise ValueError(
+      f"{bad} of {x.size} values are not finite, the first at {first}: leave those cases out and "
+      "say how many."
+    )
+  return x
+
+
+def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+  first, second = _cases(a), _cases(b)
+  if first.shape != second.shape:
+    raise ValueError(
+      f"a is {first.shape} and b {second.shape}, wanted one shape: row i of both is the same case."
+    )
+  return first - second
+
+
+def _check(level: float, draws: int) -> None:
+  if not 0 < level < 1:
+    raise ValueError(f"level={level}, wanted more than 0 and less than 1, such as 0.95.")
+  if draws < 100:
+    raise ValueError(f"draws={draws}, wanted 100 or more: {DRAWS} is usual.")
+
+
+def _chunks(cells: int, rows: int) -> list[slice]:
+  size = max(1, CELLS // rows)
+  return [slice(low, low + size) for low in range(0, cells, size)]
+
+
+def _number(count: int) -> str:
+  return "1 case" if count == 1 else f"{count} cases"

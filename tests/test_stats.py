@@ -1,0 +1,163 @@
+"""Intervals cover what they claim to, tests err as often as they claim to, maps as a whole."""
+
+import numpy as np
+import pytest
+
+from jax_videoreason import stats
+
+DRAWS = 2_000
+
+
+def covers(found: stats.Interval, truth: float) -> float:
+  return float(((found.low <= truth) & (truth <= found.high)).mean())
+
+
+@pytest.mark.parametrize("count", [8, 12, 40])
+def test_the_interval_of_a_mean_covers_it_95_times_in_100(count):
+  values = np.random.default_rng(count).normal(3.0, 2.0, size=(count, 3000))
+  found = stats.bootstrap(values, seed=1, draws=DRAWS)
+  assert 0.925 <= covers(found, 3.0) <= 0.965
+
+
+def test_bca_covers_skewed_values_at_least_as_well():
+  values = np.random.default_rng(5).exponential(1.0, size=(25, 1500))
+  plain = stats.bootstrap(values, seed=1, draws=DRAWS)
+  better = stats.bootstrap(values, seed=1, draws=DRAWS, method="bca")
+  assert 0.915 <= covers(better, 1.0) <= 0.965
+  assert covers(better, 1.0) >= covers(plain, 1.0) - 0.005
+  missed_high, missed_low = (better.high < 1).mean(), (better.low > 1).mean()
+  plain_high, plain_low = (plain.high < 1).mean(), (plain.low > 1).mean()
+  assert abs(missed_high - missed_low) < abs(plain_high - plain_low)  # errs on both sides alike
+
+
+def test_a_share_is_covered_near_the_edge_too():
+  rng = np.random.default_rng(2)
+  for truth in (0.5, 0.9, 1.0):
+    hits = rng.random((20, 1500)) < truth
+    assert covers(stats.share(hits, seed=3, draws=DRAWS), truth) >= 0.9
+
+
+def test_twenty_of_twenty_successes_do_not_prove_a_share_of_one():
+  found = stats.share(np.ones(20), seed=0)
+  assert (found.estimate, found.high) == (1.0, 1.0)
+  assert found.low == pytest.approx(0.025 ** (1 / 20))
+  assert stats.share(np.zeros(20), seed=0).high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+def test_fewer_cases_than_an_interval_needs_give_a_statement():
+  found = stats.bootstrap(np.arange(3.0), seed=0)
+  assert found.estimate == 1.0
+  assert np.isnan(found.low)
+  assert np.isnan(found.high)
+  assert str(found) == "1.00 (3 cases: an interval needs at least 8)"
+
+
+def test_equal_cases_give_a_statement_instead_of_an_interval_of_no_width():
+  found = stats.bootstrap(np.full(30, 0.25), seed=0)
+  assert str(found) == "0.25 (all 30 cases are equal: resampling shows no spread)"
+  mixed = stats.bootstrap(np.stack([np.zeros(30), np.arange(30.0)], axis=1), seed=0, draws=DRAWS)
+  assert np.isnan(mixed.low).tolist() == [True, False]
+  assert "1 of 2 cells" in str(mixed.note)
+
+
+def test_the_seed_decides_all():
+  values = np.random.default_rng(0).normal(size=(30, 4))
+  first, second = (stats.bootstrap(values, seed=7, draws=DRAWS) for _ in range(2))
+  other = stats.bootstrap(values, seed=8, draws=DRAWS)
+  assert np.array_equal(first.low, second.low)
+  assert not np.array_equal(first.low, other.low)
+
+
+def test_another_summary_than_the_mean_in_any_shape():
+  values = np.random.default_rng(0).normal(size=(41, 2, 3))
+  found = stats.bootstrap(values, seed=0, draws=500, statistic=lambda x: np.median(x, axis=1))
+  assert found.estimate.shape == found.low.shape == (2, 3)
+  assert np.array_equal(found.estimate, np.median(values, axis=0))
+  assert (found.low <= found.estimate).all()
+  assert (found.estimate <= found.high).all()
+
+
+def test_many_cells_are_resampled_in_parts_with_the_same_result(monkeypatch):
+  values = np.random.default_rng(0).normal(size=(20, 7))
+  whole = stats.bootstrap(values, seed=0, draws=DRAWS), stats.max_statistic(values, seed=0)
+  monkeypatch.setattr(stats, "CELLS", 2 * DRAWS)
+  parts = stats.bootstrap(values, seed=0, draws=DRAWS), stats.max_statistic(values, seed=0)
+  np.testing.assert_allclose(parts[0].low, whole[0].low, rtol=1e-12)
+  np.testing.assert_array_equal(parts[1].p, whole[1].p)
+
+
+def test_pairing_takes_out_what_cases_share():
+  rng = np.random.default_rng(4)
+  hard = rng.normal(0, 5, size=40)
+  a, b = hard + 1 + rng.normal(0, 0.5, 40), hard + rng.normal(0, 0.5, 40)
+  difference = stats.paired(a, b, seed=0, draws=DRAWS)
+  assert difference.low > 0.5
+  assert difference.high < 1.5
+  assert stats.bootstrap(a, seed=0, draws=DRAWS).low < 0 < difference.low
+
+
+@pytest.mark.parametrize(("count", "exact"), [(8, True), (30, False)])
+def test_a_test_errs_5_times_in_100(count, exact):
+  nothing = np.random.default_rng(count).normal(size=(count, 4000))
+  found = stats.sign_flip(nothing, seed=0, draws=DRAWS)
+  assert found.exact is exact
+  assert 0.03 <= found.significant.mean() <= 0.065
+  assert stats.sign_flip(nothing[:, 0] + 2.0, seed=0).significant
+
+
+def test_an_exact_p_value_is_counted_by_hand():
+  found = stats.sign_flip(np.arange(1.0, 9.0), seed=0)
+  assert found.p == 2 / 2**8  # all signs as they are, and all turned
+  one_turned = stats.sign_flip(np.array([-1.0, 2, 3, 4, 5, 6, 7, 8]), seed=0)
+  assert one_turned.p == 4 / 2**8
+
+
+def test_a_map_without_effect_shows_a_cell_5_times_in_100():
+  rng = np.random.default_rng(0)
+  false = 0
+  for trial in range(400):
+    field = rng.normal(size=(16, 6, 5)) + rng.normal(size=(16, 1, 5))  # neighbours depend
+    false += bool(stats.max_statistic(field, seed=trial, draws=400).significant.any())
+  assert 0.025 <= false / 400 <= 0.08
+
+
+def test_a_map_shows_the_cell_that_has_an_effect_and_no_other():
+  field = np.random.default_rng(1).normal(size=(24, 8, 6))
+  field[:, 2, 3] += 2.0
+  found = stats.max_statistic(field, seed=0, draws=DRAWS)
+  assert np.argwhere(found.significant).tolist() == [[2, 3]]
+  single = stats.sign_flip(field, seed=0, draws=DRAWS)
+  assert (found.p >= single.p - 1e-12).all()  # one rate for the map costs something everywhere
+  statistic = np.abs(field.mean(0)) / np.sqrt((field**2).mean(0))
+  assert np.array_equal(statistic > found.threshold, found.significant)
+
+
+def test_cells_that_are_zero_in_all_cases_are_not_significant():
+  found = stats.max_statistic(np.zeros((12, 3)), seed=0, draws=DRAWS)
+  assert found.p.tolist() == [1.0, 1.0, 1.0]
+  assert not found.significant.any()
+
+
+def test_too_few_cases_to_reject_anything_are_told_so():
+  found = stats.sign_flip(np.ones(5), seed=0)
+  assert np.isnan(found.p)
+  assert not found.significant
+  assert found.note == "5 cases: a test at 0.05 needs at least 6"
+  assert stats.sign_flip(np.ones(6), seed=0).significant
+
+
+@pytest.mark.parametrize(
+  ("call", "told"),
+  [
+    (lambda: stats.bootstrap([1.0, np.nan], seed=0), r"1 of 2 values are not finite, .* \(1,\)"),
+    (lambda: stats.bootstrap([], seed=0), "wanted N"),
+    (lambda: stats.bootstrap(np.ones(9), seed=0, method="t"), "method='t'"),
+    (lambda: stats.bootstrap(np.ones(9), seed=0, level=95), "level=95"),
+    (lambda: stats.bootstrap(np.ones(9), seed=0, draws=10), "draws=10"),
+    (lambda: stats.paired(np.ones(9), np.ones(8), seed=0), "the same case"),
+    (lambda: stats.share([0.0, 2.0], seed=0), "wanted shares"),
+  ],
+)
+def test_bad_input_is_told_in_one_sentence(call, told):
+  with pytest.raises(ValueError, match=told):
+    call()

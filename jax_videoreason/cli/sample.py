@@ -21,22 +21,20 @@ from absl.flags import DEFINE_string, FlagValues
 
 from jax_videoreason import (
   answers,
-  checkpoint,
   cli,
-  conditioning,
   console,
   media,
+  prepare,
   report,
   runs,
   sampler,
-  schedules,
   settings,
   store,
   tasks,
 )
 from jax_videoreason.decode import decode
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle
+from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.taps import check_budget
 
 FPS = 8
@@ -121,10 +119,10 @@ def record(
   began = time.monotonic()
   seeds = list(chosen.seeds)
   of_run = [question for question in questions for _ in seeds]
-  bundle, cond = encode(chosen, of_run)
+  bundle, (cond,) = prepare.encode(chosen, [([q.prompt for q in of_run], first_frames(of_run))])
   card = bundle.card
   grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
-  schedule = build_schedule(chosen, bundle)
+  schedule = prepare.schedule(chosen, bundle)
   start = runs.make_noise(seeds * len(questions), (*grid, card.latents.channels), noise)
   spec = chosen.taps.spec()
   sizes = sampler.sizes_of(bundle, start, cond, schedule)
@@ -185,46 +183,10 @@ def record(
   return said
 
 
-def encode(
-  chosen: SampleSettings, questions: Sequence[Question]
-) -> tuple[ModelBundle, Conditioning]:
-  """The bundle ready to denoise and decode, and the conditioning of each run.
-
-  The text encoder and the DiT are never resident together.
-  """
-  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"))
-  bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width)
-  cond = conditioning.encode(
-    bundle,
-    [q.prompt for q in questions],
-    first_frames(questions),
-    frames=chosen.frames,
-    negative_prompt=chosen.negative_prompt,
-    guided=chosen.guided,
-  )
-  del bundle
-  return checkpoint.load(chosen.checkpoint, parts=("dit", "vae")), cond
-
-
 def first_frames(questions: Sequence[Question]) -> np.ndarray | None:
   """R height width 3, None where there are none."""
   frames = [q.first_frame for q in questions if q.first_frame is not None]
   return np.stack(frames) if frames else None
-
-
-def build_schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:
-  """The schedule of the settings, with the bundle's own boundary and numerics."""
-  card = bundle.card
-  return schedules.build(
-    steps=chosen.steps,
-    shift=chosen.shift,
-    guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
-    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
-    solver=chosen.solver,
-    grid=chosen.grid,
-    numerics=card.numerics,
-    freq_dim=bundle.parts.dit.config.freq_dim,
-  )
 
 
 def warn_broken(finite: np.ndarray) -> None:

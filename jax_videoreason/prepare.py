@@ -1,0 +1,51 @@
+"""From settings to what a run needs: the conditioning of its prompts and frames, its schedule."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_videoreason import checkpoint, conditioning, schedules
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import Conditioning, ModelBundle
+
+Asked = tuple[Sequence[str], np.ndarray | None]
+
+
+def encode(
+  chosen: SampleSettings, groups: Sequence[Asked]
+) -> tuple[ModelBundle, list[Conditioning]]:
+  """The bundle ready to denoise and decode, and the conditioning of each group of runs.
+
+  groups: (R prompts, first frames R height width 3 uint8 or None), each encoded on its own.
+  The text encoder and the DiT are never resident together.
+  """
+  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"))
+  bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  encoded = [
+    conditioning.encode(
+      bundle,
+      prompts,
+      first_frames,
+      frames=chosen.frames,
+      negative_prompt=chosen.negative_prompt,
+      guided=chosen.guided,
+    )
+    for prompts, first_frames in groups
+  ]
+  del bundle
+  return checkpoint.load(chosen.checkpoint, parts=("dit", "vae")), encoded
+
+
+def schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:
+  """The schedule of the settings, with the bundle's own boundary and numerics."""
+  card = bundle.card
+  return schedules.build(
+    steps=chosen.steps,
+    shift=chosen.shift,
+    guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
+    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
+    solver=chosen.solver,
+    grid=chosen.grid,
+    numerics=card.numerics,
+    freq_dim=bundle.parts.dit.config.freq_dim,
+  )

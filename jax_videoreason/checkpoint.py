@@ -5,14 +5,11 @@ tokenizer.json. A part may lie in another bundle, named by a relative path. The 
 Orbax.
 """
 
-import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +24,7 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason.axes import Params
+from jax_videoreason.folders import checksum, disk
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
@@ -41,6 +39,27 @@ SMALL = 2**16  # numbers; a smaller leaf is replicated
 READ_BYTES = 2**30  # leaves are read for checking in groups of about so much
 CHUNK_BYTES = 2**28  # a chunk of a leaf written by LeafWriter is one layer, and at most so much
 JOURNAL = "journal.jsonl"
+RESUME = "make room and start again, it goes on from there"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """A leaf on disk."""
+
+  shape: tuple[int, ...]
+  dtype: Any
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+  """A bundle without its weights; folders, leaves: by the name of the part."""
+
+  folder: Path
+  modules: Parts
+  card: Card
+  folders: Mapping[str, Path]
+  leaves: Mapping[str, Mapping[str, Record]]
 
 
 def shipped() -> list[str]:
@@ -153,7 +172,7 @@ def save(
   for name in trees:
     _check_config(described, path, name)
   own = {name: tree for name, tree in trees.items() if parts[name] == name}
-  _check_space(path, sum(_bytes(record) for name in own for record in records[name].values()))
+  check_space(path, sum(_bytes(record) for name in own for record in records[name].values()))
 
   partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
   try:
@@ -200,7 +219,7 @@ class LeafWriter:
       raise ValueError(f"{self.path} exists already: remove it, or give --redo to replace it.")
     if redo:
       shutil.rmtree(self.folder, ignore_errors=True)
-    with _disk(self.folder):
+    with disk(self.folder, full=RESUME):
       self.folder.mkdir(parents=True, exist_ok=True)
       self._journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
     self._count: dict[tuple[str, str], int] = {}
@@ -236,7 +255,7 @@ class LeafWriter:
       )
     if at not in self._digest:
       self._digest[at] = self._digest_so_far(part, path, done)
-    with _disk(self.folder):
+    with disk(self.folder, full=RESUME):
       stored = self._create(part, path) if done == 0 else _open_leaf(self.folder / part, path, True)
       (stored[layer] if stacked else stored).write(value).result()
     self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
@@ -277,7 +296,7 @@ class LeafWriter:
     described = _describe(bundle, {part: part for part in self.leaves}, records, tokenizer)
     for part in self.leaves:
       _check_config(described, self.path, part)
-    with _disk(self.folder):
+    with disk(self.folder, full=RESUME):
       if tokenizer:
         shutil.copyfile(bundle.card.tokenizer, self.folder / TOKENIZER)
       text = json.dumps(described, indent=1) + "\n"
@@ -305,7 +324,7 @@ class LeafWriter:
     total = sum(_leaf_bytes(leaf) for part in self.leaves.values() for leaf in part.values())
     done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
     try:
-      _check_space(self.path, total - done)
+      check_space(self.path, total - done)
     except ValueError:
       if not whole:
         self._journal.close()
@@ -313,7 +332,7 @@ class LeafWriter:
       raise
     if not whole:
       self._note({"plan": plan})
-    with _disk(self.folder):
+    with disk(self.folder, full=RESUME):
       for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished)
       for part, leaves in self.leaves.items():
@@ -336,7 +355,7 @@ class LeafWriter:
       self.notes[entry["note"]] = entry["value"]
 
   def _note(self, entry: Mapping[str, Any]) -> None:
-    with _disk(self.folder):
+    with disk(self.folder, full=RESUME):
       self._journal.write(json.dumps(entry) + "\n")
       self._journal.flush()
 
@@ -523,21 +542,6 @@ def _leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
   return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
 
 
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-  """A failure of the file system as one sentence; TensorStore says its number in its message."""
-  try:
-    yield
-  except (OSError, ValueError) as error:
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    if code is None:
-      raise
-    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "make room and start again, it goes on from there" if full else "choose another place"
-    raise OSError(f"{folder} could not be written ({os.strerror(code)}): {remedy}.") from error
-
-
 def _write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=True)
   with ocp.Checkpointer(handler) as writer:
@@ -580,6 +584,28 @@ def _describe(
     "parts": dict(parts),
     "leaves": records,
   }
+
+
+def describe(name_or_path: str | os.PathLike[str]) -> Described:
+  """What a bundle is, from its bundle.json alone; refuses as `load`."""
+  folder = find(name_or_path)
+  described = _read_description(folder)
+  tokenizer = described.get("tokenizer")
+  return Described(
+    folder=folder,
+    modules=_modules(described, folder),
+    card=_card(described, str(_tokenizer(folder, tokenizer, True)) if tokenizer else ""),
+    folders={name: folder / where for name, where in described["parts"].items()},
+    leaves={
+      name: {
+        path: Record(
+          shape=tuple(record["shape"]), dtype=jnp.dtype(record["dtype"]), sha256=record["sha256"]
+        )
+        for path, record in leaves.items()
+      }
+      for name, leaves in described["leaves"].items()
+    },
+  )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -691,7 +717,7 @@ def _tokenizer(folder: Path, record: Mapping[str, str], verify: bool) -> Path:
   file = Path(os.path.normpath(folder.absolute() / record["file"]))
   if not file.is_file():
     raise FileNotFoundError(f"{folder}: {file} is not there: copy the bundle again.")
-  if verify and _file_digest(file) != record["sha256"]:
+  if verify and checksum(file) != record["sha256"]:
     raise ValueError(
       f"{file} differs from its checksum in {folder / DESCRIPTION}: copy the bundle again."
     )
@@ -703,10 +729,11 @@ def _tokenizer_record(file: str) -> dict[str, str] | None:
     return None
   if not Path(file).is_file():
     raise FileNotFoundError(f"the tokenizer {file} is not there: point card.tokenizer to the file.")
-  return {"file": TOKENIZER, "sha256": _file_digest(Path(file))}
+  return {"file": TOKENIZER, "sha256": checksum(Path(file))}
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
+  """ValueError where the disk of a path has fewer bytes free than needed."""
   there = path.parent
   while not there.exists():
     there = there.parent
@@ -744,11 +771,6 @@ def _records(tree: Params, dtype: Any) -> dict[str, Any]:
 def _digest(value: np.ndarray) -> str:
   """sha256 of the bytes in C order, little endian."""
   return hashlib.sha256(np.ascontiguousarray(value).view(np.uint8).data).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _bytes(record: Mapping[str, Any]) -> int:

@@ -1,11 +1,9 @@
 """PNG, MP4 and resizing of uint8 RGB; the only importer of av and, with tasks/draw.py, of PIL.
 
-Files are made in memory, written beside their place and moved there, so that a full disk leaves the
-old file or none, never half a file.
+Files are made in memory and written by `folders.atomic`: a full disk leaves the old file or none.
 """
 
 import io
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,8 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from einops import repeat
 from PIL import Image, ImageOps
+
+from jax_videoreason.folders import atomic
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # Modes that become RGB without loss: grey and black-and-white are repeated, a palette is looked up.
@@ -63,7 +63,8 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
   _check("image", image, "height width 3", 3)
   file = io.BytesIO()
   Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG")
-  _put(Path(path), file.getvalue())
+  with atomic(path) as part:
+    part.write_bytes(file.getvalue())
 
 
 def mp4_scale(height: int, width: int) -> int:
@@ -105,7 +106,8 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float | Fraction = 16) 
       )
       container.mux(stream.encode(picture))
     container.mux(stream.encode(None))
-  _put(Path(path), file.getvalue())
+  with atomic(path) as part:
+    part.write_bytes(file.getvalue())
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
@@ -150,18 +152,3 @@ def _check(name: str, array: np.ndarray, axes: str, rank: int) -> None:
   """ValueError unless uint8 RGB of this rank, with something in it."""
   if array.dtype != np.uint8 or array.ndim != rank or array.shape[-1] != 3 or not array.size:
     raise ValueError(f"{name} is {array.dtype} {array.shape}, wanted uint8 RGB, {axes}.")
-
-
-def _put(path: Path, data: bytes) -> None:
-  """Writes a whole file or none; OSError is one sentence with the remedy."""
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    try:
-      part.write_bytes(data)
-      os.replace(part, path)
-    finally:
-      part.unlink(missing_ok=True)
-  except OSError as error:
-    raise OSError(
-      f"{path} could not be written ({error.strerror}): free space, or choose another folder."
-    ) from error

@@ -12,7 +12,9 @@ from einops import rearrange
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jax_videoreason import media, metrics, plots
-from jax_videoreason.store import Run, StoredArray, atomic, open_run
+from jax_videoreason.arrays import StoredArray
+from jax_videoreason.folders import atomic, disk
+from jax_videoreason.store import Run, open_run
 from jax_videoreason.structs import AnswerTrace
 
 SHEET_BYTES = 6 << 20  # all sprite sheets of a page, as PNG
@@ -73,45 +75,43 @@ def draw_strips(run: Run) -> None:
   steps = run.frames.steps
   for r, said in enumerate(run.runs):
     words = readings(run, r)
-    with atomic(run.path / f"x0_{r}.png") as part:
-      plots.film_strip(
-        part,
-        run.frames[:, r],
-        run.sigma[steps],
-        steps=steps,
-        title=f"{title_of(run, r)}, seed {said['seed']}",
-        notes=[words[step] for step in steps] if words else None,
-      )
+    plots.film_strip(
+      run.path / f"x0_{r}.png",
+      run.frames[:, r],
+      run.sigma[steps],
+      steps=steps,
+      title=f"{title_of(run, r)}, seed {said['seed']}",
+      notes=[words[step] for step in steps] if words else None,
+    )
 
 
 def draw_figures(run: Run, change: np.ndarray | None) -> None:
   """Writes figures/change.png and figures/answers.png."""
   figures = run.path / "figures"
-  figures.mkdir(exist_ok=True)
+  with disk(figures):
+    figures.mkdir(exist_ok=True)
   sound = run.finite.all(0)
   if change is not None and sound.any():
-    with atomic(figures / "change.png") as part:
-      plots.curves(
-        part,
-        run.sigma[1:],
-        {"mean": change[:, sound]},
-        x_name="sigma",
-        y_name="change of x0 since the step before",
-        title="How far the guess moves at each step",
-        falling=True,
-      )
+    plots.curves(
+      figures / "change.png",
+      run.sigma[1:],
+      {"mean": change[:, sound]},
+      x_name="sigma",
+      y_name="change of x0 since the step before",
+      title="How far the guess moves at each step",
+      falling=True,
+    )
   if run.answers is not None:
-    with atomic(figures / "answers.png") as part:
-      plots.curves(
-        part,
-        run.answers.sigma,
-        {"right": run.answers.early},
-        x_name="sigma",
-        y_name="share of runs",
-        title="Runs whose x0 already shows a right answer",
-        falling=True,
-        top=1.02,
-      )
+    plots.curves(
+      figures / "answers.png",
+      run.answers.sigma,
+      {"right": run.answers.early},
+      x_name="sigma",
+      y_name="share of runs",
+      title="Runs whose x0 already shows a right answer",
+      falling=True,
+      top=1.02,
+    )
 
 
 def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:

@@ -19,46 +19,53 @@ A run folder holds R runs (one case, seed and edit each) that went through one s
     x0_<run>.png, figures/, report.html    drawn from the above by `report.render`, not in the
                        checksums
 
-zarr has no bfloat16, so bfloat16 is widened to float32, which is exact; the attribute
-`written_from` says so. A chunk is one step of as many runs as fit in 1 MB, at least one. A folder
-appears whole or not at all (`run_folder`).
+A chunk of the trace is one step of as many runs as fit in 1 MB, at least one. A folder appears
+whole or not at all (`run_folder`).
 """
 
 import contextlib
 import dataclasses
 import datetime
-import errno
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
-import os
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from jax_videoreason import media
+from jax_videoreason import arrays, media
+from jax_videoreason.arrays import StoredArray
+from jax_videoreason.folders import (
+  atomic,
+  beside,
+  checksum,
+  damaged,
+  disk,
+  name_of,
+  plain,
+  read_json,
+  whole,
+  write_json,
+)
 from jax_videoreason.structs import AnswerTrace, Trace
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.version import __version__
 
 CHUNK_BYTES = 1 << 20
-STAGE = ".unfinished"
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
 TAP_AXES = ("step", "layer", "branch", "run")
 DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
 OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
-  r"|(first|x0)_\d+\.png|video_\d+\.mp4|" + re.escape(STAGE)
+  r"|(first|x0)_\d+\.png|video_\d+\.mp4"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint", "av", "matplotlib")
 
@@ -66,69 +73,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint",
 # Writing
 
 
-@contextlib.contextmanager
-def run_folder(out: str | Path, *, redo: bool = False) -> Iterator[Path]:
-  """Yields a folder to fill; its files move to `out` when the block ends well, else none is left.
-
-  Raises:
-    ValueError: `out` holds something already and not `redo`; with `redo` the files of the run that
-      lies there are replaced, and files that no run wrote are left alone.
-    OSError: `out` can't be written.
-  """
-  out = Path(out)
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
-  existed = out.is_dir()
-  with _disk(out):
-    there = sorted(p.name for p in out.iterdir() if p.name != STAGE) if existed else []
-  if there and not redo:
-    more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-    raise ValueError(
-      f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
-      "replace the run."
-    )
-  stage = out / STAGE
-  made = _missing_parents(out)
-  try:
-    with _disk(out):
-      shutil.rmtree(stage, ignore_errors=True)
-      stage.mkdir(parents=True)
-    yield stage
-    with _disk(out):
-      for name in there:
-        if OWNED.fullmatch(name):
-          _remove(out / name)
-      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
-        item.rename(out / item.name)
-      stage.rmdir()
-  except BaseException:
-    shutil.rmtree(stage, ignore_errors=True)
-    for folder in made:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
-    raise
-
-
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-  """Yields a path to write to; it becomes `path` when the block ends well, else it is removed.
-
-  The block only writes: an OSError in it is said to be about `path`.
-  """
-  path = Path(path)
-  part = path.with_name(f".part-{path.name}")
-  try:
-    with _disk(path):
-      yield part
-      part.replace(path)
-  finally:
-    _remove(part)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-  """Writes `value` as JSON; not-a-number is not JSON, so it must be None already."""
-  with atomic(path) as part:
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def run_folder(out: str | Path, *, redo: bool = False) -> AbstractContextManager[Path]:
+  """A folder to fill (`folders.whole`); `redo` replaces the files of the run that lies there."""
+  return whole(out, owned=OWNED.fullmatch, redo=redo)
 
 
 def write_final_latents(folder: str | Path, latents: Any) -> None:
@@ -158,11 +105,9 @@ def write_videos(
   frames: R frames height width 3 uint8. first_frames: R height width 3 uint8.
   """
   for run, video in enumerate(frames):
-    with atomic(Path(folder) / f"video_{run}.mp4") as part:
-      media.write_mp4(part, video, fps=fps)
+    media.write_mp4(Path(folder) / f"video_{run}.mp4", video, fps=fps)
   for run, first in enumerate(() if first_frames is None else first_frames):
-    with atomic(Path(folder) / f"first_{run}.png") as part:
-      media.write_png(part, first)
+    media.write_png(Path(folder) / f"first_{run}.png", first)
 
 
 def write_manifest(
@@ -202,19 +147,6 @@ def write_manifest(
   return manifest
 
 
-def checksum(path: Path) -> str:
-  """sha256 of a file; of a folder, over the names and checksums of its files in order."""
-  digest = hashlib.sha256()
-  if path.is_dir():
-    for item in sorted(p for p in path.rglob("*") if p.is_file()):
-      digest.update(f"{item.relative_to(path).as_posix()} {checksum(item)}\n".encode())
-  else:
-    with path.open("rb") as file:
-      while block := file.read(1 << 20):
-        digest.update(block)
-  return digest.hexdigest()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceWriter:
   """Where the pieces of a trace go; made by `create_trace`."""
@@ -237,37 +169,36 @@ class TraceWriter:
         f"the piece ends at step {steps.stop} and run {runs.stop}, the trace has {self.steps} "
         f"steps and {self.runs} runs: create it with the sizes of the whole."
       )
-    with _disk(self.path):
-      self._put("sigma", ("step",), (self.steps,), piece.sigma, (steps,))
-      self._put("finite", ("step", "run"), (self.steps, self.runs), piece.finite, (steps, runs))
-      for name, value in (("latents", piece.latents), ("x0", piece.x0)):
-        if value is not None:
-          shape = (self.steps, self.runs, *np.shape(value)[2:])
-          self._put(name, LATENT_AXES, shape, value, (steps, runs))
-      kept = range(self.steps) if self.taps.steps is None else self.taps.steps
-      inside = [row for row, step in enumerate(kept) if steps.start <= step < steps.stop]
-      for name, value in piece.taps.items():
-        shape = np.shape(value)
-        if shape[0] != len(inside):
-          raise ValueError(
-            f"tap {name} brings {shape[0]} rows for steps {steps.start}.."
-            f"{steps.stop - 1}, of which {len(inside)} are kept: give create_trace the "
-            "TapSpec with the steps of the whole schedule."
-          )
-        if inside:
-          reduction = name.rpartition("/")[2]
-          rest = (f"{reduction}_{axis}" for axis in range(len(shape) - 4))
-          layers = range(shape[1]) if self.taps.layers is None else self.taps.layers
-          self._put(
-            f"taps/{name}",
-            (*TAP_AXES, *rest),
-            (len(kept), *shape[1:3], self.runs, *shape[4:]),
-            value,
-            (slice(inside[0], inside[-1] + 1), slice(None), slice(None), runs),
-            steps=list(kept),
-            layers=list(layers),
-            branches=list(self.taps.branches),
-          )
+    self._put("sigma", ("step",), (self.steps,), piece.sigma, (steps,))
+    self._put("finite", ("step", "run"), (self.steps, self.runs), piece.finite, (steps, runs))
+    for name, value in (("latents", piece.latents), ("x0", piece.x0)):
+      if value is not None:
+        shape = (self.steps, self.runs, *np.shape(value)[2:])
+        self._put(name, LATENT_AXES, shape, value, (steps, runs))
+    kept = range(self.steps) if self.taps.steps is None else self.taps.steps
+    inside = [row for row, step in enumerate(kept) if steps.start <= step < steps.stop]
+    for name, value in piece.taps.items():
+      shape = np.shape(value)
+      if shape[0] != len(inside):
+        raise ValueError(
+          f"tap {name} brings {shape[0]} rows for steps {steps.start}.."
+          f"{steps.stop - 1}, of which {len(inside)} are kept: give create_trace the "
+          "TapSpec with the steps of the whole schedule."
+        )
+      if inside:
+        reduction = name.rpartition("/")[2]
+        rest = (f"{reduction}_{axis}" for axis in range(len(shape) - 4))
+        layers = range(shape[1]) if self.taps.layers is None else self.taps.layers
+        self._put(
+          f"taps/{name}",
+          (*TAP_AXES, *rest),
+          (len(kept), *shape[1:3], self.runs, *shape[4:]),
+          value,
+          (slice(inside[0], inside[-1] + 1), slice(None), slice(None), runs),
+          steps=list(kept),
+          layers=list(layers),
+          branches=list(self.taps.branches),
+        )
 
   def write_frames(
     self,
@@ -287,16 +218,15 @@ class TraceWriter:
         f"frames has {len(frames)} rows for {len(shown)} steps: give one row a step."
       )
     runs = slice(at_run, at_run + frames.shape[1])
-    with _disk(self.path):
-      self._put(
-        "frames",
-        FRAME_AXES,
-        (len(shown), self.runs, *frames.shape[2:]),
-        np.asarray(frames, np.uint8),
-        (slice(None), runs),
-        steps=shown,
-        decoded_by=decoded_by,
-      )
+    self._put(
+      "frames",
+      FRAME_AXES,
+      (len(shown), self.runs, *frames.shape[2:]),
+      np.asarray(frames, np.uint8),
+      (slice(None), runs),
+      steps=shown,
+      decoded_by=decoded_by,
+    )
 
   def _put(
     self,
@@ -307,40 +237,8 @@ class TraceWriter:
     where: tuple[slice, ...],
     **attributes: Any,
   ) -> None:
-    value = np.asarray(value)
-    if value.dtype.name == "bfloat16":
-      value, attributes = value.astype(np.float32), {**attributes, "written_from": "bfloat16"}
-    for part in reversed(list(Path(name).parents)[:-1]):
-      _group(self.path / part)
-    spec = {
-      "driver": "zarr3",
-      "kvstore": {"driver": "file", "path": f"{self.path / name}/"},
-      "open": True,
-      "create": True,
-      "store_data_equal_to_fill_value": True,
-      "metadata": {
-        "shape": list(shape),
-        "data_type": value.dtype.name,
-        "dimension_names": list(axes),
-        "attributes": attributes,
-        "fill_value": {"f": "NaN", "b": False}.get(value.dtype.kind, 0),
-        "chunk_grid": {
-          "name": "regular",
-          "configuration": {"chunk_shape": _chunk(axes, shape, value.dtype.itemsize)},
-        },
-        "codecs": [
-          {"name": "bytes", "configuration": {"endian": "little"}},
-          {"name": "zstd", "configuration": {"level": 3}},
-          {"name": "crc32c"},
-        ],
-      },
-    }
-    if value.dtype.itemsize == 1:
-      spec["metadata"]["codecs"][0] = {"name": "bytes"}
-    try:
-      ts.open(spec).result()[where].write(value).result()
-    except ValueError as error:
-      raise _disk_error(error, self.path / name) from error
+    chunk = _chunk(axes, shape, np.asarray(value).itemsize)
+    arrays.put(self.path, name, axes, value, shape=shape, where=where, chunk=chunk, **attributes)
 
 
 @contextlib.contextmanager
@@ -353,16 +251,10 @@ def create_trace(
   taps: what was asked for, with `steps` as rows of the whole schedule.
   """
   path = Path(folder) / "trace.zarr"
-  part = path.with_name(".part-trace.zarr")
-  try:
-    with _disk(path):
-      _remove(part)
-      _group(part)
+  with beside(path) as part:
+    with disk(path):
+      arrays.group(part)
     yield TraceWriter(path=part, steps=steps, runs=runs, taps=TapSpec() if taps is None else taps)
-    with _disk(path):
-      part.replace(path)
-  finally:
-    _remove(part)
 
 
 # Answers
@@ -376,59 +268,22 @@ def write_answers(folder: str | Path, answers: AnswerTrace) -> None:
 
 def read_answers(path: str | Path) -> AnswerTrace:
   """Reads `answers.json`."""
-  record = _json(Path(path))
+  record = read_json(Path(path))
   kinds: dict[str, type] = {"answer": object, "right": bool}
   kinds |= dict.fromkeys(("sigma", "score", "commitment_sigma"), float)
   kinds |= dict.fromkeys(("candidates", "entropy", "mass"), float)
   try:
-    arrays = {
+    columns = {
       f.name: np.array(record[f.name], kinds.get(f.name, int))
       for f in dataclasses.fields(AnswerTrace)
       if f.name != "task"
     }
-    return AnswerTrace(task=tuple(record["task"]), **arrays)
+    return AnswerTrace(task=tuple(record["task"]), **columns)
   except (KeyError, TypeError, ValueError) as error:
-    raise _damaged(Path(path)) from error
+    raise damaged(Path(path)) from error
 
 
 # Reading
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-  """An array on disk: `stored[step]`, or any numpy index, reads just that."""
-
-  path: Path
-  stored: Any
-  axes: tuple[str, ...]
-  attributes: Mapping[str, Any]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.stored.shape)
-
-  @property
-  def steps(self) -> list[int]:
-    """The denoising step of each row."""
-    return list(self.attributes.get("steps", range(self.shape[0])))
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, where: Any) -> np.ndarray:
-    first = where[0] if isinstance(where, tuple) and where else where
-    if isinstance(first, int | np.integer) and not -len(self) <= first < len(self):
-      raise IndexError(f"row {first} is not in {self.path.name}; it has {len(self)} rows.")
-    if isinstance(first, int | np.integer) and first < 0:
-      rest = where[1:] if isinstance(where, tuple) else ()
-      where = (first + len(self), *rest)
-    try:
-      return np.asarray(self.stored[where].read().result())
-    except ValueError as error:
-      raise ValueError(
-        f"{self.path} can't be read at {where!r}, a chunk is missing or damaged: run it "
-        "again, or copy the folder again."
-      ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -454,8 +309,7 @@ class Run:
   @property
   def name(self) -> str:
     """The name of the folder, also while it is being filled."""
-    path = self.path.resolve()
-    return path.parent.name if path.name == STAGE else path.name
+    return name_of(self.path)
 
   @property
   def final_latents(self) -> np.ndarray:
@@ -464,7 +318,7 @@ class Run:
     try:
       return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-      raise _damaged(path) from error
+      raise damaged(path) from error
 
   def first(self, run: int) -> Path | None:
     """The given first frame of a run, a PNG."""
@@ -536,59 +390,34 @@ def open_run(folder: str | Path) -> Run:
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."
     )
-  manifest = _json(folder / "manifest.json")
-  runs = _json(folder / "runs.json")
+  manifest = read_json(folder / "manifest.json")
+  runs = read_json(folder / "runs.json")
   root = folder / "trace.zarr"
-  arrays = {
-    p.parent.relative_to(root).as_posix(): _open_array(p.parent)
-    for p in sorted(root.rglob("zarr.json"))
-    if _json(p).get("node_type") == "array"
-  }
+  found = arrays.open_group(root)
   for name in ("sigma", "finite"):
-    if name not in arrays:
-      raise _damaged(root / name)
-  if arrays["finite"].shape[1] != len(runs):
+    if name not in found:
+      raise damaged(root / name)
+  if found["finite"].shape[1] != len(runs):
     raise ValueError(
       f"{folder}: runs.json names {len(runs)} runs, trace.zarr has "
-      f"{arrays['finite'].shape[1]}; run it again, or copy the folder again."
+      f"{found['finite'].shape[1]}; run it again, or copy the folder again."
     )
   answers = folder / "answers.json"
   return Run(
     path=folder,
     manifest=manifest,
     runs=runs,
-    sigma=arrays["sigma"][:],
-    finite=arrays["finite"][:],
-    latents=arrays.get("latents"),
-    x0=arrays.get("x0"),
-    frames=arrays.get("frames"),
-    taps={n.removeprefix("taps/"): a for n, a in arrays.items() if n.startswith("taps/")},
+    sigma=found["sigma"][:],
+    finite=found["finite"][:],
+    latents=found.get("latents"),
+    x0=found.get("x0"),
+    frames=found.get("frames"),
+    taps={n.removeprefix("taps/"): a for n, a in found.items() if n.startswith("taps/")},
     answers=read_answers(answers) if answers.is_file() else None,
   )
 
 
 # Details
-
-
-def plain(value: Any) -> Any:
-  """`value` as JSON can say it: arrays and tuples as lists, numbers that are not finite as None."""
-  if isinstance(value, Mapping):
-    return {str(k): plain(v) for k, v in value.items()}
-  if isinstance(value, np.ndarray):
-    return plain(value.tolist())
-  if isinstance(value, list | tuple):
-    return [plain(v) for v in value]
-  if isinstance(value, set | frozenset):
-    return sorted((plain(v) for v in value), key=repr)
-  if isinstance(value, np.generic):
-    return plain(value.item())
-  if isinstance(value, float):
-    return value if math.isfinite(value) else None
-  if value is None or isinstance(value, str | int | bool):
-    return value
-  if isinstance(value, Path):
-    return str(value)
-  raise ValueError(f"{value!r} can't be written as JSON: give numbers, strings, lists and dicts.")
 
 
 def _chunk(axes: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> list[int]:
@@ -601,80 +430,6 @@ def _chunk(axes: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> list
   chunk[0] = 1
   chunk[run] = max(1, min(shape[run], CHUNK_BYTES // max(of_run, 1)))
   return chunk
-
-
-def _group(path: Path) -> None:
-  path.mkdir(exist_ok=True)
-  mark = path / "zarr.json"
-  if not mark.exists():
-    mark.write_text(json.dumps({"zarr_format": 3, "node_type": "group"}), encoding="utf-8")
-
-
-def _open_array(path: Path) -> StoredArray:
-  spec = {
-    "driver": "zarr3",
-    "kvstore": {"driver": "file", "path": f"{path}/"},
-    "fill_missing_data_reads": False,
-  }
-  try:
-    stored = ts.open(spec, read=True).result()
-  except ValueError as error:
-    raise _damaged(path / "zarr.json") from error
-  meta = _json(path / "zarr.json")
-  return StoredArray(path, stored, tuple(meta["dimension_names"]), meta.get("attributes", {}))
-
-
-def _json(path: Path) -> Any:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise ValueError(f"{path} is missing: run it again, or copy the folder again.") from error
-  except (OSError, ValueError) as error:
-    raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> ValueError:
-  return ValueError(f"{path} is missing or damaged: run it again, or copy the folder again.")
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-  """Turns an OSError of the system into one sentence that names the file and the remedy."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno is None:
-      raise
-    raise _disk_error(error, path) from error
-
-
-def _disk_error(error: Exception, path: Path) -> OSError:
-  """tensorstore gives the errno only inside its message."""
-  parts = path.parts
-  place = Path(*parts[: parts.index(STAGE)]) if STAGE in parts else path
-  code = error.errno if isinstance(error, OSError) else None
-  found = re.search(r"os_error_code='(\d+)'", str(error))
-  code = int(found[1]) if found else code
-  reason = os.strerror(code) if code else " ".join(str(error).split())
-  full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-  remedy = "free some space or choose another --out" if full else "choose another --out"
-  return OSError(f"{place} could not be written ({reason}): {remedy}.")
-
-
-def _missing_parents(path: Path) -> list[Path]:
-  """The folders that making `path` will make, innermost first."""
-  made = []
-  while not path.exists():
-    made.append(path)
-    path = path.parent
-  return made
-
-
-def _remove(path: Path) -> None:
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
 
 
 def _revision() -> str | None:

@@ -1,6 +1,6 @@
 """The commands as a shell calls them; bad input is one sentence, status 2, nothing left behind."""
 
-import errno
+import contextlib
 import json
 import resource
 import shutil
@@ -21,7 +21,6 @@ from jax_videoreason import (
   open_run,
   report,
   settings,
-  store,
   tasks,
   tokenizer,
 )
@@ -533,28 +532,33 @@ def test_a_folder_in_use_is_refused_unless_redo(call, refuses, sample_words, tmp
   assert (out / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("limit", [300, 900])
-def test_a_disk_that_fills_up_leaves_nothing(refuses, sample_words, tmp_path, limit):
+@contextlib.contextmanager
+def files_up_to(size: int):
+  """A file that may not grow fails as a full disk does, in the middle of the writing."""
   _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  before = sorted(tmp_path.rglob("*"))
-  # a file that may not grow fails as a full disk does, in the middle of the writing
-  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
-    said = refuses(*sample_words)
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-  assert "could not be written" in said
-  assert str(tmp_path / "run") in said
+
+
+@pytest.mark.parametrize("limit", [300, 900])
+def test_a_disk_that_fills_up_leaves_nothing(refuses, sample_words, tmp_path, limit):
+  before = sorted(tmp_path.rglob("*"))
+  with files_up_to(limit):
+    said = refuses(*sample_words)
+  assert f"{tmp_path / 'run'} could not be written (File too large): free some space" in said
   assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_says_so(refuses, tmp_path, monkeypatch):
-  def full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-  monkeypatch.setattr(store, "run_folder", full)
-  said = refuses("tasks", "export", "--tasks=pick", f"--out={tmp_path / 'cases'}")
-  assert "No space left on device" in said
+@pytest.mark.parametrize("limit", [5, 200, 1000])
+def test_a_disk_that_fills_up_leaves_no_case(refuses, tmp_path, limit):
+  out = tmp_path / "cases"
+  with files_up_to(limit):
+    said = refuses("tasks", "export", "--tasks=pick", "--size=32", "--cases=1", f"--out={out}")
+  assert f"{out} could not be written (File too large): free some space" in said
+  assert not list(tmp_path.iterdir())
 
 
 def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 import run_folder
-from jax_videoreason import store
+from jax_videoreason import folders, store
 from jax_videoreason.structs import Trace
 from jax_videoreason.taps import TapSpec
 
@@ -150,7 +150,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, existed):
     out.mkdir(parents=True)
   with pytest.raises(KeyboardInterrupt):
     with store.run_folder(out) as stage:
-      store.write_json(stage / "runs.json", [])
+      folders.write_json(stage / "runs.json", [])
       raise KeyboardInterrupt
   assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", out] if existed else [])
 
@@ -171,9 +171,9 @@ def test_a_failed_redo_keeps_the_old_run(tmp_path):
 
 
 def test_what_a_killed_run_left_is_no_obstacle(tmp_path):
-  (tmp_path / store.STAGE / "trace.zarr").mkdir(parents=True)
+  (tmp_path / folders.STAGE / "trace.zarr").mkdir(parents=True)
   run_folder.make(tmp_path, seeds=1)
-  assert not (tmp_path / store.STAGE).exists()
+  assert not (tmp_path / folders.STAGE).exists()
 
 
 def test_out_that_cannot_be_a_folder(tmp_path):
@@ -198,7 +198,7 @@ try:
   if sys.argv[4] == "run":
     run_folder.make(out)
   else:
-    from jax_videoreason import store
+    from jax_videoreason import folders, store
     store.write_final_latents(out.parent, [0.0] * 1000)
 except OSError as error:
   print(error)
@@ -322,12 +322,12 @@ def test_to_pandas_is_the_table(folder, monkeypatch):
 
 
 def test_plain_refuses_what_json_cannot_say():
-  assert store.plain({"a": (np.float32(0.5), float("nan")), 2: np.arange(2)}) == {
+  assert folders.plain({"a": (np.float32(0.5), float("nan")), 2: np.arange(2)}) == {
     "a": [0.5, None],
     "2": [0, 1],
   }
   with pytest.raises(ValueError, match="can't be written as JSON"):
-    store.plain(object())
+    folders.plain(object())
 
 
 def test_a_run_without_a_prompt_is_refused(tmp_path):

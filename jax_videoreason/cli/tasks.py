@@ -7,12 +7,11 @@ A case is the folder OUT/<task>/<00000>/ with first_frame.png, final_frame.png, 
 prompt.txt and metadata.json (all right answers, in symbols). Cases are the same on every machine.
 """
 
-import shutil
 from pathlib import Path
 
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
-from jax_videoreason import cli, console, store, tasks
+from jax_videoreason import cli, console, folders, tasks
 from jax_videoreason.vbvr import layout
 
 WORDS = 1
@@ -51,15 +50,13 @@ def export(flags: FlagValues) -> None:
   """Writes the cases that the flags name."""
   names = asked(flags.tasks, flags.split)
   out = Path(flags.out)
-  with store.run_folder(out, redo=flags.redo) as folder:
+  with folders.whole(out, owned=set(names).__contains__, redo=flags.redo) as folder:
     with console.progress(len(names) * flags.cases, "write", "case") as advance:
       for name in names:
         task = tasks.load(name, size=flags.size, frames=flags.frames)
         for index in range(flags.cases):
           layout.write_cases(folder, [task.generate(flags.split, index)])
           advance(1)
-    for name in names if flags.redo else ():
-      shutil.rmtree(out / name, ignore_errors=True)
   console.say(f"{len(names) * flags.cases} cases: {out.resolve()}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import media, tasks
+from jax_videoreason.folders import disk, write_json
 from jax_videoreason.tasks.base import Case
 
 FPS = 16  # of VBVR-Bench
@@ -23,14 +24,13 @@ def write_cases(root: Path, cases: Sequence[Case]) -> list[Path]:
 
 def write_case(folder: Path, case: Case) -> Path:
   """Writes the five files of a case into a new folder."""
-  folder.mkdir(parents=True)
+  with disk(folder):
+    folder.mkdir(parents=True)
+    (folder / "prompt.txt").write_text(case.prompt + "\n", encoding="utf-8")
   media.write_png(folder / "first_frame.png", case.first_frame)
   media.write_png(folder / "final_frame.png", case.frames[-1])
   media.write_mp4(folder / "ground_truth.mp4", case.frames, fps=FPS)
-  (folder / "prompt.txt").write_text(case.prompt + "\n", encoding="utf-8")
-  (folder / "metadata.json").write_text(
-    json.dumps(case.metadata, indent=1) + "\n", encoding="utf-8"
-  )
+  write_json(folder / "metadata.json", case.metadata)
   return folder
 
 

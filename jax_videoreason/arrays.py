@@ -1,0 +1,135 @@
+"""Arrays with named axes on disk: zarr v3 by TensorStore, written and read slice by slice.
+
+zarr has no bfloat16, so bfloat16 is widened to float32, which is exact; the attribute
+`written_from` says so. Every chunk carries a checksum: a damaged one is never read as numbers.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jax_videoreason.folders import damaged, disk, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+  """An array on disk: `stored[step]`, or any numpy index, reads just that."""
+
+  path: Path
+  stored: Any
+  axes: tuple[str, ...]
+  attributes: Mapping[str, Any]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.stored.shape)
+
+  @property
+  def steps(self) -> list[int]:
+    """The denoising step of each row."""
+    return list(self.attributes.get("steps", range(self.shape[0])))
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, where: Any) -> np.ndarray:
+    first = where[0] if isinstance(where, tuple) and where else where
+    if isinstance(first, int | np.integer) and not -len(self) <= first < len(self):
+      raise IndexError(f"row {first} is not in {self.path.name}; it has {len(self)} rows.")
+    if isinstance(first, int | np.integer) and first < 0:
+      rest = where[1:] if isinstance(where, tuple) else ()
+      where = (first + len(self), *rest)
+    try:
+      return np.asarray(self.stored[where].read().result())
+    except ValueError as error:
+      raise ValueError(
+        f"{self.path} can't be read at {where!r}, a chunk is missing or damaged: run it "
+        "again, or copy the folder again."
+      ) from error
+
+
+def put(
+  root: Path,
+  name: str,
+  axes: Sequence[str],
+  value: Any,
+  *,
+  shape: Sequence[int] | None = None,
+  where: tuple[slice, ...] = (),
+  chunk: Sequence[int] | None = None,
+  **attributes: Any,
+) -> None:
+  """Writes `value` into the array `name` of the group `root`, which is made where it is lacking.
+
+  name: may lie in groups, as taps/attn_out/norm. axes: a name for each. shape: of the whole array,
+  None = that of `value`. where: the part that `value` is, () = all. chunk: None = one chunk.
+  attributes: kept beside the array, as JSON.
+
+  OSError: the disk refuses.
+  """
+  value = np.asarray(value)
+  if value.dtype.name == "bfloat16":
+    value, attributes = value.astype(np.float32), {**attributes, "written_from": "bfloat16"}
+  size = value.shape if shape is None else tuple(shape)
+  endian = {} if value.dtype.itemsize == 1 else {"configuration": {"endian": "little"}}
+  spec = {
+    **_spec(root / name),
+    "open": True,
+    "create": True,
+    "store_data_equal_to_fill_value": True,
+    "metadata": {
+      "shape": list(size),
+      "data_type": value.dtype.name,
+      "dimension_names": list(axes),
+      "attributes": attributes,
+      "fill_value": {"f": "NaN", "b": False}.get(value.dtype.kind, 0),
+      "chunk_grid": {
+        "name": "regular",
+        "configuration": {"chunk_shape": [max(n, 1) for n in chunk or size]},
+      },
+      "codecs": [
+        {"name": "bytes", **endian},
+        {"name": "zstd", "configuration": {"level": 3}},
+        {"name": "crc32c"},
+      ],
+    },
+  }
+  with disk(root / name):
+    for part in reversed(list(Path(name).parents)):
+      group(root / part)
+    ts.open(spec).result()[where].write(value).result()
+
+
+def group(path: Path) -> None:
+  """Makes a group, if it is not there."""
+  path.mkdir(exist_ok=True)
+  mark = path / "zarr.json"
+  if not mark.exists():
+    mark.write_text(json.dumps({"zarr_format": 3, "node_type": "group"}), encoding="utf-8")
+
+
+def open_group(root: Path) -> dict[str, StoredArray]:
+  """Every array of a group by its name, as taps/attn_out/norm; ValueError for a damaged one."""
+  return {
+    path.parent.relative_to(root).as_posix(): _open(path.parent, meta)
+    for path in sorted(root.rglob("zarr.json"))
+    if (meta := read_json(path)).get("node_type") == "array"
+  }
+
+
+def _open(path: Path, meta: Mapping[str, Any]) -> StoredArray:
+  try:
+    stored = ts.open({**_spec(path), "fill_missing_data_reads": False}, read=True).result()
+    axes = tuple(meta["dimension_names"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise damaged(path / "zarr.json") from error
+  return StoredArray(path, stored, axes, meta.get("attributes", {}))
+
+
+def _spec(path: Path) -> dict[str, Any]:
+  return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}

@@ -1,0 +1,188 @@
+"""Folders and files that appear whole or not at all, JSON, checksums, and what a full disk says."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STAGE = ".unfinished"
+PART = ".part-"
+
+
+@contextlib.contextmanager
+def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -> Iterator[Path]:
+  """Yields a folder to fill; its files move to `out` when the block ends well, else none is left.
+
+  owned: whether a name in `out` is of the kind that is written here, so that `redo` replaces it;
+  all other files are left alone.
+
+  Raises:
+    ValueError: `out` is a file, or holds something already and not `redo`.
+    OSError: `out` can't be written.
+  """
+  out = Path(out)
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
+  existed = out.is_dir()
+  with disk(out):
+    there = sorted(p.name for p in out.iterdir() if p.name != STAGE) if existed else []
+  if there and not redo:
+    more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    raise ValueError(
+      f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
+      "replace what was written there."
+    )
+  stage = out / STAGE
+  made = _missing_parents(out)
+  try:
+    with disk(out):
+      shutil.rmtree(stage, ignore_errors=True)
+      stage.mkdir(parents=True)
+    yield stage
+    with disk(out):
+      for name in there:
+        if name.startswith(PART) or owned(name):
+          remove(out / name)
+      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+        item.rename(out / item.name)
+      stage.rmdir()
+  except BaseException:
+    shutil.rmtree(stage, ignore_errors=True)
+    for folder in made:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
+
+
+def name_of(folder: Path) -> str:
+  """The name a folder has or will have, also while `whole` fills it."""
+  path = folder.resolve()
+  return path.parent.name if path.name == STAGE else path.name
+
+
+@contextlib.contextmanager
+def beside(path: str | Path) -> Iterator[Path]:
+  """Yields a path to fill, a file or a folder; it becomes `path` when the block ends well.
+
+  Else it is removed.
+  """
+  path = Path(path)
+  part = path.with_name(f"{PART}{path.name}")
+  try:
+    with disk(path):
+      remove(part)
+    yield part
+    with disk(path):
+      part.replace(path)
+  finally:
+    with contextlib.suppress(OSError):
+      remove(part)
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+  """`beside` for a block that only writes: an OSError in it is said to be about `path`."""
+  with disk(Path(path)), beside(path) as part:
+    yield part
+
+
+@contextlib.contextmanager
+def disk(path: Path, *, full: str = "free some space or choose another --out") -> Iterator[None]:
+  """Turns an error of the file system into an OSError of one sentence: place, reason, remedy.
+
+  full: the remedy for a disk without room. TensorStore raises ValueError and gives the number of
+  the error only inside its message.
+  """
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    if code is None:
+      raise
+    parts = path.parts
+    place = Path(*parts[: parts.index(STAGE)]) if STAGE in parts else path
+    remedy = full if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "choose another --out"
+    raise OSError(f"{place} could not be written ({os.strerror(code)}): {remedy}.") from error
+
+
+def remove(path: Path) -> None:
+  """Removes a file, a link or a whole folder, if it is there."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+  """sha256 of a file; of a folder, over the names and checksums of its files in order."""
+  if not path.is_dir():
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  digest = hashlib.sha256()
+  for item in sorted(p for p in path.rglob("*") if p.is_file()):
+    digest.update(f"{item.relative_to(path).as_posix()} {checksum(item)}\n".encode())
+  return digest.hexdigest()
+
+
+# JSON
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Writes `value` as JSON; not-a-number is not JSON, so it must be None already (`plain`)."""
+  with atomic(path) as part:
+    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+  """What a JSON file holds; ValueError when it is missing or damaged."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise ValueError(f"{path} is missing: run it again, or copy the folder again.") from error
+  except (OSError, ValueError) as error:
+    raise damaged(path) from error
+
+
+def damaged(path: Path) -> ValueError:
+  """What is said of a file that can't be read."""
+  return ValueError(f"{path} is missing or damaged: run it again, or copy the folder again.")
+
+
+def plain(value: Any) -> Any:
+  """`value` as JSON can say it: arrays and tuples as lists, numbers that are not finite as None."""
+  if isinstance(value, Mapping):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, np.ndarray):
+    return plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  if isinstance(value, set | frozenset):
+    return sorted((plain(v) for v in value), key=repr)
+  if isinstance(value, np.generic):
+    return plain(value.item())
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, str | int | bool):
+    return value
+  if isinstance(value, Path):
+    return str(value)
+  raise ValueError(f"{value!r} can't be written as JSON: give numbers, strings, lists and dicts.")
+
+
+def _missing_parents(path: Path) -> list[Path]:
+  """The folders that making `path` will make, innermost first."""
+  made = []
+  while not path.exists():
+    made.append(path)
+    path = path.parent
+  return made

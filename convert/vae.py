@@ -1,4 +1,4 @@
-"""The tensors of the Wan2.1 VAE in the original and in the diffusers naming."""
+"""The tensors of the Wan2.1 and Wan2.2 VAEs in the original and in the diffusers naming."""
 
 import re
 from collections.abc import Iterator
@@ -83,31 +83,36 @@ def _encoder_stages(config: WanVAEConfig) -> Iterator[Part]:
       blocks[0] = ("block_0", RES + SHORTCUT)
     if i < len(config.temporal):
       blocks.append(("down", RESAMPLE + TIME if config.temporal[i] else RESAMPLE))
-    for ours, parts in blocks:
-      names = (f"encoder.downsamples.{number}.", f"encoder.down_blocks.{number}.")
-      yield from _under(*names, f"encoder/stage_{i}_{ours}/", parts)
+    for j, (ours, parts) in enumerate(blocks):
+      old, new = f"encoder.downsamples.{number}.", f"encoder.down_blocks.{number}."
+      if config.residual:  # blocks are numbered by stage, and inside it
+        old = f"encoder.downsamples.{i}.downsamples.{j}."
+        new = f"encoder.down_blocks.{i}.{'downsampler' if ours == 'down' else f'resnets.{j}'}."
+      yield from _under(old, new, f"encoder/stage_{i}_{ours}/", parts)
       number += 1
     before = multiple
 
 
 def _decoder_stages(config: WanVAEConfig) -> Iterator[Part]:
-  number, before = 0, config.base_width * config.stages[-1]
+  base_width = config.decoder_width or config.base_width
+  number, before = 0, base_width * config.stages[-1]
   for i, multiple in enumerate(reversed(config.stages)):
-    width = config.base_width * multiple
+    width = base_width * multiple
     blocks: list[tuple[str, str, Parts]] = [
       (f"block_{j}", f"resnets.{j}", RES) for j in range(config.blocks + 1)
     ]
     if width != before:
       blocks[0] = ("block_0", "resnets.0", RES + SHORTCUT)
     if i < len(config.temporal):
-      blocks.append(
-        ("up", "upsamplers.0", RESAMPLE + TIME if config.temporal[-1 - i] else RESAMPLE)
-      )
-    for ours, new, parts in blocks:
-      names = (f"decoder.upsamples.{number}.", f"decoder.up_blocks.{i}.{new}.")
-      yield from _under(*names, f"decoder/stage_{i}_{ours}/", parts)
+      up = "upsampler" if config.residual else "upsamplers.0"
+      blocks.append(("up", up, RESAMPLE + TIME if config.temporal[-1 - i] else RESAMPLE))
+    for j, (ours, new, parts) in enumerate(blocks):
+      old = f"decoder.upsamples.{number}."
+      if config.residual:
+        old = f"decoder.upsamples.{i}.upsamples.{j}."
+      yield from _under(old, f"decoder.up_blocks.{i}.{new}.", f"decoder/stage_{i}_{ours}/", parts)
       number += 1
-    before = width // 2
+    before = width if config.residual else width // 2
 
 
 def _under(old: str, new: str, ours: str, parts: Parts) -> Iterator[Part]:

@@ -9,10 +9,15 @@ import pytest
 
 from jax_videoreason.convert import vae as vae_table
 from jax_videoreason.convert.engine import leaves
-from jax_videoreason.models.vae_blocks import CausalConv
+from jax_videoreason.models import wan22_vae
+from jax_videoreason.models.vae_blocks import CausalConv, average_down, fold, repeat_up, unfold
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 
 TINY = WanVAEConfig(base_width=4, stages=(1, 2, 4), temporal=(True, True), blocks=1)
+RESIDUAL = WanVAEConfig(
+  base_width=4, decoder_width=8, stages=(1, 2, 2), temporal=(True, False), blocks=1, fold=2,
+  residual=True,
+)  # fmt: skip
 
 
 def random_params(config: WanVAEConfig):
@@ -62,14 +67,6 @@ def test_the_stride_follows_the_stages_and_the_temporal_flags(temporal):
   assert y.shape == x.shape
 
 
-def test_the_published_size_has_the_published_number_of_parameters():
-  config = WanVAEConfig()
-  x = jax.ShapeDtypeStruct((1, 5, 16, 16, 3), jnp.float32)
-  shapes = jax.eval_shape(WanVAE(config).init, jax.random.key(0), x)["params"]
-  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 126_892_531
-  assert config.stride == (4, 8, 8)
-
-
 @pytest.mark.parametrize("widths", [(3, 5), (5, 3)])
 def test_a_causal_convolution_is_the_3d_convolution_of_frames_padded_in_front(widths):
   inside, outside = widths
@@ -112,6 +109,23 @@ def test_chunks_equal_the_whole(params, frames, chunk):
   whole = run("decode_values")(params, mean)
   assert whole.shape == x.shape
   np.testing.assert_allclose(run("decode_values", chunk)(params, mean), whole, atol=1e-5)
+
+
+def test_chunks_equal_the_whole_with_shortcuts():
+  """2.2: the stages' shortcuts, averaged down and repeated up, pass chunks too."""
+  vae, weights = WanVAE(RESIDUAL), random_params(RESIDUAL)
+  x = video(7)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def both(p, x, chunk):
+    z, _ = vae.apply({"params": p}, x, chunk, method="encode_moments")
+    return z, vae.apply({"params": p}, z, chunk, method="decode_values")
+
+  (z, y), (z_pieces, y_pieces) = both(weights, x, None), both(weights, x, 1)
+  assert RESIDUAL.stride == (2, 8, 8)
+  assert (z.shape, y.shape) == ((2, 4, 1, 1, 16), x.shape)
+  np.testing.assert_allclose(z_pieces, z, atol=1e-5)
+  np.testing.assert_allclose(y_pieces, y, atol=1e-5)
 
 
 def test_nothing_sees_a_later_frame(params):
@@ -203,8 +217,30 @@ def test_bad_chunks_and_configs_are_refused(params):
     WanVAEConfig(z_channels=4)
 
 
+def test_resampling_without_parameters():
+  """Two frames, 2 x 2 cells and 3 channels become 4 features; and back, each in its place."""
+  x = jnp.arange(2 * 2 * 2 * 3, dtype=jnp.float32).reshape(1, 2, 2, 2, 3)
+  down = average_down(x, 4, (2, 2), first=False)
+  groups = np.transpose(np.asarray(x[0]), (3, 0, 1, 2)).reshape(4, 6)  # channel, time, row, column
+  np.testing.assert_allclose(down[0, 0, 0, 0], groups.mean(1), rtol=1e-6)
+  alone = average_down(x[:, :1], 4, (2, 2))
+  groups = groups.reshape(3, 2, 4)[:, 0]  # frame 0 with an empty frame before it
+  wanted = np.concatenate([np.zeros((3, 4)), groups], axis=1).reshape(4, 6).mean(1)
+  np.testing.assert_allclose(alone[0, 0, 0, 0], wanted, rtol=1e-6)
+  cell = jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 1, 1, 8)
+  up = repeat_up(cell, 2, (2, 2), first=False)
+  np.testing.assert_array_equal(up[..., 0].ravel(), np.repeat(np.arange(4), 2))
+  np.testing.assert_array_equal(repeat_up(cell, 2, (2, 2))[0, 0], up[0, 1])
+
+
+def test_folding_puts_columns_before_rows():
+  x = jnp.arange(4.0).reshape(1, 1, 2, 2, 1)
+  np.testing.assert_array_equal(fold(x, 2)[0, 0, 0, 0], [0, 2, 1, 3])
+  np.testing.assert_array_equal(unfold(fold(x, 2), 2), x)
+
+
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
-@pytest.mark.parametrize("config", [TINY, WanVAEConfig(base_width=4)])
+@pytest.mark.parametrize("config", [TINY, WanVAEConfig(base_width=4), RESIDUAL])
 def test_both_namings_fill_every_leaf_once(config, naming):
   rows = vae_table.table(config, naming)
   targets = [target for _, target, _ in rows]
@@ -221,3 +257,16 @@ def test_the_original_names_of_the_published_size():
     "decoder/stage_1_block_0/shortcut/kernel"
   )
   assert keys[r"decoder\.upsamples\.11\.resample\.1\.weight"] == "decoder/stage_2_up/space/kernel"
+
+
+def test_the_original_names_of_the_published_2_2():
+  keys = {key: target for key, target, _ in vae_table.table(wan22_vae.CONFIG, "original")}
+  assert keys[r"encoder\.downsamples\.2\.downsamples\.2\.time_conv\.weight"] == (
+    "encoder/stage_2_down/time_conv/kernel"
+  )
+  assert keys[r"decoder\.upsamples\.2\.upsamples\.0\.shortcut\.weight"] == (
+    "decoder/stage_2_block_0/shortcut/kernel"
+  )
+  assert keys[r"decoder\.upsamples\.0\.upsamples\.3\.resample\.1\.bias"] == (
+    "decoder/stage_0_up/space/bias"
+  )

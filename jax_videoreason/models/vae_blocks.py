@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from flax import linen as nn
 
 from jax_videoreason.attention import attend
@@ -165,6 +165,43 @@ class Upsample(nn.Module):
       x = jnp.concatenate([x[:, :1], y], axis=1) if first else y
     x = repeat(x, "r f h w c -> r f (h a) (w b) c", a=2, b=2)
     return CausalConv(self.features, (1, 3, 3), name="space")(x)
+
+
+def fold(x: Array, size: int) -> Array:
+  """R F (H size) (W size) C -> R F H W (C size size), columns of a cell slower than its rows."""
+  return rearrange(x, "r f (h a) (w b) c -> r f h w (c b a)", a=size, b=size)
+
+
+def unfold(x: Array, size: int) -> Array:
+  """The inverse of `fold`."""
+  return rearrange(x, "r f h w (c b a) -> r f (h a) (w b) c", a=size, b=size)
+
+
+def average_down(x: Array, features: int, factor: tuple[int, int], first: bool = True) -> Array:
+  """R F H W C -> R F/t H/s W/s features, (t, s) = factor: each feature averages neighbours.
+
+  The neighbours of a cell, ordered (C, t, s, s), are cut into `features` groups of equal size.
+  Frame 0 stands alone, with zero frames before it.
+  """
+  time, space = factor
+  if first:
+    x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
+  pattern = "r (f t) (h a) (w b) c -> r f h w (c t a b)"
+  x = rearrange(x, pattern, t=time, a=space, b=space)
+  return reduce(x, "r f h w (o n) -> r f h w o", "mean", o=features)
+
+
+def repeat_up(x: Array, features: int, factor: tuple[int, int], first: bool = True) -> Array:
+  """R F H W C -> R (F t) (H s) (W s) features, (t, s) = factor: channels become neighbours.
+
+  Channels, repeated to as many as are needed, are ordered (features, t, s, s). Frame 0 becomes one.
+  """
+  time, space = factor
+  times = features * time * space * space // x.shape[-1]
+  x = repeat(x, "r f h w c -> r f h w (c n)", n=times)
+  pattern = "r f h w (o t a b) -> r (f t) (h a) (w b) o"
+  x = rearrange(x, pattern, o=features, t=time, a=space, b=space)
+  return x[:, time - 1 :] if first else x
 
 
 def in_chunks(module: nn.Module, x: Array, *, first: int, size: int) -> Array:

@@ -1,4 +1,7 @@
-"""The Wan2.1 VAE: RGB video <-> latents of 16 channels, stride 4x8x8 at the published size."""
+"""The Wan VAE: RGB video <-> latents. As Wan2.1 has it, 16 channels with a stride of 4x8x8.
+
+`residual`, `fold` and `decoder_width` make it that of Wan2.2 (`wan22_vae`).
+"""
 
 import dataclasses
 
@@ -13,7 +16,11 @@ from jax_videoreason.models.vae_blocks import (
   Middle,
   ResBlock,
   Upsample,
+  average_down,
+  fold,
   in_chunks,
+  repeat_up,
+  unfold,
 )
 
 # Per latent channel, from the official Wan2.1 VAE.
@@ -29,12 +36,15 @@ STD = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanVAEConfig:
-  """Sizes of a Wan2.1 VAE; the defaults are the published ones.
+  """Sizes of a Wan VAE; the defaults are those published for Wan2.1.
 
   stages: width of each stage as a multiple of base_width; height and width halve between stages.
   temporal: one flag per halving, from the pixels down: whether it halves the frames too.
   blocks: residual blocks per stage of the encoder; the decoder has one more.
   mean, std: normalisation of the latents, one number per latent channel.
+  decoder_width: base_width of the decoder; None = that of the encoder.
+  fold: so many pixels a side are channels of one cell before the first convolution.
+  residual: a stage that resamples also adds its input, averaged down or repeated up.
   dtype: what the blocks compute in, "float32" or "bfloat16"; norms are float32 inside.
   """
 
@@ -45,6 +55,9 @@ class WanVAEConfig:
   temporal: tuple[bool, ...] = (False, True, True)
   mean: tuple[float, ...] = MEAN
   std: tuple[float, ...] = STD
+  decoder_width: int | None = None
+  fold: int = 1
+  residual: bool = False
   dtype: str = "float32"
 
   def __post_init__(self):
@@ -63,7 +76,7 @@ class WanVAEConfig:
   @property
   def stride(self) -> tuple[int, int, int]:
     """Pixels per latent cell: (frames, height, width)."""
-    space = 2 ** len(self.temporal)
+    space = self.fold * 2 ** len(self.temporal)
     return 2 ** sum(self.temporal), space, space
 
 
@@ -75,12 +88,16 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: Array, first: bool = True) -> Array:
     c = self.config
-    x = CausalConv(c.base_width, name="conv_in")(x.astype(c.dtype), first)
+    x = CausalConv(c.base_width, name="conv_in")(fold(x.astype(c.dtype), c.fold), first)
     for i, multiple in enumerate(c.stages):
+      before, width, factor = x, c.base_width * multiple, (1, 1)
       for j in range(c.blocks):
-        x = ResBlock(c.base_width * multiple, name=f"stage_{i}_block_{j}")(x, first)
+        x = ResBlock(width, name=f"stage_{i}_block_{j}")(x, first)
       if i < len(c.temporal):
         x = Downsample(c.temporal[i], name=f"stage_{i}_down")(x, first)
+        factor = (1 + c.temporal[i], 2)
+      if c.residual:
+        x = x + average_down(before, width, factor, first)
     x = Middle(name="middle")(x, first)
     x = nn.silu(ChannelNorm(name="norm_out")(x))
     x = CausalConv(2 * c.z_channels, name="conv_out")(x, first)
@@ -96,16 +113,22 @@ class Decoder(nn.Module):
   def __call__(self, x: Array, first: bool = True) -> Array:
     c = self.config
     x = CausalConv(c.z_channels, (1, 1, 1), name="from_latents")(x.astype(c.dtype))
-    x = CausalConv(c.base_width * c.stages[-1], name="conv_in")(x, first)
+    base_width = c.decoder_width or c.base_width
+    x = CausalConv(base_width * c.stages[-1], name="conv_in")(x, first)
     x = Middle(name="middle")(x, first)
     for i, multiple in enumerate(reversed(c.stages)):
-      width = c.base_width * multiple
+      before, width = x, base_width * multiple
       for j in range(c.blocks + 1):
         x = ResBlock(width, name=f"stage_{i}_block_{j}")(x, first)
       if i < len(c.temporal):
-        x = Upsample(width // 2, c.temporal[-1 - i], name=f"stage_{i}_up")(x, first)
+        time = c.temporal[-1 - i]
+        inner = width if c.residual else width // 2
+        x = Upsample(inner, time, name=f"stage_{i}_up")(x, first)
+        if c.residual:
+          x = x + repeat_up(before, width, (1 + time, 2), first)
     x = nn.silu(ChannelNorm(name="norm_out")(x))
-    return CausalConv(3, name="conv_out")(x, first).astype(jnp.float32)
+    x = CausalConv(3 * c.fold**2, name="conv_out")(x, first)
+    return unfold(x, c.fold).astype(jnp.float32)
 
 
 class WanVAE(nn.Module):

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jax_videoreason.axes import Params
 from jax_videoreason.models import wan
+from jax_videoreason.models.clip import CLIPConfig, CLIPTower
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
+from jax_videoreason.models.variants import VARIANTS, Variant
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 from jax_videoreason.structs import LatentSpec, Parts
 
@@ -25,10 +27,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """name, and part name ("dit", "vae", "text", "clip") -> Part."""
+  """Part name ("dit", "vae", "text", "clip") -> Part; the published models by their short names."""
 
   name: str
   parts: Mapping[str, Part]
+  variants: Mapping[str, Variant]
 
   def build(self, configs: Mapping[str, Any]) -> Parts:
     """The modules of the parts that have a config, given as an object or as its settings.
@@ -79,10 +82,21 @@ def _text_params(config: UMT5Config) -> Params:
   return jax.eval_shape(init)
 
 
+def _clip_params(config: CLIPConfig) -> Params:
+  def init() -> Params:
+    images = jnp.zeros((1, config.image, config.image, 3))
+    return CLIPTower(config).init(jax.random.key(0), images)["params"]
+
+  return jax.eval_shape(init)
+
+
 WAN_PARTS = {
   "dit": Part(config=wan.WanConfig, module=wan.WanDiT, abstract=wan.abstract_params),
   "vae": Part(config=WanVAEConfig, module=WanVAE, abstract=_vae_params),
   "text": Part(config=UMT5Config, module=UMT5Encoder, abstract=_text_params),
+  "clip": Part(config=CLIPConfig, module=CLIPTower, abstract=_clip_params),
 }
 
-FAMILIES: dict[str, Family] = {"wan21": Family(name="wan21", parts=WAN_PARTS)}
+FAMILIES: dict[str, Family] = {
+  "wan21": Family(name="wan21", parts=WAN_PARTS, variants=VARIANTS),
+}

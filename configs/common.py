@@ -6,6 +6,16 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+# What Wan's own configurations advise against, for every model: garish, overexposed, still,
+# blurred, subtitles, worst quality, JPEG artefacts, extra fingers, walking backwards, and so on.
+NEGATIVE_PROMPT = (
+  "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+  "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+  "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+# A shaking camera too: put before it for image to video of Wan2.1.
+STEADY = "镜头晃动，"
+
 
 def sample() -> ConfigDict:
   """The fields of a run with Wan's own values; model and size of the video come from a config."""
@@ -40,6 +50,39 @@ def sample() -> ConfigDict:
       },
     }
   )
+
+
+def published(name: str) -> ConfigDict:
+  """The run of a published Wan model as its authors sample it: UniPC, 81 frames, stock negative.
+
+  The weights are a bundle in ckpt/NAME, made by `videoreason convert SRC --out ckpt/NAME`.
+  """
+  config = sample()
+  config.checkpoint = f"ckpt/{name}"
+  config.negative_prompt = NEGATIVE_PROMPT
+  config.solver, config.grid = "unipc", "official"
+  return config
+
+
+def vbvr(name: str) -> ConfigDict:
+  """The run of a VBVR model as the paper samples it: 50 Euler steps, shift 5, guidance 5."""
+  config = published(name)
+  config.solver, config.grid = "euler", "diffsynth"
+  return config
+
+
+def choose(argument: str | None, *choices: str) -> tuple[str, str]:
+  """The first word of an argument, one of `choices` (the first if none is given), and the rest.
+
+  Raises:
+    ValueError: a word that is neither a choice nor key=value.
+  """
+  word, _, rest = (argument or "").partition(",")
+  if not word or "=" in word:
+    return choices[0], argument or ""
+  if word not in choices:
+    raise ValueError(f"{word!r} is no choice; there are: {', '.join(choices)}.")
+  return word, rest
 
 
 def parse(config: ConfigDict, argument: str | None) -> ConfigDict:

@@ -42,9 +42,9 @@ def _dit(width: int, ffn_width: int, layers: int, **more: Any) -> WanConfig:
   )
 
 
-_14B = dict(width=5120, ffn_width=13824, layers=40)
-_IMAGE = dict(in_channels=36, image_input="concat")
-_5B = dict(width=3072, ffn_width=14336, layers=30, in_channels=48, out_channels=48)
+_14B: dict[str, Any] = dict(width=5120, ffn_width=13824, layers=40)
+_IMAGE: dict[str, Any] = dict(in_channels=36, image_input="concat")
+_5B: dict[str, Any] = dict(width=3072, ffn_width=14336, layers=30, in_channels=48, out_channels=48)
 
 VARIANTS = {
   "wan21_t2v_1_3b": Variant(dit=_dit(1536, 8960, 30)),

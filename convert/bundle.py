@@ -19,15 +19,13 @@ from jax_videoreason.models import FAMILIES
 from jax_videoreason.structs import Card, ModelBundle, Parts
 from jax_videoreason.version import __version__
 
-from . import detect, wan
+from . import detect, lora, wan
 from .detect import Source
 from .engine import Faults, Move, leaves, moves
 from .reader import Header, read
 
 TEXT_LENGTH = 512
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
-# What is changed in a tensor before it is moved.
-Change = Callable[[str, Move, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,14 @@ class Plan:
   target: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
   parts: Parts
   numerics: str
-  settings: tuple[str, ...]  # what else changes the result
+  dtype: str | None
+  merge: lora.Merge
 
   @property
   def files(self) -> list[Path]:
     """Every file that is read."""
-    return sorted({step.header.file for step in self.steps})
+    weights = {step.header.file for step in self.steps}
+    return sorted(weights | {low_rank.file for low_rank in self.merge.loras})
 
   @property
   def read_bytes(self) -> int:
@@ -70,7 +70,9 @@ class Plan:
   @property
   def fingerprint(self) -> str:
     """Differs when the sources or what is made of them differ."""
-    said: list[Any] = [__version__, repr(self.parts), self.numerics, *self.settings]
+    said: list[Any] = [__version__, repr(self.parts), self.numerics, self.dtype]
+    said += [self.merge.alpha, self.merge.order]
+    said += [[low_rank.part, str(low_rank.file)] for low_rank in self.merge.loras]
     for file in self.files:
       stat = file.stat()
       said.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
@@ -81,19 +83,27 @@ class Plan:
 
 
 def plan(
-  source: Source, *, dtype: str | None = None, numerics: str | None = None, settings=()
+  source: Source,
+  *,
+  dtype: str | None = None,
+  numerics: str | None = None,
+  loras: lora.Wanted | None = None,
 ) -> Plan:
   """The plan of a conversion. Faults says what does not fit, of all parts at once.
 
   dtype: "bf16" or "fp32" of the transformer and the text encoder; None = as in the source. The VAE
     keeps its own; in bf16, so do the leaves of `wan.KEPT`.
   numerics: None = those of the layout.
+  loras: what is merged into the transformers.
   """
   chosen = numerics or ("diffusers" if source.layout == "diffusers" else "official")
   faults: list[str] = []
   steps: list[Step] = []
   target: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   configs: dict[str, Any] = {}
+  low_rank: list[lora.Lora] = []
+  asked = loras or lora.Wanted()
+  files = lora.assign(asked.given, sum(part.startswith("dit") for part in source.parts))
   for part, found in source.parts.items():
     kind = part.split("_")[0]
     shapes = detect.abstract(found, kind)
@@ -102,6 +112,11 @@ def plan(
     except Faults as error:
       faults += [f"{found.place}: {fault}" for fault in error.faults]
       continue
+    for _, file in filter(lambda given, part=part: given[0] == part, files):
+      try:
+        low_rank.append(lora.load(file, part, made, found.tensors))
+      except Faults as error:
+        faults += error.faults
     dtypes: dict[str, np.dtype] = {}
     for move in made:
       header = found.tensors[move.source]
@@ -123,7 +138,8 @@ def plan(
     target=target,
     parts=FAMILIES[detect.FAMILY].build(configs),
     numerics=chosen,
-    settings=(str(dtype), *settings),
+    dtype=dtype,
+    merge=lora.Merge(loras=tuple(low_rank), alpha=asked.alpha, order=asked.order),
   )
 
 
@@ -131,7 +147,6 @@ def write(
   made: Plan,
   out: Path,
   *,
-  change: Change | None = None,
   redo: bool = False,
   check: bool = False,
   advance: Callable[[int], Any] = lambda _: None,
@@ -149,7 +164,7 @@ def write(
       try:
         for step in made.steps:
           if not writer.has(step.part, step.move.target, step.move.layer):
-            value = value_of(made, step, change)
+            value = value_of(made, step)
             writer.write(step.part, step.move.target, step.move.layer, value)
           advance(step.header.nbytes)
         for file, digest in hashed.items():
@@ -158,7 +173,7 @@ def write(
         pool.shutdown(cancel_futures=True)
     _refuse_equal_experts(made, writer)
     if check:
-      verify(made, writer.folder, change=change)
+      verify(made, writer.folder)
     return writer.commit(_described(made, out.name, writer.notes))
 
 
@@ -166,13 +181,12 @@ def verify(
   made: Plan,
   folder: Path,
   *,
-  change: Change | None = None,
   advance: Callable[[int], Any] = lambda _: None,
 ) -> None:
   """Reads every tensor of the source and its slice in the bundle; Faults names what differs."""
   faults = []
   for step in made.steps:
-    wanted = value_of(made, step, change)
+    wanted = value_of(made, step)
     found = read_slice(folder / step.part, step.move.target, step.move.layer)
     if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
       layer = "" if step.move.layer is None else f"[{step.move.layer}]"
@@ -185,11 +199,9 @@ def verify(
     raise Faults(faults)
 
 
-def value_of(made: Plan, step: Step, change: Change | None) -> np.ndarray:
-  """What a step writes: the tensor changed, moved, and cast last."""
-  tensor = read(step.header)
-  if change is not None:
-    tensor = change(step.part, step.move, tensor)
+def value_of(made: Plan, step: Step) -> np.ndarray:
+  """What a step writes: the tensor with its updates, moved, and cast last."""
+  tensor = made.merge(step.part, step.move, read(step.header))
   dtype = made.target[step.part][step.move.target].dtype
   return step.move(tensor).astype(dtype, order="C")
 
@@ -212,6 +224,10 @@ def summary(made: Plan) -> list[tuple[str, str, str, int, str, str]]:
         f"{sum(sizes.values()) / 1e9:.3f}",
       )
     )
+  for low_rank in made.merge.loras:
+    ranks = "rank " + ", ".join(map(str, low_rank.ranks))
+    tensors = 2 * len(low_rank.updates)
+    rows.append((f"{low_rank.part} + LoRA", str(low_rank.file), ranks, tensors, "", ""))
   return rows
 
 
@@ -221,7 +237,7 @@ def _described(made: Plan, name: str, hashes: Mapping[str, str]) -> ModelBundle:
   named = {
     file: file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
     for file in made.files
-  }
+  } | {low_rank.file: made.merge.described(low_rank) for low_rank in made.merge.loras}
   card = Card(
     name=name,
     family=detect.FAMILY,

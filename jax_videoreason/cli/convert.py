@@ -2,26 +2,38 @@
 
   videoreason convert SRC --out DST --dtype bf16
   videoreason convert SRC --out DST --dry-run
+  videoreason convert SRC --out DST --lora high=FILE --lora low=FILE
+  videoreason convert BUNDLE --out DST --to diffusers
 
 SRC is a folder in the original layout (config.json, diffusion_pytorch_model*.safetensors, or
-high_noise_model/ and low_noise_model/) or the diffusers layout (model_index.json), or one file with
-a transformer; which, is seen from keys and shapes. One tensor is in memory at a time. Interrupted
-and started again it goes on; DST appears when it is whole.
+high_noise_model/ and low_noise_model/) or the diffusers layout (model_index.json), one file with
+a transformer, or hf://owner/name on the Hugging Face hub; which, is seen from keys and shapes. One
+tensor is in memory at a time. Interrupted and started again it goes on; DST appears when it is
+whole.
 """
 
 import importlib
 from pathlib import Path
 from typing import Any
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list, DEFINE_string, FlagValues
+from absl.flags import (
+  DEFINE_bool,
+  DEFINE_enum,
+  DEFINE_float,
+  DEFINE_list,
+  DEFINE_multi_string,
+  DEFINE_string,
+  FlagValues,
+)
 
 from jax_videoreason import cli, console
 
 WORDS = 1
+ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order")
 
 
 def define(flags: FlagValues) -> None:
-  DEFINE_string("out", None, "the bundle to write; must be new", flag_values=flags)
+  DEFINE_string("out", None, "the folder to write; must be new", flag_values=flags)
   DEFINE_bool("redo", False, "start over, and replace what is in --out", flag_values=flags)
   DEFINE_enum(
     "dtype",
@@ -38,6 +50,23 @@ def define(flags: FlagValues) -> None:
     "which stack's arithmetic the model follows; without it that of the layout",
     flag_values=flags,
   )
+  DEFINE_multi_string(
+    "lora",
+    [],
+    "a LoRA to merge, in DiffSynth or PEFT names: high=FILE, low=FILE, or FILE for one expert",
+    flag_values=flags,
+  )
+  DEFINE_float("lora-alpha", 1.0, "what the merged LoRA are multiplied by", flag_values=flags)
+  DEFINE_enum(
+    "lora-order",
+    "fp32",
+    ["fp32", "bf16"],
+    "merge in float32, or round in the order of DiffSynth",
+    flag_values=flags,
+  )
+  DEFINE_enum(
+    "to", "bundle", ["bundle", "diffusers"], "diffusers writes a bundle back", flag_values=flags
+  )
   DEFINE_bool("verify", False, "read both sides again and compare", flag_values=flags)
   DEFINE_bool("dry-run", False, "say what would be done, and stop", flag_values=flags)
 
@@ -45,24 +74,45 @@ def define(flags: FlagValues) -> None:
 def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no source given: videoreason convert SRC --out DST.")
-  source = Path(words[0])
   if not flags["dry-run"].value:
     cli.required(flags, "out")
-  detect, bundle = _convert("detect"), _convert("bundle")
+  if flags.to == "diffusers":
+    _back(flags, words[0])
+    return
+  detect, bundle, lora, hub = map(_convert, ("detect", "bundle", "lora", "hub"))
+  source = hub.local(words[0], flags.parts)
+  wanted = lora.Wanted(
+    given=tuple(flags.lora), alpha=flags["lora-alpha"].value, order=flags["lora-order"].value
+  )
   found = detect.source(source, flags.parts)
-  plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics)
+  plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics, loras=wanted)
   show(bundle, plan)
   if flags["dry-run"].value:
     return
   out = Path(flags.out)
   if flags.verify and (out / "bundle.json").is_file() and not flags.redo:
-    with _bar(plan, "compare") as advance:
+    with _bar(plan.read_bytes, "compare") as advance:
       bundle.verify(plan, out, advance=advance)
     console.say(f"{out.resolve()} holds what {source} holds.")
     return
-  with _bar(plan, "convert") as advance:
+  with _bar(plan.read_bytes, "convert") as advance:
     bundle.write(plan, out, redo=flags.redo, check=flags.verify, advance=advance)
   console.say(f"bundle: {out.resolve()}")
+
+
+def _back(flags: FlagValues, source: str) -> None:
+  """A bundle in the diffusers layout."""
+  given = [name for name in ONLY_FORWARD if flags[name].value != flags[name].default]
+  if given:
+    raise cli.UsageError(f"--{given[0]} is for --to bundle: leave it out with --to diffusers.")
+  export = _convert("export")
+  parts = export.parts(source)
+  console.table("diffusers layout", ("part", "to", "tensors", "dtype", "GB"), export.summary(parts))
+  if flags["dry-run"].value:
+    return
+  with _bar(sum(part.nbytes for part in parts), "export") as advance:
+    export.write(source, Path(flags.out), redo=flags.redo, check=flags.verify, advance=advance)
+  console.say(f"diffusers folder: {Path(flags.out).resolve()}")
 
 
 def show(bundle: Any, plan: Any) -> None:
@@ -79,8 +129,8 @@ def show(bundle: Any, plan: Any) -> None:
   )
 
 
-def _bar(plan: Any, title: str) -> Any:
-  return console.progress(plan.read_bytes, title, "B")
+def _bar(total: int, title: str) -> Any:
+  return console.progress(total, title, "B")
 
 
 def _convert(name: str) -> Any:

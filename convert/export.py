@@ -1,0 +1,337 @@
+"""A bundle becomes diffusers folders: transformer/ [transformer_2/] vae/ text_encoder/ tokenizer/.
+
+Tensors go through memory one at a time, also into the safetensors shards: their format is a length,
+a JSON header and the bytes. Every leaf is compared with its checksum on the way.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import checkpoint
+from jax_videoreason.models.umt5 import UMT5Config
+from jax_videoreason.models.wan import WanConfig
+from jax_videoreason.models.wan21_vae import WanVAEConfig
+
+from . import umt5, vae, wan
+from .engine import Faults, Move, moves_back, nest
+from .reader import DTYPES, headers, read
+
+SHARD_BYTES = 5 * 10**9
+THETA = 10_000.0  # of the rotary positions; diffusers knows no other
+FOLDERS = {"dit_0": "transformer", "dit_1": "transformer_2", "vae": "vae", "text": "text_encoder"}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+SCHEDULER = {
+  "_class_name": "UniPCMultistepScheduler",
+  "num_train_timesteps": 1000,
+  "prediction_type": "flow_prediction",
+  "use_flow_sigmas": True,
+  "flow_shift": 5.0,
+}
+TOKENIZER = {
+  "tokenizer_class": "PreTrainedTokenizerFast",
+  "pad_token": "<pad>",
+  "eos_token": "</s>",
+  "unk_token": "<unk>",
+}
+PIPELINES = {"none": "WanPipeline", "overwrite": "WanPipeline", "concat": "WanImageToVideoPipeline"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """A part on its way back; shapes, dtypes, sums: of its leaves; sizes: of axes that are joined."""
+
+  name: str
+  tree: Path
+  moves: tuple[Move, ...]
+  shapes: Mapping[str, tuple[int, ...]]
+  dtypes: Mapping[str, np.dtype]
+  sums: Mapping[str, str]
+  sizes: Mapping[str, int]
+  config: Mapping[str, Any]
+
+  @property
+  def place(self) -> str:
+    return FOLDERS[self.name]
+
+  @property
+  def stem(self) -> str:
+    """What the names of its files begin with."""
+    return "model" if self.name == "text" else "diffusion_pytorch_model"
+
+  def values(self) -> Iterator[tuple[Move, np.ndarray]]:
+    """Every tensor of the layout; ValueError names a leaf that differs from its checksum."""
+    digest = hashlib.sha256()
+    for move in self.moves:
+      stored = checkpoint.read_slice(self.tree, move.target, move.layer)
+      yield move, np.ascontiguousarray(move.back(stored, **self.sizes))
+      digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
+      if move.layer is None or move.layer == self.shapes[move.target][0] - 1:
+        if digest.hexdigest() != self.sums[move.target]:
+          raise ValueError(
+            f"leaf {self.name}/{move.target} in {self.tree} differs from its checksum: copy the "
+            "bundle again."
+          )
+        digest = hashlib.sha256()
+
+  def shape(self, move: Move) -> tuple[int, ...]:
+    """Of the tensor, found without reading it."""
+    whole = self.shapes[move.target]
+    slot = whole if move.layer is None else whole[1:]
+    return move.back(np.broadcast_to(np.zeros((), np.int8), slot), **self.sizes).shape
+
+  @property
+  def nbytes(self) -> int:
+    return sum(
+      int(np.prod(self.shapes[path], dtype=np.int64)) * dtype.itemsize
+      for path, dtype in self.dtypes.items()
+    )
+
+
+def parts(bundle: str | os.PathLike[str]) -> list[Part]:
+  """What of a bundle can be written back. Faults: something that diffusers has no name for."""
+  described = checkpoint.describe(bundle)
+  found = []
+  faults = []
+  for name, tree in described.folders.items():
+    if name == "preview":  # ours alone: it is fitted again from the VAE
+      continue
+    if name not in FOLDERS:
+      faults.append(f"{described.folder}: part {name} cannot be written in the diffusers layout.")
+      continue
+    kind = name.split("_")[0]
+    config = getattr(described.modules, kind).config
+    if kind == "dit" and config.theta != THETA:
+      faults.append(f"{described.folder}: theta {config.theta:g}, diffusers has {THETA:g} alone.")
+    records = described.leaves[name]
+    target = nest(records)
+    table, settings, sizes = _as_diffusers(kind, config)
+    found.append(
+      Part(
+        name=name,
+        tree=tree,
+        moves=tuple(moves_back([row for row in table if row[1] in records], target)),
+        shapes={path: record.shape for path, record in records.items()},
+        dtypes={path: record.dtype for path, record in records.items()},
+        sums={path: record.sha256 for path, record in records.items()},
+        sizes=sizes,
+        config=settings,
+      )
+    )
+  if faults:
+    raise Faults(faults)
+  return found
+
+
+def summary(made: Iterable[Part]) -> list[tuple[str, str, int, str, str]]:
+  """A row per part: part, its folder, tensors, dtypes, GB."""
+  return [
+    (
+      part.name,
+      f"{part.place}/",
+      len(part.moves),
+      " ".join(sorted({dtype.name for dtype in part.dtypes.values()})),
+      f"{part.nbytes / 1e9:.3f}",
+    )
+    for part in made
+  ]
+
+
+def write(
+  bundle: str | os.PathLike[str],
+  out: Path,
+  *,
+  redo: bool = False,
+  check: bool = False,
+  shard_bytes: int = SHARD_BYTES,
+  advance: Callable[[int], Any] = lambda _: None,
+) -> Path:
+  """Writes the folders; they appear under `out` when they are whole.
+
+  check: read what was written and compare before it appears.
+  ValueError: the destination exists, or the disk is too small. OSError: it filled up meanwhile.
+  """
+  out = Path(os.path.abspath(out))
+  if out.exists() and not redo:
+    raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
+  made = parts(bundle)
+  checkpoint.check_space(out, sum(part.nbytes for part in made))
+  partial, old = (out.parent / f".{out.name}.{end}" for end in ("export", "old"))
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    for part in made:
+      place = partial / part.place
+      place.mkdir(parents=True)
+      _write_shards(place, part, shard_bytes, advance)
+      _write_json(place / "config.json", part.config)
+      if check:
+        _compare(place, part)
+    _write_rest(partial, checkpoint.describe(bundle), [part.name for part in made])
+    if out.exists():
+      os.rename(out, old)
+    os.rename(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+  except BaseException as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError) and error.strerror:
+      raise OSError(
+        f"{out} could not be written ({error.strerror}): make room, or choose another place."
+      ) from error
+    raise
+  return out
+
+
+def _as_diffusers(kind: str, config: Any) -> tuple[Iterable[Any], dict[str, Any], dict[str, int]]:
+  """Table, config.json and the sizes of joined axes of a part."""
+  if kind == "dit":
+    sizes: dict[str, int] = dict(zip(("pf", "ph", "pw"), config.patch, strict=True))
+    return wan.table("diffusers"), dit_config(config), sizes
+  if kind == "vae":
+    return vae.table(config, "diffusers"), vae_config(config), {}
+  return umt5.table("transformers"), text_config(config), {}
+
+
+def dit_config(config: WanConfig) -> dict[str, Any]:
+  """config.json of a WanTransformer3DModel."""
+  return {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": list(config.patch),
+    "num_attention_heads": config.heads,
+    "attention_head_dim": config.width // config.heads,
+    "in_channels": config.in_channels,
+    "out_channels": config.out_channels,
+    "text_dim": config.text_width,
+    "freq_dim": config.freq_dim,
+    "ffn_dim": config.ffn_width,
+    "num_layers": config.layers,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": config.epsilon,
+    "image_dim": config.clip_width,
+    "added_kv_proj_dim": None if config.clip_width is None else config.width,
+    "rope_max_seq_len": 1024,
+  }
+
+
+def vae_config(config: WanVAEConfig) -> dict[str, Any]:
+  """config.json of an AutoencoderKLWan."""
+  return {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": config.base_width,
+    "z_dim": config.z_channels,
+    "dim_mult": list(config.stages),
+    "num_res_blocks": config.blocks,
+    "temperal_downsample": list(config.temporal),
+    "attn_scales": [],
+    "dropout": 0.0,
+    "latents_mean": list(config.mean),
+    "latents_std": list(config.std),
+    "scale_factor_temporal": config.stride[0],
+    "scale_factor_spatial": config.stride[1],
+  }
+
+
+def text_config(config: UMT5Config) -> dict[str, Any]:
+  """config.json of a UMT5EncoderModel."""
+  return {
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "vocab_size": config.vocab,
+    "d_model": config.width,
+    "d_kv": config.head_width,
+    "d_ff": config.ffn_width,
+    "num_layers": config.layers,
+    "num_heads": config.heads,
+    "relative_attention_num_buckets": config.buckets,
+    "relative_attention_max_distance": config.max_distance,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "is_encoder_decoder": True,
+  }
+
+
+def _write_shards(place: Path, part: Part, shard_bytes: int, advance: Callable[[int], Any]) -> None:
+  """Shards of at most so many bytes (one tensor may be larger), and their index if several."""
+  shards: list[dict[str, dict[str, Any]]] = [{}]
+  used = total = 0
+  for move in part.moves:
+    dtype, shape = part.dtypes[move.target], part.shape(move)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if shards[-1] and used + size > shard_bytes:
+      shards.append({})
+      used = 0
+    where = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [used, used + size]}
+    shards[-1][move.source] = where
+    used += size
+    total += size
+  count = len(shards)
+  weights = {}
+  values = part.values()
+  for number, shard in enumerate(shards, 1):
+    name = f"{part.stem}.safetensors"
+    if count > 1:
+      name = f"{part.stem}-{number:05d}-of-{count:05d}.safetensors"
+    header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
+    header += b" " * (-len(header) % 8)
+    with (place / name).open("wb") as file:
+      file.write(len(header).to_bytes(8, "little") + header)
+      for key in shard:
+        move, value = next(values)
+        file.write(value.view(np.uint8).data)
+        weights[key] = name
+        advance(value.nbytes)
+      file.flush()
+      os.fsync(file.fileno())
+  next(values, None)  # the checksum of the last leaf
+  if count > 1:
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    _write_json(place / f"{part.stem}.safetensors.index.json", index)
+
+
+def _compare(place: Path, part: Part) -> None:
+  """Faults names every tensor on disk that is not what the bundle holds."""
+  found = headers(sorted(place.glob("*.safetensors")))
+  faults = [
+    f"{found[move.source].file}: {move.source} differs from {part.name}/{move.target}."
+    for move, value in part.values()
+    if read(found[move.source]).tobytes() != value.tobytes()
+  ]
+  if faults:
+    raise Faults(faults)
+
+
+def _write_rest(folder: Path, described: checkpoint.Described, names: list[str]) -> None:
+  """model_index.json, the scheduler and the tokenizer."""
+  config, card = described.modules.dit.config, described.card
+  index: dict[str, Any] = {
+    "_class_name": PIPELINES[config.image_input],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"] if "dit_1" in names else [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"] if "vae" in names else [None, None],
+    "text_encoder": ["transformers", "UMT5EncoderModel"] if "text" in names else [None, None],
+    "tokenizer": [None, None],
+    "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+    "boundary_ratio": card.boundary,
+    "expand_timesteps": config.image_input == "overwrite",
+  }
+  if card.tokenizer:
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    (folder / "tokenizer").mkdir()
+    shutil.copyfile(card.tokenizer, folder / "tokenizer" / "tokenizer.json")
+    _write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER)
+  (folder / "scheduler").mkdir()
+  _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+  _write_json(folder / "model_index.json", index)
+
+
+def _write_json(file: Path, value: Any) -> None:
+  file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

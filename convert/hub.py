@@ -1,0 +1,60 @@
+"""hf://owner/name -> files on this machine, in the cache of the Hugging Face hub.
+
+Downloads go on where they were interrupted; with HF_HUB_OFFLINE=1 only the cache is looked at. The
+only importer of huggingface_hub.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .engine import Faults
+
+SCHEME = "hf://"
+ADDRESS = re.compile(
+  r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/\s]+))?(/(?P<file>.+))?/?"
+)
+# The files that a part may lie in, in either layout; examples and pictures are not downloaded.
+FILES = {
+  "dit": (
+    "config.json",
+    "model_index.json",
+    "diffusion_pytorch_model*.safetensors*",
+    "high_noise_model/*",
+    "low_noise_model/*",
+    "transformer/*",
+    "transformer_2/*",
+  ),
+  "vae": ("Wan2.?_VAE.*", "vae/*"),
+  "text": ("models_t5*", "google/umt5-xxl/*", "text_encoder/*", "tokenizer/*"),
+  "clip": ("models_clip*", "image_encoder/*"),
+}
+
+
+def local(address: str, parts: Sequence[str] | None = None) -> Path:
+  """The folder or file of an address, downloaded if need be; a plain path is given back.
+
+  address: hf://owner/name, hf://owner/name@revision, or either with /file after it.
+  parts: of `FILES`, None = all. Faults says what is wrong with the address or the hub.
+  """
+  if not address.startswith(SCHEME):
+    return Path(address)
+  found = ADDRESS.fullmatch(address)
+  if not found:
+    raise Faults([f"{address!r}, wanted hf://owner/name or hf://owner/name/file."])
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise Faults(
+      [f"{address} is on the hub and huggingface_hub is missing: pip install huggingface_hub."]
+    ) from error
+  name, revision = found["repository"], found["revision"]
+  wanted = [pattern for part in parts or FILES for pattern in FILES.get(part, ())]
+  try:
+    if found["file"]:
+      return Path(huggingface_hub.hf_hub_download(name, found["file"], revision=revision))
+    folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+    return Path(folder)
+  except (OSError, ValueError) as error:  # every error of the hub is one of them
+    said = " ".join(str(error).split())
+    raise Faults([f"{address} cannot be had from the hub: {said.rstrip('.')}."]) from error

@@ -1,0 +1,223 @@
+"""Low-rank updates of a transformer, merged tensor by tensor on its way into the bundle.
+
+Reads the DiffSynth and the PEFT names, with A [r, in] and B [out, r]: W' = W + alpha * scale * B A,
+where scale is the file's own alpha over its rank, 1 where it has none.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from . import hub, wan
+from .engine import Faults, Move
+from .reader import Header, headers, metadata, read, read_json
+
+ORDERS = ("fp32", "bf16")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SIDES = {"lora_A": "a", "lora_down": "a", "lora_B": "b", "lora_up": "b"}
+KEY = re.compile(r"(?P<name>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up)(\.default)?(\.weight)?")
+PREFIX = re.compile(
+  r"(base_model\.model\.|pipe\.|diffusion_model\.|transformer(_2)?\.|model\.|dit2?\.)+"
+)
+NOTES = "lora_adapter_metadata"  # what diffusers writes into the header
+Target = tuple[str, int | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+  """What was asked for; given: "high=FILE" and "low=FILE", or "FILE" for a single transformer.
+
+  order: "fp32" merges in float32, "bf16" rounds as DiffSynth does when it fuses.
+  """
+
+  given: tuple[str, ...] = ()
+  alpha: float = 1.0
+  order: str = "fp32"
+
+  def __post_init__(self):
+    if not math.isfinite(self.alpha):
+      raise Faults([f"a LoRA of alpha {self.alpha}, wanted a finite number."])
+    if self.order not in ORDERS:
+      raise Faults([f"LoRA order {self.order!r}, wanted one of {', '.join(ORDERS)}."])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+  """What one tensor is changed by."""
+
+  a: Header
+  b: Header
+  scale: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+  """The updates of one file, by the leaf and layer that they change."""
+
+  file: Path
+  part: str
+  updates: Mapping[Target, Update]
+
+  @property
+  def ranks(self) -> list[int]:
+    return sorted({update.a.shape[0] for update in self.updates.values()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+  """The updates of a plan; called on every tensor of the source before it is moved."""
+
+  loras: tuple[Lora, ...] = ()
+  alpha: float = 1.0
+  order: str = "fp32"
+
+  def __call__(self, part: str, move: Move, tensor: np.ndarray) -> np.ndarray:
+    for lora in self.loras:
+      update = lora.updates.get((move.target, move.layer))
+      if lora.part == part and update is not None:
+        tensor = merged(tensor, update, self.alpha, self.order)
+    return tensor
+
+  def described(self, lora: Lora) -> str:
+    """What a bundle remembers of it."""
+    return f"{lora.file.name} (LoRA merged into {lora.part}, alpha {self.alpha:g}, {self.order})"
+
+
+def assign(given: Sequence[str], experts: int) -> list[tuple[str, Path]]:
+  """(part, file) of each "high=F", "low=F" or, for a model with one expert, "F"."""
+  names = {"high": "dit_0", "low": "dit_1"} if experts == 2 else {"": "dit_0"}
+  found = []
+  for word in given:
+    name, equals, file = word.partition("=")
+    if not equals or name not in ("high", "low"):
+      name, file = "", word
+    if name not in names:
+      wanted = "high=FILE or low=FILE: the model has two experts" if experts == 2 else "FILE alone"
+      raise Faults([f"--lora={word}, wanted --lora={wanted}."])
+    found.append((names[name], hub.local(file)))
+  return found
+
+
+def load(file: Path, part: str, moves: Sequence[Move], tensors: Mapping[str, Header]) -> Lora:
+  """A LoRA for a transformer; moves, tensors: of the transformer.
+
+  Faults: half a pair, ranks that differ, a tensor that the base lacks or has in another shape.
+  """
+  if not file.is_file():
+    raise Faults([f"{file} is not there: --lora wants a file."])
+  base = {(move.target, move.layer): tensors[move.source].shape for move in moves}
+  found = headers([file])
+  alphas = {
+    _plain(key).removesuffix(".alpha"): header
+    for key, header in found.items()
+    if key.endswith(".alpha")
+  }
+  pairs: dict[str, dict[str, Header]] = defaultdict(dict)
+  faults: list[str] = []
+  for key, header in found.items():
+    match = KEY.fullmatch(_plain(key))
+    if match is None and not key.endswith(".alpha"):
+      faults.append(f"{file}: {key} is no LoRA tensor: only low-rank updates are merged.")
+    elif match is not None:
+      pair, side = pairs[match["name"]], SIDES[match["side"]]
+      if side in pair:
+        faults.append(f"{file}: {pair[side].key} and {key} are for the same tensor.")
+      pair[side] = header
+  overall = _overall_alpha(file)
+  updates: dict[Target, Update] = {}
+  strangers = []
+  for name, pair in pairs.items():
+    target = _target(name)
+    if target is None or target not in base:
+      strangers.append(name)
+      continue
+    fault = _misfit(file, name, pair, base[target])
+    if fault is not None:
+      faults.append(fault)
+      continue
+    alpha = float(read(alphas[name]).reshape(())) if name in alphas else overall
+    scale = 1.0 if alpha is None else alpha / pair["a"].shape[0]
+    updates[target] = Update(a=pair["a"], b=pair["b"], scale=scale)
+  if len(strangers) == len(pairs):
+    first = f", first {strangers[0]}" if strangers else ""
+    faults.append(f"{file} matches nothing in the transformer{first}: it is for another model.")
+  elif strangers:
+    faults.append(
+      f"{file} has {len(strangers)} updates of tensors that the transformer lacks, first "
+      f"{strangers[0]}: it is for another base."
+    )
+  if faults:
+    raise Faults(faults)
+  return Lora(file=file, part=part, updates=updates)
+
+
+def merged(tensor: np.ndarray, update: Update, alpha: float, order: str) -> np.ndarray:
+  """W + alpha * scale * B A.
+
+  "fp32": in float32 throughout. "bf16": W, A and B are rounded first, then the product, its
+  multiple and the sum; products are summed in float32, as on the devices that this imitates.
+  """
+  a, b = read(update.a), read(update.b)
+  if order == "fp32":
+    total = b.astype(np.float32) @ a.astype(np.float32)
+    total *= np.float32(alpha * update.scale)
+    total += tensor
+    return total
+  a = (a * a.dtype.type(update.scale)).astype(BFLOAT16).astype(np.float32)
+  delta = (b.astype(BFLOAT16).astype(np.float32) @ a).astype(BFLOAT16)
+  scaled = (delta.astype(np.float32) * np.float32(alpha)).astype(BFLOAT16)
+  rounded = tensor.astype(BFLOAT16).astype(np.float32)
+  return (rounded + scaled.astype(np.float32)).astype(BFLOAT16)
+
+
+def _plain(key: str) -> str:
+  """A key without the prefixes that trainers put before it."""
+  match = PREFIX.match(key)
+  return key[match.end() :] if match else key
+
+
+def _target(name: str) -> Target | None:
+  """The leaf and layer of a module's weight, in either naming."""
+  for row in (*wan.table("original"), *wan.table("diffusers")):
+    match = re.fullmatch(row[0], f"{name}.weight")
+    if match:
+      return row[1], int(match["L"]) if "L" in match.re.groupindex else None
+  return None
+
+
+def _misfit(file: Path, name: str, pair: Mapping[str, Header], base: tuple[int, ...]) -> str | None:
+  if len(pair) < 2:
+    return f"{file}: {name} has only {next(iter(pair.values())).key}, wanted lora_A and lora_B."
+  a, b = pair["a"].shape, pair["b"].shape
+  if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+    return f"{file}: the ranks of {name} differ, lora_A {a} and lora_B {b}."
+  if (b[0], a[1]) != base:
+    return f"{file}: {name} updates a {(b[0], a[1])} tensor, the base has {base}: another base?"
+  return None
+
+
+def _overall_alpha(file: Path) -> float | None:
+  """The alpha of all updates, from the header or from the adapter_config.json of PEFT."""
+  notes = metadata(file).get(NOTES)
+  beside = file.parent / "adapter_config.json"
+  if notes is not None:
+    said = {key.rpartition(".")[2]: value for key, value in json.loads(notes).items()}
+  elif file.name.startswith("adapter_model") and beside.is_file():
+    said = read_json(beside)
+  else:
+    return None
+  return _alpha(file, said)
+
+
+def _alpha(file: Path, said: Mapping[str, Any]) -> float | None:
+  if said.get("use_rslora") or said.get("alpha_pattern"):
+    raise Faults([f"{file} scales its updates by use_rslora or alpha_pattern: not supported yet."])
+  return said.get("lora_alpha")

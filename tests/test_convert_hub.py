@@ -1,0 +1,124 @@
+"""hf://owner/name, from a cache in the hub's own layout; nothing is asked of the network."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+from safetensors.numpy import save_file
+
+from jax_videoreason import checkpoint, cli
+from jax_videoreason.convert import hub
+from published import parts, write_original
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def publish(cache, repository, folder):
+  """A folder as a snapshot: links with the published names to blobs with hashes for names."""
+  store = cache / f"models--{repository.replace('/', '--')}"
+  (store / "refs").mkdir(parents=True)
+  (store / "blobs").mkdir()
+  (store / "refs" / "main").write_text(COMMIT)
+  for file in filter(os.path.isfile, folder.rglob("*")):
+    blob = store / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+    blob.write_bytes(file.read_bytes())
+    link = store / "snapshots" / COMMIT / file.relative_to(folder)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+  root = tmp_path_factory.mktemp("hub")
+  published = parts()
+  publish(root / "cache", "Wan-AI/Tiny", write_original(root / "tiny", published))
+  both = {**published, "dit_1": published["dit_0"]}
+  publish(root / "cache", "Wan-AI/Same", write_original(root / "twice", both))
+  (root / "one").mkdir()
+  save_file(published["dit_0"], root / "one" / "dit.safetensors")
+  publish(root / "cache", "Wan-AI/One", root / "one")
+  return root / "cache"
+
+
+@pytest.fixture
+def offline(cache, monkeypatch):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+
+def test_a_repository_becomes_a_bundle(cache, tmp_path):
+  """As a user has it: a command, and the cache named by the environment."""
+  out = tmp_path / "out"
+  words = [
+    sys.executable,
+    "-m",
+    "jax_videoreason",
+    "convert",
+    "hf://Wan-AI/Tiny",
+    "--out",
+    str(out),
+  ]
+  settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(words, env={**os.environ, **settings}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  sources = dict(checkpoint.describe(out).card.sources)
+  assert "high_noise_model/diffusion_pytorch_model-00001-of-00003.safetensors" in sources
+  assert len(sources) == 8
+
+
+def test_one_file_of_a_repository(offline, tmp_path):
+  address = "hf://Wan-AI/One/dit.safetensors"
+  assert cli.main(["convert", address, "--out", str(tmp_path / "out")]) == 0
+  assert hub.local(f"hf://Wan-AI/One@{COMMIT}/dit.safetensors").read_bytes()
+
+
+def test_a_path_is_left_alone():
+  assert str(hub.local("some/where")) == "some/where"
+
+
+def test_only_the_files_of_the_parts_are_asked_for(monkeypatch):
+  asked = {}
+
+  def snapshot(repository, revision, allow_patterns):
+    asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+    return "/snapshot"
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+  assert str(hub.local("hf://Wan-AI/Wan2.2-TI2V-5B@main", ["dit", "vae"])) == "/snapshot"
+  assert (asked["repository"], asked["revision"]) == ("Wan-AI/Wan2.2-TI2V-5B", "main")
+  assert "Wan2.?_VAE.*" in asked["patterns"]
+  assert not [pattern for pattern in asked["patterns"] if "t5" in pattern]
+
+
+def refusal(capsys, tmp_path, address, *more):
+  capsys.readouterr()
+  assert cli.main(["convert", address, "--out", str(tmp_path / "out"), *more]) == cli.BAD_INPUT
+  assert not (tmp_path / "out").exists()
+  return capsys.readouterr().err
+
+
+def test_experts_that_are_one_blob(offline, tmp_path, capsys):
+  assert "hold the same weights" in refusal(capsys, tmp_path, "hf://Wan-AI/Same")
+
+
+def test_what_the_cache_does_not_have(offline, tmp_path, capsys):
+  said = refusal(capsys, tmp_path, "hf://Wan-AI/Unknown")
+  assert "hf://Wan-AI/Unknown cannot be had from the hub" in said
+  said = refusal(capsys, tmp_path, "hf://Wan-AI/One/none.safetensors")
+  assert "none.safetensors cannot be had from the hub" in said
+
+
+def test_addresses_that_are_none(tmp_path, capsys):
+  for address in ("hf://", "hf://Wan-AI", "hf://Wan-AI/a b"):
+    said = refusal(capsys, tmp_path, address)
+    assert f"'{address}', wanted hf://owner/name or hf://owner/name/file." in said
+
+
+def test_without_the_extra(monkeypatch, tmp_path, capsys):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  said = refusal(capsys, tmp_path, "hf://Wan-AI/Tiny")
+  assert "pip install huggingface_hub" in said

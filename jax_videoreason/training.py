@@ -171,3 +171,26 @@ def vae_loss(
     return l1 + l2 + kl_weight * kl, {"l1": l1, "l2": l2, "kl": kl}
 
   return loss
+
+
+def deepen(params: Params, layers: int) -> Params:
+  """The DiT's params grown to `layers` layers, evenly spaced, that compute what they computed.
+
+  A new layer is a copy of the one before it whose three output projections are zero, so it adds
+  nothing to the residual stream and learns from there (Net2Net, Chen et al. 2016).
+  Raises ValueError when the params have more layers than asked for.
+  """
+  have = params["blocks"]["modulation"].shape[0]
+  if layers < have:
+    raise ValueError(f"layers={layers} of a network with {have}: give at least as many.")
+  source = np.arange(layers) * have // layers
+  fresh = np.concatenate([[False], source[1:] == source[:-1]])
+
+  def grow(path: Any, leaf: Array) -> Array:
+    grown = jnp.asarray(leaf)[source]
+    names = {key.key for key in path}
+    if names & {"o", "down"}:
+      return jnp.where(fresh.reshape(-1, *[1] * (grown.ndim - 1)), 0.0, grown)
+    return grown
+
+  return {**params, "blocks": jax.tree_util.tree_map_with_path(grow, params["blocks"])}

@@ -7,8 +7,9 @@
   python scripts/train_mini.py score --bundle mini  score of unseen cases, beside the static clip
   python scripts/train_mini.py bundle --work DIR --out jax_videoreason/assets/mini
 
-Every stage may be killed and started again: finished shards and the last checkpoint are kept in
-DIR. The log is DIR/<stage>.jsonl, the loss curve DIR/<stage>.png.
+With --init BUNDLE the stages vae and dit begin with the weights of a bundle (its depth grown, its
+words kept) instead of random ones. Every stage may be killed and started again: finished shards and
+the last checkpoint are kept in DIR. The log is DIR/<stage>.jsonl, the loss curve DIR/<stage>.png.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from jax_videoreason import tasks, training
+from jax_videoreason import (
+  checkpoint,
+  conditioning,
+  runs,
+  sampler,
+  schedules,
+  tasks,
+  training,
+)
 from jax_videoreason.conditioning import known_mask
+from jax_videoreason.decode import decode, fit_preview
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
-from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
+from jax_videoreason.plots import loss_curve
+from jax_videoreason.sharding import make_mesh
+from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Parts
+from jax_videoreason.tasks import draw
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
 
 SIZE, FRAMES, TEXT_LENGTH = 32, 17, 32
 SHARES = {
-  "maze": 0.2,
-  "tictactoe": 0.2,
-  "pick": 0.22,
-  "select_largest": 0.22,
-  "occlusion": 0.16,
+  "maze": 0.26,
+  "tictactoe": 0.16,
+  "sort_bars": 0.16,
+  "rotate": 0.16,
+  "pick": 0.1,
+  "select_largest": 0.08,
+  "occlusion": 0.08,
 }
+SCENES = 0.25  # share of the VAE's clips that show moving shapes of no task
 SHARD = 250
 VAE = {
   "base_width": 8,
@@ -66,7 +85,7 @@ DIT = {
   "width": 128,
   "ffn_width": 512,
   "heads": 4,
-  "layers": 8,
+  "layers": 12,
   "in_channels": 36,
   "out_channels": 16,
   "text_width": 64,
@@ -92,6 +111,18 @@ def grey_after_first(video: np.ndarray) -> np.ndarray:
   given = np.zeros_like(video)
   given[:, 0] = video[:, 0]
   return given
+
+
+def all_prompts(count: int) -> list[str]:
+  """Prompts of every task, the held-out ones too: their words are known, their use is not."""
+  loaded = [tasks.load(name, size=SIZE, frames=FRAMES) for name in tasks.TASKS]
+  return sorted(
+    {
+      t.generate("heldout" if t.held_out else "train", n).prompt
+      for t in loaded
+      for n in range(count)
+    }
+  )
 
 
 class Shards:
@@ -156,14 +187,45 @@ def encode_shard(start: int) -> int:
   return stop - start
 
 
+def scene(number: int) -> np.ndarray:
+  """uint8 (T, height, width, 3): discs, rectangles and lines in motion, so that the VAE can show
+  tasks it was never trained on."""
+  rng = np.random.default_rng([17, number])
+  maps = np.full((FRAMES, SIZE, SIZE), rng.integers(len(draw.RGB)), np.int8)
+  row, column = np.mgrid[:SIZE, :SIZE] + 0.5
+  for _ in range(rng.integers(2, 9)):
+    kind, colour, begins = rng.integers(3), rng.integers(len(draw.RGB)), rng.integers(-FRAMES, 12)
+    centre, speed = rng.uniform(0, SIZE, 2), rng.normal(size=2) * rng.choice([0, 0.5, 1.5])
+    radius, angle = rng.uniform(1, 7), rng.uniform(0, np.pi)
+    for frame in range(max(begins, 0), FRAMES):
+      y, x = row - centre[0] - speed[0] * frame, column - centre[1] - speed[1] * frame
+      along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+      masks = (
+        x**2 + y**2 <= radius**2,
+        np.maximum(abs(x), abs(y)) <= radius,
+        (abs(along) <= 3 * radius) & (abs(across) <= 0.7),
+      )
+      maps[frame, masks[kind]] = colour
+  return draw.paint(maps)
+
+
 def clips_of(numbers: range) -> np.ndarray:
-  """uint8 (n, T, height, width, 3)."""
-  return np.stack([case_of(n).frames for n in numbers])
+  """uint8 (n, T, height, width, 3): what the VAE learns from, tasks in even shares and scenes."""
+  names = list(SHARES)
+  return np.stack(
+    [
+      scene(n)
+      if np.random.default_rng([19, n]).random() < SCENES
+      else tasks.load(names[n % len(names)], size=SIZE, frames=FRAMES).generate("train", n).frames
+      for n in numbers
+    ]
+  )
 
 
 def make_parts(vae: dict[str, Any]) -> Parts:
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return Parts(
-    dit=WanDiT(WanConfig(**DIT)),
+    dit=WanDiT(WanConfig(**DIT, dtype=dtype)),
     vae=WanVAE(WanVAEConfig(**vae)),
     text=UMT5Encoder(UMT5Config(**TEXT)),
   )
@@ -187,8 +249,6 @@ class Log:
       f.write(json.dumps(row) + "\n")
 
   def draw(self) -> None:
-    from jax_videoreason.plots import loss_curve
-
     rows = [json.loads(line) for line in self.path.read_text().splitlines()]
     rows = [r for r in rows if "loss" in r]
     if rows:
@@ -199,59 +259,118 @@ class Log:
       )
 
 
-def fit(
-  stage: str,
-  work: Path,
-  loss: Any,
-  params: Any,
-  settings: training.TrainSettings,
-  batch_of: Any,
-  seed: int,
-  minutes: float,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """A stage of the training: where it writes, what it optimises, on which batches, how long.
+
+  data: whatever else decides the result, compared on resume. rows: leading axis of the arrays that
+  are spread over the devices. watch: called with (step, state) every `every` steps, gives rows for
+  the log.
+  """
+
+  stage: str
+  work: Path
+  loss: Any
+  settings: training.TrainSettings
+  batch_of: Callable[[int], dict[str, Any]]
+  seed: int
+  rows: int
+  data: dict[str, Any]
+  minutes: float = 1e9
+  save_seconds: float = 120.0
+  watch: Callable[[int, training.TrainState], Iterable[dict[str, Any]]] | None = None
+  every: int = 2_000
+
+  def described(self) -> dict[str, Any]:
+    described = {**dataclasses.asdict(self.settings), "seed": self.seed, **self.data}
+    return json.loads(json.dumps(described))
+
+
+def restored(
+  manager: ocp.CheckpointManager, step: int, like: training.TrainState
 ) -> training.TrainState:
-  """Trains from the last checkpoint to `settings.steps`, or until `minutes` are over."""
-  described = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "seed": seed}))
-  folder = (work / f"{stage}_state").absolute()
+  state: Any = manager.restore(step, args=ocp.args.StandardRestore(like))
+  return state
+
+
+def resumed(
+  plan: Plan, manager: ocp.CheckpointManager, state: training.TrainState
+) -> training.TrainState:
+  """The newest checkpoint of the same training, or `state` where there is none."""
+  record = plan.work / f"{plan.stage}_settings.json"
+  wanted = plan.described()
+  step = manager.latest_step()
+  if step is None:
+    record.write_text(json.dumps(wanted))
+    return state
+  before = json.loads(record.read_text())
+  differ = [
+    f"{key}={before.get(key)} (now {wanted.get(key)})"
+    for key in sorted({*before, *wanted})
+    if before.get(key) != wanted.get(key)
+  ]
+  if differ:
+    raise SystemExit(
+      f"{manager.directory} was trained with {', '.join(differ)}: give the same settings, or "
+      "another --work."
+    )
+  return restored(manager, step, state)
+
+
+def fit(plan: Plan, params: Any) -> training.TrainState:
+  """Trains from the last checkpoint to `settings.steps`, or until `minutes` are over.
+
+  Batches are spread over all devices; the next one is read while the devices work. A loss that is
+  not finite ends the training with the last good checkpoint kept.
+  """
+  folder = (plan.work / f"{plan.stage}_state").absolute()
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-  state = training.begin(params, settings)
-  record = work / f"{stage}_settings.json"
-  if manager.latest_step() is not None:
-    before = json.loads(record.read_text())
-    flat, wanted = ({**d["settings"], "seed": d["seed"]} for d in (before, described))
-    differ = [
-      f"{k}={flat.get(k)} (now {wanted.get(k)})" for k in wanted if flat.get(k) != wanted.get(k)
-    ]
-    if differ:
-      raise SystemExit(
-        f"{folder} was trained with {', '.join(differ)}: give the same settings, or another --work."
-      )
-    state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-  record.write_text(json.dumps(described))
-  step = training.make_step(loss, settings, seed)
-  log, began, mark = Log(work, stage), time.time(), time.time()
-  first = int(state.step)
-  bar = tqdm(total=settings.steps, initial=first, desc=stage, unit="step", mininterval=5)
-  metrics: dict[str, Any] = {}
-  for number in range(first, settings.steps):
-    state, metrics = step(state, batch_of(number))
-    bar.update()
-    last = number + 1 == settings.steps or time.time() - began > 60 * minutes
-    if number % 50 == 49 or last:
-      row = {k: np.asarray(v).tolist() for k, v in metrics.items()}
-      if not row["finite"]:
+  mesh = make_mesh(seed=jax.device_count())
+  everywhere, spread = (NamedSharding(mesh, spec) for spec in (P(), P("seed")))
+  state = resumed(plan, manager, jax.device_put(training.begin(params, plan.settings), everywhere))
+  step = training.make_step(plan.loss, plan.settings, plan.seed)
+  log, began, mark = Log(plan.work, plan.stage), time.time(), time.time()
+  first, total = int(state.step), plan.settings.steps
+
+  def placed(number: int) -> dict[str, Any]:
+    return {
+      name: jax.device_put(value, spread if len(value) == plan.rows else everywhere)
+      for name, value in plan.batch_of(number).items()
+    }
+
+  bar = tqdm(total=total, initial=first, desc=plan.stage, unit="step", mininterval=5)
+  with ThreadPoolExecutor(1) as reader:
+    coming = reader.submit(placed, first)
+    for number in range(first, total):
+      batch = coming.result()
+      state, metrics = step(state, batch)
+      last = number + 1 == total or time.time() - began > 60 * plan.minutes
+      if not last:
+        coming = reader.submit(placed, number + 1)
+      if not metrics["finite"]:
+        manager.wait_until_finished()
         raise SystemExit(
-          f"{stage}: the loss is not finite at step {number}; the last good checkpoint is "
-          f"{manager.latest_step()} in {folder}. Lower the learning rate and start again."
+          f"{plan.stage}: the loss is not finite at step {number}; the last good checkpoint is "
+          f"{manager.latest_step()} in {folder}. Give another --work and a lower --learning-rate."
         )
-      log.write(step=number + 1, seconds=round(time.time() - began, 1), **row)
-      bar.set_postfix(loss=f"{row['loss']:.4f}")
-    if time.time() - mark > 120 or last:
-      manager.save(number + 1, args=ocp.args.StandardSave(state))
-      manager.wait_until_finished()
-      mark = time.time()
-    if last:
-      break
+      bar.update()
+      if number % 50 == 49 or last:
+        row = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+        seconds = time.time() - began
+        speed = (number + 1 - first) / seconds
+        log.write(step=number + 1, seconds=round(seconds, 1), per_second=round(speed, 2), **row)
+        bar.set_postfix(loss=f"{row['loss']:.4f}")
+      if time.time() - mark > plan.save_seconds or last:
+        manager.save(number + 1, args=ocp.args.StandardSave(state))
+        mark = time.time()
+      if plan.watch is not None and (number % plan.every == plan.every - 1 or last):
+        for row in plan.watch(number + 1, state):
+          log.write(step=number + 1, **row)
+        log.draw()
+      if last:
+        break
   bar.close()
+  manager.close()
   log.draw()
   return state
 
@@ -276,8 +395,7 @@ def stage_vae(options: argparse.Namespace) -> None:
     clips.flush()
     os.replace(work / "clips.part.npy", path)
   if not (work / "tokenizer.json").exists():
-    prompts = {case_of(n).prompt for n in range(options.prompt_cases)}
-    (work / "tokenizer.json").write_text(train_word_tokenizer(sorted(prompts)))
+    (work / "tokenizer.json").write_text(train_word_tokenizer(all_prompts(options.prompt_cases)))
   clips = np.load(path, mmap_mode="r")
   parts = make_parts(VAE)
 
@@ -288,16 +406,32 @@ def stage_vae(options: argparse.Namespace) -> None:
     rows, low = rng.integers(len(clips), size=count), rng.integers(FRAMES - window + 1)
     return {"video": signed(np.stack([clips[r, low : low + window] for r in rows]))}
 
-  params = jax.jit(lambda key: parts.vae.init(key, jnp.zeros((1, 5, SIZE, SIZE, 3)))["params"])(
-    jax.random.key(0)
-  )
+  if options.init:
+    params = checkpoint.load(options.init, parts=("vae",)).vae
+  else:
+    params = jax.jit(lambda key: parts.vae.init(key, jnp.zeros((1, 5, SIZE, SIZE, 3)))["params"])(
+      jax.random.key(0)
+    )
   settings = training.TrainSettings(
-    steps=options.steps, batch=8, learning_rate=2e-3, warmup=100, weight_decay=0.0, ema=0.995
+    steps=options.steps,
+    batch=8,
+    learning_rate=options.learning_rate,
+    warmup=100,
+    weight_decay=0.0,
+    ema=0.995,
   )
-  state = fit(
-    "vae", work, training.vae_loss(parts.vae, 1e-5), params, settings, batch_of, 0, options.minutes
+  plan = Plan(
+    stage="vae",
+    work=work,
+    loss=training.vae_loss(parts.vae, 1e-5),
+    settings=settings,
+    batch_of=batch_of,
+    seed=0,
+    rows=8,
+    data={"clips": count, "shares": SHARES, "init": options.init},
+    minutes=options.minutes,
   )
-  freeze_vae(work, parts, state.ema, clips)
+  freeze_vae(work, parts, fit(plan, params).ema, clips)
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
@@ -323,7 +457,18 @@ def stage_decoder(options: argparse.Namespace) -> None:
   settings = training.TrainSettings(
     steps=options.steps, batch=4, learning_rate=1e-3, warmup=20, weight_decay=0.0, ema=0.99
   )
-  state = fit("decoder", work, loss, frozen["decoder"], settings, batch_of, 2, options.minutes)
+  plan = Plan(
+    stage="decoder",
+    work=work,
+    loss=loss,
+    settings=settings,
+    batch_of=batch_of,
+    seed=2,
+    rows=4,
+    data={},
+    minutes=options.minutes,
+  )
+  state = fit(plan, frozen["decoder"])
   clips = np.stack([clip(n) for n in range(512)])
   freeze_vae(work, parts, {**frozen, "decoder": state.ema}, clips, keep_scale=True)
 
@@ -332,8 +477,6 @@ def freeze_vae(
   work: Path, parts: Any, params: Any, clips: np.ndarray, keep_scale: bool = False
 ) -> None:
   """Measures the latents, writes the frozen VAE, fits the preview and says how close they are."""
-  from jax_videoreason.decode import fit_preview
-
   moments = jax.jit(lambda v: parts.vae.apply({"params": params}, v, method="encode_moments")[0])
   values = np.concatenate(
     [np.asarray(moments(signed(clips[i : i + 32]))) for i in range(0, 512, 32)]
@@ -379,7 +522,7 @@ def stage_encode(options: argparse.Namespace) -> None:
       bar.update(done)
 
 
-def latent_shape(parts: Any) -> tuple[int, ...]:
+def latent_shape(parts: Any) -> tuple[int, int, int, int]:
   spec = latent_spec(parts)
   return (*spec.grid(FRAMES, SIZE, SIZE), spec.channels)
 
@@ -394,7 +537,7 @@ def stage_dit(options: argparse.Namespace) -> None:
   shape = latent_shape(parts)
   data = Shards(work / "latents", options.cases, shape).open("r")
   empty_ids, empty_mask = Tokenizer(work / "tokenizer.json").encode([""], TEXT_LENGTH)
-  mask = np.asarray(known_mask(options.batch, shape[:3]))
+  mask = np.asarray(known_mask(options.batch, latent_spec(parts).grid(FRAMES, SIZE, SIZE)))
   settings = training.TrainSettings(
     steps=options.steps,
     batch=options.batch,
@@ -419,28 +562,58 @@ def stage_dit(options: argparse.Namespace) -> None:
       "empty_mask": empty_mask,
     }
 
+  params = grown_from(options.init, parts, shape, work) if options.init else begin_dit(parts, shape)
+
+  def watch(step: int, state: training.TrainState) -> Iterable[dict[str, Any]]:
+    return scores(bundle_of(work, parts, state.ema), list(SHARES), options)
+
   fit(
-    "dit",
-    work,
-    training.flow_loss(parts, settings),
-    begin_dit(parts, shape),
-    settings,
-    batch_of,
-    1,
-    options.minutes,
+    Plan(
+      stage="dit",
+      work=work,
+      loss=training.flow_loss(parts, settings),
+      settings=settings,
+      batch_of=batch_of,
+      seed=1,
+      rows=options.batch,
+      data={"cases": options.cases, "shares": SHARES, "dit": DIT, "init": options.init},
+      minutes=options.minutes,
+      watch=watch if options.score_every else None,
+      every=options.score_every,
+    ),
+    params,
   )
+
+
+def grown_from(name: str, parts: Any, shape: tuple[int, ...], work: Path) -> Any:
+  """The weights of a bundle, with more layers, and its words in the places of our tokenizer."""
+  bundle, params = checkpoint.load(name), begin_dit(parts, shape)
+  before, now = (
+    json.loads(Path(path).read_text())["model"]["vocab"]
+    for path in (bundle.card.tokenizer, work / "tokenizer.json")
+  )
+  kept = [word for word in now if word in before]
+  embedding = params["text"]["token_embedding"]
+  dit, text = bundle.params[0], bundle.text
+  if dit is None or text is None:
+    raise SystemExit(f"--init {name}: the bundle has no DiT or no text encoder.")
+  embedding = embedding.at[np.asarray([now[w] for w in kept])].set(
+    text["token_embedding"][np.asarray([before[w] for w in kept])]
+  )
+  return {
+    "dit": training.deepen(dit, parts.dit.config.layers),
+    "text": {**text, "token_embedding": embedding},
+  }
 
 
 def begin_dit(parts: Any, shape: tuple[int, ...]) -> Any:
   """Fresh weights of DiT and text encoder."""
-  from jax_videoreason.structs import Conditioning
-
   ids = jnp.zeros((1, TEXT_LENGTH), jnp.int32)
   latents = jnp.zeros((1, *shape))
   cond = Conditioning(
     text=jnp.zeros((1, 1, TEXT_LENGTH, parts.text.config.width)),
     known=latents,
-    known_mask=jnp.asarray(known_mask(1, shape[:3])),
+    known_mask=jnp.asarray(known_mask(1, latent_spec(parts).grid(FRAMES, SIZE, SIZE))),
   )
   time = jnp.zeros((2, parts.dit.config.freq_dim))
   return {
@@ -451,14 +624,20 @@ def begin_dit(parts: Any, shape: tuple[int, ...]) -> Any:
 
 def trained_bundle(work: Path) -> ModelBundle:
   """The bundle of the newest weights of a training that may still be running."""
-  parts, vae = load_vae(work)
+  parts, _ = load_vae(work)
   manager = ocp.CheckpointManager((work / "dit_state").absolute())
   step = manager.latest_step()
   if step is None:
     raise SystemExit(f"{work}/dit_state holds no checkpoint: run the stage 'dit' first.")
-  described = json.loads((work / "dit_settings.json").read_text())["settings"]
-  state = training.begin(begin_dit(parts, latent_shape(parts)), training.TrainSettings(**described))
-  state = manager.restore(step, args=ocp.args.StandardRestore(state))
+  described = json.loads((work / "dit_settings.json").read_text())
+  names = {field.name for field in dataclasses.fields(training.TrainSettings)}
+  settings = training.TrainSettings(**{k: v for k, v in described.items() if k in names})
+  state = training.begin(begin_dit(parts, latent_shape(parts)), settings)
+  return bundle_of(work, parts, restored(manager, step, state).ema)
+
+
+def bundle_of(work: Path, parts: Parts, weights: Any) -> ModelBundle:
+  """The bundle of the frozen VAE with these weights, {"dit", "text"}, computing in float32."""
   preview: dict[str, Any] = {}
   for name, value in np.load(work / "preview.npz").items():
     node = preview
@@ -473,65 +652,61 @@ def trained_bundle(work: Path) -> ModelBundle:
     text_length=TEXT_LENGTH,
     tokenizer=str((work / "tokenizer.json").absolute()),
   )
+  exact = WanDiT(dataclasses.replace(parts.dit.config, dtype="float32"))
   return ModelBundle(
-    params=(state.ema["dit"],),
-    vae=vae,
-    text=state.ema["text"],
+    params=(weights["dit"],),
+    vae=load_vae(work)[1],
+    text=weights["text"],
     preview=preview,
-    parts=parts,
+    parts=dataclasses.replace(parts, dit=exact),
     card=card,
   )
 
 
-def stage_score(options: argparse.Namespace) -> None:
-  """Scores unseen cases of every trained task, with guidance."""
-  from jax_videoreason import checkpoint, conditioning, runs, sampler, schedules
-  from jax_videoreason.decode import decode
-
-  bundle = checkpoint.load(options.bundle) if options.bundle else trained_bundle(options.work)
+def scores(
+  bundle: ModelBundle, names: Sequence[str], options: argparse.Namespace
+) -> Iterable[dict[str, Any]]:
+  """One row per task: scores of unseen cases, with guidance, beside the static clip."""
   grid = bundle.card.latents.grid(FRAMES, SIZE, SIZE)
-  for name in options.tasks or list(SHARES):
+  schedule = schedules.build(
+    steps=options.score_steps,
+    shift=options.sample_shift,
+    guidance=options.guidance,
+    freq_dim=bundle.parts.dit.config.freq_dim,
+  )
+  for name in names:
     task = tasks.load(name, size=SIZE, frames=FRAMES)
     cases = [task.generate("id", i) for i in range(options.score_cases)]
     cond = conditioning.encode(
       bundle, [c.prompt for c in cases], np.stack([c.first_frame for c in cases]), frames=FRAMES
     )
     noise = runs.make_noise([0] * len(cases), (*grid, bundle.card.latents.channels))
-    schedule = schedules.build(
-      steps=options.score_steps,
-      shift=options.sample_shift,
-      guidance=options.guidance,
-      freq_dim=bundle.parts.dit.config.freq_dim,
-    )
     latents, _, _ = sampler.denoise(bundle, noise, cond, schedule)
     frames = decode(bundle, latents)
-    scores = [task.score(f, c.metadata) for f, c in zip(frames, cases, strict=True)]
-    static = [
-      task.score(np.repeat(c.first_frame[None], FRAMES, 0), c.metadata).value for c in cases
-    ]
-    right = [
-      task.parse(f, c.metadata) in c.metadata["answers"] for f, c in zip(frames, cases, strict=True)
-    ]
-    print(
-      json.dumps(
-        {
-          "task": name,
-          "score": round(float(np.mean([s.value for s in scores])), 3),
-          "static": round(float(np.mean(static)), 3),
-          "strict": round(float(np.mean([s.strict for s in scores])), 3),
-          "right": round(float(np.mean(right)), 3),
-          "preservation": round(float(np.mean([s.preservation for s in scores])), 3),
-          "process": round(float(np.mean([s.process for s in scores])), 3),
-          "cases": len(cases),
-        }
-      ),
-      flush=True,
-    )
+    reached = [task.score(f, c.metadata) for f, c in zip(frames, cases, strict=True)]
+    still = [np.repeat(c.first_frame[None], FRAMES, 0) for c in cases]
+    row = {
+      "score": [s.value for s in reached],
+      "static": [task.score(f, c.metadata).value for f, c in zip(still, cases, strict=True)],
+      "strict": [s.strict for s in reached],
+      "right": [
+        task.parse(f, c.metadata) in c.metadata["answers"]
+        for f, c in zip(frames, cases, strict=True)
+      ],
+      "preservation": [s.preservation for s in reached],
+      "process": [s.process for s in reached],
+    }
+    means = {key: round(float(np.mean(values)), 3) for key, values in row.items()}
+    yield {"task": name, **means, "cases": len(cases)}
+
+
+def stage_score(options: argparse.Namespace) -> None:
+  bundle = checkpoint.load(options.bundle) if options.bundle else trained_bundle(options.work)
+  for row in scores(bundle, options.tasks or list(SHARES), options):
+    print(json.dumps(row), flush=True)
 
 
 def stage_bundle(options: argparse.Namespace) -> None:
-  from jax_videoreason import checkpoint
-
   checkpoint.save(trained_bundle(options.work), options.out, dtype="bfloat16")
 
 
@@ -552,6 +727,7 @@ def main() -> None:
   parser.add_argument("stage", choices=STAGES)
   parser.add_argument("--work", type=Path, help="where the state of the training lives")
   parser.add_argument("--bundle", help="score: a bundle instead of the training in --work")
+  parser.add_argument("--init", help="vae, dit: begin with the weights of this bundle")
   parser.add_argument("--out", type=Path, help="bundle: where the bundle is written")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   parser.add_argument(
@@ -561,11 +737,12 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=16)
   parser.add_argument("--cases", type=int, default=24_000, help="training cases that are encoded")
   parser.add_argument("--vae-cases", type=int, default=1_500)
-  parser.add_argument("--prompt-cases", type=int, default=3_000)
+  parser.add_argument("--prompt-cases", type=int, default=1_000, help="of each task, for the words")
   parser.add_argument("--learning-rate", type=float, default=1e-3)
   parser.add_argument("--shift", type=float, default=3.0, help="of the training sigmas")
   parser.add_argument("--sample-shift", type=float, default=5.0)
   parser.add_argument("--guidance", type=float, default=2.0)
+  parser.add_argument("--score-every", type=int, default=2_000, help="steps; 0 = never")
   parser.add_argument("--score-cases", type=int, default=32)
   parser.add_argument("--score-steps", type=int, default=20)
   parser.add_argument("--tasks", nargs="*", choices=list(tasks.TASKS))

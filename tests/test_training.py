@@ -1,5 +1,7 @@
 """Training: the loss falls, resumed equals undisturbed, a NaN changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,30 @@ def test_an_expert_is_trained_on_its_own_sigmas():
   )
   assert rows.shape == (358, 2, 16) and abs(sigma.min() - 0.9) < 1e-2 and sigma.max() == 1.0
   np.testing.assert_array_equal(rows[-1, 0], np.float32(schedules.sinusoid(np.array(1000.0), 16)))
+
+
+def test_a_deepened_network_computes_what_it_computed_and_its_new_layers_can_learn(problem):
+  _, begin, batch = problem
+  params, small = begin().params["dit"], tiny_config()
+  kernel = jax.random.normal(jax.random.key(3), params["head"]["kernel"].shape)
+  params = {**params, "head": {**params["head"], "kernel": kernel}}
+  deep = WanDiT(dataclasses.replace(small, layers=2 * small.layers + 1))
+  grown = training.deepen(params, deep.config.layers)
+  cond = Conditioning(
+    text=jnp.ones((1, 4, 5, 12)),
+    known=jnp.asarray(batch["known"], jnp.float32),
+    known_mask=jnp.asarray(batch["known_mask"]),
+  )
+  latents, time = jnp.asarray(batch["latents"], jnp.float32), jnp.ones((2, 16))
+
+  def velocity(dit, params):
+    return dit.apply({"params": params}, latents, time, cond)[0]
+
+  before = velocity(WanDiT(small), params)
+  assert np.std(before) > 0.1
+  np.testing.assert_allclose(velocity(deep, grown), before, rtol=1e-5, atol=1e-5)
+  slopes = jax.grad(lambda p: jnp.sum(velocity(deep, p) ** 2))(grown)["blocks"]
+  for part in (slopes["self_attn"]["o"], slopes["cross_attn"]["o"], slopes["mlp"]["down"]):
+    assert np.all(np.abs(part["kernel"]).sum(axis=(1, 2)) > 0)
+  with pytest.raises(ValueError, match=f"layers={small.layers - 1} of a network with"):
+    training.deepen(params, small.layers - 1)

@@ -1,6 +1,7 @@
 """Prompts and first frames -> Conditioning: what the model is given beside the latents."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
+from jax_videoreason import framing
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.structs import Conditioning, ModelBundle
 from jax_videoreason.tokenizer import Tokenizer
 
-# Prompts, and pixels of video, that are encoded at once.
+# Prompts, pictures, and pixels of video, that are encoded at once.
 PROMPTS = 8
+PICTURES = 8
 PIXELS = 2**21
 
 
@@ -26,15 +29,19 @@ def encode(
   frames: int,
   negative_prompt: str = "",
   guided: bool = True,
+  last_frames: np.ndarray | None = None,
   clip: Array | None = None,
 ) -> Conditioning:
   """The conditioning of R runs; R = len(prompts).
 
-  first_frames: uint8 RGB, R height width 3, the given first pixel frame of each run; None for a
-    model without image input, or to run TI2V from text alone.
+  first_frames: uint8 RGB, or float32 about -1..1, R height width 3, the given first pixel frame of
+    each run; None for a model without image input, or to run TI2V from text alone. `framing` makes
+    them of pictures of another size.
+  last_frames: the same of the last pixel frame, for models that concatenate what is given.
   frames: pixel frames of the video, 1 + stride * k; the latents have F = 1 + k.
   negative_prompt: the text of branch 1, one for all runs. guided=False leaves that branch out.
-  clip: R X D_clip tokens of the first frames, for a model with clip_width (Wan2.1 I2V).
+  clip: R X D_clip, for a model with clip_width (Wan2.1 I2V); None = `image_tokens` of the first
+    frames. (The official code takes those of the pictures before they were resized.)
 
   Equal prompts and equal frames are encoded once. Text rows after the last token are zero. `known`
   are the normalised latents of the first frame followed by mid-grey frames (image_input "concat"),
@@ -44,36 +51,73 @@ def encode(
   config = bundle.parts.dit.config
   if isinstance(prompts, str) or not len(prompts):
     raise ValueError(f"prompts={prompts!r}, wanted a list with one prompt per run.")
-  grid = _grid(bundle, first_frames, frames, len(prompts))
-  if (clip is None) != (config.clip_width is None):
+  if first_frames is not None:
+    first_frames = _checked("first_frames", first_frames, len(prompts))
+  grid = _grid(bundle, first_frames, frames)
+  if last_frames is not None:
+    last_frames = _checked("last_frames", last_frames, len(prompts))
+    first = None if first_frames is None else first_frames.shape
+    if first != last_frames.shape or frames == 1:
+      raise ValueError(
+        f"last_frames is {last_frames.shape} beside first_frames {first} in a video of {frames} "
+        "frames, wanted first frames of the same shape and more than one frame."
+      )
+    if config.image_input != "concat":
+      raise ValueError(f"{bundle.card.name} is given its first frame alone: last_frames=None.")
+  if clip is not None and config.clip_width is None:
     raise ValueError(
-      f"clip is {'missing' if clip is None else f'{clip.shape}'} and the model has "
-      f"clip_width={config.clip_width}: clip, R X D_clip, is for a Wan2.1 image model alone, which "
-      "cannot run without it."
+      f"clip is {clip.shape} and {bundle.card.name} reads no image tokens: leave it out."
     )
   text = _text(bundle, prompts, negative_prompt, guided)
   if first_frames is None:
-    return Conditioning(text=text, clip=clip)
+    return Conditioning(text=text)
+  if clip is None and config.clip_width is not None:
+    clip = image_tokens(bundle, list(first_frames))
   return Conditioning(
     text=text,
-    known=_known(bundle, first_frames, frames, grid),
-    known_mask=known_mask(len(prompts), grid),
+    known=_known(bundle, first_frames, last_frames, frames, grid),
+    known_mask=known_mask(len(prompts), grid, last=last_frames is not None),
     clip=clip,
   )
 
 
-def known_mask(runs: int, grid: tuple[int, int, int]) -> Array:
+def image_tokens(bundle: ModelBundle, images: Sequence[np.ndarray]) -> Array:
+  """R X D: the CLIP tokens of pictures, height width 3, of any size, uint8 or float32 in -1..1.
+
+  They are brought to the tower's size as the stack of the bundle's numerics does it. ValueError
+  when the tower is not loaded.
+  """
+  if bundle.clip is None or bundle.parts.clip is None:
+    raise ValueError(
+      f"the image tower of {bundle.card.name} is not loaded and its DiT reads image tokens: load "
+      "it, parts=('text', 'clip', 'vae')."
+    )
+  size = bundle.parts.clip.config.image
+  unique: dict[bytes, int] = {}
+  place = [unique.setdefault(_digest(image), len(unique)) for image in images]
+  first = [place.index(row) for row in range(len(unique))]
+  squares = framing.square((images[i] for i in first), size, bundle.card.numerics)
+  tokens = _in_batches(
+    functools.partial(_image_states, bundle.parts.clip, bundle.clip), (squares,), PICTURES
+  )
+  return tokens[np.asarray(place)]
+
+
+def known_mask(runs: int, grid: tuple[int, int, int], *, last: bool = False) -> Array:
   """R F H W 4 float32 of a given first frame: 1 in all four channels of latent frame 0, else 0.
 
   The four channels are the pixel frames of a latent frame; the first latent frame holds one pixel
-  frame, which stands for all four. grid: (F, H, W).
+  frame, which stands for all four. last: the last pixel frame is given too, channel 3 of the last
+  latent frame. grid: (F, H, W).
   """
-  given = (jnp.arange(grid[0]) == 0).astype(jnp.float32)
-  return repeat(given, "f -> r f h w four", r=runs, h=grid[1], w=grid[2], four=4)
+  given = jnp.zeros((grid[0], 4)).at[0].set(1.0)
+  if last:
+    given = given.at[-1, -1].set(1.0)
+  return repeat(given, "f four -> r f h w four", r=runs, h=grid[1], w=grid[2])
 
 
 def _grid(
-  bundle: ModelBundle, first_frames: np.ndarray | None, frames: int, runs: int
+  bundle: ModelBundle, first_frames: np.ndarray | None, frames: int
 ) -> tuple[int, int, int]:
   """(F, H, W) after all checks; H and W are one patch when no frame tells them."""
   image_input, spec = bundle.parts.dit.config.image_input, bundle.card.latents
@@ -89,15 +133,20 @@ def _grid(
       f"{bundle.card.name} takes text alone and first_frames is {np.shape(first_frames)}: pass "
       "first_frames=None, or choose an image-to-video model."
     )
-  first_frames = np.asarray(first_frames)
-  if first_frames.dtype != np.uint8 or first_frames.ndim != 4 or first_frames.shape[-1] != 3:
-    raise ValueError(
-      f"first_frames is {first_frames.dtype} {first_frames.shape}, wanted uint8 RGB, "
-      "R height width 3."
-    )
-  if len(first_frames) != runs:
-    raise ValueError(f"{len(first_frames)} first frames for {runs} prompts: give one per run.")
   return spec.grid(frames, *first_frames.shape[1:3])
+
+
+def _checked(name: str, frames: np.ndarray, runs: int) -> np.ndarray:
+  frames = np.asarray(frames)
+  right = frames.dtype in (np.uint8, np.float32)
+  if not right or frames.ndim != 4 or frames.shape[-1] != 3:
+    raise ValueError(
+      f"{name} is {frames.dtype} {frames.shape}, wanted uint8 RGB, R height width 3 (or float32 "
+      "in -1..1)."
+    )
+  if len(frames) != runs:
+    raise ValueError(f"{len(frames)} {name} for {runs} prompts: give one per run.")
+  return frames
 
 
 def _text(bundle: ModelBundle, prompts: Sequence[str], negative: str, guided: bool) -> Array:
@@ -125,7 +174,11 @@ def _text(bundle: ModelBundle, prompts: Sequence[str], negative: str, guided: bo
 
 
 def _known(
-  bundle: ModelBundle, first_frames: np.ndarray, frames: int, grid: tuple[int, int, int]
+  bundle: ModelBundle,
+  first_frames: np.ndarray,
+  last_frames: np.ndarray | None,
+  frames: int,
+  grid: tuple[int, int, int],
 ) -> Array:
   """R F H W C."""
   if bundle.vae is None or bundle.parts.vae is None:
@@ -133,10 +186,13 @@ def _known(
       f"the VAE of {bundle.card.name} is not loaded and a first frame is to be encoded: load it, "
       "parts=('text', 'vae')."
     )
-  unique, place = np.unique(np.asarray(first_frames), axis=0, return_inverse=True)
+  given = first_frames[:, np.newaxis]
+  if last_frames is not None:
+    given = np.stack([first_frames, last_frames], axis=1)
+  unique, place = np.unique(given, axis=0, return_inverse=True)
   overwrite = bundle.parts.dit.config.image_input == "overwrite"
   encoded = 1 if overwrite else frames
-  pixels = encoded * unique.shape[1] * unique.shape[2]
+  pixels = encoded * given.shape[2] * given.shape[3]
   latents = _in_batches(
     functools.partial(
       _frame_latents, bundle.parts.vae, bundle.vae, encoded, 1 if pixels > PIXELS else None
@@ -146,6 +202,11 @@ def _known(
   )
   absent = [(0, 0), (0, grid[0] - latents.shape[1]), (0, 0), (0, 0), (0, 0)]
   return jnp.pad(latents, absent)[rearrange(place, "... -> (...)")]
+
+
+def _digest(image: np.ndarray) -> bytes:
+  said = f"{image.dtype} {image.shape} ".encode()
+  return hashlib.sha256(said + np.ascontiguousarray(image).tobytes()).digest()
 
 
 def _in_batches(function: Callable[..., Array], arrays: Sequence[np.ndarray], size: int) -> Array:
@@ -163,9 +224,18 @@ def _text_states(encoder: Any, params: Params, ids: Array, mask: Array) -> Array
   return jnp.where(rearrange(mask, "r x -> r x 1"), states, jnp.zeros((), states.dtype))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _image_states(tower: Any, params: Params, images: Array) -> Array:
+  return tower.apply({"params": params}, images)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _frame_latents(vae: Any, params: Params, frames: int, chunk: int | None, image: Array) -> Array:
-  """uint8 R height width 3 -> normalised latents of the image and frames - 1 mid-grey frames."""
-  first = rearrange(image, "r height width rgb -> r 1 height width rgb").astype(jnp.float32)
-  video = jnp.pad(first / 127.5 - 1.0, [(0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0)])
+def _frame_latents(vae: Any, params: Params, frames: int, chunk: int | None, given: Array) -> Array:
+  """Frames R n height width 3, the first and perhaps the last -> normalised latents of a video.
+
+  What lies between or after them is mid-grey.
+  """
+  ends = given if given.dtype == jnp.float32 else given.astype(jnp.float32) / 127.5 - 1.0
+  grey = [(0, 0), (0, frames - given.shape[1]), (0, 0), (0, 0), (0, 0)]
+  video = jnp.concatenate([jnp.pad(ends[:, :1], grey), ends[:, 1:]], axis=1)
   return vae.apply({"params": params}, video, chunk, method="encode")

@@ -22,7 +22,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 LOSSLESS = ("RGB", "L", "1", "P")
 SMALLEST = 64
 BT709 = 1
-METHODS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
+METHODS = {
+  "nearest": Image.Resampling.NEAREST,
+  "bicubic": Image.Resampling.BICUBIC,
+  "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -132,12 +136,15 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def resize(
-  image: np.ndarray, height: int, width: int, method: Literal["nearest", "bicubic"] = "bicubic"
+  image: np.ndarray,
+  height: int,
+  width: int,
+  method: Literal["nearest", "bicubic", "lanczos"] = "bicubic",
 ) -> np.ndarray:
   """uint8 RGB, height width 3, at another size; sides are scaled apart, nothing is cropped.
 
-  nearest: the pixel under each centre. bicubic: PIL's, smoothed when it shrinks, as DiffSynth
-  prepares first frames; the official Wan code does not smooth.
+  nearest: the pixel under each centre. bicubic, lanczos: PIL's, smoothed when they shrink, as
+  DiffSynth and diffusers prepare first frames (`framing` has the rules).
   """
   _check("image", image, "height width 3", 3)
   if method not in METHODS:

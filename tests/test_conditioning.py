@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_videoreason import conditioning
+from jax_videoreason import conditioning, framing
+from jax_videoreason.models.clip import CLIPConfig, CLIPTower
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
@@ -176,15 +177,67 @@ def test_the_model_takes_what_was_made(bundle, encoded):
   assert made.shape == (2, 3, 3, 4, 6, 4)
 
 
-def test_clip_tokens_are_handed_on_and_demanded(bundle, first_frames):
-  reads_clip = with_dit(bundle, "concat", clip_width=10)
-  tokens = jnp.ones((3, 7, 10))
-  made = conditioning.encode(reads_clip, PROMPTS, first_frames, frames=5, clip=tokens)
+def test_last_frames_end_the_video(bundle, first_frames):
+  """Mid-grey lies between; of the last latent frame only the last pixel frame is given."""
+  last = first_frames[::-1].copy()
+  made = conditioning.encode(bundle, PROMPTS, first_frames, frames=5, last_frames=last)
+  video = np.zeros((3, 5, 8, 12, 3), np.float32)
+  video[:, 0], video[:, -1] = first_frames / 127.5 - 1.0, last / 127.5 - 1.0
+  np.testing.assert_allclose(made.known, vae_encode(bundle, video), atol=1e-5)
+  assert np.asarray(made.known_mask[0, :, 0, 0]).tolist() == [[1] * 4, [0] * 4, [0, 0, 0, 1]]
+  with pytest.raises(ValueError, match="tiny is given its first frame alone"):
+    conditioning.encode(
+      with_dit(bundle, "overwrite"), PROMPTS, first_frames, frames=5, last_frames=last
+    )
+  with pytest.raises(ValueError, match="wanted first frames of the same shape"):
+    conditioning.encode(bundle, PROMPTS, first_frames, frames=5, last_frames=last[:, :4])
+
+
+def test_float_frames_are_taken_as_they_are(bundle, encoded, first_frames):
+  """The official stack resizes in floats, which may leave -1..1."""
+  floats = first_frames.astype(np.float32) / np.float32(127.5) - 1
+  made = conditioning.encode(bundle, PROMPTS, floats, frames=5)
+  np.testing.assert_allclose(made.known, encoded.known, atol=1e-5)
+  beyond = conditioning.encode(bundle, PROMPTS, 1.2 * floats, frames=5)
+  assert np.abs(beyond.known - encoded.known).max() > 1e-3
+
+
+@pytest.fixture(scope="session")
+def with_tower(bundle):
+  """The same with a DiT that reads image tokens and a tower that makes them, 10 wide."""
+  tower = CLIPTower(CLIPConfig(width=10, ffn_width=12, heads=2, layers=1, image=8, patch=4))
+  parts = dataclasses.replace(bundle.parts, dit=dit("concat", 10), clip=tower)
+  weights = random_params(tower, jnp.zeros((1, 8, 8, 3)))
+  return dataclasses.replace(bundle, parts=parts, clip=weights)
+
+
+def test_image_tokens_are_those_of_the_first_frames(with_tower, first_frames):
+  made = conditioning.encode(with_tower, PROMPTS, first_frames, frames=5)
+  squares = framing.square(first_frames, 8, "official")
+  wanted = with_tower.parts.clip.apply({"params": with_tower.clip}, squares)
+  assert made.clip.shape == (3, 5, 10)
+  np.testing.assert_allclose(made.clip, wanted, atol=1e-5)
+  assert np.abs(made.clip[0] - made.clip[1]).max() > 1e-3
+
+
+def test_image_tokens_may_come_from_pictures_of_any_size(with_tower, first_frames):
+  rng = np.random.default_rng(0)
+  large, small = (rng.integers(0, 256, size, np.uint8) for size in ((20, 9, 3), (8, 8, 3)))
+  tokens = conditioning.image_tokens(with_tower, [large, small, large])
+  np.testing.assert_array_equal(tokens[0], tokens[2])
+  np.testing.assert_allclose(
+    tokens[1], conditioning.image_tokens(with_tower, [small])[0], atol=1e-5
+  )
+  made = conditioning.encode(with_tower, PROMPTS, first_frames, frames=5, clip=tokens)
   np.testing.assert_array_equal(made.clip, tokens)
-  with pytest.raises(ValueError, match="clip is missing and the model has clip_width=10"):
-    conditioning.encode(reads_clip, PROMPTS, first_frames, frames=5)
-  with pytest.raises(ValueError, match=r"clip is \(3, 7, 10\) and the model has clip_width=None"):
-    conditioning.encode(bundle, PROMPTS, first_frames, frames=5, clip=tokens)
+
+
+def test_image_tokens_need_a_tower_and_a_model_that_reads_them(with_tower, bundle, first_frames):
+  without = dataclasses.replace(with_tower, clip=None)
+  with pytest.raises(ValueError, match="the image tower of tiny is not loaded"):
+    conditioning.encode(without, PROMPTS, first_frames, frames=5)
+  with pytest.raises(ValueError, match=r"clip is \(3, 7, 10\) and tiny reads no image tokens"):
+    conditioning.encode(bundle, PROMPTS, first_frames, frames=5, clip=jnp.ones((3, 7, 10)))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +246,7 @@ def test_clip_tokens_are_handed_on_and_demanded(bundle, first_frames):
     ({"frames": 6}, r"frames=6, wanted 1 \+ 2k: use 5 or 7"),
     ({"prompts": "one"}, "wanted a list with one prompt per run"),
     ({"prompts": []}, "wanted a list with one prompt per run"),
-    ({"prompts": ["a"]}, "3 first frames for 1 prompts"),
+    ({"prompts": ["a"]}, "3 first_frames for 1 prompts"),
     ({"first_frames": np.zeros((3, 8, 10, 3), np.uint8)}, "width=10 pixels, wanted a multiple"),
     ({"first_frames": np.zeros((3, 8, 12, 3))}, r"float64 \(3, 8, 12, 3\), wanted uint8 RGB"),
     ({"first_frames": np.zeros((3, 8, 12, 4), np.uint8)}, r"uint8 \(3, 8, 12, 4\), wanted uint8"),

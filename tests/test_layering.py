@@ -31,7 +31,7 @@ FLOORS = (
     "interventions",
     "settings",
     "folders",
-    "arrays media",
+    "arrays media tables",
     "tasks.draw",
     "tasks.base",
     "tasks.maze tasks.tree_reach tasks.tictactoe tasks.occlusion tasks.sort_bars tasks.rotate "
@@ -64,7 +64,7 @@ FLOORS = (
     "training",
     "plan",
   ),
-  ("answers", "metrics", "probes", "evaluate"),
+  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate"),
   (
     "experiments.base",
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
@@ -74,7 +74,7 @@ FLOORS = (
     "experiments",
     "vbvr.generate vbvr.evalkit vbvr.baselines vbvr.table vbvr.audit",
   ),
-  ("console plots", "report"),
+  ("console plots", "report", "scorecard"),
   (
     "cli",
     "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.plan cli.report cli.tasks",
@@ -97,7 +97,7 @@ HOMES = {
   "huggingface_hub": ("convert.hub",),
   "orbax": ("checkpoint",),
   "tensorstore": ("arrays", "checkpoint"),
-  "pyarrow": ("store",),
+  "pyarrow": ("tables",),
   "tokenizers": ("tokenizer",),
   "ftfy": ("tokenizer",),
   "av": ("media",),

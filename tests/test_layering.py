@@ -32,6 +32,7 @@ FLOORS = (
     "settings",
     "folders",
     "arrays media tables",
+    "framing",
     "tasks.draw",
     "tasks.base",
     "tasks.maze tasks.tree_reach tasks.tictactoe tasks.occlusion tasks.sort_bars tasks.rotate "

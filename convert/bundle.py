@@ -91,8 +91,8 @@ def plan(
 ) -> Plan:
   """The plan of a conversion. Faults says what does not fit, of all parts at once.
 
-  dtype: "bf16" or "fp32" of the transformer and the text encoder; None = as in the source. The VAE
-    keeps its own; in bf16, so do the leaves of `wan.KEPT`.
+  dtype: "bf16" or "fp32" of the transformer and the text encoder; None = as in the source. VAE and
+    CLIP tower keep their own; in bf16, the leaves of `wan.KEPT` stay in fp32.
   numerics: None = those of the layout.
   loras: what is merged into the transformers.
   """
@@ -260,7 +260,7 @@ def _refuse_equal_experts(made: Plan, writer: LeafWriter) -> None:
 
 
 def _dtype_of(kind: str, path: str, given: np.dtype, asked: str | None) -> np.dtype:
-  if asked is None or kind == "vae":
+  if asked is None or kind in ("vae", "clip"):
     return given
   if asked == "bf16" and kind == "dit" and re.fullmatch(wan.KEPT, path):
     return DTYPES["fp32"]

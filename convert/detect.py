@@ -1,8 +1,9 @@
 """Which model lies in a folder or file, by its keys, shapes and config files.
 
 Three layouts: original (config.json beside diffusion_pytorch_model*.safetensors, or
-high_noise_model/ and low_noise_model/; models_t5*, Wan2.1_VAE*, google/umt5-xxl/), diffusers
-(model_index.json, a folder per part), and a single file with the weights of one transformer.
+high_noise_model/ and low_noise_model/; models_t5*, Wan2.?_VAE*, models_clip*, google/umt5-xxl/),
+diffusers (model_index.json, a folder per part), and a single file with the weights of one
+transformer.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason.models import FAMILIES
+from jax_videoreason.models import FAMILIES, wan21_vae, wan22_vae
+from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
 from jax_videoreason.models.wan import WanConfig
 from jax_videoreason.models.wan21_vae import WanVAEConfig
@@ -20,19 +22,27 @@ from jax_videoreason.settings import nearest
 from jax_videoreason.structs import LatentSpec
 from jax_videoreason.tokenizer import Tokenizer
 
-from . import umt5, vae, wan
+from . import clip, umt5, vae, wan
 from .engine import Faults, Row
 from .reader import SUFFIXES, Header, files_in, headers, read, read_json
 
 FAMILY = "wan21"
-PARTS = ("dit", "vae", "text")
+PARTS = ("dit", "vae", "text", "clip")
 HEAD_WIDTH = 128  # of every published Wan; a config.json may say otherwise
+CLIP_HEAD_WIDTH = 80  # of ViT-H/14, likewise
 PREFIXES = ("model.diffusion_model.", "model.")  # some single files have one before every key
 EXPERTS = ("high_noise_model", "low_noise_model")
 # Latent channels -> stride of the VAE that makes them, for a transformer converted without it.
 STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
 # The experts of the published pairs change at this sigma: image to video, text to video.
 BOUNDARY = {"concat": 0.9, "none": 0.875}
+# Latent channels -> how the VAE that makes them normalises, where no config.json says it.
+NORMALISATION = {
+  16: (wan21_vae.MEAN, wan21_vae.STD),
+  48: (wan22_vae.MEAN, wan22_vae.STD),
+}
+# What the images of a model_type are: whether they are channels of the transformer's input.
+CONCAT = {"t2v": False, "ti2v": False, "i2v": True}
 # What a part is recognised by, in each naming.
 MARKS = {
   ("dit", "original"): "text_embedding.0.weight",
@@ -41,8 +51,17 @@ MARKS = {
   ("vae", "diffusers"): "decoder.norm_out.gamma",
   ("text", "original"): "blocks.0.pos_embedding.embedding.weight",
   ("text", "transformers"): f"{umt5.SELF.format(L=0)}.SelfAttention.relative_attention_bias.weight",
+  ("clip", "original"): "cls_embedding",
+  ("clip", "transformers"): "embeddings.class_embedding",
 }
-KINDS = {"dit": "a Wan transformer", "vae": "a Wan VAE", "text": "a UMT5 encoder"}
+KINDS = {
+  "dit": "a Wan transformer",
+  "vae": "a Wan VAE",
+  "text": "a UMT5 encoder",
+  "clip": "a CLIP image tower",
+}
+# Keys that are not read at all: the text tower in the file of the image tower, and counters.
+SKIPPED = {"clip": r"textual\..*|log_scale|.*position_ids"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +82,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-  """A checkpoint as found; parts: "dit_0", "dit_1", "vae", "text"."""
+  """A checkpoint as found; parts: "dit_0", "dit_1", "vae", "text", "clip"."""
 
   root: Path
   layout: str
@@ -91,8 +110,8 @@ class Source:
 def source(root: Path, parts: Sequence[str] | None = None) -> Source:
   """What lies at a path; parts: of `PARTS`, None = all that the layout has.
 
-  Faults: nothing is recognised, files lack or are damaged, configs contradict shapes, or a part
-  that is not supported yet was asked for.
+  Faults: nothing is recognised, files lack or are damaged, configs contradict shapes or each other,
+  or a part was asked for that the model does not have.
   """
   for part in parts or ():
     if part not in PARTS:
@@ -105,13 +124,19 @@ def source(root: Path, parts: Sequence[str] | None = None) -> Source:
     raise Faults([f"{root} is not there: give a folder or a file."])
   if (root / "bundle.json").is_file():
     raise Faults([f"{root} is a bundle already: --to diffusers writes it back."])
-  chosen = tuple(parts) if parts is not None else PARTS
+  found = _from_folder(root, tuple(parts) if parts is not None else PARTS)
+  if "clip" in (parts or ()) and "clip" not in found.parts:
+    raise Faults([f"{root}: the transformer reads no CLIP tokens: leave clip out of the parts."])
+  return found
+
+
+def _from_folder(root: Path, chosen: Sequence[str]) -> Source:
   if (root / "model_index.json").is_file():
-    return _from_diffusers(root, chosen, parts is None)
+    return _from_diffusers(root, chosen)
   if any((root / name).is_dir() for name in EXPERTS) or list(
     root.glob("diffusion_pytorch_model*.safetensors*")
   ):
-    return _from_original(root, chosen, parts is None)
+    return _from_original(root, chosen)
   raise Faults(
     [
       f"{root} is no checkpoint: neither model_index.json (diffusers) nor "
@@ -142,7 +167,7 @@ def dit(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any])
   original = naming == "original"
   text = "text_embedding.0" if original else "condition_embedder.text_embedder.linear_1"
   time = "time_embedding.0" if original else "condition_embedder.time_embedder.linear_1"
-  clip = "img_emb.proj.1" if original else "condition_embedder.image_embedder.ff.net.0.proj"
+  image = "img_emb.proj.1" if original else "condition_embedder.image_embedder.ff.net.0.proj"
   ffn = "blocks.0.ffn.0" if original else "blocks.0.ffn.net.0.proj"
   head = "head.head" if original else "proj_out"
   width, in_channels, *patch = shape("patch_embedding.weight", 5)
@@ -177,7 +202,14 @@ def dit(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any])
       ("attention_head_dim",): width / heads,
     },
   )
-  with_clip = f"{clip}.weight" in tensors
+  if CONCAT.get(str(settings.get("model_type")), concat) != concat:
+    raise Faults(
+      [
+        f"{place}: config.json says model_type={settings['model_type']}, the transformer reads "
+        f"{in_channels} channels."
+      ]
+    )
+  with_clip = f"{image}.weight" in tensors
   try:
     config = WanConfig(
       width=width,
@@ -190,7 +222,7 @@ def dit(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any])
       freq_dim=freq_dim,
       patch=(patch[0], patch[1], patch[2]),
       image_input="concat" if concat else plain,
-      clip_width=shape(f"{clip}.weight", 2)[1] if with_clip else None,
+      clip_width=shape(f"{image}.weight", 2)[1] if with_clip else None,
       epsilon=settings.get("eps", 1e-6),
     )
   except ValueError as error:
@@ -205,7 +237,7 @@ def dit(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any])
 
 
 def wan_vae(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any]) -> Found:
-  """A Wan2.1 VAE; both namings number the encoder alike, so it is read from there."""
+  """A Wan2.1 or Wan2.2 VAE, read from its encoder and the first layer of its decoder."""
   naming = naming_of(tensors, "vae", place)
   original = naming == "original"
   shape = _shapes(place, tensors)
@@ -213,37 +245,36 @@ def wan_vae(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, A
   latent = "conv2.weight" if original else "post_quant_conv.weight"
   base_width, pixels = shape(first, 5)[:2]
   z_channels = shape(latent, 5)[0]
-  if pixels != 3 or z_channels == 48:
-    raise Faults(
-      [
-        f"{place}: the Wan2.2 VAE ({z_channels} channels) is not supported yet: give "
-        "--parts=dit,text to convert the rest."
-      ]
-    )
-  stem = "encoder.downsamples" if original else "encoder.down_blocks"
-  residual = "residual.2" if original else "conv1"
-  widths: list[list[int]] = [[]]
-  temporal: list[bool] = []
-  for n in range(count_layers(tensors, rf"{re.escape(stem)}\.(\d+)\.")):
-    if f"{stem}.{n}.resample.1.weight" in tensors:
-      temporal.append(f"{stem}.{n}.time_conv.weight" in tensors)
-      widths.append([])
-    else:
-      widths[-1].append(shape(f"{stem}.{n}.{residual}.weight", 5)[0])
-  _agree(place, settings, {("base_dim",): base_width, ("z_dim",): z_channels})
-  kept: dict[str, Any] = {
-    name: tuple(settings[key])
-    for name, key in (("mean", "latents_mean"), ("std", "latents_std"))
-    if key in settings
-  }
+  fold = math.isqrt(pixels // 3)
+  if pixels != 3 * fold**2:
+    raise Faults([f"{place}: {first} reads {pixels} channels, wanted 3 times a square."])
+  stages, blocks, temporal, residual = _vae_stages(tensors, original, shape)
+  head = "decoder.conv1.weight" if original else "decoder.conv_in.weight"
+  decoder_width = shape(head, 5)[0] // (stages[-1] // base_width)
+  _agree(
+    place,
+    settings,
+    {
+      ("base_dim",): base_width,
+      ("z_dim",): z_channels,
+      ("is_residual",): residual,
+      ("in_channels",): pixels,
+    },
+  )
+  mean, std = NORMALISATION.get(z_channels, ((), ()))
+  mean, std = settings.get("latents_mean", mean), settings.get("latents_std", std)
   try:
     config = WanVAEConfig(
       base_width=base_width,
       z_channels=z_channels,
-      stages=tuple(stage[0] // base_width for stage in widths if stage),
-      blocks=len(widths[0]),
-      temporal=tuple(temporal),
-      **kept,
+      stages=tuple(width // base_width for width in stages),
+      blocks=blocks,
+      temporal=temporal,
+      mean=tuple(mean),
+      std=tuple(std),
+      decoder_width=None if decoder_width == base_width else decoder_width,
+      fold=fold,
+      residual=residual,
     )
   except ValueError as error:
     raise Faults([f"{place}: {error}"]) from error
@@ -254,6 +285,46 @@ def wan_vae(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, A
     config=config,
     table=vae.table(config, "original" if original else "diffusers"),
   )
+
+
+def _vae_stages(
+  tensors: Mapping[str, Header], original: bool, shape: Callable[[str, int], tuple[int, ...]]
+) -> tuple[list[int], int, tuple[bool, ...], bool]:
+  """Width of each stage, blocks in a stage, what halves the frames, and whether it is Wan2.2's.
+
+  Wan2.1 numbers all blocks in a row and a resampling ends a stage; Wan2.2 numbers the stages.
+  """
+  stem = "encoder.downsamples" if original else "encoder.down_blocks"
+  conv = "residual.2.weight" if original else "conv1.weight"
+  inner = "downsamples" if original else "resnets"
+  residual = f"{stem}.0.{inner}.0.{conv}" in tensors
+  count = count_layers(tensors, rf"{re.escape(stem)}\.(\d+)\.")
+  widths: list[list[int]] = [[]]
+  temporal: list[bool] = []
+
+  def block(name: str) -> None:
+    widths[-1].append(shape(f"{name}.{conv}", 5)[0])
+
+  def resampling(name: str) -> None:
+    temporal.append(f"{name}.time_conv.weight" in tensors)
+
+  for n in range(count):
+    if residual:
+      inside = count_layers(tensors, rf"{re.escape(stem)}\.{n}\.{inner}\.(\d+)\.")
+      named = [f"{stem}.{n}.{inner}.{j}" for j in range(inside)]
+      named += [] if original else [f"{stem}.{n}.downsampler"]
+    else:
+      named = [f"{stem}.{n}"]
+    for name in named:
+      if f"{name}.resample.1.weight" in tensors:
+        resampling(name)
+        if not residual:
+          widths.append([])
+      elif f"{name}.{conv}" in tensors or not name.endswith("downsampler"):
+        block(name)
+    if residual and n < count - 1:
+      widths.append([])
+  return [stage[0] for stage in widths if stage], len(widths[0]), tuple(temporal), residual
 
 
 def text_encoder(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any]) -> Found:
@@ -300,7 +371,61 @@ def count_layers(tensors: Mapping[str, Any], regex: str) -> int:
   return max(found, default=-1) + 1
 
 
-READERS: dict[str, Callable[..., Found]] = {"dit": dit, "vae": wan_vae, "text": text_encoder}
+def image_tower(place: Path, tensors: Mapping[str, Header], settings: Mapping[str, Any]) -> Found:
+  """A CLIP image tower, without its last layer."""
+  tensors = clip.prepared(tensors, Header.piece)
+  naming = naming_of(tensors, "clip", place)
+  original = naming == "original"
+  shape = _shapes(place, tensors)
+  position = "pos_embedding" if original else "embeddings.position_embedding.weight"
+  patches = "patch_embedding.weight" if original else "embeddings.patch_embedding.weight"
+  up = "transformer.0.mlp.0.weight" if original else "encoder.layers.0.mlp.fc1.weight"
+  layers = count_layers(
+    tensors, r"transformer\.(\d+)\." if original else r"encoder\.layers\.(\d+)\."
+  )
+  width, _, patch, _ = shape(patches, 4)
+  side = math.isqrt(shape(position, 3 if original else 2)[-2])
+  _agree(
+    place,
+    settings,
+    {
+      ("hidden_size",): width,
+      ("num_hidden_layers",): layers,
+      ("patch_size",): patch,
+      ("image_size",): side * patch,
+    },
+  )
+  heads = settings.get("num_attention_heads")
+  if heads is None and width % CLIP_HEAD_WIDTH:
+    raise Faults([f"{place}: width {width} does not divide into heads of {CLIP_HEAD_WIDTH}."])
+  try:
+    config = CLIPConfig(
+      width=width,
+      ffn_width=shape(up, 2)[0],
+      heads=width // CLIP_HEAD_WIDTH if heads is None else heads,
+      layers=layers - 1,
+      image=side * patch,
+      patch=patch,
+      epsilon=settings.get("layer_norm_eps", 1e-5),
+    )
+  except ValueError as error:
+    raise Faults([f"{place}: {error}"]) from error
+  return Found(
+    place=place,
+    naming=naming,
+    tensors=tensors,
+    config=config,
+    table=clip.table("original" if original else "transformers"),
+    ignore=clip.ignored(config),
+  )
+
+
+READERS: dict[str, Callable[..., Found]] = {
+  "dit": dit,
+  "vae": wan_vae,
+  "text": text_encoder,
+  "clip": image_tower,
+}
 
 
 def _from_file(file: Path) -> Source:
@@ -313,21 +438,19 @@ def _from_file(file: Path) -> Source:
   return Source(root=file, layout="file", parts={"dit_0": found}, tokenizer=None, boundary=None)
 
 
-def _from_diffusers(root: Path, chosen: Sequence[str], everything: bool) -> Source:
+def _from_diffusers(root: Path, chosen: Sequence[str]) -> Source:
   index = read_json(root / "model_index.json")
   two = (index.get("transformer_2") or [None])[0] or (root / "transformer_2").is_dir()
   folders = {"dit_0": "transformer"}
   if two:
     folders["dit_1"] = "transformer_2"
-  folders |= {"vae": "vae", "text": "text_encoder"}
+  folders |= {"vae": "vae", "text": "text_encoder", "clip": "image_encoder"}
   readings = {
     name: _Reading(kind=_kind(name), files=_Folder(root / folder))
     for name, folder in folders.items()
     if _kind(name) in chosen
   }
   parts = _read_all(readings)
-  if everything:
-    _refuse_clip(root, parts["dit_0"])
   tokenizer = _tokenizer(root / "tokenizer" / "tokenizer.json", parts)
   boundary = index.get("boundary_ratio")
   if two and boundary is None:
@@ -344,16 +467,18 @@ def _from_diffusers(root: Path, chosen: Sequence[str], everything: bool) -> Sour
   )
 
 
-def _from_original(root: Path, chosen: Sequence[str], everything: bool) -> Source:
+def _from_original(root: Path, chosen: Sequence[str]) -> Source:
   two = any((root / name).is_dir() for name in EXPERTS)
   folders = {f"dit_{i}": root / name for i, name in enumerate(EXPERTS)} if two else {"dit_0": root}
   readings = {name: _Reading(kind="dit", files=_Folder(folder)) for name, folder in folders.items()}
-  for kind, pattern in (("vae", "Wan2.?_VAE"), ("text", "models_t5*")):
+  for kind, pattern in (
+    ("vae", "Wan2.?_VAE"),
+    ("text", "models_t5*"),
+    ("clip", "models_clip*"),
+  ):
     if kind in chosen:
       readings[kind] = _Reading(kind=kind, files=_File(root, pattern))
   parts = _read_all(readings)
-  if everything:
-    _refuse_clip(root, parts["dit_0"])
   return Source(
     root=root,
     layout="original",
@@ -406,10 +531,13 @@ def _read_all(readings: Mapping[str, _Reading]) -> dict[str, Found]:
   faults: list[str] = []
   parts: dict[str, Found] = {}
   for name, reading in readings.items():
+    if name == "clip" and ("dit_0" not in parts or parts["dit_0"].config.clip_width is None):
+      continue  # most models have none; the transformers are read before
     try:
       place, files, settings = reading.files.find()
       only = [f for f in files if reading.kind != "dit" or not _belongs_elsewhere(f)]
-      parts[name] = READERS[reading.kind](place, headers(only), settings)
+      tensors = headers(only, SKIPPED.get(reading.kind))
+      parts[name] = READERS[reading.kind](place, tensors, settings)
     except Faults as error:
       faults += error.faults
   if not faults and "dit_1" in parts:
@@ -424,6 +552,11 @@ def _read_all(readings: Mapping[str, _Reading]) -> dict[str, Found]:
     if given != wanted:
       place = parts["vae"].place
       faults.append(f"{place} has {given} latent channels, the transformer {wanted}.")
+  if not faults and "clip" in parts:
+    given, wanted = parts["clip"].config.width, parts["dit_0"].config.clip_width
+    if given != wanted:
+      place = parts["clip"].place
+      faults.append(f"{place} is {given} wide, the transformer reads image tokens {wanted} wide.")
   if faults:
     raise Faults(faults)
   return parts
@@ -466,16 +599,6 @@ def _equal_experts(high: Found, low: Found) -> list[str]:
       "download it again."
     ]
   return []
-
-
-def _refuse_clip(root: Path, found: Found) -> None:
-  if found.config.clip_width is not None:
-    raise Faults(
-      [
-        f"{root}: the CLIP image tower of Wan2.1 I2V is not supported yet: give "
-        "--parts=dit,vae,text to convert the rest."
-      ]
-    )
 
 
 def _tokenizer(file: Path, parts: Mapping[str, Found]) -> Path | None:

@@ -225,6 +225,7 @@ def vae_config(config: WanVAEConfig) -> dict[str, Any]:
   return {
     "_class_name": "AutoencoderKLWan",
     "base_dim": config.base_width,
+    "decoder_base_dim": config.decoder_width,
     "z_dim": config.z_channels,
     "dim_mult": list(config.stages),
     "num_res_blocks": config.blocks,
@@ -233,6 +234,10 @@ def vae_config(config: WanVAEConfig) -> dict[str, Any]:
     "dropout": 0.0,
     "latents_mean": list(config.mean),
     "latents_std": list(config.std),
+    "is_residual": config.residual,
+    "in_channels": 3 * config.fold**2,
+    "out_channels": 3 * config.fold**2,
+    "patch_size": None if config.fold == 1 else config.fold,
     "scale_factor_temporal": config.stride[0],
     "scale_factor_spatial": config.stride[1],
   }

@@ -33,12 +33,22 @@ SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safeten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-  """A tensor that has not been read: where it lies and what it is."""
+  """A tensor that has not been read: where it lies and what it is.
+
+  part: (i, n) = only the i-th of n equal pieces along the first axis; `shape` is the piece's.
+  """
 
   file: Path
   key: str
   shape: tuple[int, ...]
   dtype: np.dtype
+  part: tuple[int, int] = (0, 1)
+
+  def piece(self, i: int, n: int) -> "Header":
+    """The i-th of n equal pieces. Faults: the first axis does not divide."""
+    if not self.shape or self.shape[0] % n:
+      raise Faults([f"{self.file}: {self.key} is {self.shape}, wanted a first axis of {n} pieces."])
+    return dataclasses.replace(self, shape=(self.shape[0] // n, *self.shape[1:]), part=(i, n))
 
   @property
   def nbytes(self) -> int:
@@ -66,14 +76,18 @@ def files_in(folder: Path) -> list[Path]:
   return found
 
 
-def headers(files: Iterable[Path]) -> dict[str, Header]:
-  """Key -> header of every tensor of the files; Faults names each file and key that is wrong."""
+def headers(files: Iterable[Path], skip: str | None = None) -> dict[str, Header]:
+  """Key -> header of every tensor of the files; Faults names each file and key that is wrong.
+
+  skip: a regex of keys that are as if they were not there, whatever they hold.
+  """
+  skipped = re.compile(skip) if skip is not None else None
   found: dict[str, Header] = {}
   faults: list[str] = []
   files = list(files)
   for file in files:
     try:
-      given = _safetensors(file) if file.suffix == ".safetensors" else _pth(file)
+      given = (_safetensors if file.suffix == ".safetensors" else _pth)(file, skipped)
     except Faults as error:
       faults += error.faults
       continue
@@ -82,7 +96,7 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
         faults.append(f"{key} lies in {found[key].file.name} and in {file.name} of {file.parent}.")
       found[key] = header
   if not faults:  # an unreadable shard has its own sentence
-    faults = _not_as_indexed(files, found)
+    faults = _not_as_indexed(files, found, skipped)
   if faults:
     raise Faults(faults)
   return found
@@ -90,11 +104,16 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
 
 def read(header: Header) -> np.ndarray:
   """The tensor in its own dtype. Faults names the file and key."""
+  i, n = header.part
   try:
     if header.file.suffix == ".safetensors":
       with safetensors.safe_open(header.file, "numpy") as opened:
-        return opened.get_tensor(header.key)
-    return _as_numpy(_load_pth(header.file)[header.key])
+        if n == 1:
+          return opened.get_tensor(header.key)
+        size = header.shape[0]
+        return opened.get_slice(header.key)[i * size : (i + 1) * size]
+    whole = _load_pth(header.file)[header.key]
+    return _as_numpy(whole if n == 1 else whole.chunk(n)[i])
   except (safetensors.SafetensorError, KeyError) as error:
     raise Faults([f"{header.file}: {header.key} cannot be read ({error})."]) from error
 
@@ -118,10 +137,10 @@ def read_json(file: Path) -> dict[str, Any]:
   return value
 
 
-def _safetensors(file: Path) -> dict[str, Header]:
+def _safetensors(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Header]:
   try:
     with safetensors.safe_open(file, "numpy") as opened:
-      slices = {key: opened.get_slice(key) for key in opened.keys()}
+      slices = {key: opened.get_slice(key) for key in opened.keys() if not _is(skipped, key)}
       given = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
   except (safetensors.SafetensorError, OSError) as error:
     raise Faults(
@@ -140,10 +159,10 @@ def _safetensors(file: Path) -> dict[str, Header]:
   }
 
 
-def _pth(file: Path) -> dict[str, Header]:
+def _pth(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Header]:
   import torch
 
-  loaded = _load_pth(file)
+  loaded = {key: value for key, value in _load_pth(file).items() if not _is(skipped, str(key))}
   names = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values()}
   odd = [
     f"{file}: {key} is {getattr(value, 'dtype', type(value).__name__)}, wanted a floating tensor."
@@ -211,7 +230,13 @@ def _incomplete(folder: Path, files: Sequence[Path]) -> list[str]:
   ]
 
 
-def _not_as_indexed(files: Sequence[Path], found: Mapping[str, Header]) -> list[str]:
+def _is(skipped: re.Pattern[str] | None, key: str) -> bool:
+  return skipped is not None and skipped.fullmatch(key) is not None
+
+
+def _not_as_indexed(
+  files: Sequence[Path], found: Mapping[str, Header], skipped: re.Pattern[str] | None
+) -> list[str]:
   """Keys that an index beside the files places in one that does not have them."""
   return [
     f"{folder / name} has no {key}, {index.name} says so: download both again."
@@ -219,4 +244,5 @@ def _not_as_indexed(files: Sequence[Path], found: Mapping[str, Header]) -> list[
     for index in folder.glob(f"*{INDEX}")
     for key, name in _weight_map(index).items()
     if folder / name in files and (key not in found or found[key].file.name != name)
+    if not _is(skipped, key)
   ]

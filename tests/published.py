@@ -1,13 +1,15 @@
 """Small random checkpoints as the hub has them, for the tests of the conversion."""
 
+import dataclasses
 import json
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_videoreason.convert import engine, umt5, vae, wan
-from jax_videoreason.models import FAMILIES
+from jax_videoreason.convert import clip, engine, umt5, vae, wan
+from jax_videoreason.models import FAMILIES, wan22_vae
+from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
 from jax_videoreason.models.wan import WanConfig
 from jax_videoreason.models.wan21_vae import WanVAEConfig
@@ -18,6 +20,12 @@ DIT = WanConfig(
   freq_dim=8, image_input="concat",
 )  # fmt: skip
 VAE = WanVAEConfig(base_width=2, blocks=1)
+# As the 5B model and Wan2.1 image to video have them.
+VAE22 = WanVAEConfig(
+  base_width=2, decoder_width=4, blocks=1, z_channels=48, mean=wan22_vae.MEAN, std=wan22_vae.STD,
+  fold=2, residual=True,
+)  # fmt: skip
+CLIP = CLIPConfig(width=80, ffn_width=32, heads=1, layers=2, image=28, patch=14)
 TEXT = UMT5Config(
   vocab=48, width=16, head_width=4, heads=2, ffn_width=24, layers=2, buckets=32, dtype="float32"
 )
@@ -30,7 +38,7 @@ def tensors(kind, config, table, seed, dtype=np.float32):
   rng = np.random.default_rng(seed)
   tree = abstract(kind, config)
   shapes = engine.leaves(tree)
-  sizes = dict(zip(("pf", "ph", "pw"), DIT.patch, strict=True))
+  sizes = dict(zip(("pf", "ph", "pw"), DIT.patch, strict=True), p=CLIP.patch, q=CLIP.patch)
   made = {}
   for move in engine.moves_back(table, tree):
     shape = shapes[move.target].shape[0 if move.layer is None else 1 :]
@@ -62,6 +70,21 @@ def parts():
     "vae": tensors("vae", VAE, vae.table(VAE, "original"), 2),
     "text": tensors("text", TEXT, umt5.table("original"), 3, ml_dtypes.bfloat16),
   }
+
+
+def clip_original():
+  """The image tower as the original has it: one tensor for three, a layer more, and the text."""
+  wide = dataclasses.replace(CLIP, layers=CLIP.layers + 1)
+  made = {}
+  for key, value in tensors("clip", wide, clip.table("original"), 5).items():
+    made[f"visual.{key}"] = value
+  for layer in range(wide.layers):
+    for kind in ("weight", "bias"):
+      stem = f"visual.transformer.{layer}.attn.to_"
+      made[f"{stem}qkv.{kind}"] = np.concatenate([made.pop(f"{stem}{n}.{kind}") for n in "qkv"])
+  one = np.ones(CLIP.width, np.float32)
+  made |= {"visual.post_norm.weight": one, "visual.post_norm.bias": one, "visual.head": one}
+  return made | {"textual.ids": np.arange(3), "log_scale": np.array(1, np.float32)}
 
 
 def write_original(root, given):

@@ -19,11 +19,14 @@ from jax_videoreason import checkpoint, cli
 from jax_videoreason.convert import bundle, detect, engine, reader, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
+  CLIP,
   CONFIG,
   DIT,
   TEXT,
   VAE,
+  VAE22,
   abstract,
+  clip_original,
   parts,
   shards,
   tensors,
@@ -326,6 +329,8 @@ def test_configs_that_contradict(source, refused):
   config = source / "low_noise_model" / "config.json"
   config.write_text(json.dumps({**CONFIG, "num_layers": 4}))
   assert "config.json says num_layers=4, the tensors 2." in refused(source)
+  config.write_text(json.dumps({**CONFIG, "model_type": "t2v"}))
+  assert "says model_type=t2v, the transformer reads 36 channels." in refused(source)
   config.write_text(json.dumps({**CONFIG, "num_heads": 2}))
   assert "do not belong together: heads 1 and 2." in refused(source)
   config.write_text(json.dumps({**CONFIG, "_name_or_path": "wan/high_noise_model"}))
@@ -345,18 +350,70 @@ def test_a_text_encoder_or_tokenizer_of_another_model(source, published, refused
   assert "a UMT5 encoder wanted" in refused(source)
 
 
-def test_parts_that_are_not_supported_are_said(published, tmp_path, refused, source):
-  wide = dataclasses.replace(DIT, clip_width=8)
-  given = tensors("dit", wide, wan.table("original"), 4)
-  root = tmp_path / "i2v"
-  shards(root, given, 2)
+@pytest.fixture
+def i2v(source, tmp_path):
+  """Wan2.1 image to video: one transformer, and the CLIP tower in one file with its text."""
+  root = tmp_path / "Wan2.1-I2V-14B-480P"
+  wide = dataclasses.replace(DIT, clip_width=CLIP.width)
+  shards(root, tensors("dit", wide, wan.table("original"), 4), 2)
+  (root / "config.json").write_text(json.dumps(CONFIG))
   for name in ("Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors", "google"):
     shutil.move(source / name, root / name)
-  assert "the CLIP image tower of Wan2.1 I2V is not supported yet" in refused(root)
-  changed = {**published["vae"], "encoder.conv1.weight": np.zeros((8, 12, 3, 3, 3), np.float32)}
-  save_file(changed, root / "Wan2.1_VAE.safetensors")
-  assert "the Wan2.2 VAE (16 channels) is not supported yet" in refused(root)
-  assert cli.main(["convert", str(root), "--dry-run", "--parts=dit,text"]) == 0
+  save_file(clip_original(), root / "models_clip_open-clip-xlm-roberta-large.safetensors")
+  return root
+
+
+def test_the_image_tower(i2v, tmp_path):
+  """Its last layer and the text tower are not read; queries, keys and values are cut apart."""
+  out = tmp_path / "out"
+  assert cli.main(["convert", str(i2v), "--out", str(out), "--verify", "--dtype=bf16"]) == 0
+  loaded = checkpoint.load(out)
+  assert loaded.parts.clip.config == CLIP
+  fused = clip_original()["visual.transformer.1.attn.to_qkv.weight"]
+  np.testing.assert_array_equal(loaded.clip["blocks"]["k"]["kernel"][1], fused[80:160].T)
+  assert loaded.parts.dit.config.clip_width == 80
+  assert loaded.clip["norm_in"]["scale"].dtype == np.float32
+
+
+def test_an_image_tower_that_does_not_belong(i2v, original, refused):
+  file = next(i2v.glob("models_clip*"))
+  narrow = {k: v for k, v in clip_original().items() if k != "visual.transformer.0.norm1.weight"}
+  save_file(narrow, file)
+  assert "blocks/norm1/scale: layers 0 never filled." in refused(i2v)
+  narrow["visual.transformer.0.attn.to_qkv.bias"] = np.zeros(7, np.float32)
+  save_file(narrow, file)
+  assert "to_qkv.bias is (7,), wanted a first axis of 3 pieces" in refused(i2v)
+  file.unlink()
+  assert "has no models_clip*.safetensors or models_clip*.pth" in refused(i2v)
+  assert cli.main(["convert", str(i2v), "--dry-run", "--parts=dit,vae,text"]) == 0
+  assert "reads no CLIP tokens" in refused(original, "--parts=dit,clip")
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_the_vae_of_48_channels(naming, source, tmp_path):
+  """The 5B model: the first frame overwrites latents of 48 channels, sixteen pixels a side."""
+  changes = dict(in_channels=48, out_channels=48, image_input="overwrite")
+  dit = dataclasses.replace(DIT, **changes)
+  given = tensors("dit", dit, wan.table(naming), 6)
+  images = tensors("vae", VAE22, vae.table(VAE22, naming), 7)
+  root = tmp_path / "5b"
+  if naming == "original":
+    shards(root, given, 3)
+    settings = {**CONFIG, "model_type": "ti2v", "in_dim": 48, "out_dim": 48}
+    (root / "config.json").write_text(json.dumps(settings))
+    save_file(images, root / "Wan2.2_VAE.safetensors")
+  else:
+    shards(root / "transformer", given, 3)
+    shards(root / "vae", images, 2)
+    (root / "model_index.json").write_text(json.dumps({"expand_timesteps": True}))
+  words = ["convert", str(root), "--out", str(tmp_path / "out"), "--parts=dit,vae", "--verify"]
+  assert cli.main(words) == 0
+  loaded = checkpoint.load(tmp_path / "out")
+  assert loaded.parts.vae.config == VAE22
+  assert loaded.parts.dit.config.image_input == "overwrite"
+  assert loaded.card.latents.stride == (4, 16, 16)
+  wanted = engine.fill(images, vae.table(VAE22, naming), abstract("vae", VAE22))
+  chex.assert_trees_all_equal(loaded.vae, wanted)
 
 
 def test_what_is_no_checkpoint(tmp_path, converted, refused):

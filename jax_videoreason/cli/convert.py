@@ -39,10 +39,10 @@ def define(flags: FlagValues) -> None:
     "dtype",
     None,
     ["bf16", "fp32"],
-    "of the transformer and the text encoder: bf16 or fp32; without it as in SRC",
+    "of the transformer and the text encoder: bf16 or fp32; without it, and of the rest, as in SRC",
     flag_values=flags,
   )
-  DEFINE_list("parts", None, "of dit,vae,text; without it all", flag_values=flags)
+  DEFINE_list("parts", None, "of dit,vae,text,clip; without it all", flag_values=flags)
   DEFINE_enum(
     "numerics",
     None,

@@ -67,7 +67,9 @@ FLOORS = (
   ),
   ("answers", "metrics", "baselines", "scoring", "probes", "evaluate"),
   (
-    "experiments.base",
+    "experiments.results",
+    "experiments.context",
+    "experiments.base experiments.setting",
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
     "experiments.layer_maps experiments.layer_swap experiments.ensemble experiments.probes "
     "experiments.early experiments.controls",
@@ -75,7 +77,7 @@ FLOORS = (
     "experiments",
     "vbvr.generate vbvr.evalkit vbvr.baselines vbvr.table vbvr.audit",
   ),
-  ("console plots", "report", "scorecard"),
+  ("console plots", "report", "scorecard pages"),
   (
     "cli",
     "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.plan cli.report cli.tasks",

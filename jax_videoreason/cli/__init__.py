@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 COMMANDS = {
   "demo": "unseen cases of three tasks through the model that ships, and a report",
   "sample": "from a first frame and a prompt to a video, a trace of every step and a report",
+  "evaluate": "scores on unseen cases, with intervals, beside clips that no model made",
   "convert": "published weights (Wan 2.1, 2.2; original or diffusers layout) to a bundle",
+  "run": "carries out an experiment, or all of them, with intervals and a page",
   "report": "draws the report of a run folder again",
   "tasks": "writes cases of the tasks in the benchmark's folder layout",
 }
@@ -108,7 +110,7 @@ def _sentence(error: BaseException) -> str:
 
 def _help() -> str:
   lines = ["usage: videoreason COMMAND [options]", ""]
-  lines += [f"  {name:<8}{summary}" for name, summary in COMMANDS.items()]
+  lines += [f"  {name:<9}{summary}" for name, summary in COMMANDS.items()]
   lines += ["", "videoreason COMMAND --help says more; --debug before or after shows tracebacks."]
   return "\n".join(lines)
 
@@ -165,7 +167,7 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
   words = list(words)
   try:
     if CONFIG in flags:
-      words = _parse_config(flags, words)
+      words = _parse_config(flags, words, getattr(module, "complete", None))
     left = flags(["videoreason", *words])[1:]
   except absl_flags.Error as error:
     raise UsageError(str(error)) from error
@@ -175,8 +177,13 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
   return flags, left
 
 
-def _parse_config(flags: "FlagValues", words: list[str]) -> list[str]:
-  """Puts the config in the place of its name; returns the words without --config NAME."""
+def _parse_config(
+  flags: "FlagValues", words: list[str], complete: Callable[..., "ConfigDict"] | None
+) -> list[str]:
+  """Puts the config in the place of its name; returns the words without --config NAME.
+
+  complete: (config, words) -> the config with the keys that the command adds.
+  """
   from ml_collections import config_flags
 
   name = str(flags[CONFIG].default)
@@ -191,6 +198,8 @@ def _parse_config(flags: "FlagValues", words: list[str]) -> list[str]:
     else:
       rest.append(word)
   config = load_config(name)
+  if complete is not None:
+    config = complete(config, rest)
   known = {key for key, _ in _flat(config)}
   for word in rest:
     option = word.partition("=")[0].lstrip("-")
@@ -255,7 +264,9 @@ def config_path(base: str) -> Path:
   given = Path(base).expanduser()
   if given.is_file():
     return given.resolve()
-  names = sorted(p.stem for p in shipped().glob("*.py") if p.stem not in ("__init__", "common"))
+  names = sorted(
+    p.stem for p in shipped().glob("*.py") if p.stem not in ("__init__", "common", "presets")
+  )
   if base in names:
     return shipped() / f"{base}.py"
   raise UsageError(f"no config {base!r}, as a file or a shipped one; {did_you_mean(base, names)}")

@@ -1,4 +1,4 @@
-"""Draws the report of a run folder again: report.html and the film strips.
+"""Draws the report of a run, an evaluation or an experiment again: report.html and the film strips.
 
 videoreason report runs/demo
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl.flags import FlagValues
 
-from jax_videoreason import cli, console, report
+from jax_videoreason import cli, console, evaluate, pages, report, scorecard
 
 WORDS = 1
 
@@ -20,5 +20,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no folder given: videoreason report DIR, the --out of a run.")
   folder = Path(words[0])
-  report.render(folder)
+  kinds = {evaluate.ASKED: scorecard, "arrays.zarr": pages}
+  found = [draws for name, draws in kinds.items() if (folder / name).exists()]
+  (found[0] if found else report).render(folder)
   console.say(f"report: {(folder.resolve() / 'report.html').as_uri()}")

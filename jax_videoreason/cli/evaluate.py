@@ -1,0 +1,130 @@
+"""How good a model is on unseen cases, with intervals, beside clips that no model made.
+
+  videoreason evaluate --out runs/scores
+  videoreason evaluate --tasks maze,pick --cases 16 --seeds 16 --ambiguous ambiguous --out ...
+  videoreason evaluate --checkpoint DIR --split ood --out runs/ood
+
+Per task: score, strict success and right answers, each with a 95% bootstrap interval over cases,
+beside the prompts exchanged, a video that stands still, a cut to a random answer, the nearest
+training clip and the truth. Where several answers are right: whether seeds differ, and how many
+candidates x0 shows along the steps. Stopped at any time, the same command goes on with the tasks
+that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
+"""
+
+import sys
+from typing import Any
+
+from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
+
+from jax_videoreason import baselines, cli, console, evaluate, scorecard, scoring, settings
+
+SHORT = {
+  scoring.MODEL: "model",
+  scoring.SHUFFLED: "prompts exchanged",
+  baselines.STATIC: "static",
+  baselines.CUT: "cut",
+  baselines.NEAREST: "nearest clip",
+  scoring.VAE: "truth by VAE",
+  baselines.TRUTH: "truth",
+}
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_config(flags, "mini")
+  cli.define_out(flags)
+  DEFINE_string("tasks", "all", "names of tasks, or all that have the split", flag_values=flags)
+  DEFINE_string("split", "id", "id, ood (beyond the training range) or heldout", flag_values=flags)
+  DEFINE_integer("cases", 32, "cases of each task", flag_values=flags)
+  DEFINE_integer("seeds", 1, "seeds of each case", lower_bound=1, flag_values=flags)
+  DEFINE_string(
+    "ambiguous",
+    "both",
+    "plain (one right answer), ambiguous (several) or both, in turn",
+    flag_values=flags,
+  )
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  cli.required(flags, "out")
+  asked = evaluate.plan(flags.tasks, flags.split, flags.cases, flags.ambiguous)
+  chosen = settings.from_config({**cli.resolved(flags), "seeds": flags.seeds})
+  with console.progress(evaluate.work(chosen, asked), "denoise", "step") as advance:
+    result = evaluate.evaluate(
+      flags.out,
+      chosen,
+      asked,
+      command=["videoreason", *sys.argv[1:]],
+      redo=flags.redo,
+      advance=advance,
+    )
+  show(result)
+  page = scorecard.render(flags.out)
+  console.say(f"report: {page.resolve().as_uri()}")
+
+
+def show(result: dict[str, Any]) -> None:
+  """Scores with intervals, the scores of the other clips, and whether seeds differ."""
+  mean = "mean"
+  blocks = (
+    {**result["tasks"], mean: result["mean"]} if len(result["tasks"]) > 1 else result["tasks"]
+  )
+  console.table(
+    f"{result['model']}, {result['cases']} cases of each task, split {result['split']}",
+    ("task", "score", "strict", "right answers"),
+    [
+      (name, *(interval(block["systems"][scoring.MODEL][m]) for m in scoring.MEASURES))
+      for name, block in blocks.items()
+    ],
+  )
+  console.table(
+    "mean score",
+    ("task", *SHORT.values()),
+    [
+      (name, *(block["systems"][system]["score"]["estimate"] for system in SHORT))
+      for name, block in blocks.items()
+    ],
+  )
+  rows = [
+    (
+      name,
+      f"{found['k']:.1f}",
+      *spread(found),
+      *(interval(found[w]) for w in ("unreadable", "wrong")),
+    )
+    for name, block in result["tasks"].items()
+    if (found := block["ambiguity"]) is not None
+  ]
+  if rows:
+    console.table(
+      "cases with k right answers: entropy of the answers over seeds, in bits",
+      ("task", "k", "entropy", "if even", "log2 k", "unreadable", "wrong"),
+      rows,
+    )
+  for note in sorted(notes(result)):
+    console.say(note)
+
+
+def interval(found: dict[str, Any]) -> str:
+  """Such as "0.61 [0.50, 0.72]"."""
+  if found["low"] is None:
+    return f"{found['estimate']:.2f}"
+  return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def spread(found: dict[str, Any]) -> tuple[str, str, str]:
+  """Entropy, that of even draws, log2 k; dashes for one seed."""
+  if "entropy" not in found:
+    return "-", "-", "-"
+  return interval(found["entropy"]), f"{found['even']:.2f}", f"{found['log_k']:.2f}"
+
+
+def notes(result: dict[str, Any]) -> set[str]:
+  """Why some number has no interval, and what was not finite."""
+  said = set()
+  for name, block in result["tasks"].items():
+    for found in block["systems"][scoring.MODEL].values():
+      if found["note"]:
+        said.add(f"no interval: {found['note']}.")
+    if block["broken"]:
+      said.add(f"{name}: {block['broken']} runs are not finite and count as 0.")
+  return said

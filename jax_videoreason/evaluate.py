@@ -1,0 +1,448 @@
+"""How good a model is on unseen cases, beside clips that no model made: a resumable evaluation.
+
+The folder:
+
+    evaluation.json    what was asked, written first: a call that asks the same goes on here
+    tasks/TASK/        a finished task: task.json (cases, a row per clip, what x0 showed),
+                       video_<case>_<seed>.mp4
+    result.json        the numbers with intervals (`scoring`)    table.parquet   a row per clip
+    manifest.json      written last
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_videoreason import (
+  answers,
+  baselines,
+  checkpoint,
+  media,
+  prepare,
+  runs,
+  scoring,
+  store,
+  tables,
+  tasks,
+)
+from jax_videoreason.axes import Array, Params
+from jax_videoreason.baselines import Mark
+from jax_videoreason.decode import decode
+from jax_videoreason.folders import beside, checksum, disk, plain, read_json, remove, write_json
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import Conditioning, ModelBundle, Trace
+from jax_videoreason.taps import TapSpec
+from jax_videoreason.tasks import Case, Task
+
+SPLITS = ("id", "ood", "heldout")
+KINDS = {"both": None, "plain": False, "ambiguous": True}
+BATCH = 16  # runs denoised together where the settings do not say
+WATCHED_SEEDS = 4  # seeds of an ambiguous case whose x0 is read at every step
+WATCHED_STEPS = 25  # steps at which it is read
+PIXELS = 1 << 24  # pixels of video that are decoded and held at once
+STRIDE = 10_000  # the seed of case i is i * STRIDE + seed: no two cases share their noise
+TRIES = 50  # indices looked at per case wanted
+FPS = 8
+ASKED, RESULT, TABLE, MANIFEST, PARTS = (
+  "evaluation.json",
+  "result.json",
+  "table.parquet",
+  "manifest.json",
+  "tasks",
+)
+OWNED = (ASKED, RESULT, TABLE, MANIFEST, PARTS, "report.html")
+
+Advance = Callable[[int], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What is asked. tasks: names. split: of SPLITS. cases: of each task. kind: of KINDS, "both" has
+  plain and ambiguous cases in turn, where the task has ambiguous ones."""
+
+  tasks: tuple[str, ...]
+  split: str = "id"
+  cases: int = 32
+  kind: str = "both"
+
+
+def plan(names: str, split: str, cases: int, kind: str) -> Plan:
+  """The plan of a command line; names: "a,b" or "all", those that have the split and the kind.
+
+  Raises:
+    ValueError: an unknown split or kind, fewer than 2 cases, a task that lacks the split or kind.
+  """
+  for name, value, known in (("split", split, SPLITS), ("ambiguous", kind, tuple(KINDS))):
+    if value not in known:
+      raise ValueError(f"--{name}={value}, wanted one of {', '.join(known)}.")
+  if cases < 2:
+    raise ValueError(f"--cases={cases}, wanted 2 or more: prompts are exchanged between cases.")
+  kinds = tasks.TASKS
+  if names == "all":
+    wanted = [
+      name
+      for name, task in kinds.items()
+      if task.held_out == (split == "heldout") and (task.ambiguous or kind != "ambiguous")
+    ]
+  else:
+    wanted = list(dict.fromkeys(word.strip() for word in names.split(",")))
+  for name in wanted:
+    task = tasks.load(name)
+    task.check_split(split, 0)
+    if kind == "ambiguous" and not task.ambiguous:
+      raise ValueError(f"{name} has no ambiguous cases: leave it out, or give --ambiguous plain.")
+  return Plan(tasks=tuple(wanted), split=split, cases=cases, kind=kind)
+
+
+def work(chosen: SampleSettings, asked: Plan) -> int:
+  """The network evaluations of one guidance branch that an evaluation needs, over all its tasks."""
+  return len(asked.tasks) * asked.cases * (len(chosen.seeds) + 1) * chosen.steps
+
+
+def evaluate(
+  out: str | Path,
+  chosen: SampleSettings,
+  asked: Plan,
+  *,
+  command: Sequence[str] = (),
+  redo: bool = False,
+  advance: Advance = lambda count: None,
+) -> dict[str, Any]:
+  """Evaluates into the folder `out` and returns what result.json says.
+
+  Finished tasks of an earlier call that asked the same are kept; a finished folder is only read.
+  chosen: the model and its schedule; seeds of a case i are i * STRIDE + seed.
+  advance: told of network evaluations as they are done, of one guidance branch.
+
+  Raises:
+    ValueError: `out` holds something else, or what was asked for otherwise; cases that don't exist.
+    OSError: `out` can't be written.
+  """
+  if chosen.height != chosen.width:
+    raise ValueError(
+      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
+      f"--config.height={chosen.width}."
+    )
+  loaded = {name: load_task(name, chosen) for name in asked.tasks}
+  out, model = Path(out), checkpoint.find(chosen.checkpoint)
+  begin(out, describe(chosen, asked, model), redo=redo)
+  if (out / MANIFEST).exists():
+    advance(work(chosen, asked))
+    return read_json(out / RESULT)
+  cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
+  left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
+  advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
+  if left:
+    bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left])
+    for name in left:
+      with beside(out / PARTS / name) as folder:
+        with disk(folder):
+          folder.mkdir(parents=True)
+        measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), advance)
+  return finish(out, chosen, asked, command)
+
+
+def load_task(name: str, chosen: SampleSettings) -> Task:
+  return tasks.load(name, size=chosen.height, frames=chosen.frames)
+
+
+def describe(chosen: SampleSettings, asked: Plan, model: Path) -> dict[str, Any]:
+  """What two calls must share for one to go on where the other stopped."""
+  settings = dataclasses.asdict(chosen)
+  for name in ("batch", "piece", "taps", "checkpoint"):  # they change no number
+    settings.pop(name)
+  weights = checksum(model / "bundle.json")
+  return plain({**dataclasses.asdict(asked), **settings, "weights": weights})
+
+
+def begin(out: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
+  """Makes `out` ready: new, or begun by a call that asked the same."""
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
+  with disk(out):
+    there = sorted(item.name for item in out.iterdir()) if out.is_dir() else []
+    if redo:
+      for name in set(there) & set(OWNED):
+        remove(out / name)
+    elif ASKED in there:
+      before = read_json(out / ASKED)
+      other = [
+        f"{key}={before.get(key)!r} there and {asked.get(key)!r} here"
+        for key in sorted(before.keys() | asked.keys())
+        if before.get(key) != asked.get(key)
+      ]
+      if other:
+        raise ValueError(
+          f"{out} holds another evaluation ({'; '.join(other)}): choose another --out, or give "
+          "--redo to replace it."
+        )
+      return
+    elif there:
+      more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+      raise ValueError(
+        f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
+        "replace what was written there."
+      )
+    (out / PARTS).mkdir(parents=True)
+  write_json(out / ASKED, dict(asked))
+
+
+# Cases
+
+
+def cases_of(task: Task, split: str, count: int, kind: str) -> list[Case]:
+  """The first `count` cases of a split, leaving out those that repeat an earlier picture.
+
+  Raises ValueError when the split has not so many.
+  """
+  found: dict[bytes, Case] = {}
+  for index in range(TRIES * count):
+    case = task.generate(split, index, ambiguous=KINDS[kind])
+    if kind == "both" and task.ambiguous and (case.metadata["k"] > 1) != (len(found) % 2 == 1):
+      continue
+    found.setdefault(case.first_frame.tobytes(), case)
+    if len(found) == count:
+      return list(found.values())
+  raise ValueError(
+    f"{task.name} has {len(found)} different cases among the first {TRIES * count} of split "
+    f"{split!r}, {count} are wanted: give fewer --cases."
+  )
+
+
+def exchanged(cases: Sequence[Case]) -> list[str]:
+  """The prompts of the cases, shifted so that as many as possible get another text."""
+  prompts = [case.prompt for case in cases]
+
+  def differ(shift: int) -> int:
+    return sum(a != b for a, b in zip(prompts, prompts[shift:] + prompts[:shift], strict=True))
+
+  best = max(range(1, len(prompts)), key=differ)
+  return prompts[best:] + prompts[:best]
+
+
+def questions(cases: Sequence[Case]) -> prepare.Asked:
+  """What is encoded for a task: N cases with their prompts, then with those of others."""
+  firsts = np.stack([case.first_frame for case in cases] * 2)
+  return [case.prompt for case in cases] + exchanged(cases), firsts
+
+
+# One task
+
+
+def measure(
+  folder: Path,
+  bundle: ModelBundle,
+  chosen: SampleSettings,
+  task: Task,
+  cases: Sequence[Case],
+  cond: Conditioning,
+  advance: Advance,
+) -> None:
+  """Runs, reads and scores one task, and writes its folder; cond: of `questions`, 2N rows."""
+  count, seeds = len(cases), len(chosen.seeds)
+  row = np.concatenate([np.repeat(np.arange(count), seeds), np.arange(count, 2 * count)])
+  of_run = [cases[i % count] for i in row]
+  own = [s for _ in cases for s in chosen.seeds] + [chosen.seeds[0]] * count
+  numbers = [case.index * STRIDE + s for case, s in zip(of_run, own, strict=True)]
+  systems = [scoring.MODEL] * (count * seeds) + [scoring.SHUFFLED] * count
+  noise = runs.make_noise(
+    numbers,
+    (
+      *bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width),
+      bundle.card.latents.channels,
+    ),
+  )
+  schedule = prepare.schedule(chosen, bundle)
+  watched = [
+    r for r in range(count * seeds) if of_run[r].metadata["k"] > 1 and r % seeds < WATCHED_SEEDS
+  ]
+  steps = sorted({round(s) for s in np.linspace(0, chosen.steps - 1, WATCHED_STEPS)})
+  x0 = np.empty((len(steps), len(watched), *noise.grid), np.float32)
+  finite = np.ones(len(row), bool)
+
+  def on_piece(trace: Trace, at: slice, part: slice) -> None:
+    finite[part] &= np.asarray(trace.finite).all(0)
+    here = [(i, r - part.start) for i, r in enumerate(watched) if part.start <= r < part.stop]
+    for i, step in enumerate(steps):
+      if trace.x0 is not None and at.start <= step < at.stop and here:
+        places, of_part = (list(column) for column in zip(*here, strict=True))
+        x0[i, places] = trace.x0[step - at.start][of_part]
+    advance((at.stop - at.start) * (part.stop - part.start))
+
+  final = runs.run(
+    bundle,
+    noise,
+    runs.take(cond, row),
+    schedule,
+    taps=TapSpec(latents=False),
+    batch=chosen.batch or BATCH,
+    piece=chosen.piece,
+    on_piece=on_piece,
+  )
+  rows = []
+  for group in groups(len(row), task):
+    for r, frames in zip(group, decode(bundle, final[group]), strict=True):
+      found = baselines.mark(task, frames, of_run[r].metadata) if finite[r] else BROKEN
+      rows.append(
+        said(found, of_run[r], int(row[r]) % count, systems[r], numbers[r], not finite[r])
+      )
+      if systems[r] == scoring.MODEL:
+        media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=FPS)
+  rows += beside_models(bundle, task, cases)
+  ks = [of_run[r].metadata["k"] for r in watched]
+  seen = watch(bundle, task, [of_run[r] for r in watched], x0) if watched else None
+  write_json(
+    folder / "task.json",
+    plain(
+      {
+        "cases": [case.metadata for case in cases],
+        "exchanged": exchanged(cases),
+        "rows": rows,
+        "watched": seen
+        and {
+          **seen,
+          "case": [row[r] for r in watched],
+          "k": ks,
+          "step": steps,
+          "sigma": np.asarray(schedule.sigma)[steps],
+        },
+      }
+    ),
+  )
+
+
+BROKEN = Mark(
+  score=0.0, preservation=0.0, final=0.0, process=0.0, strict=0.0, right=0.0, answer=None
+)
+
+
+def said(
+  mark: Mark, case: Case, number: int, system: str, seed: int | None = None, broken: bool = False
+) -> dict[str, Any]:
+  """A row of the table: one clip of one system on one case."""
+  return {
+    "task": case.task,
+    "split": case.split,
+    "index": case.index,
+    "case": number,
+    "problem": case.metadata["hash"],
+    "k": case.metadata["k"],
+    "system": system,
+    "seed": seed,
+    **dataclasses.asdict(mark),
+    "answer": None if mark.answer is None else str(mark.answer),
+    "broken": bool(broken),
+  }
+
+
+def groups(count: int, task: Task) -> list[np.ndarray]:
+  """Runs in groups whose videos can be held at once."""
+  size = max(1, PIXELS // (task.frames * task.size**2))
+  return [np.arange(low, min(low + size, count)) for low in range(0, count, size)]
+
+
+def beside_models(bundle: ModelBundle, task: Task, cases: Sequence[Case]) -> list[dict[str, Any]]:
+  """Rows of the clips that no model made, and of the truth through the model's VAE.
+
+  Raises ValueError where a case is one of the training clips.
+  """
+  bank = baselines.bank(task)
+  trained = {case.metadata["hash"] for case in bank.cases}
+  leaked = [case.index for case in cases if case.metadata["hash"] in trained]
+  if leaked:
+    raise ValueError(
+      f"{task.name}: the cases {leaked} are training cases too: the splits of this task overlap, "
+      "mend its `canonical`."
+    )
+  rows = []
+  for number, case in enumerate(cases):
+    for system, mark in baselines.marks(task, case, bank).items():
+      rows.append(said(mark, case, number, system))
+  for group in groups(len(cases), task):
+    truth = np.stack([cases[i].frames for i in group])
+    for i, frames in zip(group, through_vae(bundle, truth), strict=True):
+      mark = baselines.mark(task, frames, cases[i].metadata)
+      rows.append(said(mark, cases[i], int(i), scoring.VAE))
+  return rows
+
+
+def through_vae(bundle: ModelBundle, videos: np.ndarray) -> np.ndarray:
+  """uint8 R frames height width 3, encoded one by one and decoded."""
+  encode = functools.partial(_encode, bundle.parts.vae, bundle.vae)
+  return decode(bundle, np.concatenate([np.asarray(encode(video[None])) for video in videos]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(vae: Any, params: Params, video: Array) -> Array:
+  signed = video.astype(np.float32) / 127.5 - 1.0
+  return vae.apply({"params": params}, signed, None, method="encode")
+
+
+def watch(
+  bundle: ModelBundle, task: Task, cases: Sequence[Case], x0: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The soft reading of x0 (S W F H W C) at every step, S W each: visible candidates, entropy in
+  bits, share of the weight on right answers."""
+  parts = []
+  for group in groups(len(cases), task):
+    frames = np.stack([decode(bundle, one[group]) for one in x0])
+    parts.append(
+      answers.read_steps(task, [cases[i].metadata for i in group], frames, np.zeros(len(x0)))
+    )
+  return {
+    "visible": np.concatenate([part.candidates for part in parts], axis=1),
+    "entropy": np.concatenate([part.entropy for part in parts], axis=1),
+    "mass": np.concatenate([part.mass for part in parts], axis=1),
+  }
+
+
+# All tasks
+
+
+def finish(
+  out: Path, chosen: SampleSettings, asked: Plan, command: Sequence[str]
+) -> dict[str, Any]:
+  """result.json, table.parquet and, last, manifest.json, from the finished tasks."""
+  parts = {name: read_json(out / PARTS / name / "task.json") for name in asked.tasks}
+  rows = {name: part["rows"] for name, part in parts.items()}
+  name = checkpoint.describe(chosen.checkpoint).card.name
+  result = plain(
+    {
+      "format": 1,
+      "model": name,
+      "split": asked.split,
+      "cases": asked.cases,
+      "kind": asked.kind,
+      "seeds": len(chosen.seeds),
+      "steps": chosen.steps,
+      "level": 0.95,
+      "tasks": {
+        name: {
+          **scoring.summary(rows[name], part["watched"]),
+          "exchanged": sum(
+            case["prompt"] != other
+            for case, other in zip(part["cases"], part["exchanged"], strict=True)
+          ),
+        }
+        for name, part in parts.items()
+      },
+      "mean": scoring.over_tasks(rows),
+    }
+  )
+  write_json(out / RESULT, result)
+  tables.write(out / TABLE, [row for some in rows.values() for row in some])
+  store.write_manifest(
+    out,
+    config=dataclasses.asdict(chosen),
+    command=command,
+    device=jax.devices()[0].device_kind,
+    model=name,
+    plan=dataclasses.asdict(asked),
+    evaluations=work(chosen, asked) * (2 if chosen.guided else 1),
+  )
+  return result

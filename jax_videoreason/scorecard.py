@@ -1,0 +1,188 @@
+"""An evaluation as one page, report.html: scores beside the clips that no model made, whether seeds
+differ, the best and worst videos. Opens offline."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from jax_videoreason import baselines, media, plots, scoring, tables, tasks
+from jax_videoreason.evaluate import PARTS, RESULT, TABLE
+from jax_videoreason.folders import atomic, read_json
+from jax_videoreason.report import SPLITS, environment, inline
+
+CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
+FRAMES = 17  # frames of a clip that are shown at most
+STILLS = 5  # of them side by side
+BESIDE = (
+  baselines.STATIC,
+  baselines.NEAREST,
+  baselines.CUT,
+  scoring.SHUFFLED,
+  scoring.VAE,
+)
+WORDS = {
+  baselines.STATIC: "stands still",
+  baselines.NEAREST: "nearest training clip",
+  baselines.CUT: "cut to a random answer",
+  scoring.SHUFFLED: "model, prompts exchanged",
+  scoring.VAE: "truth through the VAE",
+}
+
+
+def render(folder: str | Path) -> Path:
+  """Draws the page of an evaluation again from what is on disk; returns its path.
+
+  Raises:
+    ValueError: the folder is no whole evaluation, or is damaged. OSError: it can't be written.
+  """
+  folder = Path(folder)
+  page = environment().get_template("evaluation.html.j2").render(**contents(folder))
+  with atomic(folder / "report.html") as part:
+    part.write_text(page, encoding="utf-8")
+  return folder / "report.html"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+  """Everything the template shows, as plain values."""
+  result = read_json(folder / RESULT)
+  manifest = read_json(folder / "manifest.json")
+  rows = tables.read(folder / TABLE)
+  sheets: list[str] = []
+  blocks = {name: block(folder, name, result, rows, sheets) for name in result["tasks"]}
+  return {
+    "result": result,
+    "manifest": manifest,
+    "split": SPLITS[result["split"]],
+    "mean": scores(result["mean"]) if len(blocks) > 1 else None,
+    "blocks": blocks,
+    "ambiguous": [n for n, b in blocks.items() if b["ambiguity"] is not None],
+    "beside": WORDS,
+    "sheets": sheets,
+    "stills": STILLS,
+    "words": words,
+    "title": title,
+  }
+
+
+def title(name: str) -> str:
+  """A task's name in words."""
+  return name.replace("_", " ").capitalize()
+
+
+def words(found: Mapping[str, Any] | None) -> str:
+  """Such as "0.61 [0.50, 0.72]"."""
+  if found is None:
+    return "-"
+  if found["low"] is None:
+    return f"{found['estimate']:.2f}"
+  return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def scores(found: Mapping[str, Any]) -> dict[str, Any]:
+  """The numbers of a row of the overview."""
+  return {
+    "measures": found["systems"][scoring.MODEL],
+    "beside": {name: found["systems"][name]["score"]["estimate"] for name in BESIDE},
+    "lead": found["differences"],
+  }
+
+
+def block(
+  folder: Path,
+  name: str,
+  result: Mapping[str, Any],
+  rows: Sequence[Mapping[str, Any]],
+  sheets: list[str],
+) -> dict[str, Any]:
+  """What the page says of one task; its sprite sheets are added to `sheets`."""
+  found = result["tasks"][name]
+  part = read_json(folder / PARTS / name / "task.json")
+  size, frames = (part["cases"][0][key] for key in ("size", "frames"))
+  task = tasks.load(name, size=size, frames=frames)
+  of_run = {
+    (row["case"], row["seed"]): row
+    for row in rows
+    if row["task"] == name and row["system"] == scoring.MODEL
+  }
+  return {
+    **scores(found),
+    "found": found,
+    "ambiguity": found["ambiguity"],
+    "curve": curve(found["ambiguity"]),
+    **{
+      kind: [
+        clip(folder, task, part["cases"][one["case"]], of_run[one["case"], one["seed"]], sheets)
+        for one in found[kind]
+      ]
+      for kind in ("worst", "best")
+    },
+  }
+
+
+def clip(
+  folder: Path,
+  task: tasks.Task,
+  metadata: Mapping[str, Any],
+  row: Mapping[str, Any],
+  sheets: list[str],
+) -> dict[str, Any]:
+  """A video of the model beside the truth."""
+  path = folder / PARTS / task.name / f"video_{row['case']}_{row['seed']}.mp4"
+  made = media.read_mp4(path)[0]
+  truth = task.case(dict(metadata)).frames
+  numbers = []
+  for frames in (made, truth):
+    numbers.append(len(sheets))
+    sheets.append(sheet(frames))
+  columns = len(plots.spread(len(made), FRAMES))
+  return {
+    "sheets": numbers,
+    "columns": columns,
+    "stills": plots.spread(columns, STILLS),
+    "row": row,
+    "prompt": metadata["prompt"],
+    "answers": [str(answer) for answer in metadata["answers"]],
+    "kind": "none" if row["answer"] is None else "right" if row["right"] else "wrong",
+  }
+
+
+def sheet(frames: np.ndarray) -> str:
+  """The frames of a clip side by side, as data URI."""
+  tiles = plots.shrink(frames[plots.spread(len(frames), FRAMES)], CELL)
+  with tempfile.TemporaryDirectory() as scratch:
+    path = Path(scratch) / "sheet.png"
+    media.write_png(path, rearrange(tiles, "t h w c -> h (t w) c"))
+    return inline(path, "image/png")
+
+
+def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+  """The effective number of candidates along the steps, in a box of 100 x 100."""
+  if ambiguity is None or "steps" not in ambiguity:
+    return None
+  steps = ambiguity["steps"]
+  points = [(i, c) for i, c in enumerate(steps["candidates"]) if c is not None]
+  if not points:
+    return None
+  total = len(steps["candidates"])
+  highs = [c["high"] if c["high"] is not None else c["estimate"] for _, c in points]
+  top = max(1.2 * ambiguity["k"], *highs)
+
+  def at(i: int, value: float) -> str:
+    return f"{(i + 0.5) / total * 100:.2f},{98 - 96 * value / top:.2f}"
+
+  banded = [(i, c) for i, c in points if c["low"] is not None]
+  edge = [at(i, c["high"]) for i, c in banded] + [at(i, c["low"]) for i, c in banded[::-1]]
+  return {
+    "line": " ".join(at(i, c["estimate"]) for i, c in points),
+    "band": " ".join(edge),
+    "k": 98 - 96 * ambiguity["k"] / top,
+    "one": 98 - 96 / top,
+    "first": points[0][1]["estimate"],
+    "last": points[-1][1]["estimate"],
+    "sigma": [steps["sigma"][0], steps["sigma"][-1]],
+    "drawn": steps["drawn"][0],
+  }

@@ -1,0 +1,214 @@
+"""From the marks of single clips to numbers per task, with intervals over cases.
+
+A row is one clip: {task, system, case (number within the evaluation), k, seed, score, ...}. Seeds
+of a case are averaged first; cases are resampled.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import baselines, stats
+
+MODEL, SHUFFLED, VAE = "model", "prompts shuffled", "truth through the VAE"
+SYSTEMS = {
+  MODEL: "the model",
+  SHUFFLED: "the model, each case with the prompt of another",
+  **baselines.NAMES,
+  VAE: "the truth, encoded and decoded by the model's VAE",
+}
+MEASURES = {"score": stats.bootstrap, "strict": stats.share, "right": stats.share}
+SEED = 0  # of every resampling
+SHOWN = 3  # best and worst videos
+
+Row = Mapping[str, Any]
+
+
+def said(found: stats.Interval) -> dict[str, Any]:
+  """An interval of one number as JSON can say it; None = no interval, `note` says why."""
+  ends = [float(x) if np.isfinite(x) else None for x in (found.low, found.high)]
+  return {
+    "estimate": float(found.estimate),
+    "low": ends[0],
+    "high": ends[1],
+    "cases": found.cases,
+    "note": found.note,
+  }
+
+
+def per_case(rows: Sequence[Row], system: str, measure: str) -> np.ndarray:
+  """N: the mean over the seeds of each case, in the order of the cases."""
+  of_case: dict[int, list[float]] = {}
+  for row in rows:
+    if row["system"] == system:
+      of_case.setdefault(row["case"], []).append(row[measure])
+  return np.array([np.mean(of_case[case]) for case in sorted(of_case)])
+
+
+def measures(rows: Sequence[Row], system: str) -> dict[str, Any]:
+  """Score, strict success and right answers of one system."""
+  return {
+    name: said(interval(per_case(rows, system, name), seed=SEED))
+    for name, interval in MEASURES.items()
+  }
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+  """a - b, case by case: its interval, and the p-value of a sign-flip test."""
+  p = stats.sign_flip(a - b, seed=SEED).p
+  found = said(stats.paired(a, b, seed=SEED))
+  return {**found, "p": float(p) if np.isfinite(p) else None}
+
+
+def summary(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str, Any]:
+  """All numbers of one task; watched: `evaluate.watch` of its ambiguous cases."""
+  systems = [name for name in SYSTEMS if any(row["system"] == name for row in rows)]
+  own = [row for row in rows if row["system"] == MODEL]
+  halves = {
+    "plain": [row for row in own if row["k"] == 1],
+    "ambiguous": [row for row in own if row["k"] > 1],
+  }
+  score = per_case(rows, MODEL, "score")
+  return {
+    "cases": len(score),
+    "problems": len({row["problem"] for row in own}),
+    "seeds": len({(row["case"], row["seed"]) for row in own}) // len(score),
+    "broken": sum(row["broken"] for row in own),
+    "systems": {name: measures(rows, name) for name in systems},
+    "differences": {
+      name: difference(score, per_case(rows, name, "score"))
+      for name in systems
+      if name not in (MODEL, VAE, baselines.TRUTH)
+    },
+    "halves": {name: measures(half, MODEL) for name, half in halves.items() if half},
+    "ambiguity": ambiguity(halves["ambiguous"], watched) if halves["ambiguous"] else None,
+    "worst": shown(own, best=False),
+    "best": shown(own, best=True),
+  }
+
+
+def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Whether seeds differ where several answers are right, and how candidates fall along the steps.
+
+  Entropies are in bits, over the readable answers of a case's seeds; `even` is what as many seeds
+  would show on average if each drew one of the k right answers evenly (few seeds show less than
+  log2 k).
+  """
+  cases: dict[int, list[Row]] = {}
+  for row in rows:
+    cases.setdefault(row["case"], []).append(row)
+  seeds = len(next(iter(cases.values())))
+  found: dict[str, Any] = {"cases": len(cases), "seeds": seeds}
+  unread = [np.mean([row["answer"] is None for row in own]) for own in cases.values()]
+  wrong = [
+    np.mean([row["answer"] is not None and not row["right"] for row in own])
+    for own in cases.values()
+  ]
+  ks = [own[0]["k"] for own in cases.values()]
+  found["k"] = float(np.mean(ks))
+  found["unreadable"] = said(stats.share(unread, seed=SEED))
+  found["wrong"] = said(stats.share(wrong, seed=SEED))
+  if seeds > 1:
+    spread = [entropy([row["answer"] for row in own]) for own in cases.values()]
+    found["entropy"] = said(stats.bootstrap(spread, seed=SEED))
+    found["log_k"] = float(np.mean(np.log2(ks)))
+    found["even"] = float(np.mean([even_entropy(k, seeds) for k in ks]))
+  if watched is not None:
+    found["steps"] = along_steps(watched)
+  return found
+
+
+def entropy(answers: Sequence[Any]) -> float:
+  """Bits of the distribution of the answers that could be read; 0 where none could."""
+  _, counts = np.unique([str(a) for a in answers if a is not None], return_counts=True)
+  share = counts / max(counts.sum(), 1)
+  return float(-(share * np.log2(share)).sum() + 0.0)
+
+
+def even_entropy(k: int, seeds: int) -> float:
+  """The mean of `entropy` over `seeds` even draws from k answers, summed over the binomial."""
+  total = 0.0
+  for count in range(1, seeds + 1):
+    chance = math.comb(seeds, count) * (1 / k) ** count * (1 - 1 / k) ** (seeds - count)
+    total -= chance * count / seeds * math.log2(count / seeds)
+  return k * total
+
+
+def along_steps(watched: Mapping[str, Any]) -> dict[str, Any]:
+  """Mean over cases of what x0 shows at each step, with intervals.
+
+  candidates: the effective number, 2^entropy of the soft reading over the answers, over the runs
+  in which anything is drawn (`drawn`, a share). by_k: the same for the cases with k right answers.
+  """
+  case, k = np.asarray(watched["case"]), np.asarray(watched["k"])
+  bits = np.array(watched["entropy"], float)  # S W, NaN where nothing is drawn
+  several = 2.0**bits
+  which = np.unique(case)
+  k_of = np.array([k[case == c][0] for c in which])
+  return {
+    "step": watched["step"],
+    "sigma": watched["sigma"],
+    "candidates": _means(several, case, which),
+    "visible": _means(np.array(watched["visible"], float), case, which),
+    "right": _means(np.array(watched["mass"], float), case, which),
+    "drawn": [float(row.mean()) for row in np.isfinite(bits)],
+    "by_k": {
+      str(n): {
+        "cases": int((k_of == n).sum()),
+        "candidates": _means(several, case, which[k_of == n]),
+      }
+      for n in np.unique(k_of)
+    },
+  }
+
+
+def _means(values: np.ndarray, case: np.ndarray, which: np.ndarray) -> list[dict[str, Any] | None]:
+  """For each row of values (S W): the mean over cases, of the runs that have a number."""
+  rows = []
+  for row in values:
+    good = np.isfinite(row)
+    means = [row[good & (case == c)].mean() for c in which if (good & (case == c)).any()]
+    rows.append(said(stats.bootstrap(means, seed=SEED, draws=2000)) if means else None)
+  return rows
+
+
+def shown(rows: Sequence[Row], *, best: bool) -> list[dict[str, Any]]:
+  """The case and seed of the best or worst videos, each of another case."""
+  count = min(SHOWN, len({row["case"] for row in rows}) // 2)
+  sign = -1 if best else 1
+  order = sorted(rows, key=lambda row: (sign * row["score"], sign * row["case"]))
+  first: dict[int, Row] = {}
+  for row in order:
+    first.setdefault(row["case"], row)
+  return [{"case": row["case"], "seed": row["seed"]} for row in list(first.values())[:count]]
+
+
+def over_tasks(of_task: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+  """The mean over tasks of every system, and the model's lead; all tasks have as many cases.
+
+  Case i of every task makes one row: the tasks are independent, so any pairing would do.
+  """
+  systems = [
+    name
+    for name in SYSTEMS
+    if all(any(row["system"] == name for row in rows) for rows in of_task.values())
+  ]
+
+  def mean(system: str, measure: str) -> np.ndarray:
+    return np.mean([per_case(rows, system, measure) for rows in of_task.values()], axis=0)
+
+  # A mean over tasks is no share of cases, so its interval is that of a mean, also where the
+  # measure is a share.
+  return {
+    "systems": {
+      system: {name: said(stats.bootstrap(mean(system, name), seed=SEED)) for name in MEASURES}
+      for system in systems
+    },
+    "differences": {
+      system: difference(mean(MODEL, "score"), mean(system, "score"))
+      for system in systems
+      if system not in (MODEL, VAE, baselines.TRUTH)
+    },
+  }

@@ -1,0 +1,25 @@
+"""Tables on disk: rows with named columns as Parquet, which pandas, polars and DuckDB open."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jax_videoreason.folders import atomic, damaged
+
+
+def write(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows of one set of columns; a column holds numbers, texts or bools, None = missing."""
+  table = pa.Table.from_pylist([dict(row) for row in rows])
+  with atomic(path) as part:
+    pq.write_table(table, part)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+  """The rows of a table; ValueError when it is missing or damaged."""
+  try:
+    return pq.read_table(path).to_pylist()
+  except (OSError, pa.ArrowException) as error:
+    raise damaged(Path(path)) from error

@@ -1,0 +1,394 @@
+"""`videoreason evaluate`: what it measures, what it leaves, how it goes on after a stop."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_videoreason import baselines, cli, evaluate, scorecard, scoring, tables, tasks
+
+TASKS = ("pick", "occlusion")
+WORDS = ("--tasks=pick,occlusion", "--cases=2", "--seeds=2", "--config.steps=2")
+
+
+def call(out, *words) -> int:
+  return cli.main(["evaluate", *WORDS, f"--out={out}", *words])
+
+
+def result_of(folder: Path) -> dict:
+  return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+  """A finished evaluation of the model that ships, 2 tasks, 2 cases, 2 seeds, 2 steps."""
+  out = tmp_path_factory.mktemp("scores") / "mini"
+  assert call(out) == 0
+  return out
+
+
+@pytest.fixture
+def copy(done, tmp_path) -> Path:
+  return Path(shutil.copytree(done, tmp_path / "copy"))
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+  """The names of the tasks that are really run."""
+  names, real = [], evaluate.measure
+
+  def measure(folder, bundle, chosen, task, *rest):
+    names.append(task.name)
+    real(folder, bundle, chosen, task, *rest)
+
+  monkeypatch.setattr(evaluate, "measure", measure)
+  return names
+
+
+# What it leaves
+
+
+def test_every_task_stands_beside_the_clips_that_no_model_made(done):
+  result = result_of(done)
+  assert list(result["tasks"]) == list(TASKS)
+  for block in [*result["tasks"].values(), result["mean"]]:
+    scores = {name: found["score"]["estimate"] for name, found in block["systems"].items()}
+    assert set(scores) == set(scoring.SYSTEMS)
+    assert scores["truth"] == 1
+    assert scores["truth through the VAE"] > 0.9
+    assert scores["static"] <= 0.1
+    assert scores["cut"] <= 0.55
+    assert scores["nearest"] <= 0.55
+    assert 0 <= scores["model"] <= 1
+  mean = np.mean([b["systems"]["model"]["score"]["estimate"] for b in result["tasks"].values()])
+  assert result["mean"]["systems"]["model"]["score"]["estimate"] == pytest.approx(mean)
+
+
+def test_two_cases_get_a_statement_instead_of_an_interval(done):
+  found = result_of(done)["tasks"]["pick"]["systems"]["model"]["score"]
+  assert (found["low"], found["high"]) == (None, None)
+  assert found["note"] == "2 cases: an interval needs at least 8"
+
+
+def test_the_table_has_a_row_per_clip(done):
+  rows = tables.read(done / "table.parquet")
+  clips = {"model": 2 * 2} | {name: 2 for name in scoring.SYSTEMS if name != "model"}
+  for task in TASKS:
+    for system, count in clips.items():
+      own = [row for row in rows if (row["task"], row["system"]) == (task, system)]
+      assert len(own) == count
+      assert all(0 <= row["score"] <= 1 for row in own)
+  assert len(rows) == len(TASKS) * sum(clips.values())
+
+
+def test_every_video_of_the_model_is_kept(done):
+  rows = [r for r in tables.read(done / "table.parquet") if r["system"] == "model"]
+  for row in rows:
+    assert (done / "tasks" / row["task"] / f"video_{row['case']}_{row['seed']}.mp4").is_file()
+  assert len({row["seed"] for row in rows if row["task"] == "pick"}) == 4  # no noise twice
+
+
+def test_ambiguous_cases_say_whether_seeds_differ_and_how_candidates_fall(done):
+  blocks = result_of(done)["tasks"]
+  assert blocks["occlusion"]["ambiguity"] is None
+  found = blocks["pick"]["ambiguity"]
+  assert (found["cases"], found["seeds"], found["k"], found["log_k"]) == (1, 2, 2.0, 1.0)
+  assert found["even"] == 0.5  # two even draws of two agree half of the time
+  assert 0 <= found["entropy"]["estimate"] <= 1
+  assert found["steps"]["step"] == [0, 1]
+  assert len(found["steps"]["candidates"]) == 2
+  for candidates in found["steps"]["candidates"]:
+    assert candidates is None or 1 <= candidates["estimate"] <= 2
+
+
+def test_the_terminal_shows_the_tables(done, capsys):
+  assert call(done) == 0  # finished: it is only read
+  said = capsys.readouterr().out
+  for word in (
+    "strict",
+    "right answers",
+    "static",
+    "cut",
+    "truth",
+    "pick",
+    "mean",
+    "report: file:",
+  ):
+    assert word in said
+  assert "2 cases: an interval needs at least 8" in " ".join(said.split())
+
+
+# Stop and go on
+
+
+def test_a_finished_evaluation_is_only_read(copy, measured):
+  before = (copy / "result.json").stat().st_mtime_ns
+  assert call(copy) == 0
+  assert measured == []
+  assert (copy / "result.json").stat().st_mtime_ns == before
+
+
+def test_finished_tasks_are_not_done_again_and_the_numbers_are_the_same(done, copy, measured):
+  for name in ("manifest.json", "result.json", "table.parquet", "report.html"):
+    (copy / name).unlink()
+  shutil.rmtree(copy / "tasks" / "pick")
+  (copy / "tasks" / ".part-pick").mkdir()  # what a kill leaves of a task
+  (copy / "tasks" / ".part-pick" / "video_0_0.mp4").touch()
+  assert call(copy) == 0
+  assert measured == ["pick"]
+  assert result_of(copy) == result_of(done)
+  assert sorted(p.name for p in (copy / "tasks").iterdir()) == sorted(TASKS)
+
+
+def test_an_interrupted_task_leaves_nothing_and_what_was_finished_stays(copy, monkeypatch):
+  for name in ("manifest.json", "result.json", "table.parquet"):
+    (copy / name).unlink()
+  shutil.rmtree(copy / "tasks" / "pick")
+
+  def stop(folder, *_):
+    (folder / "task.json").touch()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(evaluate, "measure", stop)
+  assert call(copy) == cli.INTERRUPTED
+  assert [p.name for p in (copy / "tasks").iterdir()] == ["occlusion"]
+  assert not (copy / "result.json").exists()
+
+
+def test_redo_does_everything_again_and_leaves_other_files_alone(copy, measured):
+  (copy / "mine.txt").write_text("keep")
+  assert call(copy, "--redo", "--tasks=occlusion") == 0
+  assert measured == ["occlusion"]
+  assert list(result_of(copy)["tasks"]) == ["occlusion"]
+  assert (copy / "mine.txt").read_text() == "keep"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+  ("words", "told"),
+  [
+    (["--cases=4", "--config.steps=3"], r"cases=2 there and 4 here; steps=2 there and 3 here"),
+    (["--tasks=chess"], "no task 'chess'"),
+    (["--tasks=maze", "--split=heldout"], "maze has no split 'heldout'"),
+    (["--tasks=bounce", "--split=id"], "bounce has no split 'id'"),
+    (["--split=train"], "--split=train, wanted one of id, ood, heldout"),
+    (["--ambiguous=maybe"], "--ambiguous=maybe, wanted one of both, plain, ambiguous"),
+    (["--ambiguous=ambiguous"], "occlusion has no ambiguous cases"),
+    (["--cases=1"], "--cases=1, wanted 2 or more"),
+    (["--seeds=0"], "seeds"),
+    (["--checkpoint=nowhere"], "no bundle 'nowhere'"),
+    (["--config.height=64"], "tasks are square"),
+    (["extra"], "unexpected word 'extra'"),
+  ],
+)
+def test_bad_input_is_refused_in_one_sentence(done, capsys, words, told):
+  assert call(done, *words) == 2
+  err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("videoreason: ")]
+  assert len(err) == 1
+  assert re.search(told, err[0])
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
+  (tmp_path / "mine.txt").write_text("keep")
+  assert call(tmp_path) == 2
+  assert "is not empty (it has mine.txt)" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+  assert call(tmp_path / "mine.txt") == 2
+  assert "is a file, wanted a folder" in capsys.readouterr().err
+  assert cli.main(["evaluate"]) == 2
+  assert "--out must be given" in capsys.readouterr().err
+
+
+def test_more_cases_than_a_split_has_are_refused(monkeypatch):
+  monkeypatch.setattr(evaluate, "TRIES", 1)
+  with pytest.raises(ValueError, match=r"tictactoe has \d+ different cases among the first 100"):
+    evaluate.cases_of(tasks.load("tictactoe", size=32), "id", 100, "ambiguous")
+
+
+# Cases
+
+
+def test_all_means_every_task_with_the_split_and_the_kind():
+  assert evaluate.plan("all", "heldout", 8, "both").tasks == ("tree_reach", "bounce")
+  assert "occlusion" not in evaluate.plan("all", "id", 8, "ambiguous").tasks
+  assert len(evaluate.plan("all", "ood", 8, "plain").tasks) == 7
+
+
+@pytest.mark.parametrize("name", ["tictactoe", "rotate", "occlusion"])
+@pytest.mark.parametrize("split", ["id", "ood"])
+def test_cases_are_different_pictures_and_no_training_problems(name, split):
+  task = tasks.load(name, size=32)
+  cases = evaluate.cases_of(task, split, 24, "both")
+  assert len({case.first_frame.tobytes() for case in cases}) == 24
+  trained = {task.generate("train", i).metadata["hash"] for i in range(400)}
+  assert not trained & {case.metadata["hash"] for case in cases}
+  several = [case.metadata["k"] > 1 for case in cases]
+  assert several == ([False, True] * 12 if task.ambiguous else [False] * 24)
+
+
+def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
+  task = tasks.load("pick", size=32)
+  case = task.generate("id", 3)
+  bank = baselines.Bank(cases=[case], first_frames=case.first_frame[None])
+  monkeypatch.setattr(baselines, "bank", lambda task: bank)
+  with pytest.raises(ValueError, match=r"pick: the cases \[3\] are training cases too"):
+    evaluate.beside_models(None, task, [case])  # type: ignore[arg-type]
+
+
+def test_exchanged_prompts_are_the_same_prompts_and_differ_where_they_can():
+  cases = evaluate.cases_of(tasks.load("pick", size=32), "id", 9, "both")
+  own, other = [case.prompt for case in cases], evaluate.exchanged(cases)
+  assert sorted(own) == sorted(other)
+  assert sum(a != b for a, b in zip(own, other, strict=True)) >= 7
+
+
+# Clips that no model made
+
+
+def test_a_cut_is_worth_the_mean_over_all_answers():
+  task = tasks.load("maze", size=32)
+  case = task.generate("id", 0)
+  options = task.options(case.metadata["problem"])
+  found = baselines.marks(task, case, baselines.bank(task, 20))
+  assert found["cut"].right == pytest.approx(1 / len(options))
+  assert found["truth"].score == found["truth"].strict == 1
+  assert found["static"].score <= 0.1
+
+
+def test_the_nearest_training_clip_is_the_one_of_the_same_picture():
+  task = tasks.load("pick", size=32)
+  bank = baselines.bank(task, 30)
+  again = task.generate("train", 17)
+  assert bank.nearest(again.first_frame).frames.tobytes() == again.frames.tobytes()
+
+
+def test_the_bank_of_a_held_out_task_is_that_of_all_others():
+  found = baselines.bank(tasks.load("bounce", size=32), 14)
+  assert {case.task for case in found.cases} == {
+    name for name, task in tasks.TASKS.items() if not task.held_out
+  }
+
+
+# Numbers
+
+
+def rows_of(scores, system="model", k=1, answers=None, right=None) -> list[dict]:
+  """Rows of one system, scores N K."""
+  return [
+    {
+      "system": system,
+      "case": case,
+      "seed": seed,
+      "problem": f"p{case}",
+      "k": k,
+      "score": float(score),
+      "strict": float(score == 1),
+      "right": float(score > 0.5) if right is None else right[case][seed],
+      "answer": "a" if answers is None else answers[case][seed],
+      "broken": False,
+    }
+    for case, of_case in enumerate(scores)
+    for seed, score in enumerate(of_case)
+  ]
+
+
+def test_seeds_of_a_case_are_averaged_before_cases_are_resampled():
+  rng = np.random.default_rng(0)
+  cases = rng.random((12, 1))
+  once = scoring.measures(rows_of(cases), "model")["score"]
+  often = scoring.measures(rows_of(np.repeat(cases, 50, axis=1)), "model")["score"]
+  assert often == pytest.approx(once)
+  assert often["cases"] == 12
+
+
+def test_the_lead_over_a_clip_is_paired_by_case():
+  rng = np.random.default_rng(0)
+  hard = rng.random((16, 1)) / 2
+  rows = rows_of(hard + 0.3) + rows_of(hard, "static")
+  lead = scoring.summary(rows, None)["differences"]["static"]
+  assert lead["estimate"] == pytest.approx(0.3)
+  assert lead["p"] < 1e-3
+
+
+def test_the_entropy_of_answers_counts_what_could_be_read():
+  assert scoring.entropy(["a", "b", None, "a", "b"]) == 1
+  assert scoring.entropy(["a", "a", None]) == 0
+  assert scoring.entropy([None, None]) == 0
+
+
+@pytest.mark.parametrize(("k", "seeds"), [(2, 2), (3, 4), (4, 3)])
+def test_the_entropy_of_even_draws_is_that_of_all_draws(k, seeds):
+  every = [scoring.entropy(draw) for draw in itertools.product(range(k), repeat=seeds)]
+  assert scoring.even_entropy(k, seeds) == pytest.approx(np.mean(every))
+
+
+def test_blends_and_wrong_answers_are_told_apart():
+  answers = [["a", "b", None, "c"]] * 8
+  right = [[1.0, 1.0, 0.0, 0.0]] * 8
+  found = scoring.summary(rows_of(np.ones((8, 4)), k=2, answers=answers, right=right), None)
+  several = found["ambiguity"]
+  assert several["unreadable"]["estimate"] == several["wrong"]["estimate"] == 0.25
+  assert several["entropy"]["estimate"] == pytest.approx(np.log2(3))
+
+
+def test_candidates_fall_from_k_to_one():
+  watched = {
+    "case": [0, 0, 1, 1],
+    "k": [2, 2, 2, 2],
+    "step": [0, 1],
+    "sigma": [1.0, 0.5],
+    "entropy": [[1.0, None, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]],
+    "visible": [[2, 0, 2, 2], [1, 1, 1, 1]],
+    "mass": [[1.0, None, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
+  }
+  found = scoring.along_steps(watched)
+  assert [one["estimate"] for one in found["candidates"]] == [2.0, 1.0]
+  assert found["drawn"] == [0.75, 1.0]
+  assert found["by_k"]["2"]["cases"] == 2
+
+
+def test_the_best_and_worst_are_of_different_cases():
+  rows = rows_of(np.array([[0.5], [0.1], [0.9], [0.9], [0.2], [0.3]]))
+  summary = scoring.summary(rows, None)
+  assert [one["case"] for one in summary["worst"]] == [1, 4, 5]
+  assert [one["case"] for one in summary["best"]] == [3, 2, 0]
+
+
+# The page
+
+
+def test_the_page_stands_alone_and_shows_the_best_and_the_worst(done):
+  text = (done / "report.html").read_text()
+  assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+  assert not re.findall(r"url\((?!data:)", text)
+  assert text.count('class="clip"') == len(TASKS) * 2
+  assert "Where several answers are right" in text
+
+
+def test_prompts_are_escaped(copy):
+  path = copy / "tasks" / "pick" / "task.json"
+  part = json.loads(path.read_text())
+  for case in part["cases"]:
+    case["prompt"] = "<script>alert(1)</script>"
+  path.write_text(json.dumps(part))
+  text = scorecard.render(copy).read_text()
+  assert "<script>alert" not in text
+  assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_report_draws_the_page_again(copy):
+  (copy / "report.html").unlink()
+  assert cli.main(["report", str(copy)]) == 0
+  assert (copy / "report.html").is_file()
+
+
+def test_a_damaged_table_is_told(copy, capsys):
+  (copy / "table.parquet").write_bytes(b"no table")
+  assert cli.main(["report", str(copy)]) == 2
+  assert "table.parquet is missing or damaged" in capsys.readouterr().err

@@ -6,6 +6,8 @@
   python scripts/train_mini.py dit --work DIR       DiT and text encoder on those latents
   python scripts/train_mini.py score --bundle mini  score of unseen cases, beside the static clip
   python scripts/train_mini.py bundle --work DIR --out jax_videoreason/assets/mini
+  python scripts/train_mini.py experts --work DIR --init mini --out DIR/mini_experts
+                                                    the DiT continued as two experts, text frozen
 
 With --init BUNDLE the stages vae and dit begin with the weights of a bundle (its depth grown, its
 words kept) instead of random ones. Every stage may be killed and started again: finished shards and
@@ -61,6 +63,7 @@ SHARES = {
   "select_largest": 0.08,
   "occlusion": 0.08,
 }
+EXPERTS_FROM = 0.9  # sigma at which the high-noise expert gives way to the low-noise one
 SCENES = 0.25  # share of the VAE's clips that show moving shapes of no task
 SHARD = 250
 VAE = {
@@ -531,23 +534,14 @@ def latent_spec(parts: Parts) -> LatentSpec:
   return LatentSpec(channels=parts.vae.config.z_channels, stride=parts.vae.config.stride)
 
 
-def stage_dit(options: argparse.Namespace) -> None:
-  work: Path = options.work
-  parts, _ = load_vae(work)
-  shape = latent_shape(parts)
-  data = Shards(work / "latents", options.cases, shape).open("r")
-  empty_ids, empty_mask = Tokenizer(work / "tokenizer.json").encode([""], TEXT_LENGTH)
+def batches(options: argparse.Namespace, parts: Any) -> Callable[[int], dict[str, Any]]:
+  """The batch of every step. Each epoch has an order that depends on its number alone."""
+  data = Shards(options.work / "latents", options.cases, latent_shape(parts)).open("r")
+  empty_ids, empty_mask = Tokenizer(options.work / "tokenizer.json").encode([""], TEXT_LENGTH)
   mask = np.asarray(known_mask(options.batch, latent_spec(parts).grid(FRAMES, SIZE, SIZE)))
-  settings = training.TrainSettings(
-    steps=options.steps,
-    batch=options.batch,
-    learning_rate=options.learning_rate,
-    shift=options.shift,
-  )
+  per_epoch = options.cases // options.batch
 
   def batch_of(number: int) -> dict[str, Any]:
-    # Every epoch has its own order, which depends on nothing but the number of the step.
-    per_epoch = options.cases // options.batch
     epoch, place = divmod(number, per_epoch)
     order = np.random.default_rng([13, epoch]).permutation(options.cases)
     rows = np.sort(order[place * options.batch : (place + 1) * options.batch])
@@ -562,27 +556,63 @@ def stage_dit(options: argparse.Namespace) -> None:
       "empty_mask": empty_mask,
     }
 
+  return batch_of
+
+
+def dit_plan(
+  options: argparse.Namespace, parts: Any, stage: str, low: float = 0.0, high: float = 1.0
+) -> Plan:
+  """Flow matching on the encoded cases, over the part low..high of the training sigmas' u."""
+  settings = training.TrainSettings(
+    steps=options.steps,
+    batch=options.batch,
+    learning_rate=options.learning_rate,
+    shift=options.shift,
+    low=low,
+    high=high,
+  )
+  return Plan(
+    stage=stage,
+    work=options.work,
+    loss=training.flow_loss(parts, settings),
+    settings=settings,
+    batch_of=batches(options, parts),
+    seed=1,
+    rows=options.batch,
+    data={"cases": options.cases, "shares": SHARES, "dit": DIT, "init": options.init},
+    minutes=options.minutes,
+    every=options.score_every,
+  )
+
+
+def stage_dit(options: argparse.Namespace) -> None:
+  work: Path = options.work
+  parts, _ = load_vae(work)
+  shape = latent_shape(parts)
   params = grown_from(options.init, parts, shape, work) if options.init else begin_dit(parts, shape)
 
   def watch(step: int, state: training.TrainState) -> Iterable[dict[str, Any]]:
     return scores(bundle_of(work, parts, state.ema), list(SHARES), options)
 
-  fit(
-    Plan(
-      stage="dit",
-      work=work,
-      loss=training.flow_loss(parts, settings),
-      settings=settings,
-      batch_of=batch_of,
-      seed=1,
-      rows=options.batch,
-      data={"cases": options.cases, "shares": SHARES, "dit": DIT, "init": options.init},
-      minutes=options.minutes,
-      watch=watch if options.score_every else None,
-      every=options.score_every,
-    ),
-    params,
-  )
+  plan = dit_plan(options, parts, "dit")
+  fit(dataclasses.replace(plan, watch=watch) if options.score_every else plan, params)
+
+
+def stage_experts(options: argparse.Namespace) -> None:
+  """The DiT of --init continued twice, above and below a sigma; everything else is shared."""
+  bundle = checkpoint.load(options.init)
+  u = EXPERTS_FROM / (options.shift - (options.shift - 1) * EXPERTS_FROM)
+  trained = []
+  for name, low, high in (("high", u, 1.0), ("low", 0.0, u)):
+    plan = dit_plan(options, bundle.parts, f"dit_{name}", low, high)
+
+    def loss(dit: Any, batch: Any, key: Any, whole: Any = plan.loss) -> Any:
+      return whole({"dit": dit, "text": bundle.text}, batch, key)
+
+    trained.append(fit(dataclasses.replace(plan, loss=loss), bundle.params[0]).ema)
+  card = dataclasses.replace(bundle.card, name="mini_experts", boundary=EXPERTS_FROM)
+  experts = dataclasses.replace(bundle, params=tuple(trained), card=card)
+  checkpoint.save(experts, options.out, dtype="bfloat16", shared_with=options.init)
 
 
 def grown_from(name: str, parts: Any, shape: tuple[int, ...], work: Path) -> Any:
@@ -717,6 +747,7 @@ STAGES = {
   "dit": stage_dit,
   "score": stage_score,
   "bundle": stage_bundle,
+  "experts": stage_experts,
 }
 
 
@@ -727,8 +758,8 @@ def main() -> None:
   parser.add_argument("stage", choices=STAGES)
   parser.add_argument("--work", type=Path, help="where the state of the training lives")
   parser.add_argument("--bundle", help="score: a bundle instead of the training in --work")
-  parser.add_argument("--init", help="vae, dit: begin with the weights of this bundle")
-  parser.add_argument("--out", type=Path, help="bundle: where the bundle is written")
+  parser.add_argument("--init", help="vae, dit, experts: begin with the weights of this bundle")
+  parser.add_argument("--out", type=Path, help="bundle, experts: where the bundle is written")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   parser.add_argument(
     "--minutes", type=float, default=1e9, help="stop with a checkpoint after so many"
@@ -747,6 +778,10 @@ def main() -> None:
   parser.add_argument("--score-steps", type=int, default=20)
   parser.add_argument("--tasks", nargs="*", choices=list(tasks.TASKS))
   options = parser.parse_args()
+  if options.stage == "experts" and not options.init:
+    parser.error("--init is needed: the bundle whose DiT is continued as two experts.")
+  if options.stage in ("bundle", "experts") and not options.out:
+    parser.error("--out is needed: the folder of the new bundle.")
   if options.work is None and not (options.stage == "score" and options.bundle):
     parser.error("--work is needed: the folder of the training.")
   if options.work is not None:

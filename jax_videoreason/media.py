@@ -40,6 +40,11 @@ def read_image(path: str | Path) -> np.ndarray:
     data = Path(path).read_bytes()
   except OSError as error:
     raise ValueError(f"image {path} cannot be read ({error.strerror}): check the path.") from error
+  return image_of(data, path)
+
+
+def image_of(data: bytes, path: str | Path) -> np.ndarray:
+  """`read_image` of the bytes of a file; path: what an error calls it."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       image.load()
@@ -103,6 +108,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float | Fraction = 16) 
     coder = stream.codec_context
     coder.colorspace = coder.color_primaries = coder.color_trc = BT709
     coder.color_range = ColorRange.MPEG
+    coder.thread_count = 1  # several encode the same frames differently on a busy machine
     for frame in frames:
       large = repeat(frame, "h w rgb -> (h y) (w x) rgb", y=factor, x=factor)
       picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(large), format="rgb24").reformat(
@@ -133,6 +139,25 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
   if not frames or rate is None:
     raise ValueError(f"video {path} holds no frames: give a whole MP4 file.")
   return np.stack(frames), float(rate)
+
+
+def measure_mp4(path: str | Path) -> tuple[int, int, int]:
+  """(frames, height, width) of a video without decoding it: its packets are counted.
+
+  ValueError: the file is missing, damaged, or holds no video.
+  """
+  try:
+    with av.open(str(path), "r") as container:
+      stream = container.streams.video[0]
+      count = sum(packet.size > 0 for packet in container.demux(stream))
+      height, width = stream.height, stream.width
+  except (OSError, IndexError) as error:  # the errors of av are OSErrors where a file is missing
+    raise ValueError(f"video {path} is missing or damaged: give a whole MP4 file.") from error
+  except FFmpegError as error:
+    raise ValueError(f"video {path} is damaged or not a video: give a whole MP4 file.") from error
+  if not count:
+    raise ValueError(f"video {path} holds no frames: give a whole MP4 file.")
+  return count, height, width
 
 
 def resize(

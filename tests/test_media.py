@@ -229,3 +229,8 @@ def test_resize_refuses_unknown_methods_and_sizes():
     media.resize(picture(), 4, 4, "area")
   with pytest.raises(ValueError, match="size 0 x 4 pixels"):
     media.resize(picture(), 4, 0)
+
+
+def test_one_thread_encodes_so_that_the_same_frames_make_the_same_file(tmp_path):
+  media.write_mp4(tmp_path / "a.mp4", stripes(5, 64, 64))
+  assert b" threads=1 " in (tmp_path / "a.mp4").read_bytes()  # x264 notes its options

@@ -54,6 +54,7 @@ def reencoded(frames: np.ndarray) -> np.ndarray:
     stream = out.add_stream("libx264", rate=16, options={"crf": "18"})
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
+    stream.codec_context.thread_count = 1  # several choose differently when the machine is busy
     for frame in frames:
       out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
     out.mux(stream.encode())

@@ -198,19 +198,25 @@ class Bounce(base.Task):
     if not self.begins(labels, problem):
       return 0.0
     places = self.places(labels, problem)
-    close = self.closeness(places, self.path(problem, problem["degrees"]))[1:]
-    return float(close.mean() * self.steady(places[:-1]).mean())
+    path = self.path(problem, problem["degrees"])
+    close = self.closeness(places, path)[1:]
+    return float(close.mean() * self.steady(places[:-1], path[:-1]).mean())
 
-  def steady(self, places: np.ndarray) -> np.ndarray:
+  def steady(self, places: np.ndarray, path: np.ndarray) -> np.ndarray:
     """Which steps between places (T, 2) are as long as the speed says, to a fifth and half a pixel
-    of 32: straight, or by way of one wall or two, which mirror the place that is reached."""
+    of 32: straight, or by way of one wall or two, which mirror the place that is reached.
+
+    path: the right places; a wall may send the ball back to where it was.
+    """
     speed = WAY * self.side / (self.frames - 2)
     low, high = self.near, self.near + self.side
     images = np.stack([places, 2 * low - places, 2 * high - places])  # 3 T 2
     away = (images[:, 1:] - places[None, :-1]) ** 2
     lengths = np.sqrt(away[:, None, :, 0] + away[None, :, :, 1])  # 3 3 T-1
     good = abs(lengths - speed) <= 0.2 * speed + self.size / 64
-    moved = lengths[0, 0] >= 0.1 * speed  # a ball at rest beside a wall mirrors itself
+    # A ball at rest beside a wall mirrors itself.
+    least = np.minimum(0.1 * speed, 0.5 * np.linalg.norm(np.diff(path, axis=0), axis=-1))
+    moved = lengths[0, 0] >= least
     return good.any(axis=(0, 1)) & moved
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:

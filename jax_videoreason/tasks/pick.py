@@ -13,7 +13,7 @@ from jax_videoreason.tasks import base, draw
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 GROUND = draw.BLACK
-LEAST = 3  # pixels by which a kind of shape differs from another, to be looked at
+LEAST = 0.0115  # square slots by which one kind of shape must differ from another: 3 px of 16 x 16
 HALVES = {"across": ("left", "right"), "down": ("top", "bottom")}
 TEMPLATES = {
   False: (
@@ -140,7 +140,7 @@ class Pick(base.Task):
     masks, wrong = [draw.firm(own)], [GROUND]
     for other in full.values():
       for mask, never in ((draw.firm(own) & ~other, GROUND), (other & draw.firm(~own), colour)):
-        if mask.sum() >= LEAST:
+        if mask.sum() >= LEAST * self.slot**2:
           masks.append(mask)
           wrong.append(never)
     return base.never(draw.regions(masks), wrong)

@@ -11,7 +11,7 @@ from jax_videoreason.tasks import base, draw
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 GROUND = draw.BLACK
 GAP = 0.095  # least difference, in slots, between the largest radius and the next: 1.5 px of 16
-BAND = 0.75  # width in pixels of the bands that tell a radius
+BAND = 0.047  # width in slots of the bands that tell a radius: 0.75 px of 16
 TEMPLATES = {
   False: (
     "A white ring grows around the largest disc.",
@@ -122,10 +122,11 @@ class SelectLargest(base.Task):
   def kept_radius(self, disc: base.Problem) -> base.Kept:
     """Narrow bands within the edge of a disc and beyond it, as far as its ring."""
     centre, radius = self.centre(disc["slot"]), disc["radius"] * self.slot
-    far = min(radius + 2 * BAND, draw.ring_radii(self.slot)[0])
+    band = BAND * self.slot
+    far = min(radius + 2 * band, draw.ring_radii(self.slot)[0])
     bands = [
-      (draw.ring(self.size, centre, max(0, radius - 2 * BAND), radius - BAND), GROUND),
-      (draw.ring(self.size, centre, radius + BAND, far), draw.colour(disc["colour"])),
+      (draw.ring(self.size, centre, max(0, radius - 2 * band), radius - band), GROUND),
+      (draw.ring(self.size, centre, radius + band, far), draw.colour(disc["colour"])),
     ]
     bands = [(mask, wrong) for mask, wrong in bands if mask.any()]
     return base.never(draw.regions([mask for mask, _ in bands]), [wrong for _, wrong in bands])

@@ -179,11 +179,10 @@ class TreeReach(base.Task):
     for leaf in metadata["answers"]:
       way = self.path(problem, leaf)
       alone = ~np.delete(yellow, way, axis=1).any(axis=1)
-      ready = [np.ones(len(amounts), bool), *(yellow[:, node] for node in way[:-1])]
-      grown = [
-        base.growth(amounts[:, node] * after, steps=2)
-        for node, after in zip(way, ready, strict=True)
-      ]
+      # A node counts from the frame on which all nodes above it are yellow.
+      above = np.logical_and.accumulate(yellow[:, way[:-1]], axis=1)
+      ready = np.concatenate([np.ones_like(above[:, :1]), above], axis=1)
+      grown = [base.growth(amounts[:, node] * ready[:, i], steps=2) for i, node in enumerate(way)]
       best = max(best, float(np.mean(grown) * alone.mean()))
     return best
 

@@ -1,0 +1,236 @@
+"""What single tasks promise beyond the contract of test_tasks.py."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jax_videoreason import tasks
+from jax_videoreason.tasks import base, draw, rotate
+
+
+def test_the_nine_tasks_and_the_two_held_out_ones():
+  held_out = [name for name, task in tasks.TASKS.items() if task.held_out]
+  assert list(tasks.TASKS) == [
+    "maze",
+    "tree_reach",
+    "tictactoe",
+    "occlusion",
+    "sort_bars",
+    "rotate",
+    "select_largest",
+    "bounce",
+    "pick",
+  ]
+  assert held_out == ["tree_reach", "bounce"]
+  assert sorted(task.number for task in tasks.TASKS.values()) == list(range(1, 10))
+  with pytest.raises(ValueError, match="has no split 'train'; it has: heldout"):
+    tasks.load("bounce").generate("train", 0)
+
+
+@pytest.mark.parametrize("frames", (13, 17, 33))
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_the_truth_scores_one_in_many_cases_and_lengths(name, frames):
+  task = tasks.load(name, size=32, frames=frames)
+  split = "heldout" if task.held_out else "train"
+  for index in range(30 if frames == 13 else 10):  # the fewest frames make the longest steps
+    case = task.generate(split, index)
+    assert task.score(case.frames, case.metadata).value == 1, index
+    assert task.parse(case.frames, case.metadata) == case.metadata["answer"]
+
+
+# --- occlusion ---
+
+
+@pytest.mark.parametrize("size", (32, 64))
+def test_occlusion_covers_every_square_on_three_frames_at_least(size):
+  task = tasks.load("occlusion", size=size)
+  for index in range(12):
+    case = task.generate("train", index)
+    for square in case.metadata["problem"]["squares"]:
+      colour = draw.RGB[draw.colour(square["colour"])]
+      unseen = ~(case.frames == colour).all(axis=-1).any(axis=(1, 2))
+      assert unseen.sum() >= 3
+
+
+# --- sort_bars ---
+
+
+@pytest.mark.parametrize("size", (32, 64, 128))
+def test_sort_bars_answers_are_in_order_of_heights_at_least_two_pixels_apart(size):
+  task = tasks.load("sort_bars", size=size)
+  for index in range(24):
+    problem = (meta := task.generate("train", index).metadata)["problem"]
+    height = {b["colour"]: b["height"] * size / 32 for b in problem["bars"]}
+    ordered = sorted(height.values())
+    assert min(b - a for a, b in itertools.pairwise(ordered)) >= 2
+    ways = {"rising": [1], "falling": [-1], "either": [1, -1]}[problem["order"]]
+    rows = [[height[name] for name in answer.split()] for answer in meta["answers"]]
+    assert rows == [ordered[::way] for way in ways]
+
+
+def test_sort_bars_two_bars_in_each_others_places_leave_the_other_two_right():
+  task = tasks.load("sort_bars", size=32)
+  case = task.generate("train", 0)
+  a, b, c, d = case.metadata["answer"].split()
+  score = task.score(task.render(case.metadata, f"{b} {a} {c} {d}"), case.metadata)
+  assert score.final == 0.5
+  assert score.process == 0.5
+
+
+def test_sort_bars_wants_heights_kept_and_no_leaps():
+  task = tasks.load("sort_bars", size=32)
+  case = task.generate("train", 0)
+  tallest = max(case.metadata["problem"]["bars"], key=lambda b: b["height"])
+  mask = (case.frames == draw.RGB[draw.colour(tallest["colour"])]).all(axis=-1)
+  lower = case.frames.copy()
+  for t in (-2, -1):
+    top = np.flatnonzero(mask[t].any(axis=1))[0]
+    lower[t, top : top + 4][mask[t, top : top + 4]] = draw.RGB[draw.BLACK]
+  assert task.score(lower, case.metadata).final == 0.75
+  leaps = case.frames[[0] * 6 + [5] * 6 + [15] * 5]
+  score = task.score(leaps, case.metadata)
+  assert score.final == 1
+  assert score.process < 0.3
+
+
+# --- rotate ---
+
+
+def orientations(shape: tuple[str, ...]) -> list[np.ndarray]:
+  return [rotate.cells_of(shape, quarters) for quarters in range(4)]
+
+
+def test_rotate_shapes_win_by_the_lead_over_their_best_wrong_orientation():
+  everything = {"F": rotate.EXAMPLE} | rotate.SHAPES | rotate.OOD_SHAPES
+  for shape in everything.values():
+    right, *wrong = orientations(shape)
+    assert 1 - max((right & w).sum() / (right | w).sum() for w in wrong) >= rotate.LEAD
+  pictures = {o.tobytes() for shape in everything.values() for o in orientations(shape)}
+  assert len(pictures) == 4 * len(everything)
+
+
+def test_rotate_turns_the_piece_as_the_example_has_turned():
+  task = tasks.load("rotate", size=64)
+  for index in range(12):
+    case = task.generate("train", index)
+    panels = [case.frames[-1][:32, :32], case.frames[-1][32:, :32]]
+    panels += [case.frames[0][:32, 32:], case.frames[-1][32:, 32:]]
+    own = draw.RGB[draw.colour(case.metadata["problem"]["colour"])]
+    shown = [(p == own).all(axis=-1) for p in panels[2:]]
+    example = [(p != draw.RGB[draw.BLACK]).any(axis=-1) for p in panels[:2]]
+    quarters = case.metadata["answer"] // 90
+    assert (np.rot90(example[0], -quarters) == example[1]).all()
+    assert (np.rot90(shown[0], -quarters) == shown[1]).all()
+
+
+def test_rotate_half_a_cell_pattern_between_two_orientations_is_no_answer():
+  task = tasks.load("rotate", size=32)
+  case = task.generate("train", 0)
+  right, wrong = (task.render(case.metadata, a) for a in (case.metadata["answer"], 0))
+  both = right.copy()
+  own = draw.RGB[draw.colour(case.metadata["problem"]["colour"])]
+  piece = (wrong[-1] == own).all(axis=-1)
+  both[-2:, piece] = own
+  score = task.score(both, case.metadata)
+  assert score.final < 1
+  assert not score.strict
+
+
+def test_rotate_reads_which_way_a_half_turn_goes():
+  task = tasks.load("rotate", size=32)
+  for index in range(1, 12, 2):
+    case = task.generate("train", index)
+    assert case.metadata["answers"] == [180, -180]
+    one, other = (task.render(case.metadata, a) for a in (180, -180))
+    assert (one[-1] == other[-1]).all()
+    assert task.parse(one, case.metadata) == 180
+    assert task.parse(other, case.metadata) == -180
+    jump = np.concatenate([one[:4], one[-1:].repeat(13, axis=0)])
+    assert task.parse(jump, case.metadata) is None
+
+
+# --- tree_reach ---
+
+
+def test_tree_reach_wants_the_nodes_in_order_from_the_root():
+  task = tasks.load("tree_reach", size=64)
+  case = task.generate("heldout", 0)
+  boxes = task.boxes(case.metadata["problem"])
+  root = boxes[0]
+  late = case.frames.copy()  # the root fills last
+  late[:-2, root[0] : root[2], root[1] : root[3]] = draw.RGB[draw.GREY]
+  score = task.score(late, case.metadata)
+  assert score.final == 1
+  assert score.process <= 0.1
+
+
+def test_tree_reach_a_second_leaf_is_too_much():
+  task = tasks.load("tree_reach", size=64)
+  case = task.generate("heldout", 1)
+  one, two = case.metadata["answers"][:2]
+  both, other = (task.render(case.metadata, a) for a in (one, two))
+  yellow = (other == draw.RGB[draw.YELLOW]).all(axis=-1)
+  both[yellow] = draw.RGB[draw.YELLOW]
+  assert task.parse(both, case.metadata) is None
+  assert task.score(both, case.metadata).final == 0
+
+
+# --- bounce ---
+
+
+def bounce_case(index: int, frames: int = 17) -> tuple[base.Task, base.Case, np.ndarray]:
+  """With the ball's middle on each frame, measured, in pixels."""
+  task = tasks.load("bounce", size=128, frames=frames)
+  case = task.generate("heldout", index)
+  ball = (case.frames == draw.RGB[draw.colour(case.metadata["problem"]["colour"])]).all(axis=-1)
+  rows, columns = (ball.any(axis=axis) for axis in (2, 1))
+  places = [
+    [np.flatnonzero(r).mean(), np.flatnonzero(c).mean()]
+    for r, c in zip(rows, columns, strict=False)
+  ]
+  return task, case, np.array(places) + 0.5
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_bounce_moves_straight_and_reflects_at_constant_speed(index):
+  _, _case, places = bounce_case(index, frames=33)
+  steps = np.diff(places[:-1], axis=0)
+  turns = np.diff(np.sign(steps.round()), axis=0) != 0
+  free = ~np.pad(turns.any(axis=1), 1, mode="edge")
+  free = free[:-1] & free[1:]
+  speed = np.linalg.norm(steps[free], axis=-1)
+  assert free.sum() >= 12
+  assert np.ptp(speed) <= 2  # places are to half a pixel
+  assert 0.97 < speed.mean() / np.median(speed) < 1.03
+  # between walls the parts of the velocity keep their sizes, whatever their signs
+  assert np.ptp(abs(steps[free]), axis=0).max() <= 1.5
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_bounce_starts_along_the_arrow_and_meets_two_to_four_walls(index):
+  __, case, places = bounce_case(index)
+  white = (case.frames[0] == draw.RGB[draw.WHITE]).all(axis=-1)
+  arrow = np.argwhere(white).mean(axis=0) + 0.5 - places[0]
+  step = places[1] - places[0]
+  if np.abs(places[1] - 64).max() < 35:  # no wall yet
+    assert arrow @ step / np.linalg.norm(arrow) / np.linalg.norm(step) > 0.97
+  problem = case.metadata["problem"]
+  angle = np.deg2rad(problem["degrees"])
+  end = np.array(problem["start"]) + 2.7 * np.array([-np.cos(angle), np.sin(angle)])
+  assert 2 <= abs(np.floor(end)).sum() <= 4
+  assert not (case.frames[1:] == draw.RGB[draw.WHITE]).all(axis=-1).any()
+
+
+def test_bounce_an_error_of_a_cell_costs_and_uneven_speed_costs_more():
+  task, case, _places = bounce_case(0)
+  _y, x = (task.path(case.metadata["problem"], case.metadata["answer"])[-1]).round().astype(int)
+  shift = -16 if x > 64 else 16
+  moved = case.frames.copy()
+  inside = moved[-2:, 8:-8, 8:-8]
+  inside[:] = np.roll(inside, shift, axis=2)
+  assert 0.4 < task.score(moved, case.metadata).final < 0.8
+  uneven = case.frames[[0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 15, 16]]
+  score = task.score(uneven, case.metadata)
+  assert score.final == 1
+  assert score.process < 0.4

@@ -13,23 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import pack, rearrange, reduce, repeat, unpack
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.structs import ModelBundle
+from jax_videoreason.tiling import Tiling, join, named, places
 
 PIXELS = 2**19  # pixels of video that are decoded at once; one latent frame of one run at the least
 RUNS = "* f h w c"  # leading axes of any number, joined and parted by einops
 ROWS = 2**14  # latent cells per batch of `fit_preview`
 
 
-def decode(bundle: ModelBundle, latents: ArrayLike, *, chunk: int | None = None) -> np.ndarray:
+def decode(
+  bundle: ModelBundle,
+  latents: ArrayLike,
+  *,
+  chunk: int | None = None,
+  tiles: str | Tiling | None = None,
+  mesh: Mesh | None = None,
+) -> np.ndarray:
   """Normalised latents ... F H W C -> uint8 frames ... frames height width 3, by the VAE.
 
   Leading axes are free (S R for the x0 of all steps): they are decoded in batches of equal size,
   so memory does not grow with them. chunk: latent frames at once, the same result; None = all
-  where they are few pixels, else as many as fit. ValueError for another rank or channel count,
-  or when the VAE is not loaded.
+  where they are few pixels, else as many as fit.
+  tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
+    "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
+  mesh: runs and tiles of equal size are spread over all its devices.
+  ValueError for another rank or channel count, or when the VAE is not loaded.
   """
   flat, lead = _runs(bundle, latents)
   if bundle.vae is None or bundle.parts.vae is None:
@@ -37,18 +49,56 @@ def decode(bundle: ModelBundle, latents: ArrayLike, *, chunk: int | None = None)
       f"the VAE of {bundle.card.name} is not loaded and latents are to be decoded: load it, "
       "parts=('dit', 'vae'), or use decode.preview."
     )
+  if tiles is None:
+    decoded = _decoded(bundle, flat, chunk, mesh)
+  else:
+    if isinstance(tiles, str):
+      tiles = named(tiles, bundle.card.latents, bundle.parts.vae.config.fold)
+    decoded = _tiled(bundle, flat, chunk, mesh, tiles)
+  return unpack(decoded, lead, RUNS)[0]
+
+
+def _tiled(
+  bundle: ModelBundle, flat: np.ndarray, chunk: int | None, mesh: Mesh | None, tiling: Tiling
+) -> np.ndarray:
+  """R F H W C -> R frames height width 3 uint8, joined on the host."""
+  where = places(tiling, *flat.shape[2:4])
+  cut = [[flat[:, :, row, column] for row, column in line] for line in where]
+  shapes = sorted({tile.shape for line in cut for tile in line}, reverse=True)
+  made: list[list[Any]] = [[None] * len(line) for line in cut]
+  for shape in shapes:  # tiles of one size are decoded together, by one executable
+    at = [(i, j) for i, line in enumerate(cut) for j, t in enumerate(line) if t.shape == shape]
+    stacked = np.concatenate([cut[i][j] for i, j in at])
+    decoded = _decoded(bundle, stacked, chunk, mesh, whole=False)
+    for (i, j), tile in zip(at, np.split(decoded, len(at)), strict=True):
+      made[i][j] = tile
+  joined = join(tiling, where, made, bundle.card.latents.stride[1:])
+  return np.round(127.5 * (np.clip(joined, -1.0, 1.0) + 1.0)).astype(np.uint8)
+
+
+def _decoded(
+  bundle: ModelBundle,
+  flat: np.ndarray,
+  chunk: int | None,
+  mesh: Mesh | None,
+  whole: bool = True,
+) -> np.ndarray:
+  """R F H W C -> R frames height width 3 in batches: uint8, or float32 where more is to come."""
   step, high, wide = bundle.card.latents.stride
   area = flat.shape[2] * high * flat.shape[3] * wide
   frames = bundle.card.latents.frames(flat.shape[1])
   if chunk is None and frames * area > PIXELS:
     chunk = max(1, PIXELS // (step * area))
   at_once = frames if chunk is None else min(frames, 1 + step * chunk)
-  decoded = _in_batches(
-    functools.partial(_decode, bundle.parts.vae, chunk, bundle.vae),
-    flat,
-    max(1, PIXELS // (at_once * area)),
-  )
-  return unpack(decoded, lead, RUNS)[0]
+  size = max(1, PIXELS // (at_once * area))
+  call = functools.partial(_decode, bundle.parts.vae, chunk, whole, bundle.vae)
+  if mesh is None:
+    return _in_batches(call, flat, size)
+  over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  rows = -(-len(flat) // mesh.size)
+  padded = np.concatenate([flat, np.repeat(flat[-1:], rows * mesh.size - len(flat), axis=0)])
+  spread = _in_batches(lambda x: call(jax.device_put(x, over)), padded, mesh.size * min(size, rows))
+  return spread[: len(flat)]
 
 
 def preview(bundle: ModelBundle, latents: ArrayLike) -> np.ndarray:
@@ -128,10 +178,12 @@ def preview_explained(bundle: ModelBundle, latents: ArrayLike) -> float:
   return 1.0 - float(np.sum(wrong**2)) / spread
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(vae: Any, chunk: int | None, params: Params, latents: Array) -> Array:
-  """R frames height width 3 uint8."""
-  return _to_uint8(vae.apply({"params": params}, latents, chunk, method="decode"))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(vae: Any, chunk: int | None, whole: bool, params: Params, latents: Array) -> Array:
+  """R frames height width 3: uint8, or of a tile float32 that is not clipped."""
+  method = "decode" if whole else "decode_unclipped"
+  video = vae.apply({"params": params}, latents, chunk, method=method)
+  return _to_uint8(video) if whole else video
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -139,7 +139,9 @@ def sinusoid(timestep: Any, freq_dim: int = 256, numerics: str = "official") -> 
   """(..., freq_dim) float32 of timesteps (...), the cosines first, base 10000.
 
   Computed in float64 and rounded once, except for numerics "diffusers", where frequencies and
-  phases are float32 (which moves them by up to 5e-5 near t = 1000).
+  phases are float32 (which moves them by up to 5e-5 near t = 1000). There too each frequency is
+  the float32 nearest to the exponential; PyTorch's own depend on its library and device, and are
+  not always the nearest.
   """
   if freq_dim < 2 or freq_dim % 2:
     raise ValueError(f"freq_dim={freq_dim}, wanted an even number of at least 2.")

@@ -24,6 +24,7 @@ FLOORS = (
   ),
   (
     "structs",
+    "tiling",
     "taps",
     "places",
     "edits",
@@ -38,7 +39,8 @@ FLOORS = (
     "tasks.maze tasks.tree_reach tasks.tictactoe tasks.occlusion tasks.sort_bars tasks.rotate "
     "tasks.select_largest tasks.bounce tasks.pick",
     "tasks",
-    "vbvr vbvr.layout",
+    "vbvr vbvr.suite vbvr.layout",
+    "vbvr.published vbvr.samples",
   ),
   (
     "models.common",
@@ -65,19 +67,22 @@ FLOORS = (
     "training",
     "plan",
   ),
-  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate"),
+  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate", "product"),
   (
     "experiments.results",
     "experiments.context",
-    "experiments.base experiments.setting",
+    "experiments.base experiments.readings experiments.setting",
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
     "experiments.layer_maps experiments.layer_swap experiments.ensemble experiments.probes "
     "experiments.early experiments.controls",
     "experiments.claims",
     "experiments",
-    "vbvr.generate vbvr.evalkit vbvr.baselines vbvr.table vbvr.audit",
+    "vbvr.videos vbvr.evalkit",
+    "vbvr.baselines vbvr.jobs",
+    "vbvr.generate vbvr.scores vbvr.audit",
+    "vbvr.table",
   ),
-  ("console plots", "report", "scorecard pages"),
+  ("console plots", "report", "scorecard pages vbvr.page"),
   (
     "cli",
     "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.plan cli.report cli.tasks",

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-  """vae.apply({"params": p}, x, method="encode" | "decode" | "encode_moments" | "decode_values").
+  """vae.apply({"params": p}, x, method="encode" | "decode"), and the methods beside them.
 
   `chunk`: latent frames per piece; the result is the full sequence's, the activations are those
   of one piece. None = all frames at once.
@@ -158,9 +158,13 @@ class WanVAE(nn.Module):
 
   def decode(self, latents: Array, chunk: int | None = None) -> Array:
     """Normalised latents R F H W C -> video R frames height width 3, clipped to [-1, 1]."""
+    return jnp.clip(self.decode_unclipped(latents, chunk), -1.0, 1.0)
+
+  def decode_unclipped(self, latents: Array, chunk: int | None = None) -> Array:
+    """The same before it is clipped, as tiles are before they are joined."""
     self._check_latents(latents)
     values = latents * self._row(self.config.std) + self._row(self.config.mean)
-    return jnp.clip(self.decode_values(values, chunk), -1.0, 1.0)
+    return self.decode_values(values, chunk)
 
   def encode_moments(self, video: Array, chunk: int | None = None) -> tuple[Array, Array]:
     """Mean and log variance of the latents, R F H W C each, not normalised."""

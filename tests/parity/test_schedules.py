@@ -57,10 +57,18 @@ def test_the_diffsynth_grid_in_torch_float32(steps, boundary):
   np.testing.assert_array_equal(schedule.which == 0, (timestep >= boundary * 1000).numpy())
 
 
-def test_the_float32_sinusoid_of_diffusers():
-  """Phases are bit-equal but where torch's exp misses the nearest float32 by one ulp.
+def frequencies():
+  """Theirs, the float32 nearest to the exponential of their exponents, and that in float64."""
+  exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128
+  exact = np.exp(exponent.numpy().astype(np.float64))
+  return torch.exp(exponent).numpy(), exact.astype(np.float32), exact
 
-  Such a frequency (2 of 128 with MKL) moves the phase by at most 1000 * 2^-24 < 6e-5.
+
+def test_the_float32_sinusoid_of_diffusers():
+  """1e-6, but where torch's exp misses the nearest float32.
+
+  MKL's does so for 2 of 128; such a frequency moves a phase by at most 1000 * 2^-24 < 6e-5. No
+  other formula gives its bits: on a GPU torch's exp is another one.
   """
   from diffusers.models.embeddings import get_timestep_embedding
 
@@ -68,12 +76,18 @@ def test_the_float32_sinusoid_of_diffusers():
   theirs = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
   theirs = theirs.numpy()
   ours = sinusoid(t.numpy(), 256, "diffusers")
-  exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128
-  nearest = np.exp(exponent.numpy().astype(np.float64)).astype(np.float32)
-  same = np.tile(torch.exp(exponent).numpy() == nearest, 2)
+  torchs, nearest, _ = frequencies()
+  same = np.tile(torchs == nearest, 2)
   assert same.mean() > 0.9
   np.testing.assert_allclose(ours[:, same], theirs[:, same], atol=1e-6)
   np.testing.assert_allclose(ours, theirs, atol=6e-5)
+
+
+def test_where_torch_misses_a_frequency_two_floats_are_nearly_as_near():
+  """So the frequencies are the whole difference, and a matter of rounding alone."""
+  torchs, nearest, exact = frequencies()
+  off = np.abs(torchs - exact)[torchs != nearest] / np.spacing(nearest[torchs != nearest])
+  assert np.all(off < 0.6)  # half a unit in the last place is the best there is
 
 
 @pytest.mark.parametrize("steps", STEPS)

@@ -24,6 +24,7 @@ COMMANDS = {
   "evaluate": "scores on unseen cases, with intervals, beside clips that no model made",
   "convert": "published weights (Wan 2.1, 2.2; original or diffusers layout) to a bundle",
   "run": "carries out an experiment, or all of them, with intervals and a page",
+  "vbvr": "VBVR-Bench: videos, official scores, tables, and what they are worth",
   "report": "draws the report of a run folder again",
   "tasks": "writes cases of the tasks in the benchmark's folder layout",
 }

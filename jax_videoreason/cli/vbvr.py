@@ -1,0 +1,360 @@
+"""VBVR-Bench: videos of a model, official scores, and what they are worth. docs/vbvr.md says more.
+
+  videoreason vbvr generate --data VBVR-Bench --config vbvr_wan22 --out videos
+  videoreason vbvr score --setup
+  videoreason vbvr score --evalkit VBVR-EvalKit --data VBVR-Bench --videos videos --out scores
+  videoreason vbvr table scores --out table
+  videoreason vbvr baselines --data VBVR-Bench --out clips
+  videoreason vbvr audit --evalkit VBVR-EvalKit --data VBVR-Bench --out audit
+
+--data is the folder of VBVR-Bench or VBVR-Pro-Bench, or of `videoreason tasks export`, whose cases
+our own scorers read, without the EvalKit. generate --dry-run says what it will cost. generate and
+score go on where they stopped when the same command is given again.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl.flags import (
+  DEFINE_bool,
+  DEFINE_enum,
+  DEFINE_float,
+  DEFINE_integer,
+  DEFINE_list,
+  DEFINE_string,
+  FlagValues,
+)
+
+from jax_videoreason import cli, console, folders, settings
+from jax_videoreason.vbvr import (
+  audit,
+  baselines,
+  evalkit,
+  generate,
+  jobs,
+  page,
+  samples,
+  scores,
+  table,
+)
+
+WORDS = 100
+DATA = ("data", "out", "split", "tasks", "cases")
+KIT = ("evalkit", "environment", "setup", "other-evalkit", "limit", "workers", "allow-partial")
+MADE = ("table.json", "table.tex", "report.html")
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_config(flags, "mini")
+  DEFINE_string("data", None, "the benchmark's folder", flag_values=flags)
+  DEFINE_string("out", None, "folder to write", flag_values=flags)
+  DEFINE_bool("redo", False, "do it again and replace what is in --out", flag_values=flags)
+  DEFINE_list("split", [], "of in-domain,out-of-domain; without it all", flag_values=flags)
+  DEFINE_list("tasks", [], "as O-39,G-3 or whole names; without it all", flag_values=flags)
+  DEFINE_integer("cases", None, "samples of each task at most", lower_bound=1, flag_values=flags)
+  DEFINE_list("seeds", ["1"], "generate: a folder of videos for each", flag_values=flags)
+  DEFINE_string("name", None, "generate: of the folder; without it the model's", flag_values=flags)
+  DEFINE_integer(
+    "max-area",
+    None,
+    "generate: pixels of a frame at most (not the official setting)",
+    lower_bound=1,
+    flag_values=flags,
+  )
+  DEFINE_integer(
+    "frames",
+    None,
+    "generate: of every video, 1 + 4k (not the official setting)",
+    lower_bound=5,
+    flag_values=flags,
+  )
+  DEFINE_enum(
+    "ensemble",
+    jobs.NONE,
+    [jobs.NONE, jobs.PAPER],
+    "generate: paper averages three seeds in the middle layers of the first step",
+    flag_values=flags,
+  )
+  DEFINE_list("keep-steps", [], "generate: steps kept as step_000.mp4", flag_values=flags)
+  DEFINE_string("part", "1/1", "generate: 2/4 makes the second of four parts", flag_values=flags)
+  DEFINE_bool("dry-run", False, "generate: say what it will cost, and stop", flag_values=flags)
+  DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
+  DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
+  DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
+  DEFINE_bool("setup", False, "make that environment first", flag_values=flags)
+  DEFINE_bool("other-evalkit", False, "take another version, and say so", flag_values=flags)
+  DEFINE_float("limit", evalkit.LIMIT, "seconds a sample may take", 0.01, flag_values=flags)
+  DEFINE_integer("workers", os.cpu_count() or 1, "samples at once", 1, flag_values=flags)
+  DEFINE_bool("allow-partial", False, "report what there is, and what lacks", flag_values=flags)
+  DEFINE_list("beside", [baselines.STATIC], "score: clips scored too", flag_values=flags)
+  DEFINE_list("clips", list(baselines.CLIPS), "baselines: which", flag_values=flags)
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  word, *rest = words or ["?"]
+  if word not in COMMANDS:
+    raise cli.UsageError(f"vbvr {word}: say videoreason vbvr {', '.join(COMMANDS)}.")
+  run, known = COMMANDS[word]
+  given = [n for n in flags if flags[n].present and n.partition(".")[0] not in known]
+  if given:
+    raise cli.UsageError(f"vbvr {word} takes no --{given[0]}; --help says more.")
+  if rest and word != "table":
+    raise cli.UsageError(f"unexpected word {rest[0]!r}: options begin with --.")
+  run(flags, rest)
+
+
+# The commands
+
+
+def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
+  cli.required(flags, "data", *([] if flags["dry-run"].value else ["out"]))
+  data = load(flags)
+  chosen = settings.from_config({**cli.resolved(flags), "seeds": [0]})
+  job = jobs.Job(
+    name=flags.name,
+    seeds=tuple(numbers("seeds", flags.seeds)),
+    max_area=flags["max-area"].value,
+    frames=flags.frames,
+    ensemble=flags.ensemble,
+    steps=tuple(numbers("keep-steps", flags["keep-steps"].value or [])),
+    part=part(flags.part),
+  )
+  show_cost(jobs.cost(chosen, data, job), data, chosen)
+  if flags["dry-run"].value:
+    return
+  total = len(data.samples) * len(job.seeds) * chosen.steps // job.part[1]
+  with console.progress(total, "denoise", "step") as advance:
+    made = generate.generate(
+      flags.out,
+      chosen,
+      data,
+      job,
+      command=["videoreason", *sys.argv[1:]],
+      redo=flags.redo,
+      advance=advance,
+    )
+  for folder in made:
+    console.say(f"videos: {folder.resolve()}")
+    said = folders.read_json(folder / "generation.json")["deviations"]
+    if said:
+      console.say(f"  not the official setting: {'; '.join(said)}.")
+
+
+def run_score(flags: FlagValues, _: Sequence[str]) -> None:
+  if flags.setup:
+    evalkit.setup(environment(flags))
+    console.say(f"environment of the EvalKit: {environment(flags).resolve()}")
+    if flags.data is None:
+      return
+  cli.required(flags, "data", "videos", "out")
+  data, systems = load(flags), scores.systems_of(flags.videos)
+  clips = [name for name in flags.beside if name]
+  made = write_clips(Path(flags.out) / scores.CLIPS, data, clips)
+  systems |= {folder.name: folder for folder in made}
+  scored(flags, data, systems)
+  for name, result in table_of(flags.out, systems)[0].items():
+    for key in result["missing"]:
+      console.say(f"{name}: {key} has no video.")
+    for error in result["errors"]:
+      console.say(f"{name}: {error['key']}: {error['error']}.")
+
+
+def run_table(flags: FlagValues, words: Sequence[str]) -> None:
+  if not words:
+    raise cli.UsageError("no results given: videoreason vbvr table RESULT... --out DIR.")
+  systems, shared = table.load(words)
+  made = table.table(systems, shared)
+  show(made)
+  if flags.out is None:
+    return
+  out = Path(flags.out)
+  with folders.whole(out, owned=MADE.__contains__, redo=flags.redo) as folder:
+    folders.write_json(folder / "table.json", folders.plain(made))
+    with folders.atomic(folder / "table.tex") as file:
+      file.write_text(table.latex(made), encoding="utf-8")
+    page.render(folder, made, systems)
+  console.say(f"report: {(out / 'report.html').resolve().as_uri()}")
+
+
+def run_baselines(flags: FlagValues, _: Sequence[str]) -> None:
+  cli.required(flags, "data", "out")
+  for folder in write_clips(Path(flags.out), load(flags), flags.clips, redo=flags.redo):
+    console.say(f"videos: {folder.resolve()}")
+
+
+def run_audit(flags: FlagValues, _: Sequence[str]) -> None:
+  cli.required(flags, "data", "out")
+  out, data = Path(flags.out), load(flags)
+  made = write_clips(out / scores.CLIPS, data, audit.CLIPS)
+  systems = {folder.name: folder for folder in made}
+  scored(flags, data, systems)
+  found = audit.audit(table_of(out, systems)[1]["by_task"])
+  folders.write_json(out / "audit.json", folders.plain(found))
+  console.table(
+    "mean score of clips that no model made",
+    ("task", *audit.CLIPS, "faults"),
+    [
+      (row["task"], *(cell(row["scores"].get(c)) for c in audit.CLIPS), "; ".join(row["faults"]))
+      for row in found["tasks"]
+    ],
+  )
+  for kind, count in found["counts"].items():
+    console.say(f"{count} of {len(found['tasks'])} tasks: {kind}.")
+
+
+COMMANDS: dict[str, tuple[Callable[[FlagValues, Sequence[str]], None], tuple[str, ...]]] = {
+  "generate": (
+    run_generate,
+    (
+      *DATA,
+      *("config", "checkpoint", "redo", "seeds", "name", "max-area", "frames", "ensemble"),
+      *("keep-steps", "part", "dry-run"),
+    ),
+  ),
+  "score": (run_score, (*DATA, *KIT, "videos", "beside")),
+  "table": (run_table, ("out", "redo")),
+  "baselines": (run_baselines, (*DATA, "redo", "clips")),
+  "audit": (run_audit, (*DATA, *KIT)),
+}
+
+
+# What they share
+
+
+def load(flags: FlagValues) -> samples.Data:
+  """The data of the flags; says which tasks of the benchmark are not there."""
+  data = samples.load(flags.data, splits=flags.split, names=flags.tasks, cases=flags.cases)
+  if data.absent and not flags.tasks:
+    console.say(f"{len(data.absent)} tasks of the benchmark are not there: {missed(data)}.")
+  return data
+
+
+def missed(data: samples.Data) -> str:
+  return samples.listing(data.absent)
+
+
+def numbers(name: str, words: Sequence[str]) -> list[int]:
+  """Whole numbers, each once."""
+  try:
+    found = [int(word) for word in words]
+  except ValueError as error:
+    raise cli.UsageError(f"--{name}={','.join(words)}, wanted numbers as 0,1,2.") from error
+  if any(number < 0 for number in found) or len(set(found)) < len(found):
+    raise cli.UsageError(f"--{name}={','.join(words)}, wanted numbers from 0 on, each once.")
+  return found
+
+
+def part(text: str) -> tuple[int, int]:
+  """(i, n) of "i/n", i counted from 1 in the text and from 0 in what is returned."""
+  first, _, count = text.partition("/")
+  if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+    raise cli.UsageError(f"--part={text}, wanted one of several, as 2/4.")
+  return int(first) - 1, int(count)
+
+
+def environment(flags: FlagValues) -> Path:
+  return Path(flags.environment) if flags.environment else evalkit.default_environment()
+
+
+def write_clips(
+  out: Path, data: samples.Data, names: Sequence[str], *, redo: bool = False
+) -> list[Path]:
+  with console.progress(len(data.samples) * len(names), "write", "clip") as advance:
+    return baselines.write(out, data, names, redo=redo, advance=advance)
+
+
+def scored(flags: FlagValues, data: samples.Data, systems: Mapping[str, Path]) -> None:
+  """Scores into --out."""
+  kit = None
+  if any(not sample.own for sample in data.samples):
+    cli.required(flags, "evalkit")
+    kit = evalkit.open_evalkit(
+      flags.evalkit, environment(flags), other=bool(flags["other-evalkit"].value)
+    )
+  with console.progress(len(systems) * len(data.samples), "score", "sample") as advance:
+    scores.score(
+      flags.out,
+      data,
+      systems,
+      kit,
+      limit=flags.limit,
+      workers=flags.workers,
+      allow_partial=bool(flags["allow-partial"].value),
+      advance=advance,
+    )
+
+
+def table_of(
+  out: str | Path, systems: Mapping[str, Path]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+  """What was just scored: result.json of each, and their table, which is shown."""
+  places = [Path(out) / name for name in systems]
+  made = table.table(*table.load(places))
+  show(made)
+  return {place.name: folders.read_json(place / scores.RESULT) for place in places}, made
+
+
+# What they show
+
+
+def show_cost(price: jobs.Cost, data: samples.Data, chosen: settings.SampleSettings) -> None:
+  peta = price.operations / 1e15
+  console.say(
+    f"{data.name}: {price.videos} videos of {len(data.samples)} samples, {chosen.steps} steps "
+    f"each: {peta:,.3g} PFLOP in the transformer, about {price.hours:,.2g} hours of one H200 "
+    "(an estimate)."
+  )
+
+
+def show(made: Mapping[str, Any]) -> None:
+  """The table in the terminal."""
+  console.say(table.scope(made))
+  strict = any(row["strict"] is not None for row in made["systems"])
+  rows = []
+  for row in made["systems"]:
+    of_truth = row["scores"].get("overall", {}).get("of_truth")
+    main = [table.number(row["scores"].get(column)) for column in table.MAIN]
+    rows.append((row["name"], *main, cell(of_truth), *([cell(row["strict"])] if strict else [])))
+  for row in made["published"]:
+    main = [cell(row["scores"].get(column)) for column in table.MAIN]
+    rows.append((f"{row['name']} (published)", *main, "-", *(["-"] if strict else [])))
+  heads = ("system", *table.MAIN, "of truth", *(["strict"] if strict else []))
+  console.table("mean score, 95% interval over tasks", heads, rows)
+  for domain in table.MAIN[1:]:
+    columns = [c for c in table.FACULTY_COLUMNS if c.startswith(f"{domain} ")]
+    rows = [
+      (row["name"], *(cell(row["scores"].get(c, {}).get("estimate")) for c in columns))
+      for row in made["systems"]
+    ]
+    heads = ("system", *(c.rpartition(" ")[2] for c in columns))
+    console.table(domain, heads, rows)
+  if made["differences"]:
+    console.table(
+      "overall differences, sample by sample",
+      ("difference", "estimate", "95% over tasks", "95% over samples", "p"),
+      [
+        (f"{row['a']} - {row['b']}", *differs(row["scores"]["overall"]))
+        for row in made["differences"]
+        if "overall" in row["scores"]
+      ],
+    )
+  for row in made["systems"]:
+    if row["baseline"] is None and table.remarks(row):
+      console.say(f"{row['name']}: {table.remarks(row)}.")
+
+
+def cell(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3f}"
+
+
+def differs(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
+  """Estimate, both intervals and p of a difference."""
+
+  def ends(of: Mapping[str, Any]) -> str:
+    return "-" if of["low"] is None else f"{of['low']:+.3f} to {of['high']:+.3f}"
+
+  p = "-" if found["p"] is None else f"{found['p']:.3f}"
+  return f"{found['estimate']:+.3f}", ends(found), ends(found["over_samples"]), p

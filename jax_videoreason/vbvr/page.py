@@ -1,0 +1,65 @@
+"""A table of scores as one page, report.html, with pictures of a sample of every task; offline."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_videoreason.folders import atomic
+from jax_videoreason.report import environment, inline
+from jax_videoreason.vbvr import baselines, scores, table
+from jax_videoreason.vbvr.suite import FACULTIES
+from jax_videoreason.vbvr.table import System
+
+PICTURE_BYTES = 12 << 20  # all pictures of a page
+
+
+def render(out: Path, made: Mapping[str, Any], systems: Sequence[System]) -> Path:
+  """Writes report.html of what `table.table` says of the systems; returns its path."""
+  page = environment().get_template("vbvr.html.j2").render(**contents(made, systems))
+  path = out / "report.html"
+  with atomic(path) as part:
+    part.write_text(page, encoding="utf-8")
+  return path
+
+
+def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, Any]:
+  """Everything the template shows, as plain values."""
+  return {
+    "made": made,
+    "scope": table.scope(made),
+    "systems": [{**row, "remarks": table.remarks(row)} for row in made["systems"]],
+    "main": table.MAIN,
+    "faculties": FACULTIES,
+    "tasks": tasks(made, systems),
+    "number": table.number,
+  }
+
+
+def tasks(made: Mapping[str, Any], systems: Sequence[System]) -> list[dict[str, Any]]:
+  """The scores of every task, with the pictures of its first sample while there is room."""
+  room = PICTURE_BYTES
+  found = []
+  for row in made["by_task"]:
+    shown = sorted(
+      key
+      for key, sample in systems[0].rows.items()
+      if (sample["task"], sample["domain"]) == (row["task"], row["domain"])
+    )
+    pictures: list[dict[str, Any]] = []
+    prompt = ""
+    if shown and room > 0:
+      key = shown[0]
+      prompt = systems[0].rows[key]["prompt"]
+      first = systems[0].folders[0].parent / scores.PROBLEMS / f"{key}.png"
+      places = [("ground truth", None, first)]
+      for system in systems:
+        score = system.rows[key]["score"] if key in system.rows else None
+        if system.baseline not in (baselines.NOISE, baselines.TRUTH):
+          path = system.folders[0] / scores.PICTURES / f"{key}.png"
+          places.append((system.name, score, path))
+      for name, score, path in places:
+        if path.is_file():
+          room -= path.stat().st_size
+          pictures.append({"name": name, "score": score, "src": inline(path, "image/png")})
+    found.append({**row, "pictures": pictures, "prompt": prompt, "sample": shown[:1]})
+  return found

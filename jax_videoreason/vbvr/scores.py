@@ -1,0 +1,319 @@
+"""From videos to scores: every sample by its scorer, resumable, nothing missing, no error hidden.
+
+    OUT/SYSTEM/result.json            all samples with their scores, and how they came about
+    OUT/SYSTEM/samples/SPLIT/TASK/00000.json   a finished sample: a second call keeps it
+    OUT/SYSTEM/pictures/SPLIT/TASK/00000.png   some frames of its video, small
+    OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth
+
+Samples of VBVR-Bench are scored by the official EvalKit, cases of our own tasks by their task.
+"""
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from jax_videoreason import media, tasks
+from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
+from jax_videoreason.vbvr import evalkit, suite, videos
+from jax_videoreason.vbvr.evalkit import EvalKit
+from jax_videoreason.vbvr.published import COLUMNS
+from jax_videoreason.vbvr.samples import NUMBER, Data, Sample, listing
+from jax_videoreason.version import __version__
+
+RESULT, SAMPLES, PICTURES, PROBLEMS = "result.json", "samples", "pictures", "problems"
+CLIPS = "clips"  # where the videos of baselines lie that are scored beside a model
+FORMAT = 1
+SHOWN = 5  # frames of a picture
+CELL = 72  # pixels of the shorter side of each
+
+Advance = Callable[[int], Any]
+
+
+def systems_of(folder: str | Path) -> dict[str, Path]:
+  """name -> folder of videos: the folder itself, or each of those inside it.
+
+  Raises ValueError where there are none.
+  """
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise ValueError(f"there is no folder {folder}: give the --out of `vbvr generate`.")
+  splits = {*suite.SPLITS, *suite.OWN_SPLITS}
+  if any((folder / split).is_dir() for split in splits):
+    return {folder.resolve().name: folder}
+  found = {
+    inner.name: inner
+    for inner in sorted(folder.iterdir())
+    if inner.is_dir() and any((inner / split).is_dir() for split in splits)
+  }
+  if not found:
+    raise ValueError(
+      f"{folder} holds no videos: wanted SPLIT/TASK/00000.mp4, with SPLIT one of "
+      f"{', '.join((*suite.SPLITS, *suite.OWN_SPLITS))}, or folders of models with that inside."
+    )
+  return found
+
+
+def score(
+  out: str | Path,
+  data: Data,
+  systems: Mapping[str, Path],
+  kit: EvalKit | None,
+  *,
+  limit: float = evalkit.LIMIT,
+  workers: int = 1,
+  allow_partial: bool = False,
+  advance: Advance = lambda count: None,
+) -> dict[str, dict[str, Any]]:
+  """Scores the videos of each system and returns what its result.json says.
+
+  systems: name -> folder of videos. kit: None where there are only tasks of our own. limit: seconds
+  that a sample may take. allow_partial: report what there is, with what is missing or failed.
+  advance: told of every sample.
+
+  Raises:
+    ValueError: videos that are missing, that the data does not ask for, that were made for other
+      data or changed since; samples whose evaluator raised or hung; a ground truth that does not
+      decode. OSError: `out` can't be written.
+  """
+  out = Path(out)
+  official = [sample for sample in data.samples if not sample.own]
+  if official and kit is None:
+    raise ValueError(
+      f"{data.root} holds samples of {data.name}, which the official EvalKit scores: give its "
+      "folder as --evalkit."
+    )
+  unlisted = [sample.key for sample in official if sample.picture is not None]
+  if unlisted:
+    raise ValueError(
+      f"{listing(unlisted)}: the EvalKit reads first_frame.png and final_frame.png from their "
+      "folders, VBVR-Bench.json is not enough: download the folders too."
+    )
+  for name in (PROBLEMS, CLIPS):
+    if name in systems:
+      raise ValueError(f"a system can't be called {name!r}: rename its folder.")
+  absent = {name: missing(folder, data) for name, folder in systems.items()}
+  for name, folder in systems.items():
+    check(folder, data, absent[name], allow_partial=allow_partial)
+  draw_problems(out, data)
+  results = {}
+  for name, folder in systems.items():
+    rows = _rows(out / name, folder, data, set(absent[name]), kit, limit, workers, advance)
+    results[name] = result = summarised(name, folder, data, rows, absent[name], kit)
+    failed = [row for row in rows if row["error"] is not None]
+    if failed and not allow_partial:
+      said = " ".join(f"{row['key']}: {row['error']}." for row in failed[:3])
+      more = f" And {len(failed) - 3} more." if len(failed) > 3 else ""
+      raise ValueError(
+        f"{len(failed)} of {len(rows)} samples of {name} have no score. {said}{more} The others "
+        "are kept: mend it and give the same command, or report the rest by --allow-partial."
+      )
+    write_json(out / name / RESULT, plain(result))
+  return results
+
+
+def missing(folder: Path, data: Data) -> list[str]:
+  """Keys of the samples without a video."""
+  return [s.key for s in data.samples if not videos.place(folder, s).is_file()]
+
+
+def check(folder: Path, data: Data, absent: Sequence[str], *, allow_partial: bool) -> None:
+  """Refuses a folder of videos that does not fit the data."""
+  if absent and not allow_partial:
+    raise ValueError(
+      f"{folder} lacks {len(absent)} of {len(data.samples)} videos ({listing(absent)}): make them, "
+      "or report the rest by --allow-partial."
+    )
+  if len(absent) == len(data.samples):
+    raise ValueError(f"{folder} has none of the {len(absent)} videos that {data.root} asks for.")
+  wanted = {f"{sample.key}.mp4" for sample in data.samples}
+  extra = sorted(set(_there(folder)) - wanted)
+  if extra and not (data.part or allow_partial):
+    raise ValueError(
+      f"{folder} has {len(extra)} videos that {data.root} does not ask for ({listing(extra)}): "
+      "give the --data they were made from, or leave them out by --allow-partial."
+    )
+  for sample in data.samples:
+    record = videos.record_of(folder, sample)
+    if record is not None and checksum(videos.place(folder, sample)) != record["sha256"]:
+      raise ValueError(
+        f"{videos.place(folder, sample)} was changed since it was made: make it again (remove it "
+        "first)."
+      )
+
+
+def _there(folder: Path) -> Iterator[str]:
+  """The videos that the EvalKit would find, as SPLIT/TASK/00000.mp4."""
+  for split in (*suite.SPLITS, *suite.OWN_SPLITS):
+    for path in (folder / split).glob("*/*.mp4"):
+      if NUMBER.fullmatch(path.stem):
+        yield path.relative_to(folder).as_posix()
+
+
+def _rows(
+  out: Path,
+  folder: Path,
+  data: Data,
+  absent: set[str],
+  kit: EvalKit | None,
+  limit: float,
+  workers: int,
+  advance: Advance,
+) -> list[dict[str, Any]]:
+  """A row per sample that has a video; those scored before come from their files."""
+  with disk(out):
+    out.mkdir(parents=True, exist_ok=True)
+
+  def one(sample: Sample) -> dict[str, Any]:
+    video = videos.place(folder, sample)
+    scorer = f"jax_videoreason {__version__}" if sample.own or kit is None else kit.digest
+    key = {"sha256": checksum(video), "mark": sample.mark, "scorer": scorer}
+    path = out / SAMPLES / f"{sample.key}.json"
+    if path.is_file():
+      before = read_json(path)
+      if before["of"] == key and before["row"]["error"] is None:
+        return before["row"]
+    row = {**_of_sample(sample), **_score(sample, folder, data, kit, limit)}
+    record = videos.record_of(folder, sample) or {}
+    row["broken"] = record.get("finite") is False
+    with contextlib.suppress(ValueError):  # a video that does not decode is named by its scorer
+      _write_picture(out / PICTURES / f"{sample.key}.png", media.read_mp4(video)[0])
+    with disk(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, plain({"of": key, "row": row}))
+    return row
+
+  chosen = [sample for sample in data.samples if sample.key not in absent]
+  rows = []
+  with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+    futures = [pool.submit(one, sample) for sample in chosen]
+    try:
+      for future in futures:
+        rows.append(future.result())
+        advance(1)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+  advance(len(absent))
+  return rows
+
+
+def _of_sample(sample: Sample) -> dict[str, Any]:
+  return {
+    "key": sample.key,
+    "split": sample.split,
+    "domain": suite.domain(sample.split),
+    "task": sample.task,
+    "index": sample.index,
+    "faculty": suite.faculty(sample.task),
+    "prompt": sample.prompt,
+  }
+
+
+def _score(
+  sample: Sample, folder: Path, data: Data, kit: EvalKit | None, limit: float
+) -> dict[str, Any]:
+  if sample.own or kit is None:
+    return own_score(sample, folder)
+  found = evalkit.score(kit, data.root, sample, videos.place(folder, sample), limit)
+  faculty = found.pop("faculty")
+  return {**found, "faculty": faculty} if faculty in suite.FACULTIES else found
+
+
+def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
+  """Score, strict success and answer of a case of ours, by its task."""
+  task = tasks.load(sample.task, size=sample.height, frames=sample.frames)
+  metadata = dict(sample.metadata)
+  try:
+    frames = videos.read(folder, sample)
+  except ValueError as error:
+    return {"score": None, "error": str(error), "seconds": 0.0}
+  found, answer = task.score(frames, metadata), task.parse(frames, metadata)
+  return {
+    "score": found.value,
+    "error": None,
+    "seconds": 0.0,
+    "strict": found.strict,
+    "answer": None if answer is None else str(answer),
+    "right": answer in metadata["answers"],
+  }
+
+
+def draw_problems(out: Path, data: Data) -> None:
+  """Small pictures of every ground truth, which is decoded for it: a damaged one is found here."""
+  for sample in data.samples:
+    path = out / PROBLEMS / f"{sample.key}.png"
+    if not path.is_file():
+      _write_picture(path, sample.truth())
+
+
+def _write_picture(path: Path, frames: np.ndarray) -> None:
+  with disk(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  media.write_png(path, strip(frames))
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+  """Some frames of a clip side by side, small: height width 3."""
+  chosen = frames[np.linspace(0, len(frames) - 1, SHOWN).round().astype(int)]
+  height, width = frames.shape[1:3]
+  scale = CELL / min(height, width)
+  size = (round(height * scale), round(width * scale))
+  method = "nearest" if scale >= 1 else "lanczos"
+  small = np.stack([media.resize(frame, *size, method) for frame in chosen])
+  return rearrange(small, "t h w c -> h (t w) c")
+
+
+def summarised(
+  name: str,
+  folder: Path,
+  data: Data,
+  rows: Sequence[Mapping[str, Any]],
+  absent: Sequence[str],
+  kit: EvalKit | None,
+) -> dict[str, Any]:
+  """result.json: the numbers, and all that is needed to judge them."""
+  asked = read_json(folder / videos.ASKED) if (folder / videos.ASKED).is_file() else {}
+  good = [row for row in rows if row["error"] is None]
+  return {
+    "format": FORMAT,
+    "name": name,
+    "model": asked.get("model", name),
+    "seed": asked.get("seed"),
+    "baseline": asked.get("baseline"),
+    "deviations": asked.get("deviations"),
+    "settings": asked,
+    "benchmark": data.name,
+    "data": data.mark,
+    "tasks": len({sample.task for sample in data.samples}),
+    "whole": data.whole and len(good) == len(data.samples),
+    "expected": len(data.samples),
+    "missing": list(absent),
+    "errors": [{"key": row["key"], "error": row["error"]} for row in rows if row["error"]],
+    "broken": [row["key"] for row in good if row["broken"]],
+    "evalkit": None if kit is None or all(s.own for s in data.samples) else kit.said,
+    "version": __version__,
+    "summary": summary(good),
+    "samples": list(rows),
+  }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Column -> mean over samples (as the EvalKit has it, not over tasks) and how many; empty ones
+  are left out."""
+  found = {}
+  for column in COLUMNS:
+    scores = [row["score"] for row in rows if in_column(row, column)]
+    if scores:
+      found[column] = {"score": float(np.mean(scores)), "samples": len(scores)}
+  return found
+
+
+def in_column(row: Mapping[str, Any], column: str) -> bool:
+  """Whether a sample counts in a column of `published.COLUMNS`."""
+  domain, _, faculty = column.partition(" ")
+  return column == "overall" or (row["domain"] == domain and faculty in ("", row["faculty"]))

@@ -1,0 +1,346 @@
+"""Scores side by side: systems, published rows, and differences with intervals.
+
+All systems of a table answered the same questions by the same scorers. Results of one model with
+several seeds become one row: seeds of a sample are averaged first. Two intervals stand beside a
+difference: tasks drawn anew (what other tasks of this kind might say), and samples drawn anew (what
+other samples of these tasks might say).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import stats
+from jax_videoreason.folders import read_json
+from jax_videoreason.vbvr import baselines, published, samples, scores
+from jax_videoreason.vbvr.published import COLUMNS
+
+SEED = 0  # of every resampling
+MAIN = ("overall", "in-domain", "out-of-domain")
+FACULTY_COLUMNS = tuple(column for column in COLUMNS if column not in MAIN)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class System:
+  """What one row of the table is made of.
+
+  rows: key -> the sample's row, its score averaged over `seeds`; samples without a score are left
+  out. baseline: its name, None = a model. lacking: how many samples have no score. deviations: from
+  the official run; None = nobody knows. folders: of the results.
+  """
+
+  name: str
+  baseline: str | None
+  seeds: tuple[int, ...]
+  rows: Mapping[str, Mapping[str, Any]]
+  lacking: int
+  broken: int
+  deviations: tuple[str, ...] | None
+  folders: tuple[Path, ...]
+
+
+def find(places: Sequence[str | Path]) -> list[Path]:
+  """The folders of results: those given, or all inside a folder given.
+
+  Raises ValueError where there are none.
+  """
+  found: list[Path] = []
+  for place in map(Path, places):
+    folder = place.parent if place.name == scores.RESULT else place
+    inner = [folder] if (folder / scores.RESULT).is_file() else []
+    if not inner and folder.is_dir():
+      inner = sorted(path.parent for path in folder.glob(f"*/{scores.RESULT}"))
+    if not inner:
+      raise ValueError(f"{place} holds no {scores.RESULT}: give the --out of `vbvr score`.")
+    found += [path for path in inner if path not in found]
+  return found
+
+
+def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
+  """The systems of a table, models first, and what they share: benchmark, data, scorers.
+
+  Raises:
+    ValueError: no results, or results of different data, scorers or formats.
+  """
+  folders = find(places)
+  results = [read_json(folder / scores.RESULT) for folder in folders]
+  for folder, result in zip(folders, results, strict=True):
+    if result.get("format") != scores.FORMAT:
+      raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
+    for key, words in (
+      ("data", "other data"),
+      ("evalkit", "another EvalKit or other packages"),
+      ("version", "another version of jax_videoreason"),
+    ):
+      if result[key] != results[0][key]:
+        raise ValueError(
+          f"{folder} was scored with {words} than {folders[0]}: scores stand in one table only if "
+          "they are of the same samples and scorers."
+        )
+  groups: dict[tuple[str, str], list[int]] = {}
+  for number, result in enumerate(results):
+    settings = {k: v for k, v in result["settings"].items() if k not in ("seed", "deviations")}
+    groups.setdefault((result["model"], repr(settings)), []).append(number)
+  systems = [
+    _joined([results[i] for i in group], [folders[i] for i in group]) for group in groups.values()
+  ]
+  names = [system.name for system in systems]
+  if len(set(names)) < len(names):
+    twice = max(names, key=names.count)
+    raise ValueError(
+      f"two results are called {twice!r} and have other settings: give --name to `vbvr generate`."
+    )
+  order = list(baselines.CLIPS)
+  systems.sort(key=lambda s: -1 if s.baseline is None else order.index(s.baseline))
+  shared = {key: results[0][key] for key in ("benchmark", "data", "evalkit", "version", "tasks")}
+  return systems, {**shared, "samples": results[0]["expected"], "whole": _whole(results)}
+
+
+def _whole(results: Sequence[Mapping[str, Any]]) -> bool:
+  return all(result["whole"] for result in results)
+
+
+def _joined(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> System:
+  """One system of the results of a model with several seeds; a sample needs a score of each."""
+  of_key: dict[str, list[Mapping[str, Any]]] = {}
+  for result in results:
+    for row in result["samples"]:
+      if row["error"] is None:
+        of_key.setdefault(row["key"], []).append(row)
+  rows = {}
+  for key, group in of_key.items():
+    if len(group) == len(results):
+      means = {
+        n: float(np.mean([r[n] for r in group])) for n in ("score", "strict") if n in group[0]
+      }
+      rows[key] = {**group[0], **means}
+  first = results[0]
+  said = [result["deviations"] for result in results]
+  seeds = [result["seed"] for result in results if result["seed"] is not None]
+  return System(
+    name=first["model"] if len(results) > 1 else first["name"],
+    baseline=first["baseline"],
+    seeds=tuple(sorted(seeds)),
+    rows=rows,
+    lacking=first["expected"] - len(rows),
+    broken=sum(len(result["broken"]) for result in results),
+    deviations=None if None in said else tuple(sorted({w for words in said for w in words})),
+    folders=tuple(folders),
+  )
+
+
+# Numbers
+
+
+def table(systems: Sequence[System], shared: Mapping[str, Any]) -> dict[str, Any]:
+  """All numbers of the table, as JSON can say them."""
+  truth = next((s for s in systems if s.baseline == baselines.TRUTH), None)
+  rows = {
+    samples.BENCH: published.BENCH,
+    samples.PRO: published.PRO,
+  }.get(shared["benchmark"], {})
+  return {
+    **shared,
+    "systems": [said(system, truth) for system in systems],
+    "published": [{"name": name, "scores": found} for name, found in rows.items()],
+    "differences": [difference(a, b) for a, b in compared(systems)],
+    "by_task": by_task(systems),
+  }
+
+
+def said(system: System, truth: System | None) -> dict[str, Any]:
+  """A row of the table; of_truth: its score divided by that of the ground truth, same samples."""
+  columns = {}
+  for column in COLUMNS:
+    own = [row for row in system.rows.values() if scores.in_column(row, column)]
+    if own:
+      columns[column] = {**over_tasks(own), "of_truth": None}
+      if truth is not None:
+        ceiling = [truth.rows[row["key"]]["score"] for row in own if row["key"] in truth.rows]
+        if len(ceiling) == len(own) and sum(ceiling) > 0:
+          columns[column]["of_truth"] = sum(row["score"] for row in own) / sum(ceiling)
+  strict = [row["strict"] for row in system.rows.values() if "strict" in row]
+  return {
+    "name": system.name,
+    "baseline": system.baseline,
+    "words": baselines.CLIPS[system.baseline][1] if system.baseline else None,
+    "seeds": list(system.seeds),
+    "lacking": system.lacking,
+    "broken": system.broken,
+    "deviations": None if system.deviations is None else list(system.deviations),
+    "strict": float(np.mean(strict)) if len(strict) == len(system.rows) > 0 else None,
+    "scores": columns,
+  }
+
+
+def over_tasks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The mean over samples, with its interval over tasks: whole tasks are drawn anew."""
+  found = stats.bootstrap(_sums(rows), seed=SEED, statistic=_ratio)
+  return {**_ends(found), "samples": len(rows), "tasks": found.cases}
+
+
+def _sums(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """tasks x (sum of scores, number of samples)."""
+  of_task: dict[str, list[float]] = {}
+  for row in rows:
+    of_task.setdefault(f"{row['split']}/{row['task']}", []).append(row["score"])
+  return np.array([(sum(values), len(values)) for _, values in sorted(of_task.items())], float)
+
+
+def _ratio(drawn: np.ndarray) -> np.ndarray:
+  total = drawn.sum(1)
+  return total[..., 0] / total[..., 1]
+
+
+def _ends(found: stats.Interval) -> dict[str, Any]:
+  low, high = (float(x) if np.isfinite(x) else None for x in (found.low, found.high))
+  return {"estimate": float(found.estimate), "low": low, "high": high, "note": found.note}
+
+
+def compared(systems: Sequence[System]) -> list[tuple[System, System]]:
+  """Which pairs: every two models, and every model with every baseline."""
+  models = [s for s in systems if s.baseline is None]
+  pairs = list(itertools.combinations(models, 2))
+  return pairs + [(m, s) for m in models for s in systems if s.baseline is not None]
+
+
+def difference(a: System, b: System) -> dict[str, Any]:
+  """a - b on the samples that both have, per column.
+
+  p: two-sided, sign flips of whole tasks.
+  """
+  both = sorted(a.rows.keys() & b.rows.keys())
+  columns = {}
+  for column in COLUMNS:
+    rows = [
+      {**a.rows[key], "score": a.rows[key]["score"] - b.rows[key]["score"]}
+      for key in both
+      if scores.in_column(a.rows[key], column)
+    ]
+    if not rows:
+      continue
+    sums = _sums(rows)
+    p = stats.sign_flip(sums[:, 0] / sums[:, 1], seed=SEED).p
+    columns[column] = {
+      **over_tasks(rows),
+      "over_samples": _ends(stats.bootstrap([row["score"] for row in rows], seed=SEED)),
+      "p": float(p) if np.isfinite(p) else None,
+    }
+  return {"a": a.name, "b": b.name, "samples": len(both), "scores": columns}
+
+
+def by_task(systems: Sequence[System]) -> list[dict[str, Any]]:
+  """Mean scores of every system per task, in the order of domain and name; None = no score."""
+  tasks: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+  for system in systems:
+    for row in system.rows.values():
+      place = (row["domain"], row["task"], row["faculty"])
+      tasks.setdefault(place, {}).setdefault(system.name, []).append(row["score"])
+  return [
+    {
+      "domain": domain,
+      "task": task,
+      "faculty": faculty,
+      "scores": {s.name: float(np.mean(of[s.name])) if s.name in of else None for s in systems},
+    }
+    for (domain, task, faculty), of in sorted(tasks.items())
+  ]
+
+
+# Words
+
+
+def number(found: Mapping[str, Any] | None) -> str:
+  """Such as "0.61 [0.50, 0.72]"."""
+  if found is None:
+    return "-"
+  if found["low"] is None:
+    return f"{found['estimate']:.3f}"
+  return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def remarks(row: Mapping[str, Any]) -> str:
+  """What has to be known beside a system's numbers."""
+  said = []
+  if row["baseline"] is not None:
+    said.append(row["words"])
+  elif row["deviations"] is None:
+    said.append("settings unknown")
+  elif row["deviations"]:
+    said.append(f"not the official setting: {'; '.join(row['deviations'])}")
+  if len(row["seeds"]) > 1:
+    said.append(f"mean of seeds {', '.join(map(str, row['seeds']))}")
+  if row["lacking"]:
+    said.append(f"PARTIAL: {row['lacking']} samples without a score are left out")
+  if row["broken"]:
+    said.append(f"{row['broken']} videos are not finite")
+  return "; ".join(said)
+
+
+def scope(made: Mapping[str, Any]) -> str:
+  """What was scored, by what: the line above every table."""
+  kit = made["evalkit"]
+  by = []
+  if kit is not None:
+    commit = f"commit {kit['commit']}" if kit["commit"] else f"other files {kit['digest'][:12]}"
+    opencv = kit["versions"].get("opencv-python-headless", "unknown")
+    by.append(f"EvalKit {kit['entry']}, {commit}, OpenCV {opencv}")
+  if made["benchmark"] in (samples.OWN, samples.MIXED):
+    by.append(f"scorers of jax_videoreason {made['version']}")
+  part = "" if made["whole"] or made["benchmark"] == samples.OWN else " (not the whole benchmark)"
+  count = f"{made['samples']} samples of {made['tasks']} tasks{part}"
+  return f"{made['benchmark']}, {count}; {'; '.join(by)}"
+
+
+_LATEX = {
+  "\\": r"\textbackslash{}",
+  "~": r"\textasciitilde{}",
+  "^": r"\textasciicircum{}",
+  **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+def escaped(text: str) -> str:
+  """Text as LaTeX takes it."""
+  return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(made: Mapping[str, Any]) -> str:
+  """The table as LaTeX that needs no package; published rows carry a dagger."""
+  short = {"overall": "All", "in-domain": "ID", "out-of-domain": "OOD"}
+  heads = [short.get(column) or column.rpartition(" ")[2][:5] + "." for column in COLUMNS]
+  lines = [
+    f"% {escaped(scope(made))}",
+    rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
+    r"\hline",
+    " & ".join(["System", *heads]) + r" \\",
+    r"\hline",
+  ]
+  notes = []
+  for row in made["systems"]:
+    words = remarks(row)
+    mark = ""
+    if words and row["baseline"] is None:
+      notes.append(words)
+      mark = rf"$^{{{len(notes)}}}$"
+    cells = [_cell(row["scores"].get(column)) for column in COLUMNS]
+    lines.append(" & ".join([escaped(row["name"]) + mark, *cells]) + r" \\")
+  if made["published"]:
+    lines.append(r"\hline")
+  for row in made["published"]:
+    values = [row["scores"].get(column) for column in COLUMNS]
+    cells = ["--" if value is None else f"{value:.3f}".lstrip("0") for value in values]
+    lines.append(" & ".join([escaped(row["name"]) + r"$^\dagger$", *cells]) + r" \\")
+  lines += [r"\hline", r"\end{tabular}"]
+  lines += [rf"\par $^{{{i}}}$ {escaped(words)}." for i, words in enumerate(notes, 1)]
+  if made["published"]:
+    lines.append(r"\par $^\dagger$ As published; not computed here, perhaps by other scorers.")
+  return "\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+  return "--" if found is None else f"{found['estimate']:.3f}".lstrip("0") or "0"

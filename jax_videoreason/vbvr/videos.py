@@ -1,0 +1,125 @@
+"""The folder of a model: a video per sample, a record beside each, and the settings all share.
+
+generation.json            what was asked; a call that asks otherwise is refused
+SPLIT/TASK/00000.mp4       where the EvalKit looks: 16 fps, H.264, yuv420p, of the size and the
+                           frame count of the ground truth
+records/SPLIT/TASK/00000.json   written last: the sample's mark, sha256 of the video, and more
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import reduce
+
+from jax_videoreason import media
+from jax_videoreason.folders import checksum, disk, plain, read_json, remove, write_json
+from jax_videoreason.vbvr import layout, suite
+from jax_videoreason.vbvr.samples import Sample
+
+ASKED, RECORDS, STEPS, MANIFEST = "generation.json", "records", "steps", "manifest.json"
+
+
+def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
+  """Makes the folder ready: new, or begun by a call with the same settings.
+
+  Raises:
+    ValueError: it holds videos of other settings, or of unknown ones, and not `redo`.
+  """
+  wanted = plain(asked)
+  with disk(folder):
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+  if redo:
+    for name in there:
+      if name in (ASKED, RECORDS, STEPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS):
+        remove(folder / name)
+  elif ASKED in there:
+    before = read_json(folder / ASKED)
+    other = [
+      f"{key}={before.get(key)!r} there and {wanted.get(key)!r} here"
+      for key in sorted(before.keys() | wanted.keys())
+      if before.get(key) != wanted.get(key)
+    ]
+    if other:
+      raise ValueError(
+        f"{folder} holds videos of other settings ({'; '.join(other)}): choose another --out or "
+        "--name, or give --redo to replace them."
+      )
+    return
+  elif there:
+    raise ValueError(
+      f"{folder} is not empty (it has {there[0]}) and has no {ASKED}, so nobody knows with which "
+      "settings its videos were made: choose another --out or --name, or give --redo."
+    )
+  with disk(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / ASKED, wanted)
+
+
+def place(folder: Path, sample: Sample) -> Path:
+  """Where the video of a sample lies."""
+  return folder / f"{sample.key}.mp4"
+
+
+def record_of(folder: Path, sample: Sample) -> dict[str, Any] | None:
+  """The record of a finished video; None where there is none, or the video is gone.
+
+  Raises ValueError for a video of another version of the sample.
+  """
+  path = folder / RECORDS / f"{sample.key}.json"
+  if not path.is_file() or not place(folder, sample).is_file():
+    return None
+  record = read_json(path)
+  if record.get("mark") != sample.mark:
+    raise ValueError(
+      f"{place(folder, sample)} was made for another {sample.key} than the one in "
+      f"{sample.folder}: give the --data it was made from, or make it again with --redo."
+    )
+  return record
+
+
+def put(folder: Path, sample: Sample, frames: np.ndarray, **record: Any) -> None:
+  """Writes the video of a sample, frames uint8 (F height width 3), and then its record."""
+  path = place(folder, sample)
+  with disk(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / RECORDS / sample.key).parent.mkdir(parents=True, exist_ok=True)
+  media.write_mp4(path, exported(frames, sample), fps=layout.FPS)
+  said = {"mark": sample.mark, "sha256": checksum(path), **record}
+  write_json(folder / RECORDS / f"{sample.key}.json", plain(said))
+
+
+def exported(frames: np.ndarray, sample: Sample) -> np.ndarray:
+  """A clip, uint8 (frames height width 3), at the size and frame count of the ground truth."""
+  return fitted(frames, sample.frames, sample.height, sample.width)
+
+
+def fitted(frames: np.ndarray, count: int, height: int, width: int) -> np.ndarray:
+  """A clip at another frame count and size: evenly in time, first and last frame stay; nearest."""
+  chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+  if chosen.shape[1:3] == (height, width):
+    return chosen
+  return np.stack([media.resize(frame, height, width, "nearest") for frame in chosen])
+
+
+def read(folder: Path, sample: Sample) -> np.ndarray:
+  """The video of a sample, uint8 (F height width 3), at the size of the ground truth.
+
+  `media.write_mp4` enlarges small and odd sizes by a whole factor, which is taken back.
+  Raises ValueError for a video of another size or frame count, or one that does not decode.
+  """
+  path = place(folder, sample)
+  frames = media.read_mp4(path)[0]
+  factor = media.mp4_scale(sample.height, sample.width)
+  sizes = {(sample.height, sample.width), (factor * sample.height, factor * sample.width)}
+  if frames.shape[1:3] not in sizes or len(frames) != sample.frames:
+    raise ValueError(
+      f"{path} has {len(frames)} frames of {frames.shape[2]} x {frames.shape[1]} pixels, wanted "
+      f"{sample.frames} of {sample.width} x {sample.height}: make it again."
+    )
+  k = frames.shape[1] // sample.height
+  if k == 1:
+    return frames
+  mean = reduce(frames.astype(np.float32), "t (h y) (w x) c -> t h w c", "mean", y=k, x=k)
+  return mean.round().astype(np.uint8)

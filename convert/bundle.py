@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from jax_videoreason.version import __version__
 
 from . import detect, lora, wan
 from .detect import Source
-from .engine import Faults, Move, leaves, moves
+from .engine import Faults, Move, compact, leaves, moves
 from .reader import Header, read
 
 TEXT_LENGTH = 512
+HASHED_BYTES = 2**24  # at a time
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
 
 
@@ -158,18 +160,25 @@ def write(
   out = Path(out)
   with LeafWriter(out, made.target, plan=made.fingerprint, redo=redo) as writer:
     # The sources are hashed beside the conversion: neither keeps a core and the disk busy alone.
+    stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
       asked = [file for file in made.files if str(file) not in writer.notes]
-      hashed = {file: pool.submit(_sha256, file) for file in asked}
+      hashed = {file: pool.submit(_sha256, file, stop) for file in asked}
       try:
+        lacking = []
         for step in made.steps:
-          if not writer.has(step.part, step.move.target, step.move.layer):
-            value = value_of(made, step)
-            writer.write(step.part, step.move.target, step.move.layer, value)
+          if writer.has(step.part, step.move.target, step.move.layer):
+            advance(step.header.nbytes)
+          else:
+            lacking.append(step)
+        for step, value in _values(made, lacking):
+          writer.write(step.part, step.move.target, step.move.layer, value)
+          del value
           advance(step.header.nbytes)
         for file, digest in hashed.items():
           writer.note(str(file), digest.result())
       finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
     _refuse_equal_experts(made, writer)
     if check:
@@ -185,8 +194,7 @@ def verify(
 ) -> None:
   """Reads every tensor of the source and its slice in the bundle; Faults names what differs."""
   faults = []
-  for step in made.steps:
-    wanted = value_of(made, step)
+  for step, wanted in _values(made, made.steps):
     found = read_slice(folder / step.part, step.move.target, step.move.layer)
     if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
       layer = "" if step.move.layer is None else f"[{step.move.layer}]"
@@ -194,16 +202,32 @@ def verify(
         f"{step.part}/{step.move.target}{layer} differs from {step.header.key} in "
         f"{step.header.file}."
       )
+    del wanted, found
     advance(step.header.nbytes)
   if faults:
     raise Faults(faults)
+
+
+def _values(made: Plan, steps: Sequence[Step]) -> Iterator[tuple[Step, np.ndarray]]:
+  """What each step writes, the next one read and turned while the caller writes this one.
+
+  The caller lets go of a value before it asks for the next, so that two are there at most.
+  """
+  with ThreadPoolExecutor(1) as pool:
+    coming = pool.submit(value_of, made, steps[0]) if steps else None
+    for number, step in enumerate(steps, 1):
+      assert coming is not None
+      value = coming.result()
+      coming = pool.submit(value_of, made, steps[number]) if number < len(steps) else None
+      yield step, value
+      del value
 
 
 def value_of(made: Plan, step: Step) -> np.ndarray:
   """What a step writes: the tensor with its updates, moved, and cast last."""
   tensor = made.merge(step.part, step.move, read(step.header))
   dtype = made.target[step.part][step.move.target].dtype
-  return step.move(tensor).astype(dtype, order="C")
+  return compact(step.move(tensor), dtype)
 
 
 def summary(made: Plan) -> list[tuple[str, str, str, int, str, str]]:
@@ -256,7 +280,13 @@ def _refuse_equal_experts(made: Plan, writer: LeafWriter) -> None:
   if "dit_1" in made.target and all(
     writer.sha256("dit_0", path) == writer.sha256("dit_1", path) for path in made.target["dit_0"]
   ):
-    raise Faults(["both experts have the same weights after the conversion."])
+    high, low = (made.source.parts[part].place for part in ("dit_0", "dit_1"))
+    raise Faults(
+      [
+        f"{high} and {low} have the same weights after the conversion: give each its own weights "
+        "or LoRA, or --dtype=fp32."
+      ]
+    )
 
 
 def _dtype_of(kind: str, path: str, given: np.dtype, asked: str | None) -> np.dtype:
@@ -275,6 +305,10 @@ def _compute(target: Mapping[str, jax.ShapeDtypeStruct]) -> str:
   return "bfloat16" if max(sizes, key=lambda name: sizes[name]) == "bfloat16" else "float32"
 
 
-def _sha256(file: Path) -> str:
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(file: Path, stop: threading.Event) -> str:
+  """Of a file of many gigabytes; an interruption need not wait for its end."""
+  digest = hashlib.sha256()
+  with file.open("rb", buffering=0) as stream:
+    while not stop.is_set() and (block := stream.read(HASHED_BYTES)):
+      digest.update(block)
+  return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A bundle becomes diffusers folders: transformer/ [transformer_2/] vae/ text_encoder/ tokenizer/.
+"""A bundle becomes diffusers folders: transformer/ [transformer_2/] vae/ text_encoder/ ...
 
 Tensors go through memory one at a time, also into the safetensors shards: their format is a length,
 a JSON header and the bytes. Every leaf is compared with its checksum on the way.
@@ -6,6 +6,7 @@ a JSON header and the bytes. Every leaf is compared with its checksum on the way
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,17 +17,22 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import checkpoint
+from jax_videoreason.folders import beside, disk, remove
+from jax_videoreason.models import clip as image_tower
+from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
 from jax_videoreason.models.wan import WanConfig
 from jax_videoreason.models.wan21_vae import WanVAEConfig
 
-from . import umt5, vae, wan
+from . import clip, umt5, vae, wan
 from .engine import Faults, Move, moves_back, nest
 from .reader import DTYPES, headers, read
 
 SHARD_BYTES = 5 * 10**9
+CLIP_PREFIX = "vision_model."  # before every key of a published image tower
 THETA = 10_000.0  # of the rotary positions; diffusers knows no other
 FOLDERS = {"dit_0": "transformer", "dit_1": "transformer_2", "vae": "vae", "text": "text_encoder"}
+FOLDERS["clip"] = "image_encoder"
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 SCHEDULER = {
   "_class_name": "UniPCMultistepScheduler",
@@ -56,6 +62,7 @@ class Part:
   sums: Mapping[str, str]
   sizes: Mapping[str, int]
   config: Mapping[str, Any]
+  added: Mapping[str, np.ndarray]  # tensors that the layout has and the bundle does not
 
   @property
   def place(self) -> str:
@@ -64,14 +71,21 @@ class Part:
   @property
   def stem(self) -> str:
     """What the names of its files begin with."""
-    return "model" if self.name == "text" else "diffusion_pytorch_model"
+    return "model" if self.name in ("text", "clip") else "diffusion_pytorch_model"
 
-  def values(self) -> Iterator[tuple[Move, np.ndarray]]:
+  def entries(self) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
+    """Key, dtype and shape of every tensor, in the order of `values`."""
+    for move in self.moves:
+      yield move.source, self.dtypes[move.target], self.shape(move)
+    for key, value in self.added.items():
+      yield key, value.dtype, value.shape
+
+  def values(self) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the layout; ValueError names a leaf that differs from its checksum."""
     digest = hashlib.sha256()
     for move in self.moves:
       stored = checkpoint.read_slice(self.tree, move.target, move.layer)
-      yield move, np.ascontiguousarray(move.back(stored, **self.sizes))
+      yield move.source, np.ascontiguousarray(move.back(stored, **self.sizes))
       digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
       if move.layer is None or move.layer == self.shapes[move.target][0] - 1:
         if digest.hexdigest() != self.sums[move.target]:
@@ -80,6 +94,8 @@ class Part:
             "bundle again."
           )
         digest = hashlib.sha256()
+    for key, value in self.added.items():
+      yield key, np.ascontiguousarray(value)
 
   def shape(self, move: Move) -> tuple[int, ...]:
     """Of the tensor, found without reading it."""
@@ -113,16 +129,20 @@ def parts(bundle: str | os.PathLike[str]) -> list[Part]:
     records = described.leaves[name]
     target = nest(records)
     table, settings, sizes = _as_diffusers(kind, config)
+    made = moves_back([row for row in table if row[1] in records], target)
+    if kind == "clip":
+      made = [dataclasses.replace(move, source=CLIP_PREFIX + move.source) for move in made]
     found.append(
       Part(
         name=name,
         tree=tree,
-        moves=tuple(moves_back([row for row in table if row[1] in records], target)),
+        moves=tuple(made),
         shapes={path: record.shape for path, record in records.items()},
         dtypes={path: record.dtype for path, record in records.items()},
         sums={path: record.sha256 for path, record in records.items()},
         sizes=sizes,
         config=settings,
+        added=_last_layer(config) if kind == "clip" else {},
       )
     )
   if faults:
@@ -163,9 +183,8 @@ def write(
     raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
   made = parts(bundle)
   checkpoint.check_space(out, sum(part.nbytes for part in made))
-  partial, old = (out.parent / f".{out.name}.{end}" for end in ("export", "old"))
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
+  old = out.with_name(f".{out.name}.old")
+  with disk(out), beside(out) as partial:
     for part in made:
       place = partial / part.place
       place.mkdir(parents=True)
@@ -175,16 +194,8 @@ def write(
         _compare(place, part)
     _write_rest(partial, checkpoint.describe(bundle), [part.name for part in made])
     if out.exists():
-      os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
-  except BaseException as error:
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(error, OSError) and error.strerror:
-      raise OSError(
-        f"{out} could not be written ({error.strerror}): make room, or choose another place."
-      ) from error
-    raise
+      out.rename(old)
+  remove(old)
   return out
 
 
@@ -195,6 +206,8 @@ def _as_diffusers(kind: str, config: Any) -> tuple[Iterable[Any], dict[str, Any]
     return wan.table("diffusers"), dit_config(config), sizes
   if kind == "vae":
     return vae.table(config, "diffusers"), vae_config(config), {}
+  if kind == "clip":
+    return clip.table("transformers"), clip_config(config), {"p": config.patch, "q": config.patch}
   return umt5.table("transformers"), text_config(config), {}
 
 
@@ -243,6 +256,40 @@ def vae_config(config: WanVAEConfig) -> dict[str, Any]:
   }
 
 
+def clip_config(config: CLIPConfig) -> dict[str, Any]:
+  """config.json of a CLIPVisionModel; it counts the last layer, which Wan does not read."""
+  return {
+    "architectures": ["CLIPVisionModel"],
+    "model_type": "clip_vision_model",
+    "hidden_size": config.width,
+    "intermediate_size": config.ffn_width,
+    "num_hidden_layers": config.layers + 1,
+    "num_attention_heads": config.heads,
+    "image_size": config.image,
+    "patch_size": config.patch,
+    "hidden_act": "gelu",
+    "layer_norm_eps": config.epsilon,
+  }
+
+
+def _last_layer(config: CLIPConfig) -> dict[str, np.ndarray]:
+  """A last layer that changes nothing, and the norm after it: no bundle has them, Wan reads before.
+
+  Zeros and ones take no memory here.
+  """
+  d, ffn, layer = config.width, config.ffn_width, f"encoder.layers.{config.layers}"
+  zeros: dict[str, tuple[int, ...]] = {
+    f"{layer}.self_attn.{name}_proj": (d, d) for name in ("q", "k", "v", "out")
+  }
+  zeros |= {f"{layer}.mlp.fc1": (ffn, d), f"{layer}.mlp.fc2": (d, ffn)}
+  made = {f"{name}.weight": np.broadcast_to(np.float32(0), shape) for name, shape in zeros.items()}
+  for name in (f"{layer}.layer_norm1", f"{layer}.layer_norm2", "post_layernorm"):
+    zeros[name] = (d,)
+    made[f"{name}.weight"] = np.ones(d, np.float32)
+  made |= {f"{name}.bias": np.zeros(shape[0], np.float32) for name, shape in zeros.items()}
+  return {CLIP_PREFIX + key: value for key, value in made.items()}
+
+
 def text_config(config: UMT5Config) -> dict[str, Any]:
   """config.json of a UMT5EncoderModel."""
   return {
@@ -268,14 +315,13 @@ def _write_shards(place: Path, part: Part, shard_bytes: int, advance: Callable[[
   """Shards of at most so many bytes (one tensor may be larger), and their index if several."""
   shards: list[dict[str, dict[str, Any]]] = [{}]
   used = total = 0
-  for move in part.moves:
-    dtype, shape = part.dtypes[move.target], part.shape(move)
+  for key, dtype, shape in part.entries():
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if shards[-1] and used + size > shard_bytes:
       shards.append({})
       used = 0
     where = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [used, used + size]}
-    shards[-1][move.source] = where
+    shards[-1][key] = where
     used += size
     total += size
   count = len(shards)
@@ -289,8 +335,7 @@ def _write_shards(place: Path, part: Part, shard_bytes: int, advance: Callable[[
     header += b" " * (-len(header) % 8)
     with (place / name).open("wb") as file:
       file.write(len(header).to_bytes(8, "little") + header)
-      for key in shard:
-        move, value = next(values)
+      for key, value in itertools.islice(values, len(shard)):
         file.write(value.view(np.uint8).data)
         weights[key] = name
         advance(value.nbytes)
@@ -306,9 +351,9 @@ def _compare(place: Path, part: Part) -> None:
   """Faults names every tensor on disk that is not what the bundle holds."""
   found = headers(sorted(place.glob("*.safetensors")))
   faults = [
-    f"{found[move.source].file}: {move.source} differs from {part.name}/{move.target}."
-    for move, value in part.values()
-    if read(found[move.source]).tobytes() != value.tobytes()
+    f"{found[key].file}: {key} differs from part {part.name} of the bundle."
+    for key, value in part.values()
+    if read(found[key]).tobytes() != value.tobytes()
   ]
   if faults:
     raise Faults(faults)
@@ -316,26 +361,49 @@ def _compare(place: Path, part: Part) -> None:
 
 def _write_rest(folder: Path, described: checkpoint.Described, names: list[str]) -> None:
   """model_index.json, the scheduler and the tokenizer."""
-  config, card = described.modules.dit.config, described.card
+  modules, card = described.modules, described.card
+  config = modules.dit.config
   index: dict[str, Any] = {
     "_class_name": PIPELINES[config.image_input],
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "transformer_2": ["diffusers", "WanTransformer3DModel"] if "dit_1" in names else [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"] if "vae" in names else [None, None],
     "text_encoder": ["transformers", "UMT5EncoderModel"] if "text" in names else [None, None],
+    "image_encoder": [None, None],
+    "image_processor": [None, None],
     "tokenizer": [None, None],
     "scheduler": ["diffusers", SCHEDULER["_class_name"]],
     "boundary_ratio": card.boundary,
     "expand_timesteps": config.image_input == "overwrite",
   }
+  if config.image_input != "concat":
+    del index["image_encoder"], index["image_processor"]
   if card.tokenizer:
     index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
     (folder / "tokenizer").mkdir()
     shutil.copyfile(card.tokenizer, folder / "tokenizer" / "tokenizer.json")
     _write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER)
+  if modules.clip is not None and "clip" in names:
+    index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    side = modules.clip.config.image
+    (folder / "image_processor").mkdir()
+    _write_json(folder / "image_processor" / "preprocessor_config.json", _processor(side))
   (folder / "scheduler").mkdir()
   _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
   _write_json(folder / "model_index.json", index)
+
+
+def _processor(side: int) -> dict[str, Any]:
+  """preprocessor_config.json of a CLIPImageProcessor."""
+  return {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": side},
+    "crop_size": {"height": side, "width": side},
+    "image_mean": list(image_tower.MEAN),
+    "image_std": list(image_tower.STD),
+    "resample": 3,
+  }
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -160,9 +160,9 @@ def _safetensors(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Heade
 
 
 def _pth(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Header]:
+  loaded = {key: value for key, value in _load_pth(file).items() if not _is(skipped, str(key))}
   import torch
 
-  loaded = {key: value for key, value in _load_pth(file).items() if not _is(skipped, str(key))}
   names = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values()}
   odd = [
     f"{file}: {key} is {getattr(value, 'dtype', type(value).__name__)}, wanted a floating tensor."

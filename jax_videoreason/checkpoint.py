@@ -257,8 +257,9 @@ class LeafWriter:
       self._digest[at] = self._digest_so_far(part, path, done)
     with disk(self.folder, full=RESUME):
       stored = self._create(part, path) if done == 0 else _open_leaf(self.folder / part, path, True)
-      (stored[layer] if stacked else stored).write(value).result()
-    self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
+      writing = (stored[layer] if stacked else stored).write(value)
+      self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
+      writing.result()
     self._count[at] = done + 1
     if self._count[at] == (leaf.shape[0] if stacked else 1):
       self._sha[at] = self._digest.pop(at).hexdigest()

@@ -1,7 +1,9 @@
 """Small random checkpoints as the hub has them, for the tests of the conversion."""
 
 import dataclasses
+import hashlib
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +33,7 @@ TEXT = UMT5Config(
 )
 CONFIG = {"model_type": "i2v", "dim": 128, "ffn_dim": 32, "num_heads": 1, "num_layers": 2}
 CONFIG |= {"in_dim": 36, "out_dim": 16, "freq_dim": 8, "eps": 1e-6}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository that is published
 
 
 def tensors(kind, config, table, seed, dtype=np.float32):
@@ -98,3 +101,17 @@ def write_original(root, given):
   words.parent.mkdir(parents=True)
   words.write_text(train_word_tokenizer(["sort the bars"]), encoding="utf-8")
   return root
+
+
+def publish(cache, repository, folder):
+  """A folder as a snapshot: links with the published names to blobs with hashes for names."""
+  store = cache / f"models--{repository.replace('/', '--')}"
+  (store / "refs").mkdir(parents=True)
+  (store / "blobs").mkdir()
+  (store / "refs" / "main").write_text(COMMIT)
+  for file in filter(os.path.isfile, folder.rglob("*")):
+    blob = store / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+    blob.write_bytes(file.read_bytes())
+    link = store / "snapshots" / COMMIT / file.relative_to(folder)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(blob, link.parent))

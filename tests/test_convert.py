@@ -6,7 +6,11 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 
 import chex
 import ml_dtypes
@@ -323,6 +327,57 @@ def test_experts_that_are_one(source, refused):
   assert "hold the same weights" in refused(source)
   (source / "low_noise_model").unlink()
   assert "low_noise_model is missing" in refused(source)
+
+
+def test_experts_that_rounding_makes_one(source, published, tmp_path, refused):
+  """They differ in a digit that bfloat16 does not have."""
+  near = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in published["dit_0"].items()}
+  for name, given in (("high", near), ("low", dict(near))):
+    folder = source / f"{name}_noise_model"
+    shutil.rmtree(folder)
+    if name == "low":
+      given["head.head.weight"] = given["head.head.weight"] * np.float32(1 + 1e-6)
+    shards(folder, given, 1)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+  assert "have the same weights after the conversion" in refused(source, "--dtype=bf16")
+  assert cli.main(["convert", str(source), f"--out={tmp_path / 'fine'}"]) == 0
+
+
+def test_a_bundle_of_a_newer_version(original, converted, tmp_path, refused):
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  described = json.loads((copy / "bundle.json").read_text())
+  (copy / "bundle.json").write_text(json.dumps({**described, "format": 99}))
+  assert "has format 99, this version" in refused(original, "--verify", out=copy)
+
+
+def test_pickles_without_pytorch(source, monkeypatch, refused):
+  (source / "Wan2.1_VAE.safetensors").rename(source / "Wan2.1_VAE.pth")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  assert "Wan2.1_VAE.pth is a PyTorch file and torch is missing" in refused(source)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on(tmp_path):
+  """A real SIGKILL in the middle, and a real Ctrl-C after it."""
+  config = dataclasses.replace(DIT, width=1024, heads=8, ffn_width=2048, layers=6)
+  save_file(tensors("dit", config, wan.table("original"), 0), tmp_path / "dit.safetensors")
+  words = [sys.executable, "-m", "jax_videoreason", "convert", str(tmp_path / "dit.safetensors")]
+  words += ["--out", str(tmp_path / "out"), "--verify"]
+  journal = tmp_path / ".out.part" / checkpoint.JOURNAL
+  lines = 0
+  for signal_sent, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, cli.INTERRUPTED)):
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (
+      not journal.exists() or journal.read_text().count("\n") < lines + 8
+    ):
+      time.sleep(0.01)
+    process.send_signal(signal_sent)
+    assert process.wait(60) == status
+    assert not (tmp_path / "out").exists()
+    assert journal.read_text().count("\n") >= lines + 8
+    lines = journal.read_text().count("\n")
+  assert subprocess.run(words, capture_output=True).returncode == 0
+  checkpoint.load(tmp_path / "out")
 
 
 def test_configs_that_contradict(source, refused):

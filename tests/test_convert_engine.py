@@ -117,6 +117,16 @@ def test_only_keys_on_the_ignore_list_are_left_out():
   engine.fill(given, TABLE, TARGET, ignore=(r"rope\..*",))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(2100, 130), (1024, 64), (3, 5)])
+def test_a_matrix_that_is_turned_keeps_every_number(shape, dtype):
+  """Also where no tile is whole."""
+  value = np.random.default_rng(0).standard_normal(shape[::-1], np.float32).T
+  made = engine.compact(value, dtype)
+  assert made.flags.c_contiguous and made.dtype == dtype
+  np.testing.assert_array_equal(made, value.astype(dtype))
+
+
 def test_leaves_and_nest_are_inverse():
   assert engine.nest(engine.leaves(TARGET)) == TARGET
 

@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli
-from jax_videoreason.convert import export, reader
-from published import parts, write_original
+from jax_videoreason.convert import export, reader, wan
+from published import CLIP, DIT, clip_original, parts, shards, tensors, write_original
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def refused(capsys, tmp_path):
     words = ["convert", str(source), "--out", str(out), "--to=diffusers", *more]
     assert cli.main(words) == cli.BAD_INPUT
     assert out.exists() == before
-    assert not list(out.parent.glob(".*.export"))
+    assert not list(out.parent.glob(".*"))
     said = capsys.readouterr().err
     return said[said.rindex("videoreason: ") :].rstrip("\n")
 
@@ -82,6 +83,25 @@ def test_the_layout_of_the_hub(converted, tmp_path):
   assert found["blocks.1.attn2.to_out.0.weight"].shape == (128, 128)
   assert reader.headers(reader.files_in(out / "text_encoder"))["shared.weight"].dtype == "bfloat16"
   assert sorted(os.listdir(tmp_path)) == ["hub"]
+
+
+def test_the_image_tower_there_and_back(tmp_path):
+  """Its last layer, which no bundle has, is written as one that changes nothing."""
+  wide = dataclasses.replace(DIT, clip_width=CLIP.width)
+  source, folder = tmp_path / "i2v", tmp_path / "hub"
+  shards(source, tensors("dit", wide, wan.table("original"), 4), 2)
+  save_file(clip_original(), source / "models_clip_open-clip.safetensors")
+  for words in (
+    [str(source), f"--out={tmp_path / 'one'}", "--parts=dit,clip"],
+    [str(tmp_path / "one"), f"--out={folder}", "--to=diffusers", "--verify"],
+    [str(folder), f"--out={tmp_path / 'two'}", "--parts=dit,clip", "--verify"],
+  ):
+    assert cli.main(["convert", *words]) == 0
+  assert leaves(tmp_path / "two") == leaves(tmp_path / "one")
+  one, two = (checkpoint.describe(tmp_path / name).modules.clip.config for name in ("one", "two"))
+  assert one == two == CLIP
+  found = reader.headers(reader.files_in(folder / "image_encoder"))
+  assert not reader.read(found["vision_model.encoder.layers.2.mlp.fc2.weight"]).any()
 
 
 def test_the_plan_writes_nothing(converted, tmp_path, capsys):
@@ -139,7 +159,7 @@ def test_a_disk_that_fills_up(converted, tmp_path, monkeypatch, refused):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(os, "fsync", full)
-  assert "could not be written (No space left on device): make room" in refused(converted)
+  assert "could not be written (No space left on device): free some space" in refused(converted)
   assert os.listdir(tmp_path) == []
 
 

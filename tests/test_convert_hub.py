@@ -1,6 +1,5 @@
 """hf://owner/name, from a cache in the hub's own layout; nothing is asked of the network."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,23 +11,7 @@ from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli
 from jax_videoreason.convert import hub
-from published import parts, write_original
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def publish(cache, repository, folder):
-  """A folder as a snapshot: links with the published names to blobs with hashes for names."""
-  store = cache / f"models--{repository.replace('/', '--')}"
-  (store / "refs").mkdir(parents=True)
-  (store / "blobs").mkdir()
-  (store / "refs" / "main").write_text(COMMIT)
-  for file in filter(os.path.isfile, folder.rglob("*")):
-    blob = store / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-    blob.write_bytes(file.read_bytes())
-    link = store / "snapshots" / COMMIT / file.relative_to(folder)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(os.path.relpath(blob, link.parent))
+from published import COMMIT, parts, publish, write_original
 
 
 @pytest.fixture(scope="session")

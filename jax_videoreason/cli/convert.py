@@ -26,7 +26,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import cli, console
+from jax_videoreason import checkpoint, cli, console
 
 WORDS = 1
 ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order")
@@ -91,6 +91,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     return
   out = Path(flags.out)
   if flags.verify and (out / "bundle.json").is_file() and not flags.redo:
+    checkpoint.describe(out)  # refuses a damaged one, or one of a newer version
     with _bar(plan.read_bytes, "compare") as advance:
       bundle.verify(plan, out, advance=advance)
     console.say(f"{out.resolve()} holds what {source} holds.")

@@ -1,4 +1,4 @@
-"""Figures as files: film strips and curves. The only importer of matplotlib.
+"""Figures as files: film strips, curves, maps. The only importer of matplotlib.
 
 Colours are those of Okabe and Ito, which stay apart for colour-blind eyes; lines carry their names.
 """
@@ -104,6 +104,124 @@ def curves(
   axes.set_ylim(min(0, low), high if top is None else top)
   _name_ends(axes, float(x[-1]), ends)
   _save(figure, path, dpi=120)
+
+
+def bands(
+  path: str | Path,
+  x: Sequence[float] | np.ndarray,
+  series: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+  *,
+  x_name: str,
+  y_name: str,
+  title: str = "",
+  falling: bool = False,
+) -> None:
+  """Draws each series, (estimate, low, high) over x, with its interval behind it.
+
+  falling: x runs from high to low, as sigma does. Points that are NaN leave a gap.
+  """
+  figure, axes = _panel(title, x_name, y_name)
+  x = np.asarray(x, float)
+  ends = []
+  for number, (name, (middle, low, high)) in enumerate(series.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, middle, color=colour, linewidth=2, marker="o", markersize=3)
+    known = np.flatnonzero(np.isfinite(middle))
+    ends += [(float(middle[known[-1]]), name, colour)] if len(known) else []
+  if falling:
+    axes.invert_xaxis()
+  low, high = axes.get_ylim()
+  axes.set_ylim(min(0.0, low), high)
+  _name_ends(axes, float(x[-1]), ends)
+  _save(figure, path, dpi=120)
+
+
+def heat_maps(
+  path: str | Path,
+  panels: Mapping[str, np.ndarray],
+  *,
+  x_name: str,
+  y_name: str,
+  x: Sequence[Any],
+  y: Sequence[Any],
+  marked: Mapping[str, np.ndarray] | None = None,
+  title: str = "",
+) -> None:
+  """Draws maps (rows y, columns x) side by side on one scale.
+
+  marked: bool maps of the same shapes, cells that stand out and get a dot. Where values of both
+  signs occur the scale is even about 0; NaN is left white.
+  """
+  values = [np.asarray(v, float) for v in panels.values()]
+  finite = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
+  low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+  signed = low < 0 < high
+  if signed:
+    low, high = -max(-low, high), max(-low, high)
+  count = len(panels)
+  wide, tall = min(4.2, 1.6 + 0.16 * len(x)), min(4.6, 1.3 + 0.16 * len(y))
+  figure = Figure(figsize=(wide * count + 0.9, tall + 0.4), facecolor="white", layout="constrained")
+  each = figure.subplots(1, count, squeeze=False)[0]
+  picture = None
+  for axes, (name, value) in zip(each, panels.items(), strict=True):
+    colours = "RdBu_r" if signed else "viridis"
+    picture = axes.imshow(value, aspect="auto", cmap=colours, vmin=low, vmax=high)
+    if marked is not None and name in marked:
+      rows, columns = np.nonzero(marked[name])
+      axes.plot(columns, rows, linestyle="", marker="o", markersize=2.5, color=INK)
+    axes.set_title(name, loc="left", fontsize=9, color=INK, parse_math=False)
+    for ticks, labels in ((axes.set_xticks, x), (axes.set_yticks, y)):
+      shown = spread(len(labels), 7)
+      ticks(shown, [str(labels[i]) for i in shown])
+    axes.tick_params(colors=MUTED, labelsize=7, length=2)
+    axes.set_xlabel(x_name, color=INK, fontsize=8)
+  each[0].set_ylabel(y_name, color=INK, fontsize=8)
+  if title:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold", color=INK)
+  if picture is not None:
+    figure.colorbar(picture, ax=list(each), shrink=0.9).ax.tick_params(labelsize=7, colors=MUTED)
+  _save(figure, path, dpi=120)
+
+
+def picture_grid(
+  path: str | Path,
+  pictures: np.ndarray,
+  *,
+  rows: Sequence[Any],
+  columns: Sequence[Any],
+  row_name: str,
+  column_name: str,
+  title: str = "",
+  cell: int = 64,
+) -> None:
+  """Draws pictures in a grid: rows columns y x (each with its own grey scale) or rows columns y x
+  3 (colours, uint8)."""
+  shown = np.asarray(pictures)
+  if shown.shape[-1] != 3 or shown.dtype != np.uint8:
+    low, high = (f(shown, axis=(-2, -1), keepdims=True) for f in (np.min, np.max))
+    grey = 255 * (shown - low) / np.where(high > low, high - low, 1.0)
+    shown = repeat(grey.astype(np.uint8), "... y x -> ... y x c", c=3)
+  tiles = scale(shown, cell)
+  height, width, gap = *tiles.shape[2:4], 3
+  tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+  montage = rearrange(tiles, "r k y x c -> (r y) (k x) c")[:-gap, :-gap]
+  tall, wide = montage.shape[:2]
+  left, top, margin = 64, 60 if title else 40, 12
+  at = (left + wide + margin, top + tall + margin)
+  figure = Figure(figsize=(at[0] / 100, at[1] / 100), facecolor="white")
+  axes = figure.add_axes((left / at[0], margin / at[1], wide / at[0], tall / at[1]))
+  axes.imshow(montage, interpolation="nearest", aspect="auto", extent=(0, wide, tall, 0))
+  axes.axis("off")
+  for row, name in enumerate(rows):
+    _write(axes, -8, height / 2 + row * (height + gap), f"{name}", ha="right", color=INK)
+  for column, name in enumerate(columns):
+    _write(axes, column * (width + gap) + width / 2, -10, f"{name}", ha="center")
+  _write(axes, -8, -10, row_name, ha="right", weight="bold", color=INK)
+  _write(axes, 0, -26, column_name, ha="left")
+  if title:
+    _write(axes, 8 - left, -44, title, ha="left", weight="bold", color=INK, fontsize=10)
+  _save(figure, path, dpi=100)
 
 
 def loss_curve(

@@ -23,14 +23,17 @@ COMMANDS = {
   "sample": "from a first frame and a prompt to a video, a trace of every step and a report",
   "evaluate": "scores on unseen cases, with intervals, beside clips that no model made",
   "convert": "published weights (Wan 2.1, 2.2; original or diffusers layout) to a bundle",
+  "sweep": "cases x seeds x edits, resumable: one table, one page to browse",
   "run": "carries out an experiment, or all of them, with intervals and a page",
   "vbvr": "VBVR-Bench: videos, official scores, tables, and what they are worth",
+  "plan": "memory, seconds and mesh of a config on a device kind, before it is paid for",
   "report": "draws the report of a run folder again",
   "tasks": "writes cases of the tasks in the benchmark's folder layout",
 }
 BAD_INPUT = 2
 INTERRUPTED = 130
 CONFIG = "config"
+SWEEPS = "sweeps"
 
 
 class UsageError(ValueError):
@@ -53,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-  except (ValueError, OSError, MemoryError) as error:
+  except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    if isinstance(error, RuntimeError) and not _out_of_memory(error):
+      raise
     if debug:
       traceback.print_exc()
     print(f"videoreason: {_sentence(error)}", file=sys.stderr)
@@ -96,12 +101,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
   return nearest(word, known)
 
 
+def _out_of_memory(error: BaseException) -> bool:
+  """Of the host, or of a device: jax has no type for that, but names it first."""
+  return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+
+
 def _sentence(error: BaseException) -> str:
   """One line of what an error says."""
   if isinstance(error, OSError) and error.strerror:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror}."
-  if isinstance(error, MemoryError):
+  if _out_of_memory(error):
     return "out of memory: use fewer runs (seeds, cases), a smaller batch, or fewer taps."
   return " ".join(str(error).split()) or type(error).__name__
 
@@ -171,7 +181,7 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
       words = _parse_config(flags, words, getattr(module, "complete", None))
     left = flags(["videoreason", *words])[1:]
   except absl_flags.Error as error:
-    raise UsageError(str(error)) from error
+    raise UsageError(f"{error}; --help says more.") from error
   most = getattr(module, "WORDS", 0)
   if len(left) > most:
     raise UsageError(f"unexpected word {left[most]!r}: options begin with --.")
@@ -200,7 +210,7 @@ def _parse_config(
       rest.append(word)
   config = load_config(name)
   if complete is not None:
-    config = complete(config, rest)
+    config = complete(config, words)
   known = {key for key, _ in _flat(config)}
   for word in rest:
     option = word.partition("=")[0].lstrip("-")
@@ -235,7 +245,8 @@ def load_config(name: str) -> "ConfigDict":
 
   base, _, argument = name.partition(":")
   path = config_path(base)
-  module_name = f"jax_videoreason.configs.{path.stem}" if path.parent == shipped() else path.stem
+  is_shipped = path.parent in (shipped(), shipped() / SWEEPS)
+  module_name = f"jax_videoreason.configs.{path.stem}" if is_shipped else path.stem
   spec = importlib.util.spec_from_file_location(module_name, path)
   if spec is None or spec.loader is None:
     raise UsageError(f"{path} is no Python file: a config ends in .py.")
@@ -265,11 +276,10 @@ def config_path(base: str) -> Path:
   given = Path(base).expanduser()
   if given.is_file():
     return given.resolve()
-  names = sorted(
-    p.stem for p in shipped().glob("*.py") if p.stem not in ("__init__", "common", "presets")
-  )
+  found = [*shipped().glob("*.py"), *(shipped() / SWEEPS).glob("*.py")]
+  names = {p.stem: p for p in found if p.stem not in ("__init__", "common", "presets")}
   if base in names:
-    return shipped() / f"{base}.py"
+    return names[base]
   raise UsageError(f"no config {base!r}, as a file or a shipped one; {did_you_mean(base, names)}")
 
 

@@ -1,0 +1,207 @@
+"""Carries out an experiment, or all of them, and leaves arrays, intervals and a page.
+
+  videoreason run noise --config mini --out runs/noise
+  videoreason run noise --preset quick --config.cases=4 --config.experiment.stride=4 --out ...
+  videoreason run all --preset full --out runs/claims
+  videoreason run mymodule:my_experiment --out runs/mine
+
+Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl.flags import DEFINE_string, FlagValues
+
+from jax_videoreason import cli
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+  from jax_videoreason.experiments import Study
+
+WORDS = 1
+ALL = "all"
+PRESETS = ("quick", "full")
+CHUNKS = "chunks"
+OWNED = ("manifest.json", "result.json", "arrays.zarr", "figures", "report.html", CHUNKS)
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_config(flags, "mini")
+  cli.define_out(flags)
+  DEFINE_string("preset", "quick", "size of the study: quick or full", flag_values=flags)
+
+
+def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
+  """The config with the keys of a study in it, as the preset of the command line has them."""
+  from ml_collections import ConfigDict
+
+  from jax_videoreason.experiments import find
+
+  name = words[0] if words and not words[0].startswith("-") else None
+  if name is None:
+    raise cli.UsageError("no experiment named: videoreason run NAME --out DIR, or run all.")
+  preset = _preset(words)
+  if preset not in PRESETS:
+    raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}.")
+  study = None if name == ALL else find(name)
+  presets = importlib.import_module("jax_videoreason.configs.presets").get(
+    preset, name.rpartition(":")[2]
+  )
+  own = presets.pop("experiment", {})
+  with config.unlocked():
+    config.update({"split": "id", "tasks": () if study is None else study.tasks, "cases": 8})
+    config.decoder = "auto"
+    config.words = tuple(words)
+    config.update(presets)
+    if study is not None:
+      config.experiment = ConfigDict({**study.options, **own})
+  return config
+
+
+def _preset(words: Sequence[str]) -> str:
+  for place, word in enumerate(words):
+    if word.lstrip("-") == "preset" and place + 1 < len(words):
+      return words[place + 1]
+    if word.lstrip("-").startswith("preset="):
+      return word.partition("=")[2]
+  return PRESETS[0]
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  cli.required(flags, "out")
+  from jax_videoreason.experiments import find
+
+  if words[0] == ALL:
+    every(flags.config.words[1:], Path(flags.out))
+  else:
+    one(find(words[0]), cli.resolved(flags), Path(flags.out), redo=flags.redo)
+
+
+def every(words: Sequence[str], out: Path) -> None:
+  """Carries out every study into a folder of its own, then draws the table of all claims.
+
+  A study that fails is named, and the others go on; the table says that it is missing.
+  """
+  from jax_videoreason import console, pages
+  from jax_videoreason.experiments import EXPERIMENTS, claims
+
+  failed = {}
+  module = importlib.import_module(__name__)
+  for study in EXPERIMENTS.values():
+    flags, _ = cli.parse(module, [study.name, *words])
+    try:
+      one(study, cli.resolved(flags), out / study.name, redo=flags.redo)
+    except ValueError as error:
+      failed[study.name] = str(error)
+      console.say(f"{study.name}: {error}")
+  rows = claims.write(out, failed)
+  page = pages.render_claims(out)
+  console.table(
+    "claims",
+    ("number", "claim", "ours", "verdict"),
+    [(row["number"] or "", row["says"], pages.said(row)["ours"], row["verdict"]) for row in rows],
+  )
+  console.say(f"report: {page.resolve().as_uri()}")
+  if failed:
+    raise ValueError(f"{len(failed)} studies failed: {', '.join(failed)}; the rest is in {out}.")
+
+
+def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> None:
+  """Carries out one study and draws its page; a study that lies in `out` is left as it is."""
+  import jax
+
+  from jax_videoreason import console, experiments, folders, pages, settings, store
+  from jax_videoreason.experiments import results, setting
+
+  asked = dict(config)
+  own = {key: asked.pop(key) for key in ("split", "tasks", "cases", "decoder", "experiment")}
+  asked.pop("words")
+  batch = asked.pop("batch")
+  chosen = settings.from_config(asked)
+  made = setting.load(chosen)
+  key = _key(study.name, asked, own, setting.fingerprint(made.bundle))
+  if is_done(out, key) and not redo:
+    console.say(f"{study.name}: {out} has it already; --redo does it again.")
+    return
+  check_out(out, redo=redo)
+  cases = setting.pick_cases(chosen, own["tasks"], own["cases"], own["split"])
+  made, agreement = choose_reader(made, cases, own["decoder"])
+  result, record, findings = experiments.perform(
+    study,
+    made,
+    cases,
+    options=own["experiment"],
+    batch=batch,
+    chunks=experiments.Chunks(folder=out / CHUNKS, of=key),
+    say=console.say,
+    progress=lambda total, title: console.progress(total, title, "evaluation"),
+  )
+  with folders.whole(out, owned=lambda name: name in OWNED, redo=True) as folder:
+    results.save(folder, result, {**record, "preview_agreement": agreement, "key": key})
+    store.write_manifest(
+      folder,
+      config={**asked, "batch": batch, **own},
+      command=["videoreason", *sys.argv[1:]],
+      device=jax.devices()[0].device_kind,
+      model=made.bundle.card.name,
+      evaluations=record["evaluations"],
+      seconds=record["seconds"],
+    )
+  page = pages.render(out)
+  console.table(
+    study.name,
+    ("claim", "estimate", "low", "high", "verdict"),
+    [(f.claim.says, f.estimate, f.low, f.high, f.verdict) for f in findings],
+  )
+  console.say(f"report: {page.resolve().as_uri()}")
+
+
+def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, float | None]:
+  """The setting with its decoder, and how often the preview agreed, which is printed."""
+  import functools
+
+  from jax_videoreason import console
+  from jax_videoreason.decode import preview
+  from jax_videoreason.experiments import setting
+
+  if decoder == "vae":
+    return made, None
+  if decoder == "preview":
+    quick = functools.partial(preview, made.bundle)
+    return dataclasses.replace(made, decode=quick), None
+  if decoder != "auto":
+    raise cli.UsageError(f"decoder={decoder!r}, wanted auto, vae or preview.")
+  chosen, agreement = setting.with_reader(made, list(cases)[:: max(1, len(cases) // 8)][:8])
+  if agreement is not None:
+    used = "the VAE" if chosen is made else "the preview"
+    console.say(f"answers: preview and VAE agree on {agreement:.1%} of the steps; read from {used}")
+  return chosen, agreement
+
+
+def is_done(out: Path, key: str) -> bool:
+  """Whether `out` holds the result of this very command."""
+  path = out / "result.json"
+  return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+
+
+def check_out(out: Path, *, redo: bool) -> None:
+  """ValueError where `out` holds something else than an interrupted study, unless `redo`."""
+  if redo or not out.exists():
+    return
+  there = sorted(path.name for path in out.iterdir() if path.name != CHUNKS)
+  if there:
+    raise ValueError(
+      f"{out} holds something else (it has {there[0]}): choose another --out, or give --redo."
+    )
+
+
+def _key(*parts: Any) -> str:
+  return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,272 @@
+"""A study is one decorated function: what it declares before data, and how it is carried out."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_videoreason.experiments import results
+from jax_videoreason.experiments.context import (
+  Chunks,
+  Context,
+  Setting,
+  Tally,
+  assemble,
+  title,
+)
+from jax_videoreason.experiments.results import Claim, Finding, Result
+from jax_videoreason.structs import Sizes
+from jax_videoreason.tasks import Case, Task
+
+EVENT = "backend_compile_duration"
+PROGRAM = "_trajectory"
+
+ROLES: dict[str, Callable[[Task, Case], Case]] = {
+  "case": lambda task, case: case,
+  "counterpart": lambda task, case: counterpart(task, case),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """An experiment; made by `experiment`. Its text is the docstring of its function.
+
+  question: the first paragraph. method, limits: the others; limits begins with "Limits:".
+  options: the keyword arguments and what they are when nothing is said.
+  """
+
+  name: str
+  run: Callable[..., Result]
+  question: str
+  method: str
+  limits: str
+  claims: tuple[Claim, ...]
+  tasks: tuple[str, ...]
+  roles: tuple[str, ...]
+  zero: tuple[str, ...]
+  cost: Callable[..., float]
+  finish: Callable[..., Result] | None
+  options: Mapping[str, Any]
+
+  def trajectories(self, sizes: Sizes, options: Mapping[str, Any]) -> float:
+    """Whole trajectories per batch, by the declared cost and the options that it asks for."""
+    asked = inspect.signature(self.cost).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in asked):
+      return self.cost(sizes, **options)
+    return self.cost(sizes, **{p.name: options[p.name] for p in asked if p.name in options})
+
+
+def experiment(
+  *,
+  tasks: str | Sequence[str],
+  claims: Sequence[Claim] = (),
+  runs: Sequence[str] = ("case",),
+  zero: Sequence[str] = (),
+  cost: Callable[..., float] = lambda sizes: 1,
+  finish: Callable[..., Result] | None = None,
+) -> Callable[[Callable[..., Result]], Study]:
+  """Makes a Study of a function (ctx, *, options...) -> Result, called once per batch of cases.
+
+  tasks: whose cases it looks at. claims: what is declared before data. runs: what rides together
+  for each case and seed, "case" or ("counterpart", "case"). zero: values that the identity control
+  must leave at exactly 0. cost: (sizes, options...) -> whole trajectories per batch.
+  finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
+  """
+
+  def make(function: Callable[..., Result]) -> Study:
+    paragraphs = [" ".join(p.split()) for p in (inspect.getdoc(function) or "").split("\n\n")]
+    limits = [p.removeprefix("Limits: ") for p in paragraphs if p.startswith("Limits: ")]
+    rest = [p for p in paragraphs if not p.startswith("Limits: ")]
+    signature = inspect.signature(function).parameters.values()
+    return Study(
+      name=function.__name__,
+      run=function,
+      question=rest[0],
+      method="\n".join(rest[1:]),
+      limits="\n".join(limits),
+      claims=tuple(claims),
+      tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
+      roles=tuple(runs),
+      zero=tuple(zero),
+      cost=cost,
+      finish=finish,
+      options={p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY},
+    )
+
+  return make
+
+
+def counterpart(task: Task, case: Case) -> Case:
+  """The same picture with its objects exchanged."""
+  make = getattr(task, "counterpart", None)
+  if make is None:
+    raise ValueError(f"cases of {task.name} have no counterpart: use task 'pick'.")
+  return make(case)
+
+
+def perform(
+  study: Study,
+  setting: Setting,
+  cases: Sequence[Case],
+  *,
+  options: Mapping[str, Any] | None = None,
+  batch: int | None = None,
+  chunks: Chunks | None = None,
+  say: Callable[[str], Any] = lambda text: None,
+  progress: Callable[[int, str], Any] | None = None,
+) -> tuple[Result, dict[str, Any], list[Finding]]:
+  """Carries a study out: control first, then batch by batch; (arrays, record, findings).
+
+  cases: all of them. batch: cases that ride together, None = all. chunks: where finished work is
+  kept. progress: (network evaluations, title) -> a context manager that yields `advance(n)`.
+
+  Raises ValueError for unknown options or no cases.
+  """
+  given = dict(options or {})
+  unknown = sorted(given.keys() - study.options.keys())
+  if unknown:
+    known = ", ".join(study.options) or "none"
+    raise ValueError(f"{study.name} has no option {unknown[0]!r}; its options: {known}.")
+  given = {**study.options, **given}
+  if not cases:
+    raise ValueError(f"{study.name} got no cases: give at least one.")
+  began = time.monotonic()
+  size = min(batch or len(cases), len(cases))
+  groups = [list(cases[low : low + size]) for low in range(0, len(cases), size)]
+  counts = [len(group) for group in groups]
+  chunks = chunks or Chunks()
+  tally = Tally()
+
+  def context(number: int, *, control: bool) -> Context:
+    group = groups[number]
+    group = group + [group[-1]] * (size - len(group))
+    return _context(study, setting, group, tally, chunks, number, control)
+
+  with _count_programs() as programs:
+    first = context(0, control=bool(study.zero))
+    one = first.sizes.S * first.sizes.R * first.sizes.G
+    total = round(one * len(groups) * study.trajectories(first.sizes, given))
+    say(
+      f"{study.name}: {len(cases)} cases x {len(setting.chosen.seeds)} seeds in {len(groups)} "
+      f"batches of {first.sizes.R} runs, {first.sizes.S} steps: {total:,} network evaluations"
+    )
+    bar = contextlib.nullcontext(tally.advance) if progress is None else progress(total, study.name)
+    control = None
+    if study.zero:
+      found = _batch(study, first, given)
+      control = {name: _largest(found, name) for name in study.zero}
+      tally = dataclasses.replace(tally, evaluations=0, saved=0, reused=0)
+    with bar as advance:
+      tally.advance = advance
+      parts = [_batch(study, context(i, control=False), given) for i in range(len(groups))]
+  result = results.join(parts, len(setting.chosen.seeds), counts)
+  points = {**result.points, "case": [title(case) for case in cases]}
+  points = {**points, "seed": list(setting.chosen.seeds)}
+  result = dataclasses.replace(result, points=points)
+  if study.finish is not None:
+    result = study.finish(result, **given)
+  findings = [results.judge(claim, result) for claim in study.claims]
+  broken_control = {name: value for name, value in (control or {}).items() if value != 0}
+  if broken_control:
+    findings = [_doubt(finding, broken_control) for finding in findings]
+  say(
+    f"{study.name}: {tally.evaluations:,} evaluations, {tally.saved:,} saved by shared prefixes, "
+    f"{tally.reused:,} reused, {len(programs)} programs compiled"
+  )
+  record = {
+    "experiment": study.name,
+    "question": study.question,
+    "method": study.method,
+    "limits": study.limits,
+    "options": given,
+    "cases": len(cases),
+    "seeds": len(setting.chosen.seeds),
+    "steps": first.sizes.S,
+    "runs": first.sizes.R,
+    "model": setting.bundle.card.name,
+    "planned": total,
+    "evaluations": tally.evaluations,
+    "saved": tally.saved,
+    "reused": tally.reused,
+    "programs": len(programs),
+    "seconds": round(time.monotonic() - began, 1),
+    "control": control,
+    "broken": tally.broken,
+    "claims": [results.describe(finding) for finding in findings],
+  }
+  return result, record, findings
+
+
+def _context(
+  study: Study,
+  setting: Setting,
+  group: Sequence[Case],
+  tally: Tally,
+  chunks: Chunks,
+  number: int,
+  control: bool,
+) -> Context:
+  """The runs of a batch: role by role, case by case, seed by seed."""
+  count = len(group) * len(setting.chosen.seeds)
+  load, seeds = setting.load_task, setting.chosen.seeds
+  riding = [
+    ROLES[role](load(case.task, setting.chosen), case)
+    for role in study.roles
+    for case in group
+    for _ in seeds
+  ]
+  roles = {role: np.arange(count) + i * count for i, role in enumerate(study.roles)}
+  names = json.dumps([case.metadata["hash"] for case in riding])
+  place = f"{study.name} batch {number} {names}"
+  return assemble(setting, riding, roles, tally=tally, chunks=chunks, control=control, place=place)
+
+
+def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
+  """One batch; runs that were not finite become NaN."""
+  found = study.run(ctx, **options)
+  if not ctx.lost:
+    return found
+  values = {}
+  for name, value in found.values.items():
+    value = np.asarray(value)
+    seeds = len(ctx.setting.chosen.seeds)
+    for axis, lost in (("run", ctx.lost), ("case", {pair // seeds for pair in ctx.lost})):
+      if axis in found.axes[name]:
+        text = value.dtype.kind == "U"
+        value = np.array(value, None if text else float)
+        rows = np.moveaxis(value, found.axes[name].index(axis), 0)
+        rows[sorted(lost)] = "" if text else np.nan
+    values[name] = value
+  return dataclasses.replace(found, values=values)
+
+
+def _largest(result: Result, name: str) -> float:
+  return float(np.nanmax(np.abs(np.asarray(result.values[name], float))))
+
+
+def _doubt(finding: Finding, broken: Mapping[str, float]) -> Finding:
+  said = ", ".join(f"{name} = {value:.2g}" for name, value in broken.items())
+  note = f"the identity control shows an effect ({said}), wanted 0"
+  return dataclasses.replace(finding, verdict="can't tell", needed=None, note=note)
+
+
+@contextlib.contextmanager
+def _count_programs() -> Iterator[list[float]]:
+  """Yields the list of seconds that every program of the sampler took to compile."""
+  seen: list[float] = []
+
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event.endswith(EVENT) and PROGRAM in str(kwargs.get("fun_name", "")):
+      seen.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seen
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)

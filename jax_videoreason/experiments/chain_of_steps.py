@@ -1,0 +1,105 @@
+"""Chain of steps: how the answer forms along the denoising steps."""
+
+import numpy as np
+
+from jax_videoreason.experiments.base import experiment
+from jax_videoreason.experiments.context import Context
+from jax_videoreason.experiments.readings import per_run
+from jax_videoreason.experiments.results import Claim, Result
+
+OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each other at one place
+
+
+@experiment(
+  tasks=("maze", "pick", "select_largest", "occlusion", "tictactoe"),
+  claims=(
+    Claim(
+      number=7,
+      says="most cases show several candidate answers at once on the way",
+      of="several",
+      statistic="share of cases with two or more visible candidates at some step",
+      above=0.5,
+      share=True,
+      paper="about 72% of 200 cases",
+    ),
+    Claim(
+      number=11,
+      says="self-correction: answers flip from wrong to right",
+      of="corrected",
+      statistic="share of runs with a flip wrong to right",
+      above=0.05,
+      share=True,
+      paper="occurs, no rate given",
+    ),
+    Claim(
+      says="the decision falls in the middle of the trajectory",
+      of="commitment",
+      statistic="step of commitment, as a share of all steps",
+      above=0.4,
+      below=0.6,
+      paper="steps 20 to 30 of 50",
+    ),
+    Claim(
+      says="disputed: the plan is fixed in the first steps (2603.30043)",
+      of="commitment",
+      statistic="step of commitment, as a share of all steps",
+      below=0.15,
+      paper="first 10 to 15% of the steps, by its follow-up",
+    ),
+  ),
+)
+def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
+  """How does the answer form along the denoising steps, and when is it settled?
+
+  x0 is decoded at every step and its answer parsed; the soft parser counts the candidates that are
+  visible and the share of their weight on right answers. Commitment is the first step from which
+  the answer equals the final one and stays. Multi-path: candidates at different places; superposed:
+  candidates that exclude each other at one place (rotate, sort_bars, occlusion). Cases with an odd
+  number are ambiguous (k right answers).
+
+  Limits: a candidate counts as visible from a fixed occupancy of its place. Nothing is edited here,
+  so there is no identity control. Runs whose final answer can't be read have no commitment.
+  """
+  _, trace = ctx.denoise()
+  said = ctx.read(trace.x0)
+  found = per_run(said)
+  overlaid = np.array([case.task in OVERLAID for case in ctx.cases])
+  several = found["several"]
+  k = np.array([float(case.metadata["k"]) for case in ctx.cases])
+  values = {
+    **found,
+    "multi_path": np.where(overlaid, np.nan, several),
+    "superposed": np.where(overlaid, several, np.nan),
+    "several_plain": np.where(k == 1, several, np.nan),
+    "several_ambiguous": np.where(k > 1, several, np.nan),
+    "right_answers": k,
+    "strip": ctx.setting.decode(np.asarray(trace.x0)[:, :strips]).swapaxes(0, 1),
+  }
+  axes: dict[str, tuple[str, ...]]
+  axes = {name: ("step", "run") if np.ndim(v) == 2 else ("run",) for name, v in values.items()}
+  axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
+  return Result(values=values, axes=axes, points=ctx.points, titles=TITLES)
+
+
+TITLES = {
+  "right": "Share of runs whose x0 shows a right answer",
+  "readable": "Share of runs whose x0 shows a readable answer",
+  "candidates": "Visible candidate answers",
+  "entropy": "Entropy of the candidates (bits)",
+  "mass": "Share of the candidates' weight on right answers",
+  "score": "Score of x0",
+  "several": "Runs with two or more candidates at some step",
+  "multi_path": "Runs with several candidates at different places",
+  "superposed": "Runs with several candidates at one place",
+  "several_plain": "Several candidates, cases with one right answer",
+  "several_ambiguous": "Several candidates, cases with k right answers",
+  "most_candidates": "Most candidates at once",
+  "right_answers": "Right answers k",
+  "corrected": "Runs with a flip wrong to right",
+  "spoiled": "Runs with a flip right to wrong",
+  "flips": "Changes of the answer per run",
+  "commitment": "Step of commitment, share of all steps",
+  "commitment_sigma": "Sigma at commitment",
+  "first_hit": "First step with a right answer, share of all steps",
+  "strip": "x0 at every step",
+}

@@ -1,0 +1,76 @@
+"""The table of all claims: what was said, what was found, what can't be asked of a small model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_videoreason.folders import atomic, read_json, write_json
+
+# 500 videos of 50 steps, with and without the prompt
+BENCHMARK = 500 * 50 * 2
+NOT_HERE: tuple[dict[str, Any], ...] = (
+  {
+    "number": 1,
+    "says": "VBVR-Wan2.2 scores .685 on VBVR-Bench",
+    "paper": ".685",
+    "statistic": "mean score over 500 videos",
+    "note": f"needs the 14B weights: --config vbvr_wan22, {BENCHMARK:,} network evaluations",
+  },
+  {
+    "number": 10,
+    "says": "the training-free ensemble of three seeds raises it to .716",
+    "paper": ".716",
+    "statistic": "mean score over 500 videos",
+    "note": "needs the 14B weights: videoreason run ensemble --config vbvr_wan22, from "
+    f"{BENCHMARK + 500 * 2 * 2:,} network evaluations (two more seeds at one step)",
+  },
+)
+BLANK = {
+  "above": None,
+  "below": None,
+  "estimate": None,
+  "low": None,
+  "high": None,
+  "cases": 0,
+  "needed": None,
+  "experiment": None,
+}
+
+
+def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+  """Writes claims.json and claims.md over the results in `out`'s folders; returns the rows.
+
+  failed: name of a study -> why it has no result.
+  """
+  out = Path(out)
+  records = {path.parent.name: read_json(path) for path in sorted(out.glob("*/result.json"))}
+  rows = [
+    {**claim, "experiment": name} for name, record in records.items() for claim in record["claims"]
+  ]
+  rows += [{**BLANK, "verdict": "not run here", **row} for row in NOT_HERE]
+  for name, reason in (failed or {}).items():
+    lost = {"number": None, "says": f"the claims of {name}", "paper": "", "statistic": ""}
+    rows.append({**BLANK, **lost, "verdict": "not run here", "note": reason})
+  rows.sort(key=lambda row: (row["number"] is None, row["number"] or 0))
+  model = next((record["model"] for record in records.values()), None)
+  write_json(out / "claims.json", {"model": model, "claims": rows})
+  with atomic(out / "claims.md") as part:
+    part.write_text(markdown(rows), encoding="utf-8")
+  return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+  """The table for a document."""
+  lines = ["| # | claim | paper | measured as | ours | verdict |", "|---|---|---|---|---|---|"]
+  for row in rows:
+    ours = "" if row["estimate"] is None else f"{row['estimate']:.2f}"
+    if row["low"] is not None:
+      ours += f" [{row['low']:.2f}, {row['high']:.2f}]"
+    verdict = row["verdict"]
+    if row["needed"]:
+      verdict += f" (about {row['needed']} cases would settle it)"
+    if row["note"]:
+      verdict += f": {row['note']}"
+    cells = (row["number"] or "", row["says"], row["paper"], row["statistic"], ours, verdict)
+    lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+  return "\n".join(lines) + "\n"

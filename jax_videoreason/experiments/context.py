@@ -1,0 +1,319 @@
+"""What an experiment is given: a batch of runs that ride together, the one sampler, and a reader.
+
+Runs are laid out role by role; within a role they go case by case, seeds inside. An experiment asks
+for `ctx.runs("case")`, an index array into R, and gets results whose axis "run" has that order.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_videoreason import answers, interventions, prepare, runs, sampler
+from jax_videoreason.composing import room_of
+from jax_videoreason.folders import atomic
+from jax_videoreason.interventions import Intervention
+from jax_videoreason.schedules import Schedule
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle, Noise, Sizes, Trace
+from jax_videoreason.taps import TapSpec
+from jax_videoreason.tasks import Case, Task
+
+STRIDE = 10_000  # the noise of case i and seed s is that of i * STRIDE + s: no two cases share it
+
+Point = Any
+Rows = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """What all batches of an experiment share.
+
+  encode: (settings, cases) -> the conditioning of one run per case. decode: latents ... F H W C ->
+  uint8 frames. load_task: (name, settings) -> Task.
+  """
+
+  bundle: ModelBundle
+  chosen: SampleSettings
+  encode: Callable[[SampleSettings, Sequence[Case]], Conditioning]
+  decode: Callable[[Any], np.ndarray]
+  load_task: Callable[[str, SampleSettings], Task]
+
+
+@dataclasses.dataclass
+class Tally:
+  """What has been spent. evaluations: calls of the network for one run and one guidance branch.
+
+  saved: those that shared prefixes made needless. reused: those that an earlier, interrupted call
+  had left. broken: the runs that were not finite, in words.
+  """
+
+  advance: Callable[[int], Any] = lambda count: None
+  evaluations: int = 0
+  saved: int = 0
+  reused: int = 0
+  broken: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+  """Finished pieces of work on disk, found again by everything they depend on.
+
+  folder: None = nothing is kept. of: what all chunks here depend on.
+  """
+
+  folder: Path | None = None
+  of: str = ""
+
+  def path(self, key: str) -> Path | None:
+    if self.folder is None:
+      return None
+    name = hashlib.sha256(f"{self.of}\n{key}".encode()).hexdigest()[:24]
+    return self.folder / f"{name}.npz"
+
+  def get(self, key: str) -> dict[str, np.ndarray] | None:
+    path = self.path(key)
+    if path is None or not path.exists():
+      return None
+    with np.load(path, allow_pickle=False) as stored:
+      return dict(stored)
+
+  def put(self, key: str, value: Mapping[str, np.ndarray]) -> None:
+    path = self.path(key)
+    if path is not None:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with atomic(path) as part, part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **dict(value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """A batch of R runs and what can be done with it.
+
+  cases: of the R runs. roles: role -> its runs. control: every edit is replaced by the identity
+  with the same room, and `map` looks at its first point alone; the result must show no effect.
+  """
+
+  setting: Setting
+  cases: tuple[Case, ...]
+  roles: Mapping[str, np.ndarray]
+  noise: Noise
+  cond: Conditioning
+  schedule: Schedule
+  sizes: Sizes
+  tally: Tally
+  chunks: Chunks
+  control: bool = False
+  place: str = ""
+  counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+  lost: set[int] = dataclasses.field(default_factory=set)
+
+  @property
+  def bundle(self) -> ModelBundle:
+    return self.setting.bundle
+
+  @property
+  def sigma(self) -> np.ndarray:
+    """S+1."""
+    return np.asarray(self.schedule.sigma)
+
+  @property
+  def points(self) -> dict[str, list[Any]]:
+    """Labels of the axes that most results have."""
+    return {
+      "step": list(range(self.sizes.S)),
+      "sigma": [round(float(s), 4) for s in self.sigma[:-1]],
+      "layer": list(range(self.sizes.L)),
+      "latent_frame": list(range(self.sizes.F)),
+    }
+
+  def runs(self, role: str = "case") -> np.ndarray:
+    """Which of the R runs have this role; the same place in two roles is the same case and seed."""
+    if role not in self.roles:
+      raise ValueError(f"no run here is {role!r}; there are: {', '.join(self.roles)}.")
+    return self.roles[role]
+
+  def by_seed(self, role: str = "case") -> np.ndarray:
+    """The runs of a role as seed case: row j holds seed j of every case."""
+    return self.runs(role).reshape(-1, len(self.setting.chosen.seeds)).T
+
+  def task(self, run: int) -> Task:
+    return self.setting.load_task(self.cases[run].task, self.setting.chosen)
+
+  def denoise(
+    self, edit: Intervention | None = None, taps: TapSpec | None = None
+  ) -> tuple[np.ndarray, Trace]:
+    """(final latents R F H W C, trace) of a whole trajectory, on the host."""
+    return self._denoise(self.schedule, edit, taps, None, 0)
+
+  def resume(
+    self, before: Trace | None, step: int, edit: Intervention, taps: TapSpec | None = None
+  ) -> tuple[np.ndarray, Trace]:
+    """As `denoise`, from what `before` held at `step`: the prefix is shared, not computed again.
+
+    before: a trace that `resume` returned (None and step 0 for the first one): held steps are part
+    of the program, so only runs of one program are equal to the last bit. Rows before `step` of
+    the new trace repeat the state. Exact for Euler (`sampler.state_at`).
+    """
+    if before is None:
+      state = sampler.start(self.noise, self.schedule.solver)
+    else:
+      state = sampler.state_at(before, self.schedule, step)
+    return self._denoise(self.schedule.only(step, self.sizes.S), edit, taps, state, step)
+
+  def _denoise(
+    self, schedule: Schedule, edit: Intervention | None, taps: Any, state: Any, held: int
+  ) -> tuple[np.ndarray, Trace]:
+    if self.control and edit is not None:
+      edit = neutral(edit, self.sizes)
+    latents, trace, _ = sampler.denoise(
+      self.bundle, self.noise, self.cond, schedule, edit, taps, state
+    )
+    trace = jax.tree.map(np.asarray, trace)
+    one = self.sizes.R * self.sizes.G
+    self.tally.evaluations += one * (self.sizes.S - held)
+    self.tally.saved += one * held
+    self.tally.advance(one * (self.sizes.S - held))
+    self._note_broken(trace.finite)
+    return np.asarray(latents), trace
+
+  def _note_broken(self, finite: np.ndarray) -> None:
+    pairs = len(next(iter(self.roles.values())))
+    seeds = self.setting.chosen.seeds
+    for run in np.flatnonzero(~finite.all(0)):
+      case, step = self.cases[run], int(np.argmin(finite[:, run]))
+      seed = seeds[int(run) % len(seeds)]
+      text = f"{title(case)}, seed {seed} is not finite from step {step} on"
+      self.lost.add(int(run) % pairs)
+      if text not in self.tally.broken:
+        self.tally.broken.append(text)
+        warnings.warn(f"{text}: it is left out of every number.", stacklevel=4)
+
+  def map(self, fn: Callable[[Point], Rows], points: Sequence[Point]) -> Any:
+    """fn at every point, stacked; each finished point is kept on disk and not done again.
+
+    fn: point -> an array, or a dict of arrays. Every value of an edit is data, so all points are
+    one compilation if they start from one identity.
+    """
+    number = next(self.counter)
+    rows: list[dict[str, np.ndarray]] = []
+    for place, point in enumerate(points):
+      if self.control and place:
+        rows.append(rows[0])
+      else:
+        rows.append(self._once(f"map {number} point {place}", functools.partial(fn, point)))
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return stacked[""] if list(stacked) == [""] else stacked
+
+  def once(self, fn: Callable[[], Rows]) -> Any:
+    """fn(), kept on disk; arrays or a dict of them."""
+    row = self._once(f"once {next(self.counter)}", fn)
+    return row[""] if list(row) == [""] else row
+
+  def _once(self, key: str, fn: Callable[[], Rows]) -> dict[str, np.ndarray]:
+    key = f"{self.place}\n{key}\ncontrol={self.control}"
+    found = self.chunks.get(key)
+    if found is not None:
+      spent = int(found.pop(".evaluations"))
+      self.lost.update(int(pair) for pair in found.pop(".lost"))
+      self.tally.reused += spent
+      self.tally.advance(spent)
+      return found
+    before = self.tally.evaluations
+    made = fn()
+    row = {k: np.asarray(v) for k, v in (made if isinstance(made, dict) else {"": made}).items()}
+    spent = np.asarray(self.tally.evaluations - before)
+    self.chunks.put(key, {**row, ".evaluations": spent, ".lost": np.array(sorted(self.lost), int)})
+    return row
+
+  def read(self, latents: Any, of: np.ndarray | None = None) -> AnswerTrace:
+    """The answers that latents give: S R' F H W C, or R' F H W C as one row.
+
+    of: which of the R runs they are, None = all.
+    """
+    x = np.asarray(latents)
+    x = x[None] if x.ndim == 5 else x
+    of = np.arange(self.sizes.R) if of is None else of
+    cases = [self.cases[run] for run in of]
+    tasks = [self.setting.load_task(case.task, self.setting.chosen) for case in cases]
+    sigma = self.sigma[:-1] if len(x) == self.sizes.S else self.sigma[-1 - len(x) : -1]
+    metadata = [case.metadata for case in cases]
+    return answers.read_steps(tasks, metadata, self.setting.decode(x), sigma)
+
+  def vary(self, **changes: Any) -> "Context":
+    """The same cases and seeds under other settings (steps, shift, guidance, boundary, frames).
+
+    The control leaves everything as it is.
+    """
+    if self.control or not changes:
+      return self
+    chosen = dataclasses.replace(self.setting.chosen, **changes)
+    setting = dataclasses.replace(self.setting, chosen=chosen)
+    cases = self.cases
+    if "frames" in changes:
+      cases = tuple(
+        setting.load_task(case.task, chosen).case(case.metadata | {"frames": chosen.frames})
+        for case in cases
+      )
+    return assemble(
+      setting,
+      cases,
+      self.roles,
+      tally=self.tally,
+      chunks=self.chunks,
+      place=f"{self.place} {json.dumps(changes, sort_keys=True, default=str)}",
+      lost=self.lost,
+      cond=None if "frames" in changes else self.cond,
+    )
+
+
+def assemble(
+  setting: Setting,
+  cases: Sequence[Case],
+  roles: Mapping[str, np.ndarray],
+  *,
+  tally: Tally,
+  chunks: Chunks,
+  cond: Conditioning | None = None,
+  **more: Any,
+) -> Context:
+  """The Context of R = len(cases) runs; cond: None = encoded here."""
+  chosen, card = setting.chosen, setting.bundle.card
+  seeds = chosen.seeds
+  grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  drawn = [case.index * STRIDE + seeds[i % len(seeds)] for i, case in enumerate(cases)]
+  noise = runs.make_noise(drawn, (*grid, card.latents.channels))
+  cond = setting.encode(chosen, cases) if cond is None else cond
+  schedule = prepare.schedule(chosen, setting.bundle)
+  return Context(
+    setting=setting,
+    cases=tuple(cases),
+    roles=roles,
+    noise=noise,
+    cond=cond,
+    schedule=schedule,
+    sizes=sampler.sizes_of(setting.bundle, noise, cond, schedule),
+    tally=tally,
+    chunks=chunks,
+    **more,
+  )
+
+
+def neutral(edit: Intervention, sizes: Sizes) -> Intervention:
+  """`edit` with the same room and no effect."""
+  still = {k: v for name in interventions.ROOM for k, v in room_of(name, sizes).items()}
+  kept = {name: value for name, value in still.items() if getattr(edit, name) is not None}
+  return dataclasses.replace(edit, **kept)
+
+
+def title(case: Case) -> str:
+  """Such as "maze id 3"."""
+  return f"{case.task} {case.split} {case.index}"

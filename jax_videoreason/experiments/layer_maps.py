@@ -1,0 +1,199 @@
+"""What every layer holds at every step: norms, components, and the answer it would give."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+
+from jax_videoreason import guidance, metrics
+from jax_videoreason.experiments.base import experiment
+from jax_videoreason.experiments.context import Context
+from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.reductions import signs
+from jax_videoreason.taps import TapSpec, tap_bytes
+
+COLUMNS = 32  # of the projection by which layers are compared
+TOP = 20  # channels whose share of the variance is reported
+
+
+def rise(rows: np.ndarray) -> np.ndarray:
+  """Mean of the last third of the places minus that of the first."""
+  third = max(1, rows.shape[-1] // 3)
+  return rows[..., -third:].mean((-2, -1)) - rows[..., :third].mean((-2, -1))
+
+
+@experiment(
+  tasks=("maze", "pick", "select_largest"),
+  claims=(
+    Claim(
+      number=8,
+      says="early layers hold the background, later ones the objects",
+      of="contrast",
+      by=rise,
+      statistic="norm on objects minus background, in deviations: last third of layers minus first",
+      above=0.2,
+      paper="objects from about layer 9 of 40 on",
+    ),
+    Claim(
+      number=12,
+      says="later layers consolidate: they grow like the last one",
+      of="cka_last",
+      by=rise,
+      statistic="CKA with the last layer: last third of the layers minus first",
+      above=0.1,
+      paper="stated, no number",
+    ),
+    Claim(
+      number=12,
+      says="later layers consolidate: the answer read from them is the final one",
+      of="lens_agrees",
+      by=rise,
+      statistic="share of runs where the layer lens gives the final answer: last third minus first",
+      above=0.1,
+      paper="stated, no number",
+    ),
+  ),
+)
+def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -> Result:
+  """What does every layer hold at every step, and which answer would it give?
+
+  All is reduced inside the scan, in the run itself: token norms, three main components, moments of
+  the channels and a projection to 32 random directions, of the residual stream and of each layer's
+  update. The layer lens is the model's own output head on every layer, both guidance branches, so
+  it gives a velocity, an x0 and an answer per layer and step. Contrast: token norms in deviations
+  from the mean of their layer, on objects (tokens where the first frame is not of its commonest
+  colour) minus elsewhere. Norms are also shown divided by the median of their layer.
+
+  Limits: the head was trained on the last layer alone, so the lens understates early layers. CKA is
+  of projections, over tokens. Nothing is edited, so there is no identity control.
+  """
+  sizes = ctx.sizes
+  shape = (sizes.F, *token_grid(ctx))
+  taps = TapSpec(
+    sites=(site, "update"),
+    reduce=("norm", "frame_norm", "channel_moments", "pca3", "project", "lens"),
+    branches=tuple(range(sizes.G)),
+    directions=jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32),
+  )
+  _, trace = ctx.denoise(taps=taps)
+  kept = {name: np.asarray(value) for name, value in trace.taps.items()}
+  own = {name: value[:, :, 0] for name, value in kept.items()}  # S L R ...
+  norm, update = own[f"{site}/norm"], own["update/norm"]
+  moments = np.sort(own[f"{site}/channel_moments"][..., 1, :], axis=-1)
+  deviations = (norm - norm.mean(-1, keepdims=True)) / np.maximum(norm.std(-1, keepdims=True), 1e-6)
+  objects = object_tokens(ctx, shape)[None, None]
+  contrast = masked_mean(deviations, objects) - masked_mean(deviations, ~objects)
+  projected = own[f"{site}/project"][..., None, None, :]  # S L R T 1 1 P
+  steps = np.unique(np.linspace(0, sizes.S - 1, lens_steps).round().astype(int))
+  velocity = combined(ctx, kept[f"{site}/lens"])  # S L R F H W C
+  sigma = ctx.sigma[:-1].reshape(-1, *(1,) * 6)
+  guesses = np.asarray(trace.latents)[:, None] - sigma * velocity
+  final = ctx.read(np.asarray(trace.x0)[-1:]).answer[0]
+  read = [ctx.read(guesses[step]) for step in steps]  # one row per layer
+  last = sizes.S - 1
+  values: dict[str, Any] = {
+    "norm": norm.mean(-1),
+    "norm_of_update": update.mean(-1),
+    "contrast": contrast.mean(0),
+    "contrast_by_step": contrast,
+    "layer_by_frame": own[f"{site}/frame_norm"].mean(0),
+    "temporal_energy": own[f"{site}/frame_norm"].mean(1),
+    "top_channels": moments[..., -TOP:].sum(-1) / moments.sum(-1),
+    "cka_last": np.asarray(metrics.cka(projected, projected[:, -1:])).mean(0),
+    "lens_x0": np.asarray(metrics.agreement(guesses, np.asarray(trace.x0)[-1:])),
+    "lens_agrees": np.stack([answer.answer == final[None] for answer in read]).mean(0),
+    "lens_right": np.stack([answer.right for answer in read]).astype(float),
+    "norm_map": picture(norm[last, :, 0], shape),
+    "norm_map_over_median": picture(norm[last, :, 0] / np.median(norm[last, :, 0]), shape),
+    "update_map": picture(update[last, :, 0], shape),
+    "pca_map": rearrange(
+      colours(own[f"{site}/pca3"][last, :, 0]), "l (f y x) c -> l f y x c", f=shape[0], y=shape[1]
+    ),
+  }
+  axes = {name: AXES.get(name, ("step", "layer", "run")) for name in values}
+  points = ctx.points | {"lens_step": steps.tolist()}
+  states = 4 * 2 * sizes.S * sizes.L * sizes.G * sizes.R * sizes.T * sizes.D
+  note = (
+    f"Taps of a batch: {tap_bytes(taps, sizes) / 1e6:.0f} MB; all hidden states would be "
+    f"{states / 1e6:.0f} MB."
+  )
+  return Result(values=values, axes=axes, points=points, titles=TITLES, notes=(note,))
+
+
+def token_grid(ctx: Context) -> tuple[int, int]:
+  """(h, w) of the tokens of a latent frame."""
+  f, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  if f != ctx.sizes.F:
+    raise ValueError(f"tokens span several latent frames ({f} of {ctx.sizes.F}); wanted one each.")
+  return h, w
+
+
+def object_tokens(ctx: Context, shape: tuple[int, int, int]) -> np.ndarray:
+  """R T bool: tokens a quarter or more of whose pixels are not of the commonest colour."""
+  f, h, w = shape
+  masks = []
+  for case in ctx.cases:
+    pixels = rearrange(case.first_frame, "y x c -> (y x) c")
+    colour, count = np.unique(pixels, axis=0, return_counts=True)
+    other = (case.first_frame != colour[count.argmax()]).any(-1).astype(float)
+    share = reduce(other, "(h a) (w b) -> h w", "mean", h=h, w=w)
+    masks.append(np.tile(share.reshape(-1) >= 0.25, f))
+  return np.stack(masks)
+
+
+def masked_mean(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Mean over the last axis where mask; 0 where nothing is."""
+  return (value * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+
+
+def combined(ctx: Context, lens: np.ndarray) -> np.ndarray:
+  """S L R F H W C: the guided velocity of lens taps S L G R T (patch C)."""
+  pf, ph, pw = ctx.bundle.card.latents.patch
+  _, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  pattern = "s l g r (f h w) (pf ph pw c) -> s g l r (f pf) (h ph) (w pw) c"
+  by_branch = rearrange(lens, pattern, h=h, w=w, pf=pf, ph=ph, pw=pw)
+  scale = np.asarray(ctx.schedule.guidance)
+  rows = [guidance.combine(v, s) for v, s in zip(by_branch, scale, strict=True)]
+  return np.stack([np.asarray(row) for row in rows])
+
+
+def picture(norm: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+  """L F y x of L T."""
+  return rearrange(norm, "l (f y x) -> l f y x", f=shape[0], y=shape[1])
+
+
+def colours(scores: np.ndarray) -> np.ndarray:
+  """L T 3 uint8: each component from its smallest to its largest value."""
+  low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
+  return (255 * (scores - low) / np.maximum(high - low, 1e-6)).astype(np.uint8)
+
+
+PICTURE = ("layer", "latent_frame", "y", "x")
+AXES = {
+  "contrast": ("layer", "run"),
+  "cka_last": ("layer", "run"),
+  "layer_by_frame": ("layer", "run", "latent_frame"),
+  "temporal_energy": ("step", "run", "latent_frame"),
+  "lens_agrees": ("layer", "run"),
+  "lens_right": ("lens_step", "layer", "run"),
+  **dict.fromkeys(("norm_map", "norm_map_over_median", "update_map"), PICTURE),
+  "pca_map": (*PICTURE, "rgb"),
+}
+TITLES = {
+  "norm": "Mean token norm",
+  "norm_of_update": "Mean token norm of the layer's update",
+  "contrast": "Norm on objects minus background, in deviations",
+  "contrast_by_step": "Norm on objects minus background, in deviations",
+  "layer_by_frame": "Norm by layer and latent frame",
+  "temporal_energy": "Energy by step and latent frame",
+  "top_channels": f"Share of the variance in the {TOP} strongest channels",
+  "cka_last": "CKA with the last layer",
+  "lens_x0": "Layer lens: cosine of its x0 with the final video",
+  "lens_agrees": "Layer lens: share of runs and steps with the final answer",
+  "lens_right": "Layer lens: share of runs with a right answer",
+  "norm_map": "Token norms at the last step, first run (each picture on its own scale)",
+  "norm_map_over_median": "The same divided by the median of all layers",
+  "update_map": "Token norms of the layers' updates",
+  "pca_map": "Three main components as colours",
+}

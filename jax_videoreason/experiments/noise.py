@@ -1,0 +1,224 @@
+"""Noise at a step against noise at a frame: where along the trajectory the answer can be broken."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_videoreason import metrics
+from jax_videoreason.experiments.base import experiment
+from jax_videoreason.experiments.context import Context
+from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.interventions import NOISE_MODES, identity, noise_at, where
+from jax_videoreason.reductions import signs
+from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import TapSpec
+
+COLUMNS = 32  # of the projection by which hidden states are compared
+
+
+def ratio(rows: np.ndarray) -> np.ndarray:
+  """Mean of the first column over that of the second."""
+  mean = rows.mean(-2)
+  return mean[..., 0] / np.maximum(mean[..., 1], 1e-6)
+
+
+def cos_index(rows: np.ndarray) -> np.ndarray:
+  """step / (step + frame) of mean drops; a drop below 0 is none, and none of both is .5."""
+  step, frame = np.moveaxis(np.maximum(rows.mean(-2), 0), -1, 0)
+  return np.where(step + frame > 1e-6, step / np.maximum(step + frame, 1e-6), 0.5)
+
+
+def peak(rows: np.ndarray) -> np.ndarray:
+  """Where the mean curve is highest after its first place (0), at which noise is another seed."""
+  return (1 + rows[..., 1:].mean(-2).argmax(-1)) / max(1, rows.shape[-1] - 1)
+
+
+def chosen_steps(sizes: Sizes, stride: int) -> list[int]:
+  return list(range(0, sizes.S, stride))
+
+
+def cost(sizes: Sizes, *, modes: Sequence[str], stride: int, **_: Any) -> float:
+  steps = chosen_steps(sizes, stride)
+  shared = sum(sizes.S - s for s in steps) / sizes.S
+  return 1 + len(modes) * (shared + 2 * max(1, sizes.F - 1))
+
+
+@experiment(
+  tasks=("maze", "pick", "select_largest"),
+  claims=(
+    Claim(
+      number=2,
+      says="noise at one step destroys the answer",
+      of=("step_arm[mode=replace]", "clean"),
+      by=ratio,
+      statistic="mean drop of the score over steps, as a share of the clean score",
+      above=0.5,
+      paper="the score is more than halved",
+    ),
+    Claim(
+      number=3,
+      says="noise at one frame in all steps hurts clearly less than noise at one step",
+      of="apart[mode=replace]",
+      statistic="drop at a step minus drop at a frame",
+      above=0.1,
+      paper="clearly less, no number",
+    ),
+    Claim(
+      number=4,
+      says="sensitivity to noise peaks in the middle of the trajectory",
+      of="sensitivity[mode=renoise]",
+      by=peak,
+      statistic="step of the largest mean 1 - CKA of x0 (the first left out), share of all steps",
+      above=0.4,
+      below=0.6,
+      paper="steps 20 to 30, likely of 50",
+    ),
+    Claim(
+      number=5,
+      says="noise injected early is never recovered from",
+      of="unrecovered[mode=replace]",
+      statistic="final over largest 1 - CKA of x0, injected in the first fifth of the steps",
+      above=0.5,
+      paper="1 - CKA stays high, no number",
+    ),
+    Claim(
+      number=13,
+      says="the reasoning runs along steps, not frames",
+      of=("step_arm[mode=renoise]", "frame_arm_matched[mode=renoise]"),
+      by=cos_index,
+      statistic="CoS index: step drop / (step drop + frame drop), equal cells and energy",
+      above=0.5,
+      paper="the paper's thesis, no number",
+    ),
+  ),
+  zero=("step_drop", "frame_drop", "matched_drop", "cka_x0", "cka_latents", "cka_hidden"),
+  cost=cost,
+)
+def noise(
+  ctx: Context, *, modes: tuple[str, ...] = NOISE_MODES, gain: float = 1.0, stride: int = 1
+) -> Result:
+  """Is the answer broken by noise at one step, or by noise at one frame?
+
+  Noise at Step: all latent frames at one step. Noise at Frame: one latent frame at every step.
+  Matched: one latent frame at F evenly spread steps, so that both arms noise F cells (step, frame)
+  with the same mean energy. Modes: replace x by noise; add noise; add noise times sigma; renoise,
+  which keeps the guess x0 and draws its noise anew, so that x stays on the noise level. Divergence
+  is 1 - linear CKA between the noised run and its clean twin (same seed), over latent positions, of
+  x, x0 and the residual stream in the middle layer. The prefix before the noise is shared.
+
+  Limits: frame 0 is given to the model and left out of the frame arms. `replace` at step 0 is
+  another seed; at late steps it destroys the picture whatever it shows. x0 is the guess of the step
+  before, so `renoise` at step 0 is `replace`.
+  """
+  sizes, sigma = ctx.sizes, ctx.sigma
+  steps = chosen_steps(sizes, stride)
+  frames = list(range(1, sizes.F)) if sizes.F > 1 else [0]
+  spread = np.unique(np.linspace(0, sizes.S - 1, min(sizes.F, sizes.S)).round().astype(int))
+  directions = jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32)
+  taps = TapSpec(
+    sites=("resid_post",), reduce=("project",), layers=(sizes.L // 2,), directions=directions
+  )
+  base = identity(sizes, edits=("noise",))
+  final, clean = ctx.resume(None, 0, base, taps)
+  score = ctx.read(final).score[-1]
+
+  def noised(at: Any, mode: str, first: int) -> tuple[np.ndarray, Any]:
+    level = gain if mode.startswith("add") else 1.0
+    edit = noise_at(base, at, mode=mode, gain=level, sigma=sigma)
+    latents, trace = ctx.resume(clean, first, edit, taps)
+    return score - ctx.read(latents).score[-1], trace
+
+  def at_step(point: tuple[str, int]) -> dict[str, np.ndarray]:
+    mode, step = point
+    drop, trace = noised(where(sizes, steps=step), mode, step)
+    held = np.arange(sizes.S)[:, None] < step
+    apart = {name: np.where(held, 0, 1 - cka) for name, cka in alike(trace, clean).items()}
+    return {"step_drop": drop, **apart}
+
+  def at_frame(point: tuple[str, int]) -> dict[str, np.ndarray]:
+    mode, frame = point
+    return {
+      "frame_drop": noised(where(sizes, frames=frame), mode, 0)[0],
+      "matched_drop": noised(where(sizes, frames=frame, steps=spread), mode, 0)[0],
+    }
+
+  def grid(fn: Any, places: list[int]) -> dict[str, np.ndarray]:
+    rows = ctx.map(fn, [(mode, place) for mode in modes for place in places])
+    return {n: v.reshape(len(modes), len(places), *v.shape[1:]) for n, v in rows.items()}
+
+  found = {**grid(at_step, steps), **grid(at_frame, frames)}
+  divergence = found["cka_x0"]  # mode step observed run
+  after = np.arange(sizes.S)[None, :] >= np.array(steps)[:, None]
+  count = after.sum(1)[None, :, None]
+  early = max(1, len(steps) // 5)
+  largest = np.maximum(divergence[:, :early].max(2), 1e-6)
+  found |= {
+    "clean": score,
+    "step_arm": found["step_drop"].mean(1),
+    "frame_arm": found["frame_drop"].mean(1),
+    "frame_arm_matched": found["matched_drop"].mean(1),
+    "sensitivity": divergence.sum(2) / count,
+    "sensitivity_end": divergence[:, :, -1],
+    "unrecovered": (divergence[:, :early, -1] / largest).mean(1),
+  }
+  found["apart"] = found["step_arm"] - found["frame_arm"]
+  if not ctx.control:
+    found |= {
+      n: np.where(after[None, ..., None], found[n], np.nan) for n in found if n[:4] == "cka_"
+    }
+  axes = {name: AXES.get(name, ("mode", "run")) for name in found}
+  points = ctx.points | {
+    "mode": list(modes),
+    "injected": steps,
+    "observed": list(range(sizes.S)),
+    "latent_frame": frames,
+  }
+  return Result(values=found, axes=axes, points=points, titles=TITLES)
+
+
+def alike(trace: Any, clean: Any) -> dict[str, np.ndarray]:
+  """CKA S R of x, x0 and the middle layer with the clean run."""
+  hidden, own = (t.taps["resid_post/project"][:, 0, 0] for t in (trace, clean))  # S R T P
+  pairs = {
+    "cka_x0": (trace.x0, clean.x0),
+    "cka_latents": (trace.latents, clean.latents),
+    "cka_hidden": tuple(x[:, :, :, None, None] for x in (hidden, own)),
+  }
+  return {
+    name: np.where(same(a, b), 1.0, np.asarray(metrics.cka(a, b))) for name, (a, b) in pairs.items()
+  }
+
+
+def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """S R: states equal to the last bit, whose CKA is 1 by definition, not by rounding."""
+  return (a == b).all(axis=(2, 3, 4, 5))
+
+
+GRID = ("mode", "injected", "observed", "run")
+AXES = {
+  "clean": ("run",),
+  "step_drop": ("mode", "injected", "run"),
+  "frame_drop": ("mode", "latent_frame", "run"),
+  "matched_drop": ("mode", "latent_frame", "run"),
+  "sensitivity": ("mode", "injected", "run"),
+  "sensitivity_end": ("mode", "injected", "run"),
+  **dict.fromkeys(("cka_x0", "cka_latents", "cka_hidden"), GRID),
+}
+TITLES = {
+  "clean": "Score of the clean run",
+  "step_drop": "Drop of the score, noise at one step",
+  "frame_drop": "Drop of the score, noise at one frame in all steps",
+  "matched_drop": "Drop of the score, noise at one frame in F steps",
+  "step_arm": "Drop, noise at a step (mean over steps)",
+  "frame_arm": "Drop, noise at a frame (mean over frames)",
+  "frame_arm_matched": "Drop, noise at a frame, as many cells as at a step",
+  "apart": "Drop at a step minus drop at a frame",
+  "sensitivity": "Mean 1 - CKA of x0 from the injection on",
+  "sensitivity_end": "1 - CKA of the final video",
+  "unrecovered": "Final over largest 1 - CKA, early injections",
+  "cka_x0": "1 - CKA of x0 with the clean run",
+  "cka_latents": "1 - CKA of x with the clean run",
+  "cka_hidden": "1 - CKA of the middle layer with the clean run",
+}

@@ -1,0 +1,274 @@
+"""What an experiment claims and what it found: named arrays, intervals, verdicts, on disk."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import arrays, stats
+from jax_videoreason.folders import plain, read_json, write_json
+
+SEED = 0  # of every resampling
+VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
+REPEATS = ("case", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+  """What is declared before data: a statistic, and the region of it in which the claim holds.
+
+  says: the claim in a sentence. of: the value it is about, one number per case, such as "drop" or
+  "drop[arm=step,mode=renoise]"; several are handed to `by` side by side. statistic: what is
+  computed, in words, with its unit. above, below: the smallest effect of interest: the claim holds
+  where the whole 95% interval lies above `above` and below `below`. by: another summary than the
+  mean over cases, (draws N ...) -> (draws). share: the value is a rate in 0..1.
+  number: of the claim in the paper's list; None = a claim of others. paper: what the paper found.
+  """
+
+  says: str
+  of: str | tuple[str, ...]
+  statistic: str
+  above: float | None = None
+  below: float | None = None
+  by: Callable[[np.ndarray], np.ndarray] | None = None
+  share: bool = False
+  number: int | None = None
+  paper: str = ""
+
+  def __post_init__(self):
+    if self.above is None and self.below is None:
+      raise ValueError(f"claim {self.says!r} has no smallest effect of interest: give above=.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+  """A claim beside the data: estimate, 95% interval, verdict (of `VERDICTS`).
+
+  cases: how many the interval rests on. needed: cases that would settle a "can't tell"; None where
+  no number would.
+  """
+
+  claim: Claim
+  estimate: float
+  low: float
+  high: float
+  verdict: str
+  cases: int
+  needed: int | None = None
+  note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """Arrays with named axes.
+
+  values: name -> array. axes: name -> its axes; what an experiment returns has "run", which
+  becomes "case" and "seed", or "case" where its seeds are one.
+  points: axis -> a label for each place: numbers or texts.
+  titles: name -> what it is, with its unit, for the figures. notes: what a reader must know.
+  """
+
+  values: Mapping[str, np.ndarray]
+  axes: Mapping[str, tuple[str, ...]]
+  points: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  notes: Sequence[str] = ()
+
+  def __post_init__(self):
+    for name, value in self.values.items():
+      axes = self.axes.get(name)
+      if axes is None or len(axes) != np.ndim(value):
+        raise ValueError(f"value {name!r} is {np.shape(value)} and has the axes {axes}.")
+      for axis, size in zip(axes, np.shape(value), strict=True):
+        if axis in self.points and len(self.points[axis]) != size:
+          raise ValueError(
+            f"value {name!r}: axis {axis!r} has {size} places and {len(self.points[axis])} labels."
+          )
+
+  def has(self, of: str) -> bool:
+    """Whether there is a value "name" with all places of "name[axis=label,...]"."""
+    name, places = _parts(of)
+    return name in self.values and all(
+      axis in self.axes[name] and label in map(str, self.points.get(axis, ()))
+      for axis, label in places
+    )
+
+  def per_case(self, of: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N ..., the axes after N) of "name" or "name[axis=label,...]": seeds averaged, case first."""
+    name, places = _parts(of)
+    if name not in self.values:
+      raise ValueError(f"no value {of!r}; there are: {', '.join(self.values)}.")
+    value, axes = np.asarray(self.values[name], float), list(self.axes[name])
+    for axis, label in places:
+      labels = [str(point) for point in self.points.get(axis, ())]
+      if axis not in axes or label not in labels:
+        raise ValueError(f"{of}: axis {axis!r} has no place {label!r}; it has: {labels}.")
+      value = np.take(value, labels.index(label), axis=axes.index(axis))
+      axes.remove(axis)
+    if "seed" in axes:
+      value = _known_mean(value, axes.index("seed"))
+      axes.remove("seed")
+    if "case" not in axes:
+      raise ValueError(f"{of} has no axis 'case' to resample, only {axes}.")
+    value = np.moveaxis(value, axes.index("case"), 0)
+    axes.remove("case")
+    return value, tuple(axes)
+
+
+def interval(result: Result, of: str) -> tuple[stats.Interval, tuple[str, ...]]:
+  """The mean over cases of every cell of a value, with its interval; and its axes."""
+  value, axes = result.per_case(of)
+  good = np.isfinite(value).reshape(len(value), -1).all(1)
+  if not good.any():
+    raise ValueError(f"{of}: no case has finite numbers.")
+  return stats.bootstrap(value[good], seed=SEED), axes
+
+
+def judge(claim: Claim, result: Result) -> Finding:
+  """Holds the claim against the data, by a bootstrap over cases."""
+  names = (claim.of,) if isinstance(claim.of, str) else claim.of
+  none = float("nan")
+  absent = [name for name in names if not result.has(name)]
+  if absent:
+    note = f"the options leave out {', '.join(absent)}"
+    return Finding(
+      claim=claim, estimate=none, low=none, high=none, verdict="not run here", cases=0, note=note
+    )
+  columns = [result.per_case(name)[0] for name in names]
+  values = columns[0] if len(columns) == 1 else np.stack(columns, axis=-1)
+  good = np.asarray(np.isfinite(values).reshape(len(values), -1).all(1))
+  lost = f"{int((~good).sum())} of {len(good)} cases have no number" if not good.all() else None
+  if not good.any():
+    return Finding(
+      claim=claim, estimate=none, low=none, high=none, verdict="can't tell", cases=0, note=lost
+    )
+  values = values[good]
+  if claim.share:
+    found = stats.share(values, seed=SEED)
+  else:
+    found = stats.bootstrap(values, seed=SEED, statistic=claim.by)
+  if np.ndim(found.estimate):
+    raise ValueError(f"claim {claim.says!r}: {claim.of} is a map, wanted one number per case.")
+  estimate, low, high = (float(x) for x in (found.estimate, found.low, found.high))
+  floor = -np.inf if claim.above is None else claim.above
+  ceiling = np.inf if claim.below is None else claim.below
+  if low > floor and high < ceiling:
+    verdict = "holds"
+  elif high < floor or low > ceiling:
+    verdict = "does not hold"
+  else:
+    verdict = "can't tell"
+  note = "; ".join(text for text in (found.note, lost) if text) or None
+  needed = None
+  if verdict == "can't tell" and np.isfinite(low):
+    edge = min(abs(estimate - end) for end in (floor, ceiling))
+    if edge > 0:
+      needed = int(np.ceil(len(values) * ((high - low) / 2 / edge) ** 2)) + 1
+  return Finding(
+    claim=claim,
+    estimate=estimate,
+    low=low,
+    high=high,
+    verdict=verdict,
+    cases=len(values),
+    needed=needed,
+    note=note,
+  )
+
+
+def _parts(of: str) -> tuple[str, list[tuple[str, str]]]:
+  """The name and the places (axis, label) of "name[axis=label,...]"."""
+  name, _, inside = of.removesuffix("]").partition("[")
+  places = [part.partition("=") for part in inside.split(",") if part]
+  return name, [(axis, label) for axis, _, label in places]
+
+
+def _known_mean(value: np.ndarray, axis: int) -> np.ndarray:
+  """The mean of what is a number; NaN where nothing is."""
+  known = np.isfinite(value)
+  count = known.sum(axis)
+  return np.where(count > 0, np.where(known, value, 0.0).sum(axis) / np.maximum(count, 1), np.nan)
+
+
+def join(batches: Sequence[Result], seeds: int, counts: Sequence[int]) -> Result:
+  """The results of all batches as one: "run" becomes case and seed, cases are joined.
+
+  counts: cases of each batch that are no filling. A value without runs is that of the first batch.
+  """
+  values, axes = {}, {}
+  for name, names in batches[0].axes.items():
+    if "case" in names:
+      at = names.index("case")
+      parts = [
+        np.take(np.asarray(batch.values[name]), np.arange(count), axis=at)
+        for batch, count in zip(batches, counts, strict=True)
+      ]
+      values[name], axes[name] = np.concatenate(parts, axis=at), names
+      continue
+    if "run" not in names:
+      values[name], axes[name] = batches[0].values[name], names
+      continue
+    at = names.index("run")
+    parts = []
+    for batch, count in zip(batches, counts, strict=True):
+      value = np.asarray(batch.values[name])
+      shape = (*value.shape[:at], -1, seeds, *value.shape[at + 1 :])
+      parts.append(np.take(value.reshape(shape), np.arange(count), axis=at))
+    values[name] = np.concatenate(parts, axis=at)
+    axes[name] = (*names[:at], *REPEATS, *names[at + 1 :])
+  notes = list(dict.fromkeys(note for batch in batches for note in batch.notes))
+  return dataclasses.replace(batches[0], values=values, axes=axes, notes=notes)
+
+
+def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
+  """Writes `arrays.zarr` and, last, `result.json` with the labels of the axes and `record`."""
+  folder = Path(folder)
+  for name, value in result.values.items():
+    arrays.put(folder / "arrays.zarr", name, result.axes[name], value)
+  write_json(
+    folder / "result.json",
+    plain(
+      {
+        **record,
+        "points": result.points,
+        "titles": result.titles,
+        "notes": list(result.notes),
+        "axes": {name: list(axes) for name, axes in result.axes.items()},
+      }
+    ),
+  )
+
+
+def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
+  """(the arrays, all of `result.json`) of a folder that an experiment left."""
+  folder = Path(folder)
+  record = read_json(folder / "result.json")
+  stored = arrays.open_group(folder / "arrays.zarr")
+  result = Result(
+    values={name: stored[name][...] for name in record["axes"]},
+    axes={name: tuple(stored[name].axes) for name in record["axes"]},
+    points=record["points"],
+    titles=record["titles"],
+    notes=record["notes"],
+  )
+  return result, record
+
+
+def describe(finding: Finding) -> dict[str, Any]:
+  """A finding as JSON can say it."""
+  claim = finding.claim
+  return plain(
+    {
+      "number": claim.number,
+      "says": claim.says,
+      "statistic": claim.statistic,
+      "paper": claim.paper,
+      "above": claim.above,
+      "below": claim.below,
+      **{f: getattr(finding, f) for f in ("estimate", "low", "high", "verdict", "cases")},
+      "needed": finding.needed,
+      "note": finding.note,
+    }
+  )

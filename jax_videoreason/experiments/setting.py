@@ -1,0 +1,105 @@
+"""From settings to what experiments share: bundle, encoder, reader, cases."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jax_videoreason import checkpoint, conditioning, tasks
+from jax_videoreason.decode import decode, preview
+from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import Conditioning, ModelBundle
+from jax_videoreason.tasks import Case, Task
+
+AGREEMENT = 0.98  # of the answers that the linear preview and the VAE give
+LOOKED_AT = 5  # steps on which they are compared
+HASHED = 1 << 20  # bytes of weights that tell one bundle from another
+
+
+def load(chosen: SampleSettings) -> Setting:
+  """The setting of these settings; text encoder and DiT are never resident together."""
+  if chosen.height != chosen.width:
+    raise ValueError(
+      f"cases are square and the config says {chosen.width} x {chosen.height}: give "
+      "--config.height and --config.width the same number."
+    )
+  bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae"))
+  return Setting(
+    bundle=bundle,
+    chosen=chosen,
+    encode=encode,
+    decode=functools.partial(decode, bundle),
+    load_task=load_task,
+  )
+
+
+def encode(chosen: SampleSettings, cases: Sequence[Case]) -> Conditioning:
+  """The conditioning of one run per case; the encoders are loaded for it and let go."""
+  return conditioning.encode(
+    checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae")),
+    [case.prompt for case in cases],
+    np.stack([case.first_frame for case in cases]),
+    frames=chosen.frames,
+    negative_prompt=chosen.negative_prompt,
+    guided=chosen.guided,
+  )
+
+
+def load_task(name: str, chosen: SampleSettings) -> Task:
+  """The task at the size of the settings."""
+  return tasks.load(name, size=chosen.height, frames=chosen.frames)
+
+
+def pick_cases(
+  chosen: SampleSettings, names: Sequence[str], count: int, split: str = "id"
+) -> list[Case]:
+  """`count` cases of every task, task by task; a task that is held out has its own split.
+
+  Odd indices are ambiguous cases, where the task has them.
+  """
+  found = []
+  for name in names:
+    task = load_task(name, chosen)
+    own = "heldout" if task.held_out else split
+    found += [task.generate(own, index) for index in range(count)]
+  return found
+
+
+def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float | None]:
+  """The setting with the quickest honest decoder, and how often the preview agrees with the VAE.
+
+  Answers are read from the linear preview where it agrees with the VAE in at least `AGREEMENT` of
+  the steps looked at, else from the VAE. None = the model has no preview.
+  """
+  if setting.bundle.preview is None:
+    return setting, None
+  ctx = assemble(
+    setting,
+    list(cases) * len(setting.chosen.seeds),
+    {"case": np.arange(len(cases) * len(setting.chosen.seeds))},
+    tally=Tally(),
+    chunks=Chunks(),
+  )
+  _, trace = ctx.denoise()
+  assert trace.x0 is not None
+  rows = np.unique(np.linspace(0, ctx.sizes.S - 1, LOOKED_AT).round().astype(int))
+  quick = dataclasses.replace(setting, decode=functools.partial(preview, setting.bundle))
+  said = [
+    dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer
+    for s in (setting, quick)
+  ]
+  agreement = float((said[0] == said[1]).mean())
+  return (quick if agreement >= AGREEMENT else setting), agreement
+
+
+def fingerprint(bundle: ModelBundle) -> str:
+  """A hash that tells the weights of one bundle from those of another."""
+  digest = hashlib.sha256(bundle.card.name.encode())
+  for params in bundle.params:
+    for leaf in jax.tree.leaves(params)[-1:]:
+      digest.update(np.asarray(leaf).tobytes()[:HASHED])
+  return digest.hexdigest()[:16]

@@ -1,0 +1,84 @@
+"""Linear probes: all of them at once, each judged on cases that it has not seen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_videoreason.axes import Array
+
+STEPS, RATE = 150, 0.03
+
+
+def crossed(
+  features: np.ndarray,
+  labels: np.ndarray,
+  groups: np.ndarray,
+  *,
+  folds: int = 4,
+  ridge: float = 0.05,
+) -> np.ndarray:
+  """M N bool: is the class of each sample named right by a probe that never saw its group?
+
+  features: M N K, M probes (layers and steps) over the same N samples. labels: N classes. groups: N
+  int, such as the case: a group is never split between training and test. Each probe is a softmax
+  of a linear map on standardised features, trained by Adam on its weights' squares times `ridge`
+  beside the cross-entropy. All M probes of all folds train in one call, spread over the devices.
+
+  ValueError for one class only, or fewer groups than folds.
+  """
+  known, classes = np.unique(labels, return_inverse=True)
+  groups = np.unique(groups, return_inverse=True)[1]
+  if len(known) < 2:
+    raise ValueError(f"all {len(labels)} labels are equal: a probe needs two classes or more.")
+  if groups.max() + 1 < folds:
+    raise ValueError(f"{groups.max() + 1} groups for {folds} folds: give more cases.")
+  fold = groups % folds
+  train = np.stack([fold != f for f in range(folds)])
+  x = _spread(np.asarray(features, np.float32))
+  said = np.asarray(_train(x, jnp.asarray(classes), jnp.asarray(train), len(known), ridge))
+  right = rearrange(said, "m f n -> f m n") == classes[None, None]
+  return np.asarray((right & ~train[:, None]).any(0))
+
+
+def _spread(x: np.ndarray) -> Array:
+  """M N K with M over all devices, where it divides."""
+  devices = jax.devices()
+  if len(devices) == 1 or len(x) % len(devices):
+    return jnp.asarray(x)
+  mesh = Mesh(np.array(devices), ("probe",))
+  return jax.device_put(x, NamedSharding(mesh, PartitionSpec("probe")))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _train(x: Array, classes: Array, train: Array, count: int, ridge: float) -> Array:
+  """M folds N: the class that each probe names."""
+  target = jax.nn.one_hot(classes, count)
+  optimiser = optax.adam(RATE)
+
+  def one(x: Array, use: Array) -> Array:
+    weight = rearrange(use.astype(x.dtype) / use.sum(), "n -> n 1")
+    mean = (weight * x).sum(0, keepdims=True)
+    spread = jnp.sqrt((weight * (x - mean) ** 2).sum(0, keepdims=True))
+    x = (x - mean) / jnp.where(spread > 1e-6, spread, 1.0)
+    params = {"kernel": jnp.zeros((x.shape[1], count)), "bias": jnp.zeros((1, count))}
+
+    def loss(params: dict[str, Array]) -> Array:
+      logits = x @ params["kernel"] + params["bias"]
+      entropy = -(target * jax.nn.log_softmax(logits)).sum(1, keepdims=True)
+      return (weight * entropy).sum() + ridge * (params["kernel"] ** 2).sum()
+
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+      params, state = carry
+      updates, state = optimiser.update(jax.grad(loss)(params), state)
+      return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), length=STEPS)
+    return (x @ params["kernel"] + params["bias"]).argmax(1)
+
+  over_folds = jax.vmap(one, (None, 0))
+  return jax.vmap(over_folds, (0, None))(x, train)

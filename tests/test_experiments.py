@@ -1,0 +1,324 @@
+"""Experiments on models whose truth is known: they find it, and find nothing where it is absent."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toy
+from jax_videoreason import cli, pages
+from jax_videoreason.cli import run
+from jax_videoreason.experiments import (
+  EXPERIMENTS,
+  Claim,
+  Result,
+  claims,
+  experiment,
+  perform,
+  results,
+)
+from jax_videoreason.experiments.chain_of_steps import chain_of_steps
+from jax_videoreason.experiments.context import Chunks
+from jax_videoreason.experiments.noise import noise
+from jax_videoreason.folders import write_json
+from jax_videoreason.interventions import identity, noise_at, where
+from jax_videoreason.structs import Sizes
+
+STEPS = 10
+
+
+def by_name(findings):
+  return {finding.claim.says: finding for finding in findings}
+
+
+# chain of steps
+
+
+def test_chain_of_steps_finds_two_candidates_and_the_step_that_decides():
+  found, _, findings = perform(chain_of_steps, toy.setting(toy.both_then_one), toy.cases(12))
+  assert (found.values["several"] == 1).all()
+  assert (found.values["corrected"] == 1).all()
+  # sigma .5 is step 5 of 10, the first at or below .55
+  np.testing.assert_allclose(found.values["commitment"], 0.5)
+  assert {f.claim.number: f.verdict for f in findings if f.claim.number} == {
+    7: "holds",
+    11: "holds",
+  }
+
+
+def test_chain_of_steps_finds_neither_where_the_answer_stands_from_the_start():
+  found, _, findings = perform(chain_of_steps, toy.setting(toy.truth), toy.cases(12))
+  assert (found.values["several"] == 0).all()
+  assert (found.values["commitment"] == 0).all()
+  verdicts = {f.claim.number: f.verdict for f in findings if f.claim.number}
+  assert verdicts[7] == "does not hold"
+
+
+# noise
+
+
+def test_noise_finds_the_step_from_which_the_answer_lives_in_the_latents():
+  options = {"modes": ("replace", "renoise")}
+  found, record, _ = perform(
+    noise, toy.setting(toy.read_late, seeds=(0, 1)), toy.cases(16), options=options
+  )
+  drop = found.values["step_drop"].mean((2, 3))
+  assert (drop[0, 5:] > 0.25).all()
+  assert (drop[0, :3] < 0.1).all()
+  assert (np.abs(drop[1]) < 0.1).all()  # the guess is kept, so is the answer
+  assert record["control"] == dict.fromkeys(record["control"], 0.0)
+  assert record["evaluations"] == record["planned"]
+  assert record["saved"] > 0
+  assert record["programs"] <= 1
+
+
+def test_noise_finds_no_drop_where_the_answer_is_read_from_the_picture():
+  options = {"modes": ("replace",), "stride": 3}
+  found, _, findings = perform(noise, toy.setting(toy.truth), toy.cases(10), options=options)
+  assert np.abs(found.values["step_drop"]).max() == 0
+  assert np.nanmax(found.values["cka_x0"][..., 1:, :, :]) >= 0
+  verdicts = by_name(findings)
+  assert verdicts["noise at one step destroys the answer"].verdict != "holds"
+  left_out = verdicts["sensitivity to noise peaks in the middle of the trajectory"]
+  assert left_out.verdict == "not run here"
+  assert left_out.note == "the options leave out sensitivity[mode=renoise]"
+
+
+# the machinery
+
+
+def make_study(**declared):
+  def shift_of_score(ctx, *, steps=(1, 3)):
+    """Does noise move the score?
+
+    Noise replaces x at a step.
+
+    Limits: a test.
+    """
+    base = identity(ctx.sizes, edits=("noise",))
+    clean, _ = ctx.denoise(base)
+
+    def at(step):
+      final, _ = ctx.denoise(noise_at(base, where(ctx.sizes, steps=step), mode="replace"))
+      return np.abs(final - clean).max(axis=(1, 2, 3, 4))
+
+    moved = ctx.map(at, steps)
+    return Result(
+      values={"moved": moved}, axes={"moved": ("point", "run")}, points={"point": list(steps)}
+    )
+
+  return experiment(
+    tasks="sides", zero=("moved",), cost=lambda sizes, steps: 1 + len(steps), **declared
+  )(shift_of_score)
+
+
+def test_a_study_is_told_by_its_docstring_and_signature():
+  study = make_study()
+  assert (study.name, study.question) == ("shift_of_score", "Does noise move the score?")
+  assert (study.method, study.limits) == ("Noise replaces x at a step.", "a test.")
+  assert study.options == {"steps": (1, 3)}
+
+
+def test_batches_are_joined_filled_up_and_cut_and_seeds_stay_with_their_case():
+  setting = toy.setting(toy.read_late, seeds=(0, 1, 2))
+  whole, _, _ = perform(make_study(), setting, toy.cases(5))
+  parts, record, _ = perform(make_study(), setting, toy.cases(5), batch=2)
+  assert whole.axes["moved"] == ("point", "case", "seed")
+  assert whole.values["moved"].shape == (2, 5, 3)
+  np.testing.assert_array_equal(whole.values["moved"], parts.values["moved"])
+  assert record["evaluations"] == record["planned"] == 3 * (STEPS * 6) * 3
+  assert record["control"] == {"moved": 0.0}
+  assert whole.points["case"] == [f"sides id {i}" for i in range(5)]
+
+
+def test_finished_points_are_not_computed_again(tmp_path):
+  chunks = Chunks(folder=tmp_path, of="this study")
+  setting = toy.setting(toy.read_late)
+  first, before, _ = perform(make_study(), setting, toy.cases(4), chunks=chunks)
+  again, after, _ = perform(make_study(), setting, toy.cases(4), chunks=chunks)
+  np.testing.assert_array_equal(first.values["moved"], again.values["moved"])
+  assert before["reused"] == 0
+  assert after["reused"] == 2 * STEPS * 4
+  assert after["evaluations"] == STEPS * 4
+  other = dataclasses.replace(chunks, of="another study")
+  assert perform(make_study(), setting, toy.cases(4), chunks=other)[1]["reused"] == 0
+
+
+def not_finite(latents, sigma, memory):
+  broken = np.zeros((latents.shape[0], 1, 1, 1, 1), np.float32)
+  broken[1] = np.nan
+  return memory + broken[None]
+
+
+def test_a_run_that_is_not_finite_is_named_and_left_out():
+  study = make_study(
+    claims=[Claim(says="it moves", of="moved[point=1]", statistic="mean", above=-1.0)]
+  )
+  with pytest.warns(UserWarning, match="sides id 1, seed 0 is not finite from step 0 on"):
+    found, record, findings = perform(study, toy.setting(not_finite), toy.cases(10))
+  assert np.isnan(found.values["moved"][:, 1]).all()
+  assert np.isfinite(np.delete(found.values["moved"], 1, axis=1)).all()
+  assert record["broken"] == ["sides id 1, seed 0 is not finite from step 0 on"]
+  assert (findings[0].cases, findings[0].note) == (9, "1 of 10 cases have no number")
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"options": {"step": 1}}, "has no option 'step'; its options: steps"),
+    ({"cases": []}, "got no cases"),
+  ],
+)
+def test_wrong_calls_are_told_what_is_wanted(change, said):
+  call = {"cases": toy.cases(2), **change}
+  with pytest.raises(ValueError, match=said):
+    perform(make_study(), toy.setting(), **call)
+
+
+def test_an_edit_outside_the_model_is_refused():
+  with pytest.raises(ValueError, match="steps=40 does not exist"):
+    perform(make_study(), toy.setting(), toy.cases(2), options={"steps": (40,)})
+
+
+# verdicts
+
+
+def finding(values, **declared):
+  result = Result(values={"gain": np.asarray(values, float)}, axes={"gain": ("case",)})
+  claim = Claim(**{"says": "s", "of": "gain", "statistic": "mean", "above": 0.1, **declared})
+  return results.judge(claim, result)
+
+
+def test_verdicts_follow_the_interval_and_the_smallest_effect_of_interest():
+  rng = np.random.default_rng(0)
+  spread = rng.normal(0, 0.05, 40)
+  assert finding(0.3 + spread).verdict == "holds"
+  assert finding(-0.3 + spread).verdict == "does not hold"
+  assert finding(0.3 + spread, below=0.2).verdict == "does not hold"
+  unsure = finding(0.12 + 4 * spread)
+  assert unsure.verdict == "can't tell"
+  assert unsure.needed is not None
+  assert unsure.needed > 40
+  few = finding([0.5, 0.6, 0.7])
+  assert few.verdict == "can't tell"
+  assert few.note is not None
+  assert "needs at least" in few.note
+
+
+def test_a_claim_names_a_place_of_a_value():
+  value = np.stack([np.zeros((12, 2)), np.ones((12, 2))])
+  result = Result(
+    values={"drop": value},
+    axes={"drop": ("mode", "case", "seed")},
+    points={"mode": ["add", "replace"]},
+  )
+  assert result.per_case("drop[mode=replace]")[0].tolist() == [1.0] * 12
+  with pytest.raises(ValueError, match=r"axis 'mode' has no place 'noise'; it has: \['add'"):
+    result.per_case("drop[mode=noise]")
+  with pytest.raises(ValueError, match="no value 'gain'; there are: drop"):
+    result.per_case("gain")
+
+
+def test_a_result_survives_the_disk(tmp_path):
+  result = Result(
+    values={"b": np.arange(6.0).reshape(2, 3), "a": np.ones(3)},
+    axes={"b": ("mode", "case"), "a": ("case",)},
+    points={"mode": ["x", "y"], "case": ["p", "q", "r"]},
+    titles={"b": "B"},
+    notes=["n"],
+  )
+  results.save(tmp_path, result, {"experiment": "e"})
+  back, record = results.load(tmp_path)
+  assert record["experiment"] == "e"
+  assert list(back.values) == ["b", "a"]
+  np.testing.assert_array_equal(back.values["b"], result.values["b"])
+  assert (back.axes, dict(back.points)) == (dict(result.axes), dict(result.points))
+
+
+# docs/new_experiment.md
+
+
+def test_the_documented_experiment_runs_as_it_stands():
+  text = (Path(__file__).parent.parent / "docs" / "new_experiment.md").read_text()
+  (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  body = block[block.index("def early_attention") :].splitlines()
+  assert len([line for line in body if line.strip()]) <= 30
+  space = {}
+  exec(compile(block, "new_experiment.md", "exec"), space)
+  study = space["early_attention"]
+  setting = toy.setting(toy.truth, carrier=0)
+  found, record, findings = perform(study, setting, toy.cases(8), options={"edited_steps": 10})
+  np.testing.assert_allclose(found.values["pull"].mean((1, 2)), [1, 0, 0, 0], atol=1e-5)
+  assert record["control"] == {"pull": 0.0}
+  assert record["evaluations"] == record["planned"]
+  assert study.limits.startswith("one term of one layer")
+  assert findings[0].estimate == pytest.approx(1)
+
+
+# the command
+
+
+def test_run_takes_presets_options_and_names_what_it_does_not_know():
+  flags, words = cli.parse(
+    run, ["noise", "--preset=full", "--config.experiment.stride=5", "--config.cases=2", "--out=x"]
+  )
+  assert words == ["noise"]
+  assert (flags.config.experiment.stride, flags.config.cases) == (5, 2)
+  for words, said in (
+    (["nois"], "did you mean 'noise'"),
+    (["noise", "--preset", "huge"], "wanted quick or full"),
+    (["noise", "--config.experiment.strid=1"], "did you mean 'experiment.stride'"),
+    (["nowhere:study"], "No module named 'nowhere'"),
+    (["--out=x"], "no experiment named"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      cli.parse(run, words)
+
+
+def test_every_preset_fits_its_experiment():
+  for name, study in EXPERIMENTS.items():
+    for preset in run.PRESETS:
+      flags, _ = cli.parse(run, [name, f"--preset={preset}", "--out=x"])
+      own = flags.config.experiment.to_dict()
+      assert own.keys() == study.options.keys()
+      sizes = Sizes(S=20, R=8, G=2, L=12, F=5, H=8, W=8, C=16, T=80, D=128)
+      assert study.trajectories(sizes, own) >= 1
+
+
+def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_path):
+  for name in ("noise", "early"):
+    found, record, _ = perform(
+      make_study(
+        claims=[Claim(says=name, of="moved[point=1]", statistic="m", above=0.0, number=3)]
+      ),
+      toy.setting(toy.read_late),
+      toy.cases(8),
+    )
+    (tmp_path / name).mkdir()
+    results.save(tmp_path / name, found, record)
+  rows = claims.write(tmp_path, {"probes": "no cases"})
+  assert [row["number"] for row in rows] == [1, 3, 3, 10, None]
+  assert [row["verdict"] for row in rows if row["number"] in (1, 10)] == ["not run here"] * 2
+  assert all(row["estimate"] is None for row in rows if row["number"] in (1, 10))
+  assert rows[-1]["note"] == "no cases"
+  text = (tmp_path / "claims.md").read_text()
+  assert "| 3 | noise |" in text
+  page = pages.render_claims(tmp_path).read_text()
+  assert "not run here" in page
+  assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):
+  study = make_study(
+    claims=[Claim(says="noise moves x", of="moved[point=1]", statistic="mean", above=0.0)]
+  )
+  found, record, _ = perform(study, toy.setting(toy.read_late), toy.cases(8))
+  results.save(tmp_path, found, record)
+  manifest = {"config": {"steps": 10}, "command": ["videoreason", "run"], "device": "cpu"}
+  write_json(tmp_path / "manifest.json", {**manifest, "written": "now"})
+  page = pages.render(tmp_path).read_text()
+  for said in ("Does noise move the score?", "noise moves x", "holds", "a test.", "0 in 1 of 1"):
+    assert said in page
+  assert (tmp_path / "figures" / "moved.png").exists()

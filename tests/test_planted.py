@@ -1,0 +1,218 @@
+"""Each experiment beside a toy that has the effect, and one that has not."""
+
+import jax
+import numpy as np
+import pytest
+
+import toy
+from jax_videoreason import probes as linear
+from jax_videoreason.experiments import EXPERIMENTS, perform
+from jax_videoreason.experiments.ensemble import ensemble, medoid
+from jax_videoreason.experiments.readings import majority
+
+
+def run(name, setting, count=10, **options):
+  return perform(EXPERIMENTS[name], setting, toy.cases(count), options=options)
+
+
+def verdicts(findings):
+  return {finding.claim.says: finding.verdict for finding in findings}
+
+
+def is_zero(record):
+  return record["control"] == dict.fromkeys(record["control"], 0.0)
+
+
+# layer_swap
+
+
+def test_layer_swap_finds_the_one_layer_that_carries_the_answer():
+  options = {"variants": ("stream", "update", "attention"), "edited": (1, 10)}
+  found, record, _ = run("layer_swap", toy.setting(toy.truth, carrier=2), **options)
+  flip = found.values["flip"].mean((3, 4))  # variant edited layer
+  assert flip[1, 1].tolist() == [0, 0, 1, 0]
+  assert flip[2, 1].tolist() == [0, 0, 1, 0]
+  assert flip[0, 1].tolist() == [0, 0, 1, 1]  # the stream holds what an earlier layer wrote
+  first = found.values["pull_first"].mean((3, 4))
+  np.testing.assert_allclose(first[1, 0], [0, 0, 1, 0], atol=1e-5)
+  assert flip[1, 0].tolist() == [0, 0, 0, 0]  # one step is undone by the nine that follow
+  assert is_zero(record)
+  assert record["evaluations"] == record["planned"]
+
+
+def test_layer_swap_finds_no_layer_where_the_head_reads_the_picture_itself():
+  options = {"variants": ("update",), "edited": (10,)}
+  found, _, findings = run("layer_swap", toy.setting(toy.truth, carrier=None), **options)
+  assert np.abs(found.values["flip"]).max() == 0
+  assert np.abs(found.values["pull"]).max() == 0
+  left_out = verdicts(findings)[
+    "swapping one middle layer at the first step turns the answer round"
+  ]
+  assert left_out == "not run here"
+
+
+def test_layer_swap_refuses_what_it_does_not_know():
+  with pytest.raises(ValueError, match="no variant 'half'; there are: stream, update"):
+    run("layer_swap", toy.setting(), variants=("half",))
+  with pytest.raises(ValueError, match="branches='negative', wanted 'both' or 'positive'"):
+    run("layer_swap", toy.setting(), branches="negative")
+
+
+# layer_maps
+
+
+def test_layer_maps_finds_the_layer_from_which_the_lens_gives_the_answer():
+  found, _, findings = run("layer_maps", toy.setting(toy.truth, carrier=2))
+  agrees = found.values["lens_agrees"].mean((1, 2))
+  assert agrees.tolist() == [0, 0, 1, 1]
+  said = verdicts(findings)
+  assert said["later layers consolidate: the answer read from them is the final one"] == "holds"
+  assert (found.values["cka_last"][2:] > found.values["cka_last"][:2] + 0.1).all()
+  assert found.values["norm_map"].shape == (4, toy.F, toy.H, toy.W)
+
+
+def test_layer_maps_finds_no_layer_where_all_of_them_give_the_answer():
+  found, _, findings = run("layer_maps", toy.setting(toy.truth, carrier=None))
+  assert (found.values["lens_agrees"] == 1).all()
+  said = verdicts(findings)
+  assert said["later layers consolidate: the answer read from them is the final one"] != "holds"
+
+
+# ensemble
+
+
+def test_ensemble_finds_that_a_vote_of_seeds_helps_where_seeds_err_alone():
+  seeds = tuple(range(7))
+  options = {"kinds": ("out",), "steps": (10,), "more_steps": 1}
+  found, record, _ = run("ensemble", toy.setting(toy.leaning, seeds=seeds), 32, **options)
+  assert found.axes["gain"] == ("kind", "steps", "case")
+  assert found.values["gain"].shape == (1, 1, 32)
+  assert found.values["gain"].mean() > 0.05
+  assert found.values["oracle_gain"].mean() >= found.values["vote_gain"].mean() > 0.05
+  assert is_zero(record)
+  assert record["evaluations"] == record["planned"]
+
+
+def test_ensemble_finds_no_gain_where_seeds_do_not_matter():
+  options = {"kinds": ("update", "latents"), "steps": (1,), "more_steps": 3}
+  found, record, _ = run("ensemble", toy.setting(toy.truth, seeds=(0, 1, 2)), **options)
+  for name in ("gain", "vote_gain", "oracle_gain", "steps_gain"):
+    assert np.abs(found.values[name]).max() == 0, name
+  assert is_zero(record)
+
+
+def test_an_ensemble_of_one_seed_is_refused():
+  with pytest.raises(ValueError, match="an ensemble of 1 seed, wanted two or more"):
+    perform(ensemble, toy.setting(), toy.cases(2))
+
+
+def test_majority_and_medoid():
+  said = np.array([["a", None], ["b", "x"], ["b", None]], object)
+  assert majority(said).tolist() == [1, 1]
+  latents = np.zeros((3, 1, 1, 1, 1))
+  latents[:, 0, 0, 0, 0] = [0.0, 1.0, 5.0]
+  assert medoid(latents, np.array([[0], [1], [2]])).tolist() == [1]
+
+
+# early
+
+
+def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():
+  found, _, _ = run("early", toy.setting(toy.leaning, seeds=tuple(range(7))), 32)
+  assert found.values["early_gain"].mean() > 0.05
+  assert found.values["late_minus_early"].shape == (32,)
+  np.testing.assert_array_equal(found.values["late_minus_early"], 0)
+  cost = found.values["cost"]
+  assert cost[0] == pytest.approx((7 + 9) / 10)
+  assert cost[-1] == pytest.approx(7)
+
+
+def test_early_finds_nothing_to_read_before_the_answer_is_made():
+  found, _, _ = run("early", toy.setting(toy.both_then_one, seeds=(0, 1, 2)))
+  assert found.values["early_readout"][:5].max() == 0
+  assert found.values["early_readout"][5:].min() == 1
+  assert np.abs(found.values["early_gain"]).max() == 0
+
+
+# behaviours
+
+
+def test_behaviours_finds_correction_and_its_absence():
+  found, _, _ = run("behaviours", toy.setting(toy.both_then_one))
+  assert (found.values["net_correction"] == 1).all()
+  np.testing.assert_allclose(found.values["acted"], 0.5)
+  still, _, _ = run("behaviours", toy.setting(toy.truth))
+  assert (still.values["net_correction"] == 0).all()
+  assert (still.values["action_after"] == 0).all()
+
+
+# controls
+
+
+def test_controls_finds_where_new_noise_changes_the_video():
+  options = {"settings": ("as is", "shift 3", "half the steps"), "places": 4}
+  found, record, _ = run("controls", toy.setting(toy.of_the_noise), **options)
+  assert found.axes["sensitivity"] == ("setting", "place", "case", "seed")
+  assert is_zero(record)
+  assert record["evaluations"] == record["planned"]
+  calm, _, _ = run("controls", toy.setting(toy.truth), settings=("as is",), places=4)
+  assert np.abs(calm.values["sensitivity"]).max() < 1e-5
+
+
+def test_controls_refuses_an_expert_that_is_not_there():
+  with pytest.raises(ValueError, match="no setting 'switch later' for this model"):
+    run("controls", toy.setting(), settings=("switch later",))
+
+
+# probes
+
+
+def test_probes_find_the_layer_from_which_the_picture_can_be_read():
+  found, _, findings = run("probes", toy.setting(toy.truth, carrier=2), 24)
+  seen = found.values["accuracy"][0].mean((2, 3))  # step layer
+  assert (seen[:, 2:] == 1).all()
+  assert (seen[:2, :2] < 0.8).all()  # later on the latents themselves show it
+  said = verdicts(findings)
+  assert said["the final answer can be read from the hidden states of the first step"] == "holds"
+  assert set(found.values) == {
+    "accuracy",
+    "shuffled",
+    "selectivity",
+    "perception_selectivity",
+    "first_reasoning",
+    "perception_lead",
+  }
+
+
+def test_probes_find_nothing_in_noise_and_nothing_for_shuffled_labels():
+  rng = np.random.default_rng(0)
+  labels = np.repeat(["a", "b"], 40)
+  features = rng.normal(size=(8, 80, 12))
+  groups = np.arange(80)
+  noise = linear.crossed(features, labels, groups).mean(1)
+  assert np.all(np.abs(noise - 0.5) < 0.2)
+  features[3:, :, 0] += np.where(labels == "a", 4.0, -4.0)[None]
+  planted = linear.crossed(features, labels, groups).mean(1)
+  assert planted[3:].min() > 0.95
+  assert planted[:3].max() < 0.7
+
+
+def test_probes_are_the_same_on_four_devices_and_on_one(monkeypatch):
+  rng = np.random.default_rng(1)
+  features, labels = rng.normal(size=(8, 24, 6)), np.arange(24) % 3
+  features[:, :, 0] += labels
+  spread = linear.crossed(features, labels, np.arange(24))
+  monkeypatch.setattr(linear, "_spread", jax.numpy.asarray)
+  np.testing.assert_array_equal(spread, linear.crossed(features, labels, np.arange(24)))
+
+
+@pytest.mark.parametrize(
+  ("labels", "groups", "said"),
+  [
+    (np.zeros(8), np.arange(8), "all 8 labels are equal"),
+    (np.arange(8) % 2, np.zeros(8, int), "1 groups for 4 folds"),
+  ],
+)
+def test_probes_say_what_they_need(labels, groups, said):
+  with pytest.raises(ValueError, match=said):
+    linear.crossed(np.zeros((2, 8, 3)), labels, groups)

@@ -318,13 +318,23 @@ def show(made: Mapping[str, Any]) -> None:
     of_truth = row["scores"].get("overall", {}).get("of_truth")
     main = [table.number(row["scores"].get(column)) for column in table.MAIN]
     rows.append((row["name"], *main, cell(of_truth), *([cell(row["strict"])] if strict else [])))
-  for row in made["published"]:
-    main = [cell(row["scores"].get(column)) for column in table.MAIN]
-    rows.append((f"{row['name']} (published)", *main, "-", *(["-"] if strict else [])))
   heads = ("system", *table.MAIN, "of truth", *(["strict"] if strict else []))
   console.table("mean score, 95% interval over tasks", heads, rows)
+  if made["published"]:
+    rows = [
+      (row["name"], *(cell(row["scores"].get(column)) for column in table.MAIN))
+      for row in made["published"]
+    ]
+    title = "published, of all 500 samples; not computed here"
+    console.table(title, ("system", *table.MAIN), rows)
   for domain in table.MAIN[1:]:
-    columns = [c for c in table.FACULTY_COLUMNS if c.startswith(f"{domain} ")]
+    columns = [
+      c
+      for c in table.FACULTY_COLUMNS
+      if c.startswith(f"{domain} ") and any(c in row["scores"] for row in made["systems"])
+    ]
+    if not columns:
+      continue
     rows = [
       (row["name"], *(cell(row["scores"].get(c, {}).get("estimate")) for c in columns))
       for row in made["systems"]

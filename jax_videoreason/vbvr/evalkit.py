@@ -155,7 +155,7 @@ def installed(python: Path) -> dict[str, str]:
   """The versions of the packages of `PINS` in an environment; what lacks is left out."""
   code = (
     "import importlib.metadata as m, json, sys\n"
-    "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+    "found = {str(d.metadata['Name']).lower(): d.version for d in m.distributions()}\n"
     "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
   )
   done = subprocess.run(

@@ -200,6 +200,8 @@ def make(
     )
   sigma = np.asarray(schedule.sigma)
   for row, (sample, frames) in enumerate(zip(unit.samples, decode(bundle, final), strict=True)):
+    if videos.record_of(folder, sample) is not None:
+      continue  # made in another unit, before the data or the batch were chosen otherwise
     guesses = decode(bundle, x0[:, row]) if kept else np.empty(0)
     if job.steps:
       write_steps(folder, sample, {s: guesses[kept.index(s)] for s in job.steps})

@@ -7,7 +7,6 @@ from typing import Any
 from jax_videoreason.folders import atomic
 from jax_videoreason.report import environment, inline
 from jax_videoreason.vbvr import baselines, scores, table
-from jax_videoreason.vbvr.suite import FACULTIES
 from jax_videoreason.vbvr.table import System
 
 PICTURE_BYTES = 12 << 20  # all pictures of a page
@@ -28,8 +27,14 @@ def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, An
     "made": made,
     "scope": table.scope(made),
     "systems": [{**row, "remarks": table.remarks(row)} for row in made["systems"]],
-    "main": table.MAIN,
-    "faculties": FACULTIES,
+    "main": [c for c in table.MAIN if any(c in row["scores"] for row in made["systems"])],
+    "faculties": [
+      c for c in table.FACULTY_COLUMNS if any(c in row["scores"] for row in made["systems"])
+    ],
+    "columns": table.COLUMNS,
+    "title": ", ".join(
+      [s.name for s in systems if s.baseline is None] or [s.name for s in systems]
+    ),
     "tasks": tasks(made, systems),
     "number": table.number,
   }

@@ -130,7 +130,7 @@ def load(
   root = Path(root)
   if not root.is_dir():
     raise ValueError(f"there is no folder {root}: give the folder of the benchmark as --data.")
-  places = {**_listed(root), **_folders(root)}
+  places = {**_folders(root), **_listed(root)}
   if not places:
     raise ValueError(
       f"{root} holds no sample: wanted SPLIT/TASK/00000/ or TASK/00000/ with prompt.txt and "
@@ -349,11 +349,10 @@ def _strangers(samples: Sequence[Sample]) -> list[str]:
   strange = [s for s in samples if not s.own and s.split != suite.OFFICIAL.get(s.task, ("",))[0]]
   for split, task in sorted({(s.split, s.task) for s in strange}):
     hint = nearest(task, suite.official(split)) if split in suite.SPLITS else ""
-    near = hint if hint.startswith("did you mean") else ""
-    where = f"in {split}" if split in suite.SPLITS else f"at {split}/{task}"
+    near = f" ({hint})" if hint.startswith("did you mean") else ""
     said.append(
-      f"{task} {where} is no task of VBVR-Bench there {near}".rstrip()
-      + ": rename or remove the folder, or choose others by --tasks."
+      f"{split}/{task} is no task of VBVR-Bench{near}: rename or remove the folder, or choose "
+      "others by --tasks."
     )
   return said
 

@@ -30,6 +30,7 @@ CLIPS = "clips"  # where the videos of baselines lie that are scored beside a mo
 FORMAT = 1
 SHOWN = 5  # frames of a picture
 CELL = 72  # pixels of the shorter side of each
+GAP = 3  # pixels between them
 
 Advance = Callable[[int], Any]
 
@@ -265,7 +266,8 @@ def strip(frames: np.ndarray) -> np.ndarray:
   size = (round(height * scale), round(width * scale))
   method = "nearest" if scale >= 1 else "lanczos"
   small = np.stack([media.resize(frame, *size, method) for frame in chosen])
-  return rearrange(small, "t h w c -> h (t w) c")
+  spaced = np.pad(small, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
+  return rearrange(spaced, "t h w c -> h (t w) c")[:, :-GAP]
 
 
 def summarised(

@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from einops import EinopsError, rearrange
+
+from jax_videoreason.pytrees import leaves, nest
 
 Row = tuple[str, str, str]
 LAYER = r"(?P<L>\d+)"
@@ -56,24 +57,6 @@ class Move:
     left, _, right = self.pattern.partition("->")
     needed = {name: size for name, size in sizes.items() if name in left.split()}
     return rearrange(value, f"{right} -> {left}", **needed)
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-  """A nested dict as "blocks/mlp/up/kernel" -> leaf."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `leaves`."""
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    *folders, name = path.split("/")
-    node = tree
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[name] = leaf
-  return tree
 
 
 def moves(

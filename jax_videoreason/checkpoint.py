@@ -26,6 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_videoreason.axes import Params
 from jax_videoreason.folders import checksum, disk
 from jax_videoreason.models import FAMILIES
+from jax_videoreason.pytrees import leaves as leaves_of
+from jax_videoreason.pytrees import nest
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
 
@@ -338,7 +340,7 @@ class LeafWriter:
         shutil.rmtree(unfinished)
       for part, leaves in self.leaves.items():
         if not (self.folder / part).is_dir():
-          _write_tree(self.folder / part, _nest({path: np.zeros(1) for path in leaves}), False)
+          _write_tree(self.folder / part, nest({path: np.zeros(1) for path in leaves}), False)
 
   def _recall(self, entry: Mapping[str, Any], plan: str) -> None:
     """Takes in one line of the journal."""
@@ -431,7 +433,7 @@ class _Part:
       if verify:
         self._compare(path, value)
       flat[path] = jnp.asarray(value, _target(value.dtype, dtype, wider))
-    return _nest(flat)
+    return nest(flat)
 
   def on_mesh(self, mesh: Mesh, dtype: Any, wider: str) -> Params:
     """Every leaf on the mesh; a process reads the slices that its devices hold."""
@@ -444,7 +446,7 @@ class _Part:
         sharding=NamedSharding(mesh, partition(path, record["shape"], mesh)),
       )
 
-    target = _nest({path: abstract(path) for path in self.leaves})
+    target = nest({path: abstract(path) for path in self.leaves})
     args = jax.tree.map(
       lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), target
     )
@@ -466,9 +468,9 @@ class _Part:
       groups[-1].append(path)
       room -= size
     for group in groups:
-      target = _nest({path: 0 for path in group})
+      target = nest({path: 0 for path in group})
       args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-      yield from _flatten(self._restore(target, args)).items()
+      yield from leaves_of(self._restore(target, args)).items()
 
   def _restore(self, target: Any, args: Any) -> Any:
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -480,7 +482,7 @@ class _Part:
     except jax.errors.JaxRuntimeError:  # no memory on the device, say: not the file's fault
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-      paths = list(_flatten(target))
+      paths = list(leaves_of(target))
       if len(paths) > 1:
         for path in paths:  # once more, leaf by leaf, to name the one at fault
           self._restore(_pick(target, path), _pick(args, path))
@@ -668,7 +670,7 @@ def _check_config(described: Mapping[str, Any], folder: Path, name: str) -> None
   def asked(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     part = FAMILIES[described["family"]].parts[kind]
     tree = part.abstract(part.config(**_tuples(settings)))
-    return {path: leaf.shape for path, leaf in _flatten(tree).items()}
+    return {path: leaf.shape for path, leaf in leaves_of(tree).items()}
 
   config = described["config"][kind]
   wanted = asked(config)
@@ -759,7 +761,7 @@ def _stored(leaf: Any, dtype: Any) -> np.ndarray:
 
 def _records(tree: Params, dtype: Any) -> dict[str, Any]:
   records = {}
-  for path, leaf in _flatten(tree).items():
+  for path, leaf in leaves_of(tree).items():
     value = _stored(leaf, dtype)
     records[path] = {
       "shape": list(value.shape),
@@ -778,25 +780,8 @@ def _bytes(record: Mapping[str, Any]) -> int:
   return int(np.prod(record["shape"])) * jnp.dtype(record["dtype"]).itemsize
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
-  """A nested dict as "blocks/q/kernel" -> leaf."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    *outer, name = path.split("/")
-    node = tree
-    for key in outer:
-      node = node.setdefault(key, {})
-    node[name] = leaf
-  return tree
-
-
 def _pick(tree: Any, path: str) -> dict[str, Any]:
-  return _nest({path: _flatten(tree)[path]})
+  return nest({path: leaves_of(tree)[path]})
 
 
 def _tuples(value: Any) -> Any:

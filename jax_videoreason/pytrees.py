@@ -1,6 +1,10 @@
-"""Frozen dataclasses that jax walks through: `@pytree`, with `static()` for what is structure."""
+"""Frozen dataclasses that jax walks through: `@pytree`, with `static()` for what is structure.
+
+Also nested dicts as flat ones, by paths such as "blocks/q/kernel".
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -21,3 +25,21 @@ def pytree(cls: type[T]) -> type[T]:
   meta = tuple(f.name for f in fields if f.metadata.get("static"))
   data = tuple(f.name for f in fields if not f.metadata.get("static"))
   return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+  """A nested dict as "blocks/q/kernel" -> leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `leaves`."""
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *outer, name = path.split("/")
+    node = tree
+    for key in outer:
+      node = node.setdefault(key, {})
+    node[name] = leaf
+  return tree

@@ -17,6 +17,7 @@ from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Tra
 from jax_videoreason.taps import TapSpec, step_slots
 
 ROOT = 0
+AFTER_ANOTHER = ("text", "injected")  # fields whose R axis is the second; else it is the first
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
 OnPiece = Callable[[Trace, slice, slice], None]
@@ -63,21 +64,7 @@ def make_noise(
 
 def take(tree: Any, runs: Any) -> Any:
   """The rows `runs` of the R axis of a Noise, a Conditioning or a State."""
-  if isinstance(tree, Noise):
-    return Noise(
-      keys=tree.keys[runs],
-      start=None if tree.start is None else tree.start[runs],
-      injected=None if tree.injected is None else tree.injected[:, runs],
-      grid=tree.grid,
-    )
-  if isinstance(tree, Conditioning):
-    return Conditioning(
-      text=tree.text[:, runs],
-      known=None if tree.known is None else tree.known[runs],
-      known_mask=None if tree.known_mask is None else tree.known_mask[runs],
-      clip=None if tree.clip is None else tree.clip[runs],
-    )
-  return jax.tree.map(lambda x: x[runs], tree)
+  return _by_run(tree, lambda x, axis: x[(*[slice(None)] * axis, runs)])
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -87,21 +74,14 @@ def place(tree: Any, mesh: Mesh) -> Any:
     spec = PartitionSpec(*([None] * axis), "seed")
     return jax.device_put(x, NamedSharding(mesh, spec))
 
-  if isinstance(tree, Noise):
-    return Noise(
-      keys=put(tree.keys, 0),
-      start=None if tree.start is None else put(tree.start, 0),
-      injected=None if tree.injected is None else put(tree.injected, 1),
-      grid=tree.grid,
-    )
-  if isinstance(tree, Conditioning):
-    return Conditioning(
-      text=put(tree.text, 1),
-      known=None if tree.known is None else put(tree.known, 0),
-      known_mask=None if tree.known_mask is None else put(tree.known_mask, 0),
-      clip=None if tree.clip is None else put(tree.clip, 0),
-    )
-  return jax.tree.map(lambda x: put(x, 0), tree)
+  return _by_run(tree, put)
+
+
+def _by_run(tree: Any, change: Callable[[Array, int], Array]) -> Any:
+  """`change(array, place of its R axis)` for every array of a Noise, a Conditioning or a State."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: change(x, int(path[0].name in AFTER_ANOTHER)), tree
+  )
 
 
 def batches(runs: int, batch: int | None) -> list[np.ndarray]:

@@ -58,6 +58,7 @@ from jax_videoreason.structs import AnswerTrace, Trace
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.version import __version__
 
+FORMAT = 1
 CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
@@ -125,7 +126,7 @@ def write_manifest(
   """
   folder = Path(folder)
   manifest = {
-    "format": 1,
+    "format": FORMAT,
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": list(command),
     "device": device,
@@ -390,8 +391,13 @@ def open_run(folder: str | Path) -> Run:
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."
     )
-  manifest = read_json(folder / "manifest.json")
-  runs = read_json(folder / "runs.json")
+  manifest, runs = read_json(folder / "manifest.json"), read_json(folder / "runs.json")
+  written = manifest.get("format") if isinstance(manifest, dict) else None
+  if written != FORMAT:
+    raise ValueError(
+      f"{folder} has format {written}, this version ({__version__}) reads run folders of format "
+      f"{FORMAT}: upgrade jax-videoreason, or give the --out of a run."
+    )
   root = folder / "trace.zarr"
   found = arrays.open_group(root)
   for name in ("sigma", "finite"):

@@ -234,6 +234,15 @@ def copy(folder, tmp_path):
   return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
+@pytest.mark.parametrize("manifest", ({"format": 2}, {}, []))
+def test_a_folder_of_another_format(copy, manifest):
+  (copy / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(
+    ValueError, match=r"has format (2|None), this version .* of format 1: upgrade"
+  ):
+    store.open_run(copy)
+
+
 @pytest.mark.parametrize("name", ("runs.json", "manifest.json", "answers.json"))
 def test_truncated_json(copy, name):
   text = (copy / name).read_text()

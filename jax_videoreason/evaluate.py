@@ -81,7 +81,7 @@ def plan(names: str, split: str, cases: int, kind: str) -> Plan:
     if value not in known:
       raise ValueError(f"--{name}={value}, wanted one of {', '.join(known)}.")
   if cases < 2:
-    raise ValueError(f"--cases={cases}, wanted 2 or more: prompts are exchanged between cases.")
+    raise ValueError(f"--cases={cases}, wanted 2 or more: prompts are shuffled between cases.")
   kinds = tasks.TASKS
   if names == "all":
     wanted = [
@@ -196,16 +196,16 @@ def begin(out: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
 
 
 def cases_of(task: Task, split: str, count: int, kind: str) -> list[Case]:
-  """The first `count` cases of a split, leaving out those that repeat an earlier picture.
+  """The first `count` cases of a split, but none that has the picture and prompt of an earlier one.
 
   Raises ValueError when the split has not so many.
   """
-  found: dict[bytes, Case] = {}
+  found: dict[tuple[bytes, str], Case] = {}
   for index in range(TRIES * count):
     case = task.generate(split, index, ambiguous=KINDS[kind])
     if kind == "both" and task.ambiguous and (case.metadata["k"] > 1) != (len(found) % 2 == 1):
       continue
-    found.setdefault(case.first_frame.tobytes(), case)
+    found.setdefault((case.first_frame.tobytes(), case.prompt), case)
     if len(found) == count:
       return list(found.values())
   raise ValueError(
@@ -214,7 +214,7 @@ def cases_of(task: Task, split: str, count: int, kind: str) -> list[Case]:
   )
 
 
-def exchanged(cases: Sequence[Case]) -> list[str]:
+def shuffled(cases: Sequence[Case]) -> list[str]:
   """The prompts of the cases, shifted so that as many as possible get another text."""
   prompts = [case.prompt for case in cases]
 
@@ -228,7 +228,7 @@ def exchanged(cases: Sequence[Case]) -> list[str]:
 def questions(cases: Sequence[Case]) -> prepare.Asked:
   """What is encoded for a task: N cases with their prompts, then with those of others."""
   firsts = np.stack([case.first_frame for case in cases] * 2)
-  return [case.prompt for case in cases] + exchanged(cases), firsts
+  return [case.prompt for case in cases] + shuffled(cases), firsts
 
 
 # One task
@@ -301,7 +301,7 @@ def measure(
     plain(
       {
         "cases": [case.metadata for case in cases],
-        "exchanged": exchanged(cases),
+        "shuffled": shuffled(cases),
         "rows": rows,
         "watched": seen
         and {
@@ -424,9 +424,9 @@ def finish(
       "tasks": {
         name: {
           **scoring.summary(rows[name], part["watched"]),
-          "exchanged": sum(
+          "shuffled": sum(
             case["prompt"] != other
-            for case, other in zip(part["cases"], part["exchanged"], strict=True)
+            for case, other in zip(part["cases"], part["shuffled"], strict=True)
           ),
         }
         for name, part in parts.items()

@@ -28,7 +28,7 @@ WORDS = {
   baselines.STATIC: "stands still",
   baselines.NEAREST: "nearest training clip",
   baselines.CUT: "cut to a random answer",
-  scoring.SHUFFLED: "model, prompts exchanged",
+  scoring.SHUFFLED: "model, prompts shuffled",
   scoring.VAE: "truth through the VAE",
 }
 

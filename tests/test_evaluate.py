@@ -220,16 +220,34 @@ def test_all_means_every_task_with_the_split_and_the_kind():
   assert len(evaluate.plan("all", "ood", 8, "plain").tasks) == 7
 
 
-@pytest.mark.parametrize("name", ["tictactoe", "rotate", "occlusion"])
+@pytest.mark.parametrize("name", ["pick", "rotate", "occlusion"])
 @pytest.mark.parametrize("split", ["id", "ood"])
-def test_cases_are_different_pictures_and_no_training_problems(name, split):
+def test_no_case_is_asked_twice_and_none_was_trained_on(name, split):
   task = tasks.load(name, size=32)
   cases = evaluate.cases_of(task, split, 24, "both")
-  assert len({case.first_frame.tobytes() for case in cases}) == 24
+  assert len({(case.first_frame.tobytes(), case.prompt) for case in cases}) == 24
   trained = {task.generate("train", i).metadata["hash"] for i in range(400)}
   assert not trained & {case.metadata["hash"] for case in cases}
   several = [case.metadata["k"] > 1 for case in cases]
   assert several == ([False, True] * 12 if task.ambiguous else [False] * 24)
+
+
+@pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if not task.held_out])
+def test_no_picture_comes_with_the_same_prompt_in_training_and_in_a_test(name):
+  task = tasks.load(name, size=32)
+  asked = [
+    {(c.first_frame.tobytes(), c.prompt) for c in (task.generate(split, i) for i in range(count))}
+    for split, count in (("train", 900), ("id", 90))
+  ]
+  assert not asked[0] & asked[1]
+
+
+@pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if not task.held_out])
+def test_the_hash_alone_decides_between_training_and_tests(name):
+  task = tasks.load(name, size=32)
+  for split, wanted in (("train", {2, 3, 4, 5, 6, 7}), ("id", {0}), ("ood", {1})):
+    hashes = [task.generate(split, i).metadata["hash"] for i in range(40)]
+    assert {int(one, 16) % 8 for one in hashes} <= wanted
 
 
 def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
@@ -241,9 +259,9 @@ def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
     evaluate.beside_models(None, task, [case])  # type: ignore[arg-type]
 
 
-def test_exchanged_prompts_are_the_same_prompts_and_differ_where_they_can():
+def test_shuffled_prompts_are_the_same_prompts_and_differ_where_they_can():
   cases = evaluate.cases_of(tasks.load("pick", size=32), "id", 9, "both")
-  own, other = [case.prompt for case in cases], evaluate.exchanged(cases)
+  own, other = [case.prompt for case in cases], evaluate.shuffled(cases)
   assert sorted(own) == sorted(other)
   assert sum(a != b for a, b in zip(own, other, strict=True)) >= 7
 

@@ -5,10 +5,10 @@
   videoreason evaluate --checkpoint DIR --split ood --out runs/ood
 
 Per task: score, strict success and right answers, each with a 95% bootstrap interval over cases,
-beside the prompts exchanged, a video that stands still, a cut to a random answer, the nearest
-training clip and the truth. Where several answers are right: whether seeds differ, and how many
-candidates x0 shows along the steps. Stopped at any time, the same command goes on with the tasks
-that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
+beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
+nearest training clip and the truth. Where several answers are right: whether seeds differ, and how
+many candidates x0 shows along the steps. Stopped at any time, the same command goes on with the
+tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
 """
 
 import sys
@@ -20,7 +20,7 @@ from jax_videoreason import baselines, cli, console, evaluate, scorecard, scorin
 
 SHORT = {
   scoring.MODEL: "model",
-  scoring.SHUFFLED: "prompts exchanged",
+  scoring.SHUFFLED: "prompts shuffled",
   baselines.STATIC: "static",
   baselines.CUT: "cut",
   baselines.NEAREST: "nearest clip",

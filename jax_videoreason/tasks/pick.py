@@ -66,6 +66,8 @@ class Pick(base.Task):
       for (c, s), n in zip(kinds, counts, strict=True)
     ]
     axis = "across" if rng.integers(2) else "down"
+    if ambiguous and any(g["along"] in ([0.5], [1.5]) for g in groups):
+      return None  # all shapes alike, one in a corner: the picture would not say which two belong
     named = {key: groups[target][key] for key in ("colour", "shape")}
     return {"axis": axis, "groups": groups, "named": named}
 

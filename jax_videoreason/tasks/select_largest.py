@@ -4,6 +4,8 @@ Discs stand in the slots of a square grid, 2 x 2 below 64 pixels, 3 x 3 from the
 number of a slot in reading order.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jax_videoreason.tasks import base, draw
@@ -80,6 +82,15 @@ class SelectLargest(base.Task):
 
   def templates(self, problem: base.Problem) -> tuple[str, ...]:
     return TEMPLATES[len(self.right_answers(problem)) > 1]
+
+  def canonical(self, problem: base.Problem) -> Any:
+    """The picture: radii that fill the same pixels do not make another problem."""
+
+    def pixels(disc: base.Problem) -> int:
+      mask = draw.disc(self.size, self.centre(disc["slot"]), disc["radius"] * self.slot)
+      return int(mask.sum())
+
+    return [[disc["slot"], disc["colour"], pixels(disc)] for disc in problem["discs"]]
 
   def draw_answer(self, problem: base.Problem, answer: base.Answer) -> np.ndarray:
     ground = draw.canvas(self.size, GROUND)

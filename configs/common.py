@@ -36,6 +36,8 @@ def sample() -> ConfigDict:
       # how many: the seeds 0, 1, 2, ...
       "seeds": 1,
       "negative_prompt": "",
+      # whose tiles the VAE works in: diffusers or diffsynth; None = whole frames
+      "tiles": config_dict.placeholder(str),
       # runs denoised together; None = all
       "batch": config_dict.placeholder(int),
       # steps between two writes to disk
@@ -48,6 +50,26 @@ def sample() -> ConfigDict:
         "branches": (0,),
         "budget_gb": 8.0,
       },
+    }
+  )
+
+
+def sweep() -> ConfigDict:
+  """The fields that a sweep adds to those of a run."""
+  return ConfigDict(
+    {
+      "tasks": ("maze", "pick"),
+      "split": "id",
+      # of each task
+      "cases": 8,
+      # plain, ambiguous, or both in turn
+      "ambiguous": "both",
+      # name -> none, noise_at, ablate or ensemble_runs, with its arguments
+      "edits": {"none": {"edit": "none"}},
+      # runs of a work unit; None = 32; whole cases with all their seeds
+      "unit": config_dict.placeholder(int),
+      # what shows x0 at every step: preview, vae, or auto
+      "reader": "auto",
     }
   )
 
@@ -65,9 +87,10 @@ def published(name: str) -> ConfigDict:
 
 
 def vbvr(name: str) -> ConfigDict:
-  """The run of a VBVR model as the paper samples it: 50 Euler steps, shift 5, guidance 5."""
+  """The run of a VBVR model as the paper samples it: 50 Euler steps, shift 5, guidance 5, tiles."""
   config = published(name)
   config.solver, config.grid = "euler", "diffsynth"
+  config.tiles = "diffsynth"
   return config
 
 

@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from jax_videoreason import framing
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.structs import Conditioning, ModelBundle
+from jax_videoreason.tiling import Place, Tiling, join, named, places
 from jax_videoreason.tokenizer import Tokenizer
 
 # Prompts, pictures, and pixels of video, that are encoded at once.
@@ -30,6 +31,7 @@ def encode(
   negative_prompt: str = "",
   guided: bool = True,
   last_frames: np.ndarray | None = None,
+  tiles: str | Tiling | None = None,
   clip: Array | None = None,
 ) -> Conditioning:
   """The conditioning of R runs; R = len(prompts).
@@ -40,6 +42,8 @@ def encode(
   last_frames: the same of the last pixel frame, for models that concatenate what is given.
   frames: pixel frames of the video, 1 + stride * k; the latents have F = 1 + k.
   negative_prompt: the text of branch 1, one for all runs. guided=False leaves that branch out.
+  tiles: given frames are encoded in overlapping tiles and joined as a stack does ("diffusers",
+    "diffsynth" with their sizes, or a `Tiling`); None = whole, as all but DiffSynth do.
   clip: R X D_clip, for a model with clip_width (Wan2.1 I2V); None = `image_tokens` of the first
     frames. (The official code takes those of the pictures before they were resized.)
 
@@ -68,6 +72,8 @@ def encode(
     raise ValueError(
       f"clip is {clip.shape} and {bundle.card.name} reads no image tokens: leave it out."
     )
+  if isinstance(tiles, str):
+    tiles = named(tiles, bundle.card.latents)
   text = _text(bundle, prompts, negative_prompt, guided)
   if first_frames is None:
     return Conditioning(text=text)
@@ -75,7 +81,7 @@ def encode(
     clip = image_tokens(bundle, list(first_frames))
   return Conditioning(
     text=text,
-    known=_known(bundle, first_frames, last_frames, frames, grid),
+    known=_known(bundle, first_frames, last_frames, frames, grid, tiles),
     known_mask=known_mask(len(prompts), grid, last=last_frames is not None),
     clip=clip,
   )
@@ -125,7 +131,7 @@ def _grid(
     if image_input == "concat":
       raise ValueError(
         f"{bundle.card.name} continues a first frame and first_frames is None: give uint8 RGB "
-        "frames, R height width 3 (media.read_image reads one)."
+        "frames, R height width 3 (media.read_image reads one), or --image."
       )
     return spec.grid(frames, spec.stride[1] * spec.patch[1], spec.stride[2] * spec.patch[2])
   if image_input == "none":
@@ -179,6 +185,7 @@ def _known(
   last_frames: np.ndarray | None,
   frames: int,
   grid: tuple[int, int, int],
+  tiling: Tiling | None,
 ) -> Array:
   """R F H W C."""
   if bundle.vae is None or bundle.parts.vae is None:
@@ -192,16 +199,31 @@ def _known(
   unique, place = np.unique(given, axis=0, return_inverse=True)
   overwrite = bundle.parts.dit.config.image_input == "overwrite"
   encoded = 1 if overwrite else frames
-  pixels = encoded * given.shape[2] * given.shape[3]
-  latents = _in_batches(
-    functools.partial(
-      _frame_latents, bundle.parts.vae, bundle.vae, encoded, 1 if pixels > PIXELS else None
-    ),
-    (unique,),
-    max(1, PIXELS // pixels),
-  )
+
+  def latents_of(ends: np.ndarray) -> Array:
+    pixels = encoded * ends.shape[2] * ends.shape[3]
+    chunk = 1 if pixels > PIXELS else None
+    call = functools.partial(_frame_latents, bundle.parts.vae, bundle.vae, encoded, chunk)
+    return _in_batches(call, (ends,), max(1, PIXELS // pixels))
+
+  if tiling is None:
+    latents = latents_of(unique)
+  else:
+    _, high, wide = bundle.card.latents.stride
+    where = places(tiling, *grid[1:])
+    cut = [[_pixels(unique, place, high, wide) for place in line] for line in where]
+    made = [[np.array(latents_of(tile)) for tile in line] for line in cut]
+    latents = jnp.asarray(join(tiling, where, made, (1, 1)))
   absent = [(0, 0), (0, grid[0] - latents.shape[1]), (0, 0), (0, 0), (0, 0)]
   return jnp.pad(latents, absent)[rearrange(place, "... -> (...)")]
+
+
+def _pixels(frames: np.ndarray, place: Place, high: int, wide: int) -> np.ndarray:
+  """What a place of latent cells covers of frames R n height width 3."""
+  rows, columns = place
+  return frames[
+    :, :, rows.start * high : rows.stop * high, columns.start * wide : columns.stop * wide
+  ]
 
 
 def _digest(image: np.ndarray) -> bytes:

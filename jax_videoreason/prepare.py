@@ -1,8 +1,10 @@
 """From settings to what a run needs: the conditioning of its prompts and frames, its schedule."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_videoreason import checkpoint, conditioning, schedules
 from jax_videoreason.settings import SampleSettings
@@ -12,14 +14,14 @@ Asked = tuple[Sequence[str], np.ndarray | None]
 
 
 def encode(
-  chosen: SampleSettings, groups: Sequence[Asked]
+  chosen: SampleSettings, groups: Sequence[Asked], *, mesh: Mesh | None = None
 ) -> tuple[ModelBundle, list[Conditioning]]:
   """The bundle ready to denoise and decode, and the conditioning of each group of runs.
 
   groups: (R prompts, first frames R height width 3 uint8 or None), each encoded on its own.
-  The text encoder and the DiT are never resident together.
+  The text encoder and the DiT are never resident together; both lie on `mesh`, where one is given.
   """
-  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"))
+  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh)
   bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width)
   encoded = [
     conditioning.encode(
@@ -29,11 +31,14 @@ def encode(
       frames=chosen.frames,
       negative_prompt=chosen.negative_prompt,
       guided=chosen.guided,
+      tiles=chosen.tiles,
     )
     for prompts, first_frames in groups
   ]
   del bundle
-  return checkpoint.load(chosen.checkpoint, parts=("dit", "vae")), encoded
+  bundle = checkpoint.load(chosen.checkpoint, parts=("vae", "preview"))
+  loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)
+  return dataclasses.replace(bundle, params=loaded.params), encoded
 
 
 def schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:

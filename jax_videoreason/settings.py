@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+from jax_videoreason import tiling
 from jax_videoreason.reductions import REDUCTIONS
 from jax_videoreason.schedules import GRIDS
 from jax_videoreason.solvers import SOLVERS
@@ -45,6 +46,7 @@ class SampleSettings:
   boundary: sigma at which the second expert takes over; None = the bundle's own.
   seeds: the seed numbers; a whole number n in the mapping stands for 0..n-1.
   frames, height, width: pixels.
+  tiles: whose overlapping tiles the VAE works in (`tiling.NAMES`), None = whole frames.
   batch: runs denoised together, None = all. piece: steps between two writes to disk.
   """
 
@@ -60,6 +62,7 @@ class SampleSettings:
   grid: str = "diffsynth"
   seeds: tuple[int, ...] = (0,)
   negative_prompt: str = ""
+  tiles: str | None = None
   batch: int | None = None
   piece: int = 10
   taps: TapSettings = TapSettings()
@@ -211,6 +214,7 @@ _SAMPLE: dict[str, Callable[[Any], Any]] = {
   "grid": _one_of(GRIDS),
   "seeds": _seeds,
   "negative_prompt": _text,
+  "tiles": _optional(_one_of(tiling.NAMES)),
   "batch": _optional(_whole(1)),
   "piece": _whole(1),
 }

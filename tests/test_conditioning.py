@@ -13,6 +13,7 @@ from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
+from jax_videoreason.tiling import Tiling
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
 
 PROMPTS = ["move the red ball to the exit", "sort the bars", "sort the bars"]
@@ -191,6 +192,22 @@ def test_last_frames_end_the_video(bundle, first_frames):
     )
   with pytest.raises(ValueError, match="wanted first frames of the same shape"):
     conditioning.encode(bundle, PROMPTS, first_frames, frames=5, last_frames=last[:, :4])
+
+
+def test_given_frames_in_tiles(bundle, first_frames):
+  """Each tile is a video of its own; weighed together where they overlap."""
+  tiles = Tiling(size=(4, 4), stride=(4, 2), rule="diffsynth")
+  made = conditioning.encode(bundle, PROMPTS, first_frames, frames=5, tiles=tiles)
+  video = np.zeros((3, 5, 8, 12, 3), np.float32)
+  video[:, 0] = first_frames / 127.5 - 1.0
+  left, right = (np.asarray(vae_encode(bundle, video[:, :, :, cut]))
+                 for cut in (slice(0, 8), slice(4, 12)))  # fmt: skip
+  weights = np.array([1, 0.5])[:, None]  # of the two cells that both cover, times their ramps
+  middle = (left[..., 2:, :] * weights + right[..., :2, :] * weights[::-1]) / 1.5
+  wanted = np.concatenate([left[..., :2, :], middle, right[..., 2:, :]], axis=3)
+  np.testing.assert_allclose(made.known, wanted, atol=1e-5)
+  whole = conditioning.encode(bundle, PROMPTS, first_frames, frames=5, tiles="diffsynth")
+  np.testing.assert_allclose(whole.known, vae_encode(bundle, video), atol=1e-5)
 
 
 def test_float_frames_are_taken_as_they_are(bundle, encoded, first_frames):

@@ -73,4 +73,5 @@ def test_they_differ_only_in_what_they_say():
   """Everything else is the default of a run, so that a config is read in one glance."""
   plain = dataclasses.asdict(chosen("wan21_t2v_1_3b"))
   other = dataclasses.asdict(chosen("vbvr_wan21"))
-  assert {key for key in plain if plain[key] != other[key]} == {"checkpoint", "solver", "grid"}
+  differing = {key for key in plain if plain[key] != other[key]}
+  assert differing == {"checkpoint", "solver", "grid", "tiles"}

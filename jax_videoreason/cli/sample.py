@@ -4,7 +4,9 @@
   videoreason sample --config mini:steps=50 --seeds 0,1,2 --image ... --prompt ... --out ...
 
 Leaves manifest.json, runs.json, final_latents.npy, trace.zarr, video_<run>.mp4, x0_<run>.png and
-report.html; jax_videoreason.open_run(DIR) reads them. The image has the size that the config says.
+report.html; jax_videoreason.open_run(DIR) reads them. The image has the size that the config says,
+or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts its middle out,
+`area` takes the size of the video from its aspect, with as many pixels as the config has.
 """
 
 import dataclasses
@@ -17,12 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl.flags import DEFINE_string, FlagValues
+from absl.flags import DEFINE_enum, DEFINE_string, FlagValues
 
 from jax_videoreason import (
   answers,
+  checkpoint,
   cli,
   console,
+  framing,
   media,
   prepare,
   report,
@@ -38,6 +42,7 @@ from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.taps import check_budget
 
 FPS = 8
+FITS = ("exact", "stretch", "cover", "area")
 # Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps.
 SHOWN_PIXELS = 1 << 26
 
@@ -57,6 +62,7 @@ def define(flags: FlagValues) -> None:
   DEFINE_string(
     "image", None, "the first frame, an RGB picture of the config's size", flag_values=flags
   )
+  DEFINE_enum("fit", "exact", FITS, "what is done with one of another size", flag_values=flags)
   DEFINE_string("prompt", None, "what should happen; may be empty", flag_values=flags)
   DEFINE_string("seeds", None, "seed numbers, as 0,1,2; instead of the config's", flag_values=flags)
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
@@ -69,7 +75,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
   noise = None if flags.noise is None else read_noise(flags.noise)
-  image = None if flags.image is None else read_image(flags.image, chosen)
+  image = None
+  if flags.image is not None:
+    image, chosen = fitted(flags.image, chosen, flags.fit)
   question = Question(prompt=flags.prompt, first_frame=image)
   with store.run_folder(flags.out, redo=flags.redo) as folder:
     record(folder, chosen, [question], noise=noise)
@@ -87,21 +95,44 @@ def seed_numbers(text: str) -> list[int]:
 def read_noise(path: str) -> np.ndarray:
   """An array from a .npy file; its shape is checked when the noise is made."""
   try:
-    return np.load(path, allow_pickle=False)
+    array = np.load(path, allow_pickle=False)
   except (ValueError, EOFError) as error:
     raise ValueError(f"{path} is no .npy array of numbers: write it by numpy.save.") from error
+  if not isinstance(array, np.ndarray):
+    raise ValueError(f"{path} holds several arrays: write the one of the noise by numpy.save.")
+  return array
 
 
-def read_image(path: str, chosen: SampleSettings) -> np.ndarray:
-  """A first frame of the size that the settings say."""
+def fitted(path: str, chosen: SampleSettings, fit: str) -> tuple[np.ndarray, SampleSettings]:
+  """A picture as first frame uint8 height width 3, and the settings with the size of the video.
+
+  fit: one of `FITS`. Filters and sizes are those of the stack that the bundle's numerics name; the
+  official code resizes in floats, here the frame is rounded to 8 bits (`framing.stretched` is not).
+  """
   frame = media.read_image(path)
   height, width = frame.shape[:2]
-  if (height, width) != (chosen.height, chosen.width):
+  if (height, width) == (chosen.height, chosen.width):
+    return frame, chosen
+  if fit == "exact":
     raise ValueError(
       f"{path} is {width} x {height} pixels, the config says {chosen.width} x {chosen.height}: "
-      f"resize it, or give --config.width={width} --config.height={height}."
+      f"give --fit stretch, cover or area, or --config.width={width} --config.height={height}."
     )
-  return frame
+  bundle = checkpoint.load(chosen.checkpoint, parts=())
+  covers = fit == "cover"
+  if fit == "area":
+    stride, patch = bundle.card.latents.stride[1], bundle.card.latents.patch[1]
+    pixels = chosen.height * chosen.width
+    covers = bundle.parts.dit.config.image_input == "overwrite"
+    if covers:
+      size = framing.fitting_size(height, width, area=pixels, unit=stride * patch)
+    else:
+      size = framing.area_size(height, width, area=pixels, stride=stride, patch=patch)
+    chosen = dataclasses.replace(chosen, height=size[0], width=size[1])
+  if covers:
+    return framing.covered(frame, chosen.height, chosen.width), chosen
+  method = "lanczos" if bundle.card.numerics == "diffusers" else "bicubic"
+  return media.resize(frame, chosen.height, chosen.width, method), chosen
 
 
 def record(
@@ -157,11 +188,12 @@ def record(
     with console.progress(len(shown) + 1, "decode", "step") as advance:
       frames = []
       for step in shown:
-        frames.append(decode(bundle, kept.pop(step)))
+        frames.append(decode(bundle, kept.pop(step), tiles=chosen.tiles))
         advance(1)
       frames = np.stack(frames)
       writer.write_frames(frames, steps=shown)
-      store.write_videos(folder, decode(bundle, final), first_frames(of_run), fps=FPS)
+      videos = decode(bundle, final, tiles=chosen.tiles)
+      store.write_videos(folder, videos, first_frames(of_run), fps=FPS)
       advance(1)
   said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
   store.write_final_latents(folder, final)

@@ -1,5 +1,6 @@
 """Runs as an axis: their noise, their place on a mesh, and batches denoised piece by piece."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,11 +115,13 @@ def run(
   piece: int | None = None,
   mesh: Mesh | None = None,
   on_piece: OnPiece | None = None,
+  guidance: sampler.Guidance = "parallel",
 ) -> np.ndarray:
   """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
 
   Each finished piece is handed to `on_piece` and let go, so memory holds one batch and one piece.
-  One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis.
+  One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis, and tokens
+  lie on `fsdp` and `context`. guidance: as `sampler.denoise` takes it.
 
   `taps.steps` are rows of the whole `schedule`; a piece of it brings those that lie inside, and
   compiles for their places in it.
@@ -149,17 +152,70 @@ def run(
     some_noise, some_cond = take(noise, padded), take(cond, padded)
     if mesh is not None:
       some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
+      edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
     sampler.check(bundle, some_noise, some_cond, schedule, edit)
     state: State = sampler.start(some_noise, schedule.solver)
     for rows in pieces(len(schedule), piece):
-      _, trace, state = sampler.denoise(
-        bundle, some_noise, some_cond, schedule[rows], edit, _steps_of(taps, rows), state
-      )
+      with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        _, trace, state = sampler.denoise(
+          bundle,
+          some_noise,
+          some_cond,
+          schedule[rows],
+          edit,
+          _steps_of(taps, rows),
+          state,
+          guidance=guidance,
+        )
       if on_piece is not None:
         host = jax.tree.map(np.asarray, trace)
         on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
     finals.append(np.asarray(state.latents)[:count])
   return np.concatenate(finals)
+
+
+def pmap_runs(
+  bundle: ModelBundle,
+  noise: Noise,
+  cond: Conditioning,
+  schedule: Schedule,
+  taps: TapSpec | None = None,
+  *,
+  devices: Sequence[Any] | None = None,
+) -> tuple[np.ndarray, Trace]:
+  """`sampler.denoise` by `jax.pmap`: weights on every device, runs dealt out evenly.
+
+  R is padded to a multiple of the devices (None = all of this process) and the padding dropped.
+  Returns the final latents R F H W C and the trace. `run` with a mesh does the same and more.
+  """
+  taps = TapSpec() if taps is None else taps
+  chosen = jax.local_devices() if devices is None else list(devices)
+  total = noise.keys.shape[0]
+  each = -(-total // len(chosen))
+  dealt = np.minimum(np.arange(each * len(chosen)), total - 1)
+  parts = [(take(noise, part), take(cond, part)) for part in dealt.reshape(len(chosen), each)]
+  sampler.check(bundle, *parts[0], schedule)
+  some_noise, some_cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+  def denoise(weights: Any, noise: Noise, cond: Conditioning) -> tuple[Array, Trace]:
+    own = dataclasses.replace(bundle, params=weights, vae=None, text=None, clip=None, preview=None)
+    final, trace, _ = sampler.denoise(own, noise, cond, schedule, taps=taps)
+    return final, trace
+
+  spread = jax.pmap(denoise, in_axes=(None, 0, 0), devices=chosen)
+  final, trace = spread(bundle.params, some_noise, some_cond)
+
+  def joined(value: Any, axis: int) -> Any:
+    """The device axis, which leads, and the axis of runs as one; without what was padded."""
+    return np.concatenate(np.asarray(value), axis=axis).take(np.arange(total), axis=axis)
+
+  return joined(final, 0), Trace(
+    sigma=trace.sigma[0],
+    finite=joined(trace.finite, 1),
+    latents=None if trace.latents is None else joined(trace.latents, 1),
+    x0=None if trace.x0 is None else joined(trace.x0, 1),
+    taps={name: joined(value, 3) for name, value in trace.taps.items()},
+  )
 
 
 def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:

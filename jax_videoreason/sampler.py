@@ -4,16 +4,18 @@ One step, in order: edit the latents and re-impose known cells; the model of thi
 edits, then taps; guidance; x0 = x - sigma*v and `mix_out`; the solver; a row of the trace.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
-from jax_videoreason import guidance
 from jax_videoreason.axes import Array
 from jax_videoreason.edits import (
+  BlockEdits,
   Intervention,
   check_edit,
   edit_latents,
@@ -21,10 +23,13 @@ from jax_videoreason.edits import (
   step_edits,
   wants_noise,
 )
+from jax_videoreason.guidance import combine
 from jax_videoreason.schedules import HOLD, Schedule
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
 from jax_videoreason.taps import SITES, TapSpec, layer_slots, step_slots
+
+Guidance = Literal["parallel", "sequential"]
 
 
 def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Sizes:
@@ -83,6 +88,8 @@ def denoise(
   edit: Intervention | None = None,
   taps: TapSpec | None = None,
   state: State | None = None,
+  *,
+  guidance: Guidance = "parallel",
 ) -> tuple[Array, Trace, State]:
   """Denoises R runs over a schedule or a piece of it.
 
@@ -92,13 +99,17 @@ def denoise(
   the edited sites, the fields in use and the static half of `taps` compile anew. `edit` and
   `noise.injected` keep the rows of the whole schedule.
 
+  guidance: "sequential" computes one guidance branch after the other, with half the activations.
+
   Raises:
     ValueError: shapes that contradict each other, or a schedule that calls an expert that is not
       loaded.
   """
   taps = TapSpec() if taps is None else taps
   check(bundle, noise, cond, schedule, edit, state)
-  return _trajectory(bundle, noise, cond, schedule, edit, taps, state)
+  if guidance not in ("parallel", "sequential"):
+    raise ValueError(f"guidance={guidance!r}, wanted 'parallel' or 'sequential'.")
+  return _trajectory(bundle, noise, cond, schedule, edit, taps, state, guidance)
 
 
 def check(
@@ -201,6 +212,7 @@ def _trajectory(
   edit: Intervention | None,
   taps: TapSpec,
   state: State | None,
+  guidance: Guidance,
 ) -> tuple[Array, Trace, State]:
   dit = bundle.parts.dit
   solver = SOLVERS[schedule.solver]
@@ -218,6 +230,8 @@ def _trajectory(
     tap_arguments = (taps, wanted) if taps.sites else (None, None)
 
     def call(params: Any) -> tuple[Array, dict[str, Array]]:
+      if guidance == "sequential":
+        return _one_by_one(dit, params, latents, row["time"], cond, edits, *tap_arguments)
       return dit.apply({"params": params}, latents, row["time"], cond, edits, *tap_arguments)
 
     if schedule.which is None:
@@ -245,7 +259,7 @@ def _trajectory(
       latents, touched = edit_latents(edit, row["index"], latents, before.x0, injected)
     latents = _impose(known, latents)
     velocity, tapped = model(latents, row)
-    velocity = guidance.combine(velocity, row["guidance"])
+    velocity = combine(velocity, row["guidance"])
     x0 = latents - row["sigma"] * velocity
     if edit is not None:
       x0, velocity = edit_output(edit, row["index"], x0, velocity, latents, row["sigma"])
@@ -284,7 +298,36 @@ def _trajectory(
   return state.latents, trace, state
 
 
-_trajectory = jax.jit(_trajectory)
+_trajectory = jax.jit(_trajectory, static_argnames=("guidance",))
+
+
+def _one_by_one(
+  dit: Any,
+  params: Any,
+  latents: Array,
+  time: Array,
+  cond: Conditioning,
+  edits: BlockEdits | None,
+  taps: TapSpec | None,
+  slots: Array | None,
+) -> tuple[Array, dict[str, Array]]:
+  """What the model says of all guidance branches, one after the other."""
+  alone = None if taps is None else dataclasses.replace(taps, branches=(0,))
+
+  def branch(own: tuple[Array, Array | None]) -> tuple[Array, dict[str, Array]]:
+    text, touched = (None if a is None else a[None] for a in own)
+    mine = edits if edits is None else dataclasses.replace(edits, branches=touched)
+    said = dataclasses.replace(cond, text=text)
+    return dit.apply({"params": params}, latents, time, said, mine, alone, slots)
+
+  touched = None if edits is None else edits.branches
+  velocity, tapped = jax.lax.map(branch, (cond.text, touched))
+  if taps is None:
+    return velocity[:, 0], tapped
+  kept = np.asarray(taps.branches)
+  return velocity[:, 0], {
+    name: rearrange(value, "g l 1 ... -> l g ...")[:, kept] for name, value in tapped.items()
+  }
 
 
 def _draw(noise: Noise, stream: Array) -> Array:

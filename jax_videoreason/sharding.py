@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jax_videoreason.axes import Array
 
@@ -36,8 +36,25 @@ def spec(letters: str) -> PartitionSpec:
   return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))
 
 
+def ambient() -> AbstractMesh | None:
+  """The mesh of `jax.set_mesh`; None without one, and inside pmap, whose mesh has other axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if set(MESH_AXES) <= set(mesh.axis_names) else None
+
+
+def token_shards() -> int:
+  """Into how many equal parts the ambient mesh cuts the tokens; 1 without a mesh."""
+  mesh = ambient()
+  return 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["context"]
+
+
+def whole(x: Array) -> Array:
+  """x on every device of the ambient mesh: what all look at alike, none has to ask another for."""
+  return constrain(x, " ".join("." * x.ndim))
+
+
 def constrain(x: Array, letters: str) -> Array:
   """Places x by its letters on the ambient mesh (`jax.set_mesh`); without one, x as it is."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if ambient() is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(letters))

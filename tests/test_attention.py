@@ -81,5 +81,5 @@ def test_an_accelerator_refuses_plain_attention_over_many_tokens(monkeypatch):
 
 
 def test_unknown_implementations_are_refused():
-  with pytest.raises(ValueError, match="'flash', wanted 'xla' or 'cudnn'"):
+  with pytest.raises(ValueError, match="'flash', wanted one of 'xla', 'cudnn', 'splash'"):
     attend(*draw(), implementation="flash")

@@ -120,16 +120,21 @@ def site(
   taps: TapSpec | None,
   slot: Array | None,
   aids: TapAids | None,
+  tokens: int,
 ) -> tuple[Array, dict[str, Array]]:
   """One place of a layer: the value G R T D edited, then recorded.
 
   edits: those of this layer (no L axis). slot: the row of the tap buffers that this layer fills.
+  tokens: how many of T are no padding; neither edits nor taps see the others.
   A site that neither names leaves no trace in the program.
   """
+  real = value if tokens == value.shape[2] else value[:, :, :tokens]
   if edits is not None and name in edits.sites:
-    value = edit_site(value, edits, name)
+    real = edit_site(real, edits, name)
+    rest = value[:, :, tokens:]
+    value = real if tokens == value.shape[2] else jnp.concatenate([real, rest], axis=2)
   if taps is not None and name in taps.sites:
     if slot is None or aids is None:
       raise ValueError(f"tapping {name!r} needs the slot of the layer and TapAids.")
-    buffers = record(buffers, name, value, taps, slot, aids)
+    buffers = record(buffers, name, real, taps, slot, aids)
   return value, buffers

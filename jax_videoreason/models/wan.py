@@ -25,7 +25,7 @@ from jax_videoreason.models.common import (
   site,
   unpatchify,
 )
-from jax_videoreason.sharding import constrain
+from jax_videoreason.sharding import constrain, token_shards
 from jax_videoreason.structs import Conditioning, Sizes
 from jax_videoreason.taps import SITES, TapAids, TapSpec, empty_buffers, layer_slots
 
@@ -121,20 +121,20 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """G R T D -> G R T D, rotary positions on q and k."""
+  """G R T D -> G R T D, rotary positions on q and k; tokens: how many of T are no padding."""
 
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+  def __call__(self, x: Array, cos: np.ndarray, sin: np.ndarray, tokens: int) -> Array:
     c = self.config
     rounding = c.precision.scale_before_rounding
     q = RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x))
     k = RMSNorm(c.epsilon, rounding, name="norm_k")(_dense(c.width, c.compute, "k")(x))
     v = _dense(c.width, c.compute, "v")(x)
-    q, k, v = (rearrange(a, "g r t (n k) -> (g r) t n k", n=c.heads) for a in (q, k, v))
-    out = attend(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
-    out = rearrange(out, "(g r) t n k -> g r t (n k)", g=x.shape[0])
+    q, k, v = (rearrange(a, "g r t (n k) -> g r t n k", n=c.heads) for a in (q, k, v))
+    q, k = (rope.rotate(a, cos, sin) for a in (q, k))
+    out = rearrange(attend(q, k, v, keys=tokens, spread="qkv"), "g r t n k -> g r t (n k)")
     return _dense(c.width, c.compute, "o")(out)
 
 
@@ -149,19 +149,19 @@ class CrossAttention(nn.Module):
     rounding = c.precision.scale_before_rounding
 
     def heads(a):
-      return rearrange(a, "g r x (n k) -> (g r) x n k", n=c.heads)
+      return rearrange(a, "g r x (n k) -> g r x n k", n=c.heads)
 
     def attended(tokens, suffix):
       k = _dense(c.width, c.compute, f"k{suffix}")(tokens)
       k = RMSNorm(c.epsilon, rounding, name=f"norm_k{suffix}")(k)
       v = _dense(c.width, c.compute, f"v{suffix}")(tokens)
-      return attend(q, heads(k), heads(v))
+      return attend(q, heads(k), heads(v), spread="q")
 
     q = heads(RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x)))
     out = attended(text, "")
     if clip is not None:
       out = out + attended(clip, "_clip")
-    out = rearrange(out, "(g r) t n k -> g r t (n k)", g=x.shape[0])
+    out = rearrange(out, "g r t n k -> g r t (n k)")
     return _dense(c.width, c.compute, "o")(out)
 
 
@@ -175,7 +175,7 @@ class WanBlock(nn.Module):
   """One layer: G R T D -> G R T D.
 
   modulation: (1 or R) 2 6 D, for t and for t = 0. given: R T bool, tokens of given frames (TI2V).
-  at: edits and records at each site, see `common.site`.
+  tokens: how many of T are no padding. at: edits and records at each site, see `common.site`.
   """
 
   config: WanConfig
@@ -192,6 +192,7 @@ class WanBlock(nn.Module):
     text: Array,
     clip: Array | None,
     rotary: tuple[np.ndarray, np.ndarray],
+    tokens: int,
   ) -> tuple[Array, dict[str, Array]]:
     c = self.config
     wide = c.kept(c.precision.modulation)
@@ -204,7 +205,7 @@ class WanBlock(nn.Module):
     x, buffers = at("resid_pre", x, buffers)
     before = x
     h = modulate(x, shift_a, scale_a, wide).astype(c.compute)
-    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, *rotary).astype(wide)
+    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, *rotary, tokens).astype(wide)
     attn_out, buffers = at("attn_out", attn_out, buffers)
     x = (x + attn_out).astype(x.dtype)
     h = LayerNorm(c.epsilon, name="norm_cross")(x).astype(c.compute)
@@ -277,6 +278,9 @@ class WanDiT(nn.Module):
     inputs, given = self.inputs(latents, cond)
     x = _dense(c.width, c.compute, "patch_embed")(patchify(inputs, c.patch))
     x = jnp.broadcast_to(x[None], (g, r, *x.shape[1:]))
+    tokens = x.shape[2]
+    spare = -tokens % token_shards()  # a mesh holds equal parts; no site, tap or mix sees the rest
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, spare), (0, 0)))
     x = constrain(x.astype(c.kept(c.precision.residual)), "g r t d")
 
     projected = c.kept(c.precision.time_projection)
@@ -286,10 +290,14 @@ class WanDiT(nn.Module):
     head = Head(c, name="head")(e, given)
     inner = {
       "modulation": rearrange(modulation, "r row (six d) -> r row six d", six=6),
-      "given": given,
+      "given": None if given is None else jnp.pad(given, ((0, 0), (0, spare))),
       "text": MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")(cond.text),
       "clip": self.clip_tokens(cond, g),
-      "rotary": rope.tables(grid, c.width // c.heads, c.theta),
+      "rotary": tuple(
+        np.pad(table, ((0, spare), (0, 0)))
+        for table in rope.tables(grid, c.width // c.heads, c.theta)
+      ),
+      "tokens": tokens,
     }
 
     self.check_sites(edits)
@@ -298,7 +306,7 @@ class WanDiT(nn.Module):
       taps = dataclasses.replace(taps, steps=None)
       aids = TapAids(grid=grid, head=head, dtype=x.dtype)
       sizes = Sizes(S=1, R=r, G=g, L=c.layers, F=latents.shape[1], H=latents.shape[2],
-                    W=latents.shape[3], C=c.out_channels, T=x.shape[2], D=c.width,
+                    W=latents.shape[3], C=c.out_channels, T=tokens, D=c.width,
                     sites=SITES)  # fmt: skip
       buffers = empty_buffers(taps, sizes, aids)
       slots = jnp.asarray(layer_slots(taps, c.layers) if slots is None else slots)
@@ -312,7 +320,7 @@ class WanDiT(nn.Module):
     def layer(block, carry, scanned):
       rows, slot = scanned
       own = None if edits is None else dataclasses.replace(edits, **rows)
-      at = functools.partial(site, edits=own, taps=taps, slot=slot, aids=aids)
+      at = functools.partial(site, edits=own, taps=taps, slot=slot, aids=aids, tokens=tokens)
       return block(*carry, at, **inner), None
 
     scan = nn.scan(
@@ -323,7 +331,8 @@ class WanDiT(nn.Module):
       length=c.layers,
     )
     (x, buffers), _ = scan(WanBlock(c, name="blocks"), (x, buffers), (by_layer, slots))
-    return unpatchify(head(x).astype(jnp.float32), grid, c.patch), buffers
+    velocity = head(x[:, :, :tokens]).astype(jnp.float32)
+    return unpatchify(velocity, grid, c.patch), buffers
 
   @staticmethod
   def check_sites(edits: BlockEdits | None) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   from jax_videoreason.structs import Conditioning as Conditioning
   from jax_videoreason.structs import Noise as Noise
   from jax_videoreason.structs import Trace as Trace
+  from jax_videoreason.sweep import open_sweep as open_sweep
   from jax_videoreason.taps import TapSpec as TapSpec
 
 PUBLIC = {
@@ -38,6 +39,7 @@ PUBLIC = {
   "TapSpec": "taps",
   "Trace": "structs",
   "open_run": "store",
+  "open_sweep": "sweep",
 }
 
 _root = Path(__file__).resolve().parent.parent

@@ -35,7 +35,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 @contextlib.contextmanager
-def progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], Any]]:
-  """Yields `advance(n)` of a bar on standard error."""
-  with tqdm(total=total, desc=title, unit=unit, disable=not speaks()) as bar:
+def progress(total: int, title: str, unit: str, *, done: int = 0) -> Iterator[Callable[[int], Any]]:
+  """Yields `advance(n)` of a bar on standard error; done: what was there before, at no cost."""
+  with tqdm(total=total, initial=done, desc=title, unit=unit, disable=not speaks()) as bar:
     yield bar.update

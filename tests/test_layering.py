@@ -82,11 +82,11 @@ FLOORS = (
     "vbvr.generate vbvr.scores vbvr.audit",
     "vbvr.table",
   ),
-  ("console plots", "report", "scorecard pages vbvr.page"),
+  ("console plots", "report", "scorecard pages vbvr.page gallery"),
   (
     "cli",
-    "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.plan cli.report cli.tasks",
-    "cli.demo",  # the demo is `sample` on cases of the tasks
+    "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.report cli.tasks",
+    "cli.demo cli.plan",  # the demo is `sample` on cases of the tasks
     "__init__",
     "__main__",
   ),

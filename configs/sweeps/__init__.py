@@ -1,0 +1,1 @@
+"""Configurations of sweeps: `videoreason sweep --config NAME`."""

@@ -1,0 +1,108 @@
+"""Cases x seeds x edits through one sampler: killed at any time, the same command goes on.
+
+  videoreason sweep --config seeds_mini --out runs/seeds
+  videoreason sweep --config seeds_mini:cases=2,seeds=2 --out runs/small
+  videoreason sweep --config mini --config.tasks "('maze','pick')" --config.cases=8 --out ...
+  videoreason sweep --status runs/seeds        (from another terminal)
+
+Leaves table.parquet (a row per run: scores, answers at every step, flips), results.zarr (final
+latents, stills, taps), manifest.json and report.html, a page that filters cases by task, success
+and flips. jax_videoreason.open_sweep(DIR) reads it, also while it is not finished.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl.flags import DEFINE_string, FlagValues
+
+from jax_videoreason import cli
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+
+def define(flags: FlagValues) -> None:
+  cli.define_config(flags, "seeds_mini")
+  cli.define_out(flags)
+  DEFINE_string("status", None, "only say how far the sweep in this folder is", flag_values=flags)
+
+
+def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
+  """The config with the keys of a sweep in it, where it has none."""
+  common = importlib.import_module("jax_videoreason.configs.common")
+  with config.unlocked():
+    for key, value in common.sweep().items(preserve_field_references=True):
+      if key not in config:
+        config[key] = value
+  return config
+
+
+def main(flags: FlagValues, words: list[str]) -> None:
+  if flags.status is not None:
+    show(Path(flags.status))
+    return
+  cli.required(flags, "out")
+  from jax_videoreason import distributed
+
+  process = distributed.initialize()
+  import jax
+
+  from jax_videoreason import console, gallery, product, settings, sweep
+
+  config = cli.resolved(flags)
+  own = {key: config.pop(key) for key in product.KEYS}
+  made = product.multiply(settings.from_config(config), product.varied(own))
+  done = 0
+  if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
+    done = sweep.status(flags.out).done * made.width
+  console.say(
+    f"{made.units * made.width} runs in {made.units} units of {made.width}, "
+    f"{product.evaluations(made)} network evaluations"
+  )
+  with console.progress(made.units * made.width, "sweep", "run", done=done) as advance:
+    product.perform(
+      flags.out,
+      made,
+      command=["videoreason", *sys.argv[1:]],
+      redo=flags.redo,
+      devices=jax.local_devices(),
+      process=process,
+      meet=distributed.meet,
+      advance=advance,
+    )
+  if console.speaks():
+    page = gallery.render(flags.out)
+    show(Path(flags.out))
+    console.say(f"report: {page.resolve().as_uri()}")
+    console.say(f"in Python: jax_videoreason.open_sweep({str(Path(flags.out).resolve())!r})")
+
+
+def show(folder: Path) -> None:
+  """How far a sweep is, and what went wrong."""
+  from jax_videoreason import console, sweep
+
+  found = sweep.status(folder)
+  state = "finished" if found.finished else "working" if found.working else "stopped"
+  said = f"{folder}: {state}, {found.done} of {found.units} units ({found.done * found.width} runs)"
+  if found.seconds and found.done < found.units:
+    said += f", about {duration(found.seconds)} of work left"
+  console.say(said)
+  for row in found.broken:
+    console.say(
+      f"run {row['run']} ({row['task']} {row['split']} {row['index']}, seed {row['seed']}, edit "
+      f"{row['edit']}) is not finite from step {row['broken_at']} on"
+    )
+  for event in found.events:
+    where = "" if event["unit"] is None else f"unit {event['unit']}: "
+    console.say(f"{where}{event['event']}")
+
+
+def duration(seconds: float) -> str:
+  """Such as "1 h 12 min"."""
+  minutes = round(seconds / 60)
+  if minutes < 2:
+    return f"{seconds:.0f} s"
+  return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

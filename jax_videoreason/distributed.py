@@ -1,0 +1,61 @@
+"""Several processes that run one program: found by themselves on Cloud TPU, GKE and Slurm.
+
+Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say
+it. Must come before anything asks for a device.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 20  # without a sign of life from a process, the others end
+NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
+  """The arguments of `jax.distributed.initialize` that the environment says; None = one process.
+
+  {} = several, which JAX finds out itself. ValueError: only some of the three names are set.
+  """
+  there = [name for name in NAMED if environment.get(name)]
+  if there and len(there) < len(NAMED):
+    missing = " and ".join(name for name in NAMED if name not in there)
+    raise ValueError(f"{there[0]} is set and {missing} is not: set all three, or none.")
+  if there:
+    address, count, number = (environment[name] for name in NAMED)
+    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+      raise ValueError(
+        f"{NAMED[1]}={count} and {NAMED[2]}={number}, wanted whole numbers, the second below the "
+        "first."
+      )
+    if int(count) == 1:
+      return None
+    return {
+      "coordinator_address": address,
+      "num_processes": int(count),
+      "process_id": int(number),
+    }
+  hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  tasks = environment.get("SLURM_NTASKS", "1")
+  several = len(hosts) > 1 or (tasks.isdigit() and int(tasks) > 1)
+  return {} if several else None
+
+
+def initialize() -> tuple[int, int]:
+  """Joins the other processes, if there are any; (number of this one, how many).
+
+  Where a process dies, the others end with an error within about a minute.
+  """
+  arguments = wanted(os.environ)
+  if arguments is not None and not jax.distributed.is_initialized():
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+  return jax.process_index(), jax.process_count()
+
+
+def meet(place: str) -> None:
+  """Returns when every process has come to `place`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(place)

@@ -1,0 +1,118 @@
+"""A sweep as one page, report.html: numbers by task and edit, a card for every case with all its
+seeds, to filter by task, success and flips. Opens offline."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from jax_videoreason import media
+from jax_videoreason.folders import atomic
+from jax_videoreason.report import environment, inline
+from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
+
+MOST_CARDS = 400  # of a page; the table on disk has all
+OUTCOMES = {"all": "every seed right", "some": "some seeds right", "none": "no seed right"}
+
+
+def render(folder: str | Path) -> Path:
+  """Draws the page of a sweep, finished or not, from what is on disk; returns its path.
+
+  ValueError: the folder is no sweep, or is damaged. OSError: it can't be written.
+  """
+  folder = Path(folder)
+  page = environment().get_template("gallery.html.j2").render(**contents(open_sweep(folder)))
+  with atomic(folder / PAGE) as part:
+    part.write_text(page, encoding="utf-8")
+  return folder / PAGE
+
+
+def contents(sweep: Sweep) -> dict[str, Any]:
+  """Everything the template shows, as plain values."""
+  groups: dict[tuple[str, int], list[Row]] = {}
+  for row in sweep.rows:
+    groups.setdefault((row["edit"], row["case"]), []).append(row)
+  kinds: dict[tuple[str, str], list[list[Row]]] = {}
+  for rows in groups.values():
+    kinds.setdefault((rows[0]["task"], rows[0]["edit"]), []).append(rows)
+  shown = list(groups.values())[:MOST_CARDS]
+  return {
+    "name": sweep.path.resolve().name,
+    "asked": sweep.asked,
+    "finished": sweep.finished,
+    "runs": len(sweep.rows),
+    "wanted": sweep.asked["units"] * sweep.asked["width"],
+    "cases": len(groups),
+    "summary": [{"task": task, "edit": edit, **numbers(kinds[task, edit])} for task, edit in kinds],
+    "tasks": sorted({row["task"] for row in sweep.rows}),
+    "edits": list(sweep.asked["edits"]),
+    "cards": [card(sweep, rows) for rows in shown],
+    "hidden": len(groups) - len(shown),
+    "outcomes": OUTCOMES,
+    "broken": [row for row in sweep.rows if row["broken_at"] is not None],
+    "events": sweep.events,
+  }
+
+
+def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
+  """Means over the runs of some cases; agreement: of pairs of seeds that give one answer."""
+  rows = [row for case in cases for row in case]
+  committed = [row["commitment"] for row in rows if row["commitment"] >= 0]
+  pairs = [
+    a["answer"] == b["answer"] and a["answer"] is not None
+    for case in cases
+    for i, a in enumerate(case)
+    for b in case[:i]
+  ]
+  return {
+    "runs": len(rows),
+    **{key: float(np.mean([row[key] for row in rows])) for key in ("score", "strict", "right")},
+    "flips": float(np.mean([row["flips"] for row in rows])),
+    "commitment": float(np.mean(committed)) if committed else None,
+    "agreement": float(np.mean(pairs)) if pairs else None,
+  }
+
+
+def card(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any]:
+  """A case with one edit: a strip of stills per seed, its answer, its answers along the steps."""
+  right = [row["right"] == 1 for row in rows]
+  strips = sweep.of("stills", [row["run"] for row in rows])
+  return {
+    "rows": [
+      {**row, "kind": kind(row), "marks": marks(row), "said": row["answer"] or "unreadable"}
+      for row in rows
+    ],
+    "first": rows[0],
+    "outcome": "all" if all(right) else "some" if any(right) else "none",
+    "flips": max(row["flips"] for row in rows),
+    "picture": sheet(strips),
+    "columns": strips.shape[1],
+    "shape": f"{strips.shape[1] * strips.shape[3]} / {strips.shape[2]}",
+  }
+
+
+def kind(row: Row) -> str:
+  """The class of the badge of a final answer."""
+  return "none" if row["answer"] is None else "right" if row["right"] == 1 else "wrong"
+
+
+def marks(row: Row) -> list[dict[str, str]]:
+  """A mark per step: right, wrong or unreadable, with what was said."""
+  return [
+    {
+      "kind": "none" if said is None else "right" if is_right else "wrong",
+      "title": f"step {step}: {'unreadable' if said is None else said}",
+    }
+    for step, (said, is_right) in enumerate(zip(row["answers"], row["rights"], strict=True))
+  ]
+
+
+def sheet(strips: np.ndarray) -> str:
+  """R n height width 3: a row per seed, as data URI."""
+  with tempfile.TemporaryDirectory() as scratch:
+    path = Path(scratch) / "sheet.png"
+    media.write_png(path, rearrange(strips, "r n h w c -> (r h) (n w) c"))
+    return inline(path, "image/png")

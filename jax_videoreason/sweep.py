@@ -1,0 +1,432 @@
+"""A sweep on disk: work units fixed at the start, each whole or not there, resumed after any stop.
+
+    sweep.json         what was asked, written first: a call that asks the same goes on here
+    lock               held, while it lives, by the process that works here
+    reader.json        how answers are read from x0, settled on the first unit
+    units/00003.json   a finished unit: a row per run, the names of its arrays, seconds, devices
+    results.zarr/      arrays with an axis `run`, one chunk per unit
+    events.jsonl       what was done again, and why
+    table.parquet      a row per run    manifest.json    both written last
+
+A unit is a number of consecutive runs. What it computes is a function that is given; its arrays
+are written before its row file, so a unit with a row file is whole. No time of day is read.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import arrays, store, tables
+from jax_videoreason.arrays import StoredArray
+from jax_videoreason.folders import PART, damaged, disk, plain, read_json, remove, write_json
+
+ASKED, SETTLED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
+  "sweep.json",
+  "reader.json",
+  "lock",
+  "units",
+  "results.zarr",
+  "events.jsonl",
+  "table.parquet",
+  "manifest.json",
+  "report.html",
+)
+OWNED = (ASKED, SETTLED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
+RUN = "run"
+
+Row = dict[str, Any]
+Advance = Callable[[int], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """What a unit found. rows: one per run, JSON. arrays: name -> (axes, one of them `run`; value).
+
+  notes: what is to be remembered as an event, such as a run that is not finite.
+  """
+
+  rows: list[Row]
+  arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray]]
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What is to be done: units 0..units-1 of `width` runs each.
+
+  compute: unit -> anything. read: (unit, that) -> Part, on another thread while the next unit is
+  computed. devices: said of every unit that is done here.
+  """
+
+  units: int
+  width: int
+  compute: Callable[[int], Any]
+  read: Callable[[int, Any], Part]
+  devices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Doing
+
+
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+  """Holds the folder, which is made where it is lacking; a dead process holds nothing.
+
+  ValueError: another sweep works in it.
+  """
+  folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
+  with disk(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f"another sweep works in {folder}: wait for it (videoreason sweep --status {folder}), or "
+        "choose another --out."
+      ) from error
+    yield
+
+
+def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -> None:
+  """Makes a held folder ready: new, or begun by a call that asked the same.
+
+  asked: all that the numbers depend on, JSON, with `units` and `width`.
+  ValueError: it holds something else, or what was asked otherwise; it names the keys.
+  """
+  folder, asked = Path(folder), plain(asked)
+  with disk(folder):
+    there = sorted(item.name for item in folder.iterdir() if item.name != LOCK)
+    if redo:
+      for name in set(there) & set(OWNED):
+        remove(folder / name)
+      there = []
+  if ASKED in there:
+    before = read_json(folder / ASKED)
+    other = list(differences(before, asked))
+    if other:
+      raise ValueError(
+        f"{folder} holds another sweep ({'; '.join(other)}): choose another --out, or give --redo "
+        "to replace it."
+      )
+  elif [name for name in there if not name.startswith(PART)]:
+    raise ValueError(
+      f"{folder} is not empty (it has {there[0]}): choose another --out, or give --redo to replace "
+      "what a sweep wrote there."
+    )
+  with _kept(folder):
+    (folder / UNITS).mkdir(exist_ok=True)
+    for left in [*folder.glob(f"{PART}*"), *(folder / UNITS).glob(f"{PART}*")]:
+      remove(left)
+  if ASKED not in there:
+    with _kept(folder):
+      write_json(folder / ASKED, asked)
+  elif (folder / ARRAYS).exists():
+    try:
+      arrays.open_group(folder / ARRAYS)
+    except ValueError as error:  # without the description of an array no chunk of it can be read
+      _note(folder, None, f"{error} All units are done again.")
+      remove(folder / ARRAYS)
+
+
+def differences(before: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
+  """'steps=10 there and 20 here' for every key, dotted, that differs."""
+  for key in sorted(before.keys() | asked.keys()):
+    old, new = before.get(key), asked.get(key)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      yield from differences(old, new, f"{at}{key}.")
+    elif old != new:
+      yield f"{at}{key}={old!r} there and {new!r} here"
+
+
+def carry_out(
+  folder: str | Path,
+  work: Work,
+  *,
+  mine: Callable[[int], bool] = lambda unit: True,
+  advance: Advance = lambda runs: None,
+) -> None:
+  """Does the units that are not whole, in order. mine: those of this process.
+
+  A unit whose row file or a chunk of which is damaged is done again, and an event says so.
+  advance: told of runs as they are done.
+
+  OSError: the disk refuses; what is done stays.
+  """
+  folder = Path(folder)
+  own = [unit for unit in range(work.units) if mine(unit)]
+  found = faults(folder, own, work.width)
+  left = [unit for unit in own if unit in found]
+  for unit in left:
+    if said := found[unit]:
+      remove(folder / MANIFEST)
+      _note(folder, unit, f"{said}; done again")
+      remove(_path(folder, unit))
+  busy: Future[None] | None = None
+  # what was handed to the reader is written also when the next unit is interrupted
+  with ThreadPoolExecutor(max_workers=1) as pool:
+    for unit in left:
+      began = time.monotonic()
+      made = work.compute(unit)
+      seconds = time.monotonic() - began
+      if busy is not None:
+        busy.result()
+      busy = pool.submit(_keep, folder, work, unit, made, seconds, advance)
+    if busy is not None:
+      busy.result()
+
+
+def _keep(folder: Path, work: Work, unit: int, made: Any, seconds: float, advance: Advance) -> None:
+  """Reads what a unit made and writes it: arrays, then the row file."""
+  began = time.monotonic()
+  part = work.read(unit, made)
+  if len(part.rows) != work.width:
+    raise ValueError(f"unit {unit} brings {len(part.rows)} rows, wanted {work.width}.")
+  runs = slice(unit * work.width, (unit + 1) * work.width)
+  with _kept(folder):
+    for name, (axes, value) in part.arrays.items():
+      at = axes.index(RUN)
+      size = list(np.shape(value))
+      where = tuple(runs if i == at else slice(None) for i in range(len(size)))
+      whole = [work.units * work.width if i == at else n for i, n in enumerate(size)]
+      arrays.put(folder / ARRAYS, name, axes, value, shape=whole, where=where, chunk=size)
+    for note in part.notes:
+      _note(folder, unit, note)
+    said = {
+      "unit": unit,
+      "rows": part.rows,
+      "arrays": sorted(part.arrays),
+      "seconds": {"compute": seconds, "read": time.monotonic() - began},
+      "devices": work.devices,
+    }
+    write_json(_path(folder, unit), plain(said))
+  advance(work.width)
+
+
+def finish(folder: str | Path, work: Work, **manifest: Any) -> list[int]:
+  """Writes table and manifest of a sweep whose units are all whole, and returns those that are not.
+
+  manifest: as `store.write_manifest` takes it.
+  """
+  folder = Path(folder)
+  parts = {unit: _read_unit(folder, unit, work.width) for unit in range(work.units)}
+  lacking = [unit for unit, part in parts.items() if isinstance(part, str)]
+  if not lacking and not (folder / MANIFEST).exists():
+    rows = [row for part in parts.values() if not isinstance(part, str) for row in part["rows"]]
+    with _kept(folder):
+      tables.write(folder / TABLE, rows)
+      store.write_manifest(
+        folder,
+        units=work.units,
+        width=work.width,
+        layouts=sorted(
+          {json.dumps(p["devices"]) for p in parts.values() if not isinstance(p, str)}
+        ),
+        **manifest,
+      )
+  return lacking
+
+
+def faults(folder: Path, units: Sequence[int], width: int) -> dict[int, str]:
+  """The units that are not whole, and what is wrong with them; "" = nothing is there."""
+  root = folder / ARRAYS
+  said: dict[int, str] = {}
+  found = arrays.open_group(root) if root.exists() else {}
+  for unit in units:
+    part = _read_unit(folder, unit, width)
+    if isinstance(part, str):
+      said[unit] = part
+      continue
+    runs = slice(unit * width, (unit + 1) * width)
+    for name in part["arrays"]:
+      array = found.get(name)
+      if array is None:
+        said[unit] = f"array {name} is missing or damaged"
+        continue
+      at = array.axes.index(RUN)
+      try:
+        array[tuple(runs if i == at else slice(None) for i in range(len(array.axes)))]
+      except ValueError:
+        said[unit] = f"a chunk of {name} is missing or damaged"
+  return said
+
+
+def _read_unit(folder: Path, unit: int, width: int) -> dict[str, Any] | str:
+  """The row file of a unit, or what is wrong with it."""
+  path = _path(folder, unit)
+  if not path.exists():
+    return ""
+  try:
+    part = read_json(path)
+    whole = part["unit"] == unit and len(part["rows"]) == width and "arrays" in part
+  except (ValueError, KeyError, TypeError):
+    whole = False
+  return part if whole else f"{path.name} is damaged"
+
+
+def _path(folder: Path, unit: int) -> Path:
+  return folder / UNITS / f"{unit:05}.json"
+
+
+def _note(folder: Path, unit: int | None, said: str) -> None:
+  with _kept(folder), (folder / EVENTS).open("a", encoding="utf-8") as file:
+    file.write(json.dumps({"unit": unit, "event": said}) + "\n")
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+  """What is said of a disk that refuses, with what a sweep does about it."""
+  try:
+    with disk(folder):
+      yield
+  except OSError as error:
+    raise OSError(f"{error} What is done stays: the same command goes on.") from error
+
+
+# Looking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+  """How far a sweep is. seconds: of work that is left; None = nothing to judge by.
+
+  broken: rows of runs that are not finite. events: {"unit", "event"}, what was done again.
+  """
+
+  working: bool
+  finished: bool
+  units: int
+  done: int
+  width: int
+  seconds: float | None
+  broken: list[Row]
+  events: list[Row]
+
+
+def status(folder: str | Path) -> Status:
+  """How far the sweep in a folder is, asked from any process. ValueError: it is no sweep."""
+  folder = Path(folder)
+  asked = _asked(folder)
+  units, width = asked["units"], asked["width"]
+  parts = [p for n in range(units) if not isinstance(p := _read_unit(folder, n, width), str)]
+  each = [p["seconds"]["compute"] for p in parts]
+  with (folder / LOCK).open("a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      working = False
+    except BlockingIOError:
+      working = True
+  return Status(
+    working=working,
+    finished=(folder / MANIFEST).exists(),
+    units=units,
+    done=len(parts),
+    width=width,
+    seconds=float(np.median(each)) * (units - len(parts)) if each else None,
+    broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
+    events=_events(folder),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+  """A sweep on disk; made by `open_sweep`.
+
+  rows: one per run, in the order of the runs; of the finished units where it is not done yet.
+  runs: the place of each row on the axis `run` of the arrays. arrays: by name, read when indexed.
+  """
+
+  path: Path
+  asked: dict[str, Any]
+  finished: bool
+  rows: list[Row]
+  arrays: dict[str, StoredArray]
+  events: list[Row]
+
+  @property
+  def runs(self) -> np.ndarray:
+    return self.column(RUN)
+
+  def column(self, name: str) -> np.ndarray:
+    """A column of the table; lists, texts and what is missing come as objects."""
+    if self.rows and name not in self.rows[0]:
+      raise ValueError(f"no column {name!r}; there are: {', '.join(self.rows[0])}.")
+    values = [row[name] for row in self.rows]
+    plain_numbers = all(isinstance(v, bool | int | float) for v in values)
+    if plain_numbers:
+      return np.array(values)
+    made = np.empty(len(values), object)
+    made[:] = values
+    return made
+
+  def of(self, name: str, runs: Any = None) -> np.ndarray:
+    """The array `name` of some runs, by their numbers and in that order; None = of all."""
+    if name not in self.arrays:
+      raise ValueError(f"no array {name!r}; there are: {', '.join(self.arrays)}.")
+    array = self.arrays[name]
+    at = array.axes.index(RUN)
+    wanted = self.runs if runs is None else np.atleast_1d(runs)
+    return array[tuple(wanted if i == at else slice(None) for i in range(len(array.axes)))]
+
+  def to_pandas(self) -> Any:
+    """The table as a pandas DataFrame."""
+    if importlib.util.find_spec("pandas") is None:
+      raise ValueError(
+        "to_pandas needs pandas, which is not installed: pip install pandas, or use .rows."
+      )
+    return importlib.import_module("pandas").DataFrame(self.rows)
+
+
+def open_sweep(folder: str | Path) -> Sweep:
+  """Opens the folder of a sweep, finished or not.
+
+  Raises:
+    ValueError: the folder is no sweep, or a file of it is damaged.
+  """
+  folder = Path(folder)
+  asked = _asked(folder)
+  finished = (folder / MANIFEST).exists()
+  if finished:
+    rows = tables.read(folder / TABLE)
+  else:
+    parts = [_read_unit(folder, n, asked["width"]) for n in range(asked["units"])]
+    rows = [row for part in parts if not isinstance(part, str) for row in part["rows"]]
+  root = folder / ARRAYS
+  return Sweep(
+    path=folder,
+    asked=asked,
+    finished=finished,
+    rows=rows,
+    arrays=arrays.open_group(root) if root.exists() else {},
+    events=_events(folder),
+  )
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+  if not (folder / ASKED).is_file():
+    raise ValueError(f"{folder} has no {ASKED}, so it is no sweep: give the --out of a sweep.")
+  return read_json(folder / ASKED)
+
+
+def _events(folder: Path) -> list[Row]:
+  path = folder / EVENTS
+  if not path.exists():
+    return []
+  text = path.read_text(encoding="utf-8")
+  try:  # a line that was cut short is no event
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+  except ValueError as error:
+    raise damaged(path) from error

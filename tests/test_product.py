@@ -1,0 +1,331 @@
+"""`videoreason sweep`: cases x seeds x edits of the model that ships, read, stopped, looked at."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jax_videoreason import (
+  checkpoint,
+  cli,
+  conditioning,
+  evaluate,
+  gallery,
+  open_sweep,
+  prepare,
+  product,
+  runs,
+  settings,
+  sweep,
+)
+from jax_videoreason.decode import decode
+from jax_videoreason.schedules import Schedule
+
+TASKS, CASES, SEEDS, STEPS = ("pick", "tree_reach"), 2, 2, 3
+WORDS = (
+  "--config=seeds_mini:cases=2,seeds=2,tasks=('pick','tree_reach'),unit=4",
+  "--config.steps=3",
+  "--config.taps.sites=('attn_out',)",
+)
+TOTAL = len(TASKS) * CASES * SEEDS
+
+
+def call(out: Path, *words: str) -> int:
+  return cli.main(["sweep", *WORDS, f"--out={out}", *words])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+  """A finished sweep of 8 runs in 2 units."""
+  out = tmp_path_factory.mktemp("sweeps") / "mini"
+  assert call(out) == 0
+  return out
+
+
+@pytest.fixture
+def copy(done, tmp_path) -> Path:
+  return Path(shutil.copytree(done, tmp_path / "copy"))
+
+
+def made(edits=None, **changes) -> product.Product:
+  """The product of the words above, with other keys."""
+  config = cli.load_config(WORDS[0].removeprefix("--config=")).to_dict()
+  config.update({"steps": STEPS, **changes})
+  if edits is not None:
+    config["edits"] = edits
+  own = {key: config.pop(key) for key in ("tasks", "split", "cases", "ambiguous")}
+  own |= {key: config.pop(key) for key in ("edits", "unit", "reader")}
+  return product.multiply(settings.from_config(config), product.varied(own))
+
+
+# What it leaves
+
+
+def test_a_row_per_case_seed_and_edit(done):
+  found = open_sweep(done)
+  assert found.finished
+  assert [(r["task"], r["case"], r["seed"]) for r in found.rows] == [
+    (task, CASES * t + case, seed)
+    for t, task in enumerate(TASKS)
+    for case in range(CASES)
+    for seed in range(SEEDS)
+  ]
+  assert {row["split"] for row in found.rows if row["task"] == "tree_reach"} == {"heldout"}
+  for row in found.rows:
+    assert len(row["answers"]) == len(row["rights"]) == STEPS
+    assert 0 <= row["score"] <= 1
+    assert row["broken_at"] is None
+  assert found.of("taps/attn_out/norm").shape[:4] == (STEPS, 8, 1, TOTAL)
+  assert found.of("finite").all()
+
+
+def test_a_run_is_what_the_sampler_and_the_task_make_of_it_alone(done):
+  found = open_sweep(done)
+  row = found.rows[3]  # the second case of the first task, second seed
+  of = made()
+  case = of.cases[row["case"]]
+  whole = checkpoint.load("mini")
+  cond = conditioning.encode(
+    whole, [case.prompt], case.first_frame[None], frames=17, negative_prompt=""
+  )
+  grid = (*whole.card.latents.grid(17, 32, 32), 16)
+  noise = runs.make_noise([case.index * evaluate.STRIDE + row["seed"]], grid)
+  schedule: Schedule = prepare.schedule(of.chosen, whole)
+  final = runs.run(whole, noise, cond, schedule)
+  # another batch size, another order of the sums
+  np.testing.assert_allclose(found.of("final_latents", 3)[0], final[0], atol=2e-4)
+  frames = decode(whole, final)[0]
+  task = of.tasks[case.task]
+  assert row["answer"] == str(task.parse(frames, case.metadata))
+  assert row["score"] == pytest.approx(task.score(frames, case.metadata).value, abs=0.02)
+
+
+def test_the_page_has_a_card_per_case_to_filter(done):
+  page = (done / "report.html").read_text()
+  assert page.count('class="card"') == len(TASKS) * CASES
+  for task in TASKS:
+    assert page.count(f'data-task="{task}"') == CASES
+    assert f"<option>{task}</option>" in page
+  assert page.count('class="strip"') == TOTAL
+  assert not re.search(r'(src|href)="(?!data:)', page)
+  for words in gallery.OUTCOMES.values():
+    assert words in page
+
+
+def test_how_answers_are_read_is_settled_once(done):
+  said = json.loads((done / "reader.json").read_text())
+  assert said["by"] == ("preview" if said["agreement"] >= 0.98 else "vae")
+
+
+# Stop and go on
+
+
+def test_what_is_left_is_done_and_the_table_is_the_same_to_the_last_bit(done, copy, capsys):
+  before = (done / "table.parquet").read_bytes()
+  (copy / "units" / "00001.json").unlink()
+  (copy / "manifest.json").unlink()
+  (copy / "table.parquet").unlink()
+  assert cli.main(["sweep", "--status", str(copy)]) == 0
+  assert "stopped, 1 of 2 units (4 runs)" in capsys.readouterr().out
+  assert not open_sweep(copy).finished
+  assert call(copy) == 0
+  assert (copy / "table.parquet").read_bytes() == before
+  found, wanted = (open_sweep(folder).of("final_latents") for folder in (copy, done))
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_another_config_is_refused_by_its_keys(copy, capsys):
+  assert call(copy, "--config.shift=4.0", "--config.piece=2") == 2
+  said = capsys.readouterr().err
+  assert "shift=5.0 there and 4.0 here" in said
+  assert "piece" not in said  # changes no number
+
+
+def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, capsys):
+  real, count = product._denoise, []
+
+  def broken(bench, unit):
+    found = real(bench, unit)
+    if unit == 1:
+      count.append(unit)
+      finite = found.finite.copy()
+      finite[1:, 2] = False
+      return dataclasses.replace(found, finite=finite)
+    return found
+
+  monkeypatch.setattr(product, "_denoise", broken)
+  assert call(tmp_path / "nan") == 0
+  assert count == [1, 1]
+  rows = open_sweep(tmp_path / "nan").rows
+  assert [row["broken_at"] for row in rows] == [None] * 6 + [1, None]
+  assert rows[6]["answer"] is None
+  assert rows[6]["answers"] == [None] * STEPS
+  assert "run 6 (tree_reach heldout" in capsys.readouterr().out
+  assert "1 runs are not finite" in (tmp_path / "nan" / "report.html").read_text()
+
+
+# Edits
+
+
+ENSEMBLE = {"edit": "ensemble_runs", "what": "out", "steps": (0, 2)}
+
+
+def test_the_edits_of_a_sweep_are_those_of_the_library():
+  of = made({"none": {"edit": "none"}, "mean": ENSEMBLE})
+  assert (of.units, of.width) == (4, 4)
+  assert [of.edit_of(unit) for unit in range(4)] == ["none", "none", "mean", "mean"]
+  assert [of.cases_in(unit).tolist() for unit in range(4)] == [[0, 1], [2, 3]] * 2
+  sizes = product.Sizes(S=3, R=4, G=2, L=8, F=5, H=8, W=8, C=16, T=80, D=128)
+  schedule = prepare.schedule(of.chosen, checkpoint.load("mini", parts=("preview",)))
+  edit = product.edit_for(ENSEMBLE, sizes, schedule, seeds=2)
+  assert edit is not None
+  half = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]])
+  np.testing.assert_array_equal(np.asarray(edit.mix_out), [half, half, np.eye(4)])
+  assert product.edit_for({"edit": "none"}, sizes, schedule, seeds=2) is None
+
+
+def test_faults_of_a_sweep_are_told_at_once():
+  with pytest.raises(ValueError) as refused:
+    made({"a": {"edit": "mix"}, "b": {"edit": "ablate", "gain": 2}}, split="test", cases=0)
+  said = str(refused.value)
+  assert "edits.a.edit='mix', wanted one of none, noise_at, ablate, ensemble_runs." in said
+  assert "edits.b: ablate takes no 'gain'; it takes: sites, gate, steps, layers." in said
+  assert "split='test', wanted one of id, ood, heldout" in said
+  assert "cases=0, wanted at least 1" in said
+
+
+def test_units_hold_whole_cases_and_are_all_of_one_size():
+  assert made(unit=5).width == 4
+  assert made(cases=3, unit=8).width == 6  # 6 cases in threes
+  assert made(unit=1).width == 2
+
+
+def test_the_shipped_sweeps_are_what_they_say():
+  seeds = cli.load_config("seeds_mini").to_dict()
+  assert len(seeds["tasks"]) * seeds["cases"] * seeds["seeds"] == 1024
+  assert seeds["steps"] == 10
+  assert set(cli.load_config("vbvr_ensemble").to_dict()["edits"]) == {
+    "none",
+    "block_update",
+    "guess",
+    "latents",
+  }
+
+
+# Faults of the real command
+
+
+def start(out: Path, cache: Path) -> subprocess.Popen:
+  environment = {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": "",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "jax_videoreason", "sweep", *WORDS, "--config.unit=2", f"--out={out}"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_command_ends_with_the_same_table(tmp_path):
+  cache = tmp_path / "cache"
+  began = time.monotonic()
+  assert start(tmp_path / "whole", cache).wait() == 0
+  began = time.monotonic()
+  assert start(tmp_path / "again", cache).wait() == 0
+  taken = time.monotonic() - began
+  wanted = (tmp_path / "whole" / "table.parquet").read_bytes()
+  assert (tmp_path / "again" / "table.parquet").read_bytes() == wanted
+  drawn = random.Random(0)
+  for round_ in range(4):
+    out = tmp_path / str(round_)
+    for _ in range(5):
+      process = start(out, cache)
+      time.sleep(drawn.uniform(0.3, 1.0) * taken)
+      process.send_signal(signal.SIGKILL)
+      process.communicate()
+    assert start(out, cache).wait() == 0
+    assert (out / "table.parquet").read_bytes() == wanted
+    assert sweep.status(out).events == []
+
+
+def two(out: Path, number: int, port: int) -> subprocess.Popen:
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": str(number),
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "jax_videoreason", "sweep", *WORDS, f"--out={out}"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+
+
+def free_port() -> int:
+  import socket
+
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
+  port = free_port()
+  both = [two(tmp_path / "two", number, port) for number in range(2)]
+  said = [process.communicate(timeout=300) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  ours, wanted = open_sweep(tmp_path / "two"), open_sweep(done)
+  for name in ("run", "answer", "flips", "commitment"):
+    assert ours.column(name).tolist() == wanted.column(name).tolist()
+  np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
+  assert said[1][0] == ""  # only the first process speaks
+
+
+@pytest.mark.slow
+def test_when_a_process_dies_the_other_ends_soon_and_the_restart_goes_on(done, tmp_path):
+  port, out = free_port(), tmp_path / "dies"
+  first, second = (two(out, number, port) for number in range(2))
+  while not (out / "sweep.json").exists():
+    assert first.poll() is None
+    time.sleep(0.1)
+  second.send_signal(signal.SIGKILL)
+  second.communicate()
+  began = time.monotonic()
+  _, said = first.communicate(timeout=120)
+  assert time.monotonic() - began < 75
+  assert first.returncode != 0
+  assert said.strip()
+  assert call(out) == 0
+  ours, wanted = open_sweep(out), open_sweep(done)
+  assert ours.column("answer").tolist() == wanted.column("answer").tolist()
+
+
+def test_devices_are_used_as_far_as_they_divide_a_unit():
+  of = made()
+  assert product.mesh_for(of, jax.devices()[:1]) is None
+  found = product.mesh_for(of, jax.devices()[:3])
+  assert found is not None
+  assert found.shape["seed"] == 2

@@ -1,0 +1,358 @@
+"""A sweep on disk: nothing is lost and nothing doubled, whatever happens to the process."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_videoreason import arrays, open_sweep, sweep, tables
+from jax_videoreason.sweep import Part, Work
+
+ROOT = Path(__file__).resolve().parent.parent
+UNITS, WIDTH = 6, 4
+ASKED = {"steps": 5, "edits": {"none": {"edit": "none"}}, "units": UNITS, "width": WIDTH}
+
+
+def value_of(unit: int) -> np.ndarray:
+  return np.random.default_rng(unit).normal(size=(WIDTH, 5, 50)).astype(np.float32)
+
+
+def part_of(unit: int, value: np.ndarray) -> Part:
+  rows = [
+    {
+      "run": unit * WIDTH + r,
+      "score": float(value[r].mean()),
+      "answers": [None, str(r)],
+      "broken_at": None,
+    }
+    for r in range(WIDTH)
+  ]
+  return Part(
+    rows=rows,
+    arrays={
+      "latents": (("run", "step", "channel"), value),
+      "taps/norm": (("step", "run"), value.mean(2).T),
+    },
+  )
+
+
+def work(compute=value_of, read=part_of) -> Work:
+  return Work(units=UNITS, width=WIDTH, compute=compute, read=read, devices={"count": 1})
+
+
+def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) -> list[int]:
+  """The whole of a sweep; returns the units that were computed."""
+  done = []
+  made = work() if made is None else made
+
+  def compute(unit: int):
+    done.append(unit)
+    return made.compute(unit)
+
+  counted = Work(units=UNITS, width=WIDTH, compute=compute, read=made.read)
+  with sweep.held(folder):
+    sweep.begin(folder, asked, **options)
+    sweep.carry_out(folder, counted)
+    assert sweep.finish(folder, counted, config={}, command=["me"], device="cpu") == []
+  return done
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+  folder = tmp_path / "whole"
+  assert carry_out(folder) == list(range(UNITS))
+  return folder
+
+
+def table(folder: Path) -> bytes:
+  return (folder / "table.parquet").read_bytes()
+
+
+def latents(folder: Path) -> np.ndarray:
+  return open_sweep(folder).of("latents")
+
+
+def the_same(folder: Path, wanted: Path) -> None:
+  assert table(folder) == table(wanted)
+  np.testing.assert_array_equal(latents(folder), latents(wanted))
+
+
+# What it leaves
+
+
+def test_a_row_per_run_and_arrays_beside_it(whole):
+  found = open_sweep(whole)
+  assert found.finished
+  assert found.column("run").tolist() == list(range(UNITS * WIDTH))
+  assert found.rows == tables.read(whole / "table.parquet")
+  wanted = np.concatenate([value_of(unit) for unit in range(UNITS)])
+  np.testing.assert_array_equal(found.of("latents"), wanted)
+  np.testing.assert_array_equal(found.of("latents", [7, 2]), wanted[[7, 2]])
+  np.testing.assert_array_equal(found.of("taps/norm", 3), wanted.mean(2).T[:, [3]])
+  assert found.column("score").dtype == np.float64
+  assert found.column("answers")[1] == [None, "1"]
+
+
+def test_a_wrong_name_is_answered_with_the_right_ones(whole):
+  with pytest.raises(ValueError, match="no column 'scores'; there are: run, score"):
+    open_sweep(whole).column("scores")
+  with pytest.raises(ValueError, match="no array 'x0'; there are: latents, taps/norm"):
+    open_sweep(whole).of("x0")
+  with pytest.raises(ValueError, match=r"has no sweep\.json, so it is no sweep"):
+    open_sweep(whole.parent)
+
+
+def test_pandas_reads_it_where_it_is_installed(whole):
+  if importlib.util.find_spec("pandas") is None:
+    with pytest.raises(ValueError, match=r"pip install pandas, or use \.rows"):
+      open_sweep(whole).to_pandas()
+  else:
+    assert len(open_sweep(whole).to_pandas()) == UNITS * WIDTH
+
+
+def test_a_finished_sweep_is_only_read(whole):
+  before = (whole / "manifest.json").read_bytes()
+  assert carry_out(whole) == []
+  assert (whole / "manifest.json").read_bytes() == before
+
+
+def test_an_unfinished_sweep_can_be_looked_at(tmp_path):
+  with contextlib.suppress(KeyboardInterrupt):
+    carry_out(tmp_path, made=work(compute=stopping(3)))
+  found = open_sweep(tmp_path)
+  assert not found.finished
+  assert found.column("run").tolist() == list(range(3 * WIDTH))
+  np.testing.assert_array_equal(found.of("latents", [4]), value_of(1)[:1])
+
+
+def stopping(at: int):
+  def compute(unit: int) -> np.ndarray:
+    if unit == at:
+      raise KeyboardInterrupt
+    return value_of(unit)
+
+  return compute
+
+
+# Stop and go on
+
+
+@pytest.mark.parametrize("at", range(UNITS))
+def test_interrupted_it_goes_on_with_what_is_left(whole, tmp_path, at):
+  other = tmp_path / "other"
+  with pytest.raises(KeyboardInterrupt):
+    carry_out(other, made=work(compute=stopping(at)))
+  assert carry_out(other) == list(range(at, UNITS))
+  the_same(other, whole)
+
+
+def test_what_cannot_be_read_stops_it_and_keeps_what_is_done(whole, tmp_path):
+  def read(unit: int, value: np.ndarray) -> Part:
+    if unit == 2:
+      raise OSError("the reader broke")
+    return part_of(unit, value)
+
+  other = tmp_path / "other"
+  with pytest.raises(OSError, match="the reader broke"):
+    carry_out(other, made=work(read=read))
+  assert carry_out(other)[0] == 2
+  the_same(other, whole)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_sweep as t
+folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+def slow(unit):
+  time.sleep(pause)
+  return t.value_of(unit)
+print("ready", flush=True)
+t.carry_out(folder, made=t.work(compute=slow))
+"""
+
+
+def start(folder: Path, pause: float, **options) -> subprocess.Popen:
+  code = SCRIPT.format(tests=str(ROOT / "tests"), root=str(ROOT))
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, str(folder), str(pause)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  return process
+
+
+def killed(folder: Path, moments: int, seed: int) -> int:
+  """Kills a sweep at random moments until that many are used up; how often it was in the midst."""
+  drawn, hit = random.Random(seed), 0
+  for _ in range(moments):
+    process = start(folder, 0.02)
+    time.sleep(drawn.uniform(0, 0.35))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    hit += process.returncode == -signal.SIGKILL
+  return hit
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_table(whole, tmp_path):
+  assert killed(tmp_path / "killed", 3, seed=0) > 0
+  carry_out(tmp_path / "killed")
+  the_same(tmp_path / "killed", whole)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_table(whole, tmp_path):
+  hit = 0
+  for number in range(10):
+    folder = tmp_path / str(number)
+    hit += killed(folder, 2, seed=number + 1)
+    carry_out(folder)
+    the_same(folder, whole)
+  assert hit >= 10
+
+
+# Damage
+
+
+def chunk_of(folder: Path, name: str, unit: int) -> Path:
+  """The file of the chunk that a unit wrote."""
+  at = arrays.open_group(folder / "results.zarr")[name].axes.index("run")
+  axes = len(arrays.open_group(folder / "results.zarr")[name].axes)
+  parts = [str(unit) if i == at else "0" for i in range(axes)]
+  return folder / "results.zarr" / name / "c" / "/".join(parts)
+
+
+@pytest.mark.parametrize("name", ["latents", "taps/norm"])
+def test_a_truncated_chunk_is_recorded_and_done_again(whole, tmp_path, name):
+  before, values = table(whole), latents(whole)
+  path = chunk_of(whole, name, 2)
+  os.truncate(path, path.stat().st_size // 2)
+  assert carry_out(whole) == [2]
+  assert table(whole) == before
+  np.testing.assert_array_equal(latents(whole), values)
+  events = sweep.status(whole).events
+  assert events == [{"unit": 2, "event": f"a chunk of {name} is missing or damaged; done again"}]
+
+
+def test_a_damaged_row_file_is_recorded_and_done_again(whole):
+  before = table(whole)
+  (whole / "units" / "00004.json").write_text('{"unit": 4, "rows": [')
+  assert carry_out(whole) == [4]
+  assert table(whole) == before
+  assert sweep.status(whole).events == [{"unit": 4, "event": "00004.json is damaged; done again"}]
+
+
+def test_a_lost_description_of_an_array_costs_all_units(whole):
+  before = table(whole)
+  (whole / "results.zarr" / "latents" / "zarr.json").write_text("{")
+  assert carry_out(whole) == list(range(UNITS))
+  assert table(whole) == before
+  assert "All units are done again" in sweep.status(whole).events[0]["event"]
+
+
+def test_a_disk_without_room_stops_it_and_the_rest_comes_later(whole, tmp_path):
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+
+  folder = tmp_path / "full"
+  process = start(folder, 0.0, preexec_fn=limit)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert "could not be written (File too large): free some space" in said
+  assert "What is done stays: the same command goes on." in said
+  assert not (folder / "table.parquet").exists()
+  carry_out(folder)
+  the_same(folder, whole)
+
+
+# Two at once, another config, another clock
+
+
+def test_the_second_of_two_sweeps_in_one_folder_is_refused(whole, tmp_path):
+  folder = tmp_path / "both"
+  process = start(folder, 0.3)
+  while not (folder / "units").exists():
+    time.sleep(0.01)
+  with pytest.raises(ValueError, match=r"another sweep works in .*both: wait for it"):
+    carry_out(folder)
+  assert sweep.status(folder).working
+  assert process.wait(timeout=60) == 0
+  process.communicate()
+  assert not sweep.status(folder).working
+  the_same(folder, whole)
+
+
+def test_another_config_is_refused_and_the_keys_are_named(whole):
+  other = {**ASKED, "steps": 10, "edits": {"none": {"edit": "none"}, "more": {"edit": "ablate"}}}
+  with pytest.raises(ValueError) as refused:
+    carry_out(whole, other)
+  said = str(refused.value)
+  assert "steps=5 there and 10 here" in said
+  assert "edits.more=None there and {'edit': 'ablate'} here" in said
+  assert "give --redo to replace it" in said
+  assert carry_out(whole, {**ASKED, "steps": 10}, redo=True) == list(range(UNITS))
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+  (tmp_path / "mine.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"is not empty \(it has mine.txt\)"):
+    carry_out(tmp_path)
+  with pytest.raises(ValueError, match="is a file, wanted a folder"):
+    carry_out(tmp_path / "mine.txt")
+  carry_out(tmp_path, redo=True)
+  assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_clock_that_is_set_back_changes_nothing(whole, tmp_path, monkeypatch):
+  folder = tmp_path / "clock"
+  with pytest.raises(KeyboardInterrupt):
+    carry_out(folder, made=work(compute=stopping(3)))
+  for path in folder.rglob("*"):
+    os.utime(path, (4e9, 4e9))  # written in the future
+  monkeypatch.setattr(time, "time", lambda: 0.0)
+  left = sweep.status(folder).seconds
+  assert left is not None
+  assert left >= 0
+  assert carry_out(folder) == [3, 4, 5]
+  the_same(folder, whole)
+
+
+# Looking
+
+
+def test_status_says_how_far_it_is(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    carry_out(tmp_path, made=work(compute=stopping(2)))
+  for unit in range(2):
+    path = tmp_path / "units" / f"{unit:05}.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "seconds": {"compute": 2.0, "read": 0.1}}))
+  found = sweep.status(tmp_path)
+  assert (found.done, found.units, found.finished, found.working) == (2, UNITS, False, False)
+  assert found.seconds == 2.0 * (UNITS - 2)
+
+
+def test_units_are_shared_between_processes(whole, tmp_path):
+  folder = tmp_path / "two"
+  with sweep.held(folder):
+    sweep.begin(folder, ASKED)
+    sweep.carry_out(folder, work(), mine=lambda unit: unit % 2 == 0)
+    assert sweep.finish(folder, work(), config={}, command=[], device="cpu") == [1, 3, 5]
+    sweep.carry_out(folder, work(), mine=lambda unit: unit % 2 == 1)
+    assert sweep.finish(folder, work(), config={}, command=[], device="cpu") == []
+  the_same(folder, whole)

@@ -38,6 +38,7 @@ from jax_videoreason.vbvr import (
   page,
   samples,
   scores,
+  suite,
   table,
 )
 
@@ -195,14 +196,14 @@ def run_audit(flags: FlagValues, _: Sequence[str]) -> None:
   folders.write_json(out / "audit.json", folders.plain(found))
   console.table(
     "mean score of clips that no model made",
-    ("task", *audit.CLIPS, "faults"),
+    ("task", *audit.CLIPS, "can't tell, or gives away"),
     [
-      (row["task"], *(cell(row["scores"].get(c)) for c in audit.CLIPS), "; ".join(row["faults"]))
+      (short(row["task"]), *(cell(row["scores"].get(c)) for c in audit.CLIPS), said(row["faults"]))
       for row in found["tasks"]
     ],
   )
   for kind, count in found["counts"].items():
-    console.say(f"{count} of {len(found['tasks'])} tasks: {kind}.")
+    console.say(f"{count} of {len(found['tasks'])} tasks: {audit.WORDS[kind]}.")
 
 
 COMMANDS: dict[str, tuple[Callable[[FlagValues, Sequence[str]], None], tuple[str, ...]]] = {
@@ -352,8 +353,17 @@ def show(made: Mapping[str, Any]) -> None:
       ],
     )
   for row in made["systems"]:
-    if row["baseline"] is None and table.remarks(row):
+    if table.remarks(row) and (row["baseline"] is None or row["lacking"] or row["broken"]):
       console.say(f"{row['name']}: {table.remarks(row)}.")
+
+
+def short(task: str) -> str:
+  """G-18, of an official task; our own keep their names."""
+  return task.partition("_")[0] if task in suite.OFFICIAL else task
+
+
+def said(words: Sequence[str]) -> str:
+  return ", ".join(words) or "-"
 
 
 def cell(value: float | None) -> str:

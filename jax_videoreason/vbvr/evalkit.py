@@ -138,7 +138,11 @@ def open_evalkit(path: str | Path, environment: Path, *, other: bool = False) ->
       "mends it."
     )
   return EvalKit(
-    path=path.resolve(), python=python, digest=digest, known=digest == DIGEST, versions=versions
+    path=path.resolve(),
+    python=python.absolute(),
+    digest=digest,
+    known=digest == DIGEST,
+    versions=versions,
   )
 
 

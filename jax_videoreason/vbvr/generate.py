@@ -149,6 +149,7 @@ def encode(chosen: SampleSettings, some: Sequence[Unit]) -> list[Conditioning]:
       frames=unit.shape.frames,
       negative_prompt=chosen.negative_prompt,
       guided=chosen.guided,
+      tiles=chosen.tiles,
     )
     encoded.append(jax.tree.map(np.asarray, cond))
   return encoded
@@ -199,10 +200,11 @@ def make(
       bundle, noise, cond, schedule, taps=taps, piece=chosen.piece, on_piece=on_piece
     )
   sigma = np.asarray(schedule.sigma)
-  for row, (sample, frames) in enumerate(zip(unit.samples, decode(bundle, final), strict=True)):
+  made = decode(bundle, final, tiles=chosen.tiles)
+  for row, (sample, frames) in enumerate(zip(unit.samples, made, strict=True)):
     if videos.record_of(folder, sample) is not None:
       continue  # made in another unit, before the data or the batch were chosen otherwise
-    guesses = decode(bundle, x0[:, row]) if kept else np.empty(0)
+    guesses = decode(bundle, x0[:, row], tiles=chosen.tiles) if kept else np.empty(0)
     if job.steps:
       write_steps(folder, sample, {s: guesses[kept.index(s)] for s in job.steps})
     said = read_answers(sample, guesses, sigma[kept]) if sample.own and finite[row] else None

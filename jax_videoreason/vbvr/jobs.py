@@ -22,6 +22,7 @@ OFFICIAL: dict[str, Any] = {
   "guidance": (5.0,),
   "solver": "euler",
   "grid": "diffsynth",
+  "tiles": "diffsynth",
 }
 OFFICIAL_BOUNDARY = 0.875  # of a model with two experts
 BATCH_TOKENS = 32_768  # tokens that are denoised together where the settings do not say

@@ -1,0 +1,859 @@
+"""VBVR-Bench: what is asked, what it costs, who scores it, and what must never be reported."""
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vbvr_folder
+from jax_videoreason import cli, media, settings, tasks
+from jax_videoreason.structs import LatentSpec
+from jax_videoreason.vbvr import (
+  audit,
+  baselines,
+  evalkit,
+  generate,
+  jobs,
+  layout,
+  published,
+  samples,
+  scores,
+  suite,
+  table,
+  videos,
+)
+from vbvr_folder import COUNT, GRID, MAZE, SHELF
+
+WAN = LatentSpec(channels=16, stride=(4, 8, 8))
+OFFICIAL_RUN = settings.from_config(
+  {
+    "checkpoint": "ckpt/vbvr_wan22",
+    "frames": 81,
+    "height": 480,
+    "width": 832,
+    "boundary": 0.875,
+    "negative_prompt": "still",
+    "tiles": "diffsynth",
+  }
+)
+
+
+def call(*words) -> int:
+  return cli.main(["vbvr", *map(str, words)])
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory) -> Path:
+  """Two samples each of an in-domain and an out-of-domain task, 64 pixels, 5 and 6 frames."""
+  return vbvr_folder.make(tmp_path_factory.mktemp("data") / "VBVR-Bench")
+
+
+@pytest.fixture
+def copy(bench, tmp_path) -> Path:
+  return Path(shutil.copytree(bench, tmp_path / "VBVR-Bench"))
+
+
+@pytest.fixture(scope="session")
+def own_cases(tmp_path_factory) -> Path:
+  """Cases of two tasks of ours, as `tasks export` writes them."""
+  root = tmp_path_factory.mktemp("data") / "cases"
+  words = ["tasks", "export", "--tasks=pick,maze", "--size=32", "--cases=2", f"--out={root}"]
+  assert cli.main(words) == 0
+  return root
+
+
+@pytest.fixture(scope="session")
+def own_videos(own_cases, tmp_path_factory) -> Path:
+  """Videos of the model that ships for these cases, after 2 steps."""
+  out = tmp_path_factory.mktemp("videos")
+  assert call("generate", f"--data={own_cases}", "--config.steps=2", f"--out={out}") == 0
+  return out
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch) -> list[str]:
+  """The flags for a stand-in of the EvalKit."""
+  path, environment = vbvr_folder.make_evalkit(tmp_path)
+  monkeypatch.setattr(evalkit, "PINS", {"numpy": np.__version__})
+  monkeypatch.setattr(evalkit, "DIGEST", evalkit.digest_of(path))
+  return [f"--evalkit={path}", f"--environment={environment}", "--workers=2"]
+
+
+@pytest.fixture
+def clips(bench, tmp_path) -> Path:
+  """Folders of videos: the ground truth and a clip that stands still."""
+  baselines.write(tmp_path / "clips", samples.load(bench), ["truth", "static"])
+  return tmp_path / "clips"
+
+
+def kit_of(path: Path) -> evalkit.EvalKit:
+  return evalkit.EvalKit(path=path, python=path, digest="", known=True, versions={})
+
+
+def result_of(folder: Path) -> dict:
+  return json.loads((folder / "result.json").read_text())
+
+
+# The map of the benchmark
+
+
+def test_the_benchmark_has_a_hundred_tasks_in_five_faculties():
+  counts = {
+    split: [
+      sum(f == faculty for s, f in suite.OFFICIAL.values() if s == split)
+      for faculty in suite.FACULTIES
+    ]
+    for split in suite.SPLITS
+  }
+  assert counts == {
+    "In-Domain_50": [15, 9, 11, 8, 7],
+    "Out-of-Domain_50": [8, 5, 19, 5, 13],
+  }
+  assert set(suite.OWN_FACULTIES) == set(tasks.TASKS)
+  assert set(suite.OWN_FACULTIES.values()) == set(suite.FACULTIES)
+
+
+def test_published_rows_are_the_means_of_their_parts():
+  for row in published.BENCH.values():
+    if "in-domain" in row:
+      assert row["overall"] == pytest.approx(
+        (row["in-domain"] + row["out-of-domain"]) / 2, abs=2e-3
+      )
+      for split, domain in suite.SPLITS.items():
+        parts = [row[f"{domain} {f}"] for s, f in suite.OFFICIAL.values() if s == split]
+        assert row[domain] == pytest.approx(np.mean(parts), abs=0.03)
+
+
+# Reading what is asked
+
+
+def test_the_official_folders_are_read(bench):
+  data = samples.load(bench)
+  assert [s.key for s in data.samples] == [
+    f"{split}/{task}/{index:05d}"
+    for split, task in (("In-Domain_50", GRID), ("Out-of-Domain_50", MAZE))
+    for index in (0, 1)
+  ]
+  first, second = data.samples[:2]
+  assert (first.height, first.width, first.frames, second.frames) == (64, 64, 5, 6)
+  assert first.prompt.startswith("Move the pink disc")
+  np.testing.assert_array_equal(first.first(), media.read_image(first.folder / "first_frame.png"))
+  assert first.truth().shape == (5, 64, 64, 3)
+  assert (data.name, data.whole, len(data.absent)) == ("VBVR-Bench", False, 98)
+
+
+def test_the_file_with_everything_inside_asks_the_same(copy):
+  folders = samples.load(copy)
+  entries = []
+  for sample in folders.samples:
+    picture = (sample.folder / "first_frame.png").read_bytes()
+    entries.append(
+      {
+        "prompt": sample.prompt,
+        "first_image": base64.b64encode(picture).decode(),
+        "first_frame_path": f"{sample.key}/first_frame.png",
+        "ground_truth_video_path": f"VBVR-Bench/{sample.key}/ground_truth.mp4",
+      }
+    )
+    for name in ("prompt.txt", "first_frame.png", "final_frame.png"):
+      (sample.folder / name).unlink()
+  vbvr_folder.write_index(copy, entries)
+  listed = samples.load(copy)
+  assert listed.mark == folders.mark
+  assert listed.samples[0].first().shape == (64, 64, 3)
+  with pytest.raises(ValueError, match="download the folders too"):
+    scores.score(copy / "out", listed, {"a": copy}, kit_of(copy))
+
+
+def test_the_pro_benchmark_brings_metadata(copy):
+  for sample in samples.load(copy).samples:
+    (sample.folder / "metadata.json").write_text('{"parameters": {"cells": 5}}')
+  data = samples.load(copy)
+  assert data.name == "VBVR-Pro-Bench"
+  assert data.samples[0].metadata == {"parameters": {"cells": 5}}
+
+
+def test_own_cases_are_read_from_the_same_layout(own_cases):
+  data = samples.load(own_cases)
+  assert data.name == "own tasks"
+  assert [s.key for s in data.samples] == [
+    f"id/{t}/{i:05d}" for t in ("maze", "pick") for i in (0, 1)
+  ]
+  case = tasks.load("maze", size=32).generate("id", 0)
+  np.testing.assert_array_equal(data.samples[0].truth(), case.frames)
+
+
+@pytest.mark.parametrize(
+  ("chosen", "count"),
+  [
+    ({"splits": ["out-of-domain"]}, 2),
+    ({"splits": ["In-Domain_50"]}, 2),
+    ({"names": ["O-39"]}, 2),
+    ({"names": ["O-39_maze", GRID]}, 4),
+    ({"cases": 1}, 2),
+  ],
+)
+def test_a_part_can_be_chosen(bench, chosen, count):
+  data = samples.load(bench, **chosen)
+  assert len(data.samples) == count and data.part and not data.whole
+
+
+def spoil(folder: Path, name: str, content: bytes | None) -> None:
+  (folder / name).unlink()
+  if content is not None:
+    (folder / name).write_bytes(content)
+
+
+def to_link(folder: Path) -> None:
+  outside = folder.parents[3] / "outside"
+  shutil.move(folder, outside)
+  folder.symlink_to(outside)
+
+
+def other_size(folder: Path) -> None:
+  media.write_png(folder / "first_frame.png", np.zeros((32, 64, 3), np.uint8))
+
+
+FAULTS = {
+  "prompt that is not UTF-8": (
+    lambda f: spoil(f, "prompt.txt", b"draw \xff"), r"prompt\.txt is not UTF-8 \(byte 5\)"),
+  "no prompt": (lambda f: spoil(f, "prompt.txt", None), r"00001 lacks prompt\.txt"),
+  "no first frame": (lambda f: spoil(f, "first_frame.png", None), r"lacks first_frame\.png"),
+  "truth that is no video": (
+    lambda f: spoil(f, "ground_truth.mp4", b"hello"), r"truth\.mp4 is (missing or )?damaged"),
+  "no truth": (lambda f: spoil(f, "ground_truth.mp4", None), r"lacks ground_truth\.mp4"),
+  "picture that is no picture": (
+    lambda f: spoil(f, "first_frame.png", b"hello"), r"first_frame\.png is damaged"),
+  "sizes that differ": (other_size, "is 64 x 64 pixels and first_frame.png 64 x 32, wanted one"),
+  "folder that is a link": (to_link, "leads out of .* --local-dir"),
+  "file that is a link": (
+    lambda f: (spoil(f, "prompt.txt", None), (f / "prompt.txt").symlink_to("/etc/hostname")),
+    "leads out of .*"),
+  "strange task": (
+    lambda f: f.parent.rename(f.parent.with_name("G-18_grid_path_data-generator")),
+    f"is no task of VBVR-Bench .did you mean '{GRID}'"),
+  "task of the other split": (
+    lambda f: f.parent.rename(f.parents[2] / "Out-of-Domain_50" / f.parent.name),
+    f"Out-of-Domain_50/{GRID} is no task of VBVR-Bench"),
+  "strange split": (
+    lambda f: f.parents[1].rename(f.parents[2] / "Test"), "Test/G-18.* is no task"),
+  "name with a space": (
+    lambda f: f.parent.rename(f.parent.with_name("G 18")), "wanted letters, digits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_bad_data_is_named_before_anything_runs(copy, capsys, kind):
+  make, said = FAULTS[kind]
+  make(copy / "In-Domain_50" / GRID / "00001")
+  out = copy.parent / "out"
+  assert call("generate", f"--data={copy}", f"--out={out}") == 2
+  assert re.search(said, capsys.readouterr().err)
+  assert not out.exists()
+
+
+@pytest.mark.parametrize(
+  ("path", "said"),
+  [
+    ("../../In-Domain_50/G-1/00000/ground_truth.mp4", "inside the folder"),
+    ("/etc/In-Domain_50/G-1/00000/ground_truth.mp4", "inside the folder"),
+    ("In-Domain_50/G-1/zero/ground_truth.mp4", "wanted SPLIT/TASK/00000"),
+    (f"In-Domain_50/{GRID}/00007/ground_truth.mp4", "00007 lacks ground_truth"),
+  ],
+)
+def test_entries_that_lead_elsewhere_are_refused(copy, path, said):
+  vbvr_folder.write_index(copy, [{"prompt": "x", "ground_truth_video_path": path}])
+  with pytest.raises(ValueError, match=said):
+    samples.load(copy)
+
+
+def test_two_versions_of_a_prompt_are_refused(copy):
+  path = f"In-Domain_50/{GRID}/00000/ground_truth.mp4"
+  vbvr_folder.write_index(copy, [{"prompt": "another", "ground_truth_video_path": path}])
+  with pytest.raises(ValueError, match="different versions of the benchmark"):
+    samples.load(copy)
+
+
+@pytest.mark.parametrize(
+  ("chosen", "said"),
+  [
+    ({"names": ["O-93"]}, "no task 'O-93' in the data"),
+    ({"splits": ["in"]}, "no split 'in' in the data"),
+  ],
+)
+def test_a_wrong_choice_is_answered_with_the_right_ones(bench, chosen, said):
+  with pytest.raises(ValueError, match=said):
+    samples.load(bench, **chosen)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="holds no sample"):
+    samples.load(tmp_path)
+
+
+# Shapes, price, how official
+
+
+def asked_of(bench: Path, height=1024, width=1024, frames=85) -> samples.Data:
+  """Samples of another size, without their files."""
+  data = samples.load(bench)
+  changed = [vbvr_folder.replaced(s, height, width, frames) for s in data.samples]
+  return samples.Data(
+    root=data.root, name=data.name, samples=tuple(changed), absent=(), whole=False, part=False
+  )
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "frames", "job", "shape"),
+  [
+    (1024, 1024, 85, {}, (85, 1024, 1024)),
+    (1024, 1024, 22, {}, (25, 1024, 1024)),
+    (1000, 1024, 81, {}, (81, 1008, 1024)),
+    (1024, 1024, 85, {"max_area": 256 * 256}, (85, 256, 256)),
+    (256, 256, 85, {"max_area": 1024 * 1024}, (85, 256, 256)),
+    (1024, 1024, 85, {"frames": 33}, (33, 1024, 1024)),
+  ],
+)
+def test_a_video_is_made_in_the_shape_of_its_truth(bench, height, width, frames, job, shape):
+  sample = asked_of(bench, height, width, frames).samples[0]
+  made = jobs.shape_of(sample, WAN, jobs.Job(**job))
+  assert (made.frames, made.height, made.width) == shape
+
+
+def test_the_official_setting_costs_what_it_costs(bench):
+  """1024 x 1024 at 85 frames is T = 90,112 tokens: 885 PFLOP a video, 270 hours for 500."""
+  data = asked_of(bench)
+  assert jobs.tokens(WAN, jobs.Shape(frames=85, height=1024, width=1024)) == 90_112
+  price = jobs.cost(OFFICIAL_RUN, data, jobs.Job())
+  assert price.operations / 4 == pytest.approx(885e15, rel=2e-3)
+  assert price.hours / 4 * 500 == pytest.approx(270, rel=5e-3)
+  three = jobs.cost(OFFICIAL_RUN, data, jobs.Job(ensemble="paper"))
+  assert three.operations / price.operations == pytest.approx(52 / 50)
+
+
+def test_only_the_official_setting_is_called_so(bench):
+  data, run = samples.load(bench), OFFICIAL_RUN
+  assert jobs.deviations(run, data, jobs.Job(), 1, 2) == []
+  few = settings.from_config({"checkpoint": "x", "frames": 5, "height": 8, "width": 8, "steps": 4})
+  said = "; ".join(jobs.deviations(few, data, jobs.Job(max_area=64, frames=5), 2, 2))
+  for words in ("at most 64 pixels", "5 frames, official", "steps 4, official 50", "seed 2",
+                "boundary None, official 0.875", "no negative prompt"):  # fmt: skip
+    assert words in said
+
+
+def test_samples_of_one_shape_share_a_batch(bench):
+  made = jobs.units(samples.load(bench), WAN, jobs.Job(seeds=(1, 2)), None)
+  shapes = [(u.seed, u.shape.frames, [s.key[-5:] for s in u.samples]) for u in made]
+  assert shapes == [
+    (seed, frames, [index] * 2) for seed in (1, 2) for frames, index in ((5, "00000"), (9, "00001"))
+  ]
+  assert all(len(u.samples) == 1 for u in jobs.units(asked_of(bench), WAN, jobs.Job(), None))
+
+
+# What is written
+
+
+def clip_of(size: int, frames: int = 30) -> np.ndarray:
+  """The synthetic maze, over which a disc moves: static regions, flat colours, thin lines."""
+  return np.stack([vbvr_folder.maze(size, 0, t / (frames - 1)) for t in range(frames)])
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_an_exported_video_read_back_is_the_one_given(bench, tmp_path, size):
+  frames = clip_of(size)
+  sample = vbvr_folder.replaced(samples.load(bench).samples[0], size, size, len(frames))
+  videos.put(tmp_path, sample, frames)
+  back, rate = media.read_mp4(videos.place(tmp_path, sample))
+  assert back.shape == frames.shape and rate == 16
+  error = np.abs(back.astype(int) - frames)
+  assert error.mean() <= 6
+  still = (frames == frames[:1]).all((0, 3))
+  for axis in (0, 1):  # 2x2 pixels share their colour: a region that nothing touches
+    still = np.all([np.roll(still, move, axis) for move in range(-2, 3)], axis=0)
+  drift = np.abs(back[:, still].astype(int) - back[:1, still].astype(int))
+  assert still.mean() > 0.5 and drift.mean((1, 2)).max() <= 2
+  flat = still  # what has its own colour for 4 pixels around, all the time
+  for axis in (0, 1):
+    equal = [(np.roll(frames, move, axis + 1) == frames).all((0, 3)) for move in range(-4, 5)]
+    flat = np.all([e & np.roll(flat, m, axis) for m, e in zip(range(-4, 5), equal, strict=True)], 0)
+  assert len(np.unique(frames[0, flat], axis=0)) >= (2 if size > 64 else 1)
+  assert error[:, flat].max() <= 12
+
+
+def test_a_clip_of_another_shape_is_brought_to_that_of_the_truth(bench, tmp_path):
+  sample = vbvr_folder.replaced(samples.load(bench).samples[0], 64, 64, 10)
+  small = clip_of(32, 13)
+  videos.put(tmp_path, sample, small, seed=1)
+  back = videos.read(tmp_path, sample)
+  assert back.shape == (10, 64, 64, 3)
+  for row, source in ((0, 0), (-1, -1)):
+    large = small[source].repeat(2, 0).repeat(2, 1)
+    assert np.abs(back[row].astype(int) - large).mean() <= 6
+  record = videos.record_of(tmp_path, sample)
+  assert record is not None and record["seed"] == 1
+
+
+def test_small_videos_are_read_back_at_their_own_size(own_cases, tmp_path):
+  sample = samples.load(own_cases).samples[0]
+  videos.put(tmp_path, sample, sample.truth())
+  assert media.read_mp4(videos.place(tmp_path, sample))[0].shape == (17, 64, 64, 3)
+  assert scores.own_score(sample, tmp_path)["score"] >= 0.95
+
+
+def test_baselines_are_what_they_say(bench):
+  sample = samples.load(bench).samples[1]
+  truth = sample.truth().astype(int)
+  made = {name: clip(sample).astype(int) for name, (clip, _) in baselines.CLIPS.items()}
+  assert {clip.shape for clip in made.values()} == {(6, 64, 64, 3)}
+  assert (made["static"] == sample.first()).all()
+  assert (made["cut"][:3] == sample.first()).all() and (made["cut"][3:] == truth[-1]).all()
+  assert (made["cross-fade"][0] == sample.first()).all()
+  assert (made["cross-fade"][-1] == truth[-1]).all()
+  assert (made["truth"] == truth).all()
+  assert made["noise"].std() > 60 and (made["noise"] == baselines.noise(sample)).all()
+
+
+# The whole way, on our own tasks, with the model that ships
+
+
+def test_own_tasks_go_the_whole_way_with_the_model_that_ships(
+  own_cases, own_videos, tmp_path, capsys
+):
+  out, made = tmp_path / "scores", tmp_path / "table"
+  words = [f"--data={own_cases}", f"--videos={own_videos}", f"--out={out}"]
+  assert call("score", *words, "--beside=static,cut,truth") == 0
+  assert call("table", out, f"--out={made}") == 0
+  found = json.loads((made / "table.json").read_text())
+  rows = {row["name"]: row["scores"]["overall"]["estimate"] for row in found["systems"]}
+  assert list(rows) == ["mini", "static", "cut", "truth"]
+  assert rows["truth"] >= 0.95 and rows["static"] <= 0.1 and rows["cut"] <= 0.55
+  assert {row["faculty"] for row in found["by_task"]} == {"Perception", "Spatiality"}
+  assert [f"{d['a']} - {d['b']}" for d in found["differences"]] == [
+    "mini - static", "mini - cut", "mini - truth"
+  ]  # fmt: skip
+  assert found["published"] == []
+  page = (made / "report.html").read_text()
+  assert page.count("data:image/png;base64,") == 2 * 4  # truth, mini, static, cut of two tasks
+  assert "http" not in re.sub(r"data:[^\"]*", "", page)
+  assert r"\begin{tabular}" in (made / "table.tex").read_text()
+  said = capsys.readouterr().out
+  assert "own tasks, 4 samples of 2 tasks; scorers of jax_videoreason" in said
+
+
+def test_answers_at_every_step_are_kept_for_own_tasks(own_cases, own_videos):
+  for sample in samples.load(own_cases).samples:
+    record = videos.record_of(own_videos / "mini", sample)
+    assert record is not None and record["finite"]
+    said = record["answers"]
+    assert len(said["answer"]) == len(said["sigma"]) == len(said["right"]) == 2
+    assert said["sigma"][0] == 1
+
+
+def test_a_second_call_only_makes_what_lacks(own_cases, own_videos, tmp_path, monkeypatch):
+  out = tmp_path / "videos"
+  shutil.copytree(own_videos, out)
+  gone = out / "mini" / "id" / "maze" / "00001.mp4"
+  gone.unlink()
+  made = []
+  monkeypatch.setattr(generate, "make", lambda folder, bundle, chosen, job, unit, *_: made.append(
+    [s.key for s in unit.samples]))  # fmt: skip
+  monkeypatch.setattr(generate, "encode", lambda chosen, some: [None] * len(some))
+  words = [f"--data={own_cases}", "--config.steps=2", f"--out={out}"]
+  assert call("generate", *words, "--config.batch=1") == 0
+  assert made == [["id/maze/00001"]]
+
+
+def test_videos_of_other_settings_are_refused(own_cases, own_videos, capsys):
+  words = [f"--data={own_cases}", f"--out={own_videos}"]
+  assert call("generate", *words, "--config.steps=3") == 2
+  assert "videos of other settings (steps=2 there and 3 here)" in capsys.readouterr().err
+
+
+def test_videos_of_unknown_settings_are_refused(own_cases, tmp_path, capsys):
+  (tmp_path / "mini" / "id").mkdir(parents=True)
+  assert call("generate", f"--data={own_cases}", "--config.steps=2", f"--out={tmp_path}") == 2
+  assert "nobody knows with which settings" in capsys.readouterr().err
+
+
+def test_videos_of_other_data_are_refused(own_cases, own_videos, tmp_path, capsys):
+  other = tmp_path / "cases"
+  words = ["tasks", "export", "--tasks=pick,maze", "--split=ood", "--size=32", "--cases=2"]
+  assert cli.main([*words, f"--out={other}"]) == 0
+  shutil.copytree(own_videos / "mini", tmp_path / "mini")
+  (tmp_path / "mini" / "id").rename(tmp_path / "mini" / "ood")
+  (tmp_path / "mini" / "records" / "id").rename(tmp_path / "mini" / "records" / "ood")
+  out = tmp_path / "scores"
+  assert call("score", f"--data={other}", f"--videos={tmp_path / 'mini'}", f"--out={out}") == 2
+  assert "was made for another ood/maze/00000" in capsys.readouterr().err
+
+
+def test_the_price_is_said_before_it_is_paid(bench, capsys):
+  assert call("generate", f"--data={bench}", "--config=vbvr_wan22", "--dry-run") == 0
+  said = capsys.readouterr().out
+  assert "VBVR-Bench: 4 videos of 4 samples, 50 steps each" in said and "hours of one H200" in said
+
+
+# The whole way, in the official layout, with a stand-in for the EvalKit
+
+
+def test_the_official_layout_goes_the_whole_way(bench, kit, tmp_path, capsys):
+  """generate with settings that are marked, score by the toolkit, table beside published rows."""
+  data = f"--data={bench}"
+  words = ["--config.steps=2", "--frames=5", "--cases=1", "--ensemble=paper", "--keep-steps=1"]
+  assert call("generate", data, *words, f"--out={tmp_path / 'videos'}") == 0
+  assert "not the official setting: 5 frames, official those of the ground truth" in (
+    capsys.readouterr().out
+  )
+  folder = tmp_path / "videos" / "mini"
+  assert (folder / "steps" / "Out-of-Domain_50" / MAZE / "00000" / "step_001.mp4").is_file()
+  videos_of = f"--videos={tmp_path / 'videos'}"
+  out = tmp_path / "scores"
+  assert call("score", data, videos_of, f"--out={out}", "--cases=1", *kit) == 0
+  said = capsys.readouterr().out
+  assert "EvalKit run_evaluation.py, commit 275472f" in said
+  assert "mini: not the official setting" in said
+  assert "published, of all 500 samples; not computed here" in said
+  result = result_of(out / "mini")
+  assert [row["key"][-5:] for row in result["samples"]] == ["00000", "00000"]
+  assert result["summary"]["overall"]["samples"] == 2
+  assert result["evalkit"]["entry"] == "run_evaluation.py" and not result["whole"]
+
+
+def test_the_truth_gets_its_score_and_the_static_clip_its_own(bench, clips, kit, tmp_path):
+  out = tmp_path / "scores"
+  assert (
+    call("score", f"--data={bench}", f"--videos={clips}", f"--out={out}", "--beside=", *kit) == 0
+  )
+  of = {name: result_of(out / name)["summary"]["overall"]["score"] for name in ("truth", "static")}
+  assert 1 > of["truth"] > of["static"] > 0
+
+
+def scored(bench, clips, kit, out, *words) -> int:
+  videos_of = f"--videos={clips / 'truth'}"
+  return call("score", f"--data={bench}", videos_of, f"--out={out}", "--beside=", *kit, *words)
+
+
+def test_nothing_is_reported_unless_every_video_is_there(bench, clips, kit, tmp_path, capsys):
+  (clips / "truth" / "In-Domain_50" / GRID / "00001.mp4").unlink()
+  out = tmp_path / "scores"
+  assert scored(bench, clips, kit, out) == 2
+  assert f"lacks 1 of 4 videos (In-Domain_50/{GRID}/00001)" in capsys.readouterr().err
+  assert not (out / "truth" / "result.json").exists()
+  assert scored(bench, clips, kit, out, "--allow-partial") == 0
+  said = capsys.readouterr().out
+  assert f"truth: In-Domain_50/{GRID}/00001 has no video." in said
+  assert result_of(out / "truth")["summary"]["overall"]["samples"] == 3
+
+
+@pytest.mark.parametrize(
+  ("word", "said"),
+  [("RAISE", "the evaluator raised: index 4"), ("HANG", "no answer within 4 seconds")],
+)
+def test_an_evaluator_that_raises_or_hangs_is_named(kit, tmp_path, capsys, word, said):
+  data = vbvr_folder.make(tmp_path / "data", tasks=(GRID,), count=2)
+  (data / "In-Domain_50" / GRID / "00001" / "prompt.txt").write_text(f"please {word}")
+  baselines.write(tmp_path / "clips", samples.load(data), ["truth"])
+  words = (data, tmp_path / "clips", kit, tmp_path / "scores", "--limit=4")
+  assert scored(*words) == 2
+  error = capsys.readouterr().err
+  assert "1 of 2 samples of truth have no score" in error and said in error
+  assert f"In-Domain_50/{GRID}/00001" in error
+  assert scored(*words, "--allow-partial") == 0
+  result = result_of(tmp_path / "scores" / "truth")
+  assert [e["key"][-5:] for e in result["errors"]] == ["00001"]
+  assert result["summary"]["overall"]["samples"] == 1
+  assert "PARTIAL: 1 samples without a score are left out" in capsys.readouterr().out
+
+
+def test_a_task_without_an_evaluator_is_named(kit, tmp_path, capsys):
+  data = vbvr_folder.make(tmp_path / "data", tasks=(SHELF,), count=1)
+  baselines.write(tmp_path / "clips", samples.load(data), ["truth"])
+  assert scored(data, tmp_path / "clips", kit, tmp_path / "scores") == 2
+  assert "the EvalKit has no evaluator for this task" in capsys.readouterr().err
+
+
+def test_scored_samples_are_kept_and_changed_videos_refused(
+  bench, clips, kit, tmp_path, capsys, monkeypatch
+):
+  out = tmp_path / "scores"
+  assert scored(bench, clips, kit, out) == 0
+  calls = []
+  real = evalkit.score
+  monkeypatch.setattr(evalkit, "score", lambda *a: calls.append(a[2].key) or real(*a))
+  assert scored(bench, clips, kit, out) == 0 and calls == []
+  key = f"In-Domain_50/{GRID}/00000"
+  shutil.copy(clips / "static" / f"{key}.mp4", clips / "truth" / f"{key}.mp4")
+  capsys.readouterr()
+  assert scored(bench, clips, kit, out) == 2
+  assert "was changed since it was made" in capsys.readouterr().err
+
+
+def test_videos_that_nobody_asked_for_are_refused(bench, clips, kit, tmp_path, capsys):
+  extra = clips / "truth" / "In-Domain_50" / COUNT
+  shutil.copytree(clips / "truth" / "In-Domain_50" / GRID, extra)
+  assert scored(bench, clips, kit, tmp_path / "scores") == 2
+  assert "has 2 videos that" in capsys.readouterr().err
+
+
+def test_videos_of_other_people_are_scored_with_settings_unknown(
+  bench, clips, kit, tmp_path, capsys
+):
+  for name in ("generation.json", "records"):
+    path = clips / "truth" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  (clips / "truth").rename(clips / "theirs")
+  words = [f"--data={bench}", f"--videos={clips / 'theirs'}", f"--out={tmp_path / 'scores'}"]
+  assert call("score", *words, "--beside=", *kit) == 0
+  assert "theirs: settings unknown." in capsys.readouterr().out
+
+
+def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):
+  baselines.write(tmp_path / "clips", samples.load(copy), ["static"])
+  path = copy / "In-Domain_50" / GRID / "00000" / "ground_truth.mp4"
+  data = bytearray(path.read_bytes())
+  start = data.index(b"mdat")
+  size = int.from_bytes(data[start - 4 : start], "big")
+  data[start + 4 : start - 4 + size] = bytes(size - 8)  # the header stays
+  path.write_bytes(data)
+  words = [f"--data={copy}", f"--videos={tmp_path / 'clips'}", f"--out={tmp_path / 'scores'}"]
+  assert call("score", *words, "--beside=", *kit) == 2
+  assert re.search(r"truth\.mp4 (is damaged|decodes to|holds no)", capsys.readouterr().err)
+
+
+def test_another_evalkit_is_refused_unless_it_is_wanted(bench, clips, kit, tmp_path, capsys):
+  path = Path(kit[0].partition("=")[2])
+  (path / "vbvr_bench" / "new.py").write_text("threshold = 3\n")
+  assert scored(bench, clips, kit, tmp_path / "scores") == 2
+  assert "another version of the EvalKit than commit 275472f" in capsys.readouterr().err
+  assert scored(bench, clips, kit, tmp_path / "scores", "--other-evalkit") == 0
+  assert "other files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (lambda kit, m: [f"--evalkit={Path(kit[0][10:]).parent}", *kit[1:]], "is no VBVR-EvalKit"),
+    (
+      lambda kit, m: [kit[0], "--environment=/nowhere", kit[2]],
+      "there is no environment .*--setup",
+    ),
+    (lambda kit, m: m.setattr(evalkit, "PINS", {"numpy": "1.0"}) or kit, "numpy .*, wanted 1.0"),
+    (lambda kit, m: [], "--evalkit must be given"),
+  ],
+)
+def test_an_evalkit_that_cannot_work_is_named(
+  bench, clips, kit, tmp_path, capsys, monkeypatch, change, said
+):
+  assert scored(bench, clips, change(kit, monkeypatch), tmp_path / "scores") == 2
+  assert re.search(said, capsys.readouterr().err)
+
+
+def test_relative_paths_work(bench, clips, kit, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  words = ["--evalkit=EvalKit", "--environment=environment", "--videos=clips", "--out=scores"]
+  assert call("score", f"--data={bench}", "--cases=1", "--beside=", *words) == 0
+
+
+def test_the_toolkit_sees_nothing_of_ours(monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", "/ours")
+  clean = evalkit.clean_environment()
+  assert "PYTHONPATH" not in clean and clean["PYTHONDONTWRITEBYTECODE"] == "1"
+
+
+def test_the_audit_says_which_tasks_are_blind(bench, kit, tmp_path, capsys):
+  assert call("audit", f"--data={bench}", f"--out={tmp_path / 'audit'}", *kit) == 0
+  found = json.loads((tmp_path / "audit" / "audit.json").read_text())
+  assert [row["task"] for row in found["tasks"]] == [GRID, MAZE]
+  # the stand-in looks at the last frame alone, so a cut to it is as good as the truth
+  assert all(audit.JUMPING in row["faults"] for row in found["tasks"])
+  assert "2 of 2 tasks: a cut to the end can't be told from solving." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("scores_of", "wanted"),
+  [
+    ({"truth": 1.0, "static": 0.2, "cut": 0.5, "noise": 0.1}, []),
+    ({"truth": 1.0, "static": 0.96, "cut": 0.5, "noise": 0.1}, [audit.STANDING]),
+    ({"truth": 0.7, "static": 0.2, "cut": 0.7, "noise": 0.5},
+     [audit.JUMPING, audit.LOW, audit.GIFT]),
+    ({"truth": None, "static": 0.2}, []),
+  ],
+)  # fmt: skip
+def test_a_fault_is_what_it_is_called(scores_of, wanted):
+  assert audit.faults(scores_of) == wanted
+
+
+# The table
+
+
+def system(name, values, *, baseline=None, seed=None, noise=0.0, **more) -> dict:
+  """A result.json of 20 tasks of 5 samples; values: the score of every sample of a task."""
+  rows = []
+  names = suite.official("In-Domain_50")[:10] + suite.official("Out-of-Domain_50")[:10]
+  rng = np.random.default_rng(0)
+  for task, value in zip(names, values, strict=True):
+    split, faculty = suite.OFFICIAL[task]
+    for index in range(5):
+      rows.append(
+        {
+          "key": f"{split}/{task}/{index:05d}", "split": split, "domain": suite.SPLITS[split],
+          "task": task, "index": index, "faculty": faculty, "prompt": "p", "broken": False,
+          "score": float(value + noise * rng.uniform(-1, 1)), "error": None,
+        }
+      )  # fmt: skip
+  return {
+    "format": scores.FORMAT, "name": name, "model": name.partition("-seed")[0], "seed": seed,
+    "baseline": baseline, "deviations": [], "settings": {"steps": 50, "seed": seed},
+    "benchmark": "VBVR-Bench", "data": "d", "tasks": 20, "whole": False, "expected": 100,
+    "missing": [], "errors": [], "broken": [], "version": "0",
+    "evalkit": {"entry": "run_evaluation.py", "commit": "275472f", "digest": "x", "versions": {}},
+    "summary": {}, "samples": rows, **more,
+  }  # fmt: skip
+
+
+def written(root: Path, *results: dict) -> list[Path]:
+  for result in results:
+    (root / result["name"]).mkdir()
+    (root / result["name"] / "result.json").write_text(json.dumps(result))
+  return [root / result["name"] for result in results]
+
+
+def test_differences_are_paired_and_intervals_cover_tasks_and_samples(tmp_path):
+  base = np.linspace(0.1, 0.9, 20)
+  gain = np.where(np.arange(20) % 2, 0.3, -0.1)  # of every second task
+  places = written(
+    tmp_path,
+    system("plain", base),
+    system("better", base + 0.05),
+    system("mixed", base + gain, noise=0.01),
+    system("truth", np.ones(20), baseline="truth"),
+  )
+  made = table.table(*table.load(places))
+  of = {(d["a"], d["b"]): d["scores"]["overall"] for d in made["differences"]}
+  steady = of["plain", "better"]
+  assert steady["estimate"] == pytest.approx(-0.05)
+  assert steady["p"] < 0.001
+  mixed = of["plain", "mixed"]
+  assert mixed["estimate"] == pytest.approx(-0.1, abs=0.01)
+  assert mixed["low"] < mixed["over_samples"]["low"] < mixed["over_samples"]["high"] < mixed["high"]
+  assert ("plain", "truth") in of and ("truth", "plain") not in of
+  row = made["systems"][0]["scores"]
+  assert row["overall"]["estimate"] == pytest.approx(0.5)
+  assert row["overall"]["of_truth"] == pytest.approx(0.5)
+  assert row["overall"]["tasks"] == 20 and row["overall"]["samples"] == 100
+  assert {c for c in row} <= set(published.COLUMNS)
+
+
+def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):
+  places = written(
+    tmp_path,
+    system("wan", np.full(20, 0.2), seed=1),
+    system("wan-seed2", np.full(20, 0.6), seed=2),
+  )
+  (row,) = table.table(*table.load([tmp_path]))["systems"]
+  assert (row["name"], row["seeds"]) == ("wan", [1, 2])
+  assert row["scores"]["overall"]["estimate"] == pytest.approx(0.4)
+  assert row["scores"]["overall"]["samples"] == 100
+  assert len(table.find(places)) == 2
+
+
+@pytest.mark.parametrize(
+  ("changed", "said"),
+  [
+    ({"data": "other"}, "scored with other data than"),
+    ({"evalkit": None}, "another EvalKit or other packages"),
+    ({"format": 0}, "of another version"),
+  ],
+)
+def test_scores_of_different_things_share_no_table(tmp_path, changed, said):
+  written(tmp_path, system("a", np.ones(20)), system("b", np.ones(20), **changed))
+  with pytest.raises(ValueError, match=said):
+    table.load([tmp_path])
+
+
+def test_published_rows_are_marked_everywhere(tmp_path, capsys):
+  place = written(tmp_path, system("wan_2", np.linspace(0, 1, 20)))[0]
+  out = tmp_path / "table"
+  assert call("table", place, f"--out={out}") == 0
+  assert "published, of all 500 samples; not computed here" in capsys.readouterr().out
+  latex = (out / "table.tex").read_text()
+  assert r"Sora 2$^\dagger$ & .546 & .569" in latex
+  assert r"wan\_2 & .500" in latex and "As published" in latex
+  page = (out / "report.html").read_text()
+  assert page.count("published</span>") == len(published.BENCH)
+  for line in re.findall(r"^.* & .*\\\\$", latex, re.MULTILINE):
+    assert line.count("&") == len(published.COLUMNS)
+
+
+def test_prompts_and_names_are_escaped(tmp_path):
+  result = system("<b>bold</b>", np.ones(20))
+  for row in result["samples"]:
+    row["prompt"] = "<script>alert(1)</script>"
+  result["name"] = "x"
+  place = written(tmp_path, result)[0]
+  renamed = json.loads((place / "result.json").read_text())
+  renamed["name"] = "<b>bold</b>"
+  (place / "result.json").write_text(json.dumps(renamed))
+  assert call("table", place, f"--out={tmp_path / 'table'}") == 0
+  page = (tmp_path / "table" / "report.html").read_text()
+  assert "<script>" not in page and "<b>bold" not in page
+  assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_table_of_nothing_is_refused(tmp_path, capsys):
+  assert call("table", tmp_path) == 2
+  assert "holds no result.json" in capsys.readouterr().err
+  assert call("table") == 2
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["make"], "vbvr make: say videoreason vbvr generate"),
+    (["generate"], "--data and --out must be given"),
+    (["table", "x", "--limit=3"], "vbvr table takes no --limit"),
+    (["generate", "--data=x", "--out=y", "--part=3/2"], "there is no folder x"),
+    (["score", "here"], "unexpected word 'here'"),
+  ],
+)
+def test_a_command_line_that_makes_no_sense_is_one_sentence(words, said, capsys):
+  assert call(*words) == 2
+  assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--seeds=1,1"], "each once"),
+    (["--seeds=a"], "wanted numbers"),
+    (["--part=3/2"], "--part=3/2, wanted one of several"),
+    (["--config.taps.sites=('attn_out',)"], "keeps no taps"),
+    (["--keep-steps=20"], "wanted steps below"),
+    (["--frames=6"], "frames=6, wanted 1 + 4k"),
+    (["--max-area=10"], "allow a larger area"),
+  ],
+)
+def test_settings_that_make_no_sense_are_one_sentence(bench, tmp_path, capsys, words, said):
+  out = tmp_path / "videos"
+  assert call("generate", f"--data={bench}", f"--out={out}", *words) == 2
+  assert said in capsys.readouterr().err
+  assert not out.exists()
+
+
+def test_parts_share_the_work(bench):
+  everything = jobs.units(samples.load(bench), WAN, jobs.Job(), 1)
+  parts = [everything[i::3] for i in range(3)]
+  keys = sorted(s.key for part in parts for unit in part for s in unit.samples)
+  assert keys == [s.key for s in samples.load(bench).samples]
+
+
+def test_reading_a_case_of_the_layout_still_gives_its_files(bench):
+  cases = list(layout.read(bench / "In-Domain_50"))
+  assert [case.index for case in cases] == [0, 1]

@@ -27,6 +27,7 @@ from .reader import Header, read
 
 TEXT_LENGTH = 512
 HASHED_BYTES = 2**24  # at a time
+AHEAD_BYTES = 3 * 10**8  # a larger tensor is alone in memory
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
 
 
@@ -175,6 +176,7 @@ def write(
           writer.write(step.part, step.move.target, step.move.layer, value)
           del value
           advance(step.header.nbytes)
+        writer.settle()
         for file, digest in hashed.items():
           writer.note(str(file), digest.result())
       finally:
@@ -211,14 +213,16 @@ def verify(
 def _values(made: Plan, steps: Sequence[Step]) -> Iterator[tuple[Step, np.ndarray]]:
   """What each step writes, the next one read and turned while the caller writes this one.
 
-  The caller lets go of a value before it asks for the next, so that two are there at most.
+  The caller lets go of a value before it asks for the next: two are in memory at most, and of large
+  ones only one.
   """
   with ThreadPoolExecutor(1) as pool:
-    coming = pool.submit(value_of, made, steps[0]) if steps else None
-    for number, step in enumerate(steps, 1):
-      assert coming is not None
-      value = coming.result()
-      coming = pool.submit(value_of, made, steps[number]) if number < len(steps) else None
+    coming = None
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+      value = value_of(made, step) if coming is None else coming.result()
+      coming = None
+      if after is not None and max(step.header.nbytes, after.header.nbytes) <= AHEAD_BYTES:
+        coming = pool.submit(value_of, made, after)
       yield step, value
       del value
 

@@ -292,38 +292,29 @@ def _vae_stages(
 ) -> tuple[list[int], int, tuple[bool, ...], bool]:
   """Width of each stage, blocks in a stage, what halves the frames, and whether it is Wan2.2's.
 
-  Wan2.1 numbers all blocks in a row and a resampling ends a stage; Wan2.2 numbers the stages.
+  Wan2.1 numbers all blocks in a row, Wan2.2 inside its stages; a resampling ends a stage.
   """
   stem = "encoder.downsamples" if original else "encoder.down_blocks"
   conv = "residual.2.weight" if original else "conv1.weight"
   inner = "downsamples" if original else "resnets"
   residual = f"{stem}.0.{inner}.0.{conv}" in tensors
-  count = count_layers(tensors, rf"{re.escape(stem)}\.(\d+)\.")
+  names: list[str] = []
+  for n in range(count_layers(tensors, rf"{re.escape(stem)}\.(\d+)\.")):
+    if not residual:
+      names.append(f"{stem}.{n}")
+      continue
+    inside = count_layers(tensors, rf"{re.escape(stem)}\.{n}\.{inner}\.(\d+)\.")
+    names += [f"{stem}.{n}.{inner}.{j}" for j in range(inside)]
+    if f"{stem}.{n}.downsampler.resample.1.weight" in tensors:
+      names.append(f"{stem}.{n}.downsampler")
   widths: list[list[int]] = [[]]
   temporal: list[bool] = []
-
-  def block(name: str) -> None:
-    widths[-1].append(shape(f"{name}.{conv}", 5)[0])
-
-  def resampling(name: str) -> None:
-    temporal.append(f"{name}.time_conv.weight" in tensors)
-
-  for n in range(count):
-    if residual:
-      inside = count_layers(tensors, rf"{re.escape(stem)}\.{n}\.{inner}\.(\d+)\.")
-      named = [f"{stem}.{n}.{inner}.{j}" for j in range(inside)]
-      named += [] if original else [f"{stem}.{n}.downsampler"]
-    else:
-      named = [f"{stem}.{n}"]
-    for name in named:
-      if f"{name}.resample.1.weight" in tensors:
-        resampling(name)
-        if not residual:
-          widths.append([])
-      elif f"{name}.{conv}" in tensors or not name.endswith("downsampler"):
-        block(name)
-    if residual and n < count - 1:
+  for name in names:
+    if f"{name}.resample.1.weight" in tensors:
+      temporal.append(f"{name}.time_conv.weight" in tensors)
       widths.append([])
+    else:
+      widths[-1].append(shape(f"{name}.{conv}", 5)[0])
   return [stage[0] for stage in widths if stage], len(widths[0]), tuple(temporal), residual
 
 

@@ -5,6 +5,7 @@ tokenizer.json. A part may lie in another bundle, named by a relative path. The 
 Orbax.
 """
 
+import collections
 import dataclasses
 import fcntl
 import hashlib
@@ -40,6 +41,7 @@ OTHERS = ("vae", "text", "clip", "preview")  # the parts beside the experts of t
 SMALL = 2**16  # numbers; a smaller leaf is replicated
 READ_BYTES = 2**30  # leaves are read for checking in groups of about so much
 CHUNK_BYTES = 2**28  # a chunk of a leaf written by LeafWriter is one layer, and at most so much
+PENDING_BYTES = 2**28  # so much may be under way to the disk while the next slice is made
 JOURNAL = "journal.jsonl"
 RESUME = "make room and start again, it goes on from there"
 
@@ -227,6 +229,7 @@ class LeafWriter:
     self._count: dict[tuple[str, str], int] = {}
     self._digest: dict[tuple[str, str], Any] = {}
     self._sha: dict[tuple[str, str], str] = {}
+    self._pending: collections.deque[tuple[Any, np.ndarray, dict[str, Any]]] = collections.deque()
     self.notes: dict[str, str] = {}
     try:
       self._resume(plan)
@@ -238,6 +241,8 @@ class LeafWriter:
     return self
 
   def __exit__(self, *_: Any) -> None:
+    for pending in self._pending:  # after a failure: nothing may be written behind our back
+      pending[0].exception()
     self._journal.close()
 
   def has(self, part: str, path: str, layer: int | None) -> bool:
@@ -259,13 +264,27 @@ class LeafWriter:
       self._digest[at] = self._digest_so_far(part, path, done)
     with disk(self.folder, full=RESUME):
       stored = self._create(part, path) if done == 0 else _open_leaf(self.folder / part, path, True)
-      writing = (stored[layer] if stacked else stored).write(value)
+      writing = (stored[layer] if stacked else stored).write(value).commit
+      writing.force()
       self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
-      writing.result()
     self._count[at] = done + 1
     if self._count[at] == (leaf.shape[0] if stacked else 1):
       self._sha[at] = self._digest.pop(at).hexdigest()
-    self._note({"slice": [part, path], "sha256": self._sha.get(at)})
+    entry = {"slice": [part, path], "sha256": self._sha.get(at)}
+    self._pending.append((writing, value, entry))
+    self._settle(PENDING_BYTES)
+
+  def settle(self) -> None:
+    """Returns when everything is on disk and in the journal."""
+    self._settle(-1)
+
+  def _settle(self, left: int) -> None:
+    """Waits for the oldest slices while more bytes than these are under way."""
+    while self._pending and sum(value.nbytes for _, value, _ in self._pending) > left:
+      writing, _, entry = self._pending.popleft()
+      with disk(self.folder, full=RESUME):
+        writing.result()
+      self._note(entry)
 
   def sha256(self, part: str, path: str) -> str:
     """The checksum of a leaf that is whole."""
@@ -281,6 +300,7 @@ class LeafWriter:
 
     ValueError: a leaf is not whole, or the leaves contradict the config of their module.
     """
+    self.settle()
     lacking = [f"{p}/{n}" for p in self.leaves for n in self.leaves[p] if (p, n) not in self._sha]
     if lacking:
       raise ValueError(f"{len(lacking)} leaves are not written, first {lacking[0]}.")

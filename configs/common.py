@@ -68,6 +68,8 @@ def sweep() -> ConfigDict:
       "edits": {"none": {"edit": "none"}},
       # runs of a work unit; None = 32; whole cases with all their seeds
       "unit": config_dict.placeholder(int),
+      # of the devices of a process, as seed=2,fsdp=2; None = as many runs side by side as divide
+      "mesh": config_dict.placeholder(str),
       # what shows x0 at every step: preview, vae, or auto
       "reader": "auto",
     }

@@ -42,7 +42,16 @@ STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
 AGREEMENT = 0.98  # of the answers that the preview and the VAE give
 LOOKED_AT = (5, 8)  # steps and runs on which they are compared
-KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "reader")  # of a configuration
+KEYS = (
+  "tasks",
+  "split",
+  "cases",
+  "ambiguous",
+  "edits",
+  "unit",
+  "mesh",
+  "reader",
+)  # of a configuration
 READERS = ("auto", "preview", "vae")
 EDITS = {
   "none": (),
@@ -59,7 +68,8 @@ class Varied:
 
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
-  unit: runs of a work unit, rounded down to whole cases. reader: what shows x0 at every step: the
+  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process;
+  None = as many runs side by side as divide a unit. reader: what shows x0 at every step: the
   linear preview, the VAE, or the preview where it agrees with the VAE.
   """
 
@@ -69,6 +79,7 @@ class Varied:
   kind: str
   edits: Mapping[str, Mapping[str, Any]]
   unit: int | None
+  mesh: str | None
   reader: str
 
 
@@ -112,6 +123,7 @@ def varied(given: Mapping[str, Any]) -> Varied:
     kind=given["ambiguous"],
     edits=edits,
     unit=given["unit"],
+    mesh=given["mesh"],
     reader=given["reader"],
   )
 
@@ -150,7 +162,8 @@ class Product:
     settings["taps"].pop("budget_gb")
     weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
     own = dataclasses.asdict(self.varied)
-    own.pop("unit")
+    for name in ("unit", "mesh"):  # units and width say what the first did
+      own.pop(name)
     return plain({**settings, **own, "weights": weights, "units": self.units, "width": self.width})
 
 
@@ -230,7 +243,19 @@ def ready(product: Product, mesh: Mesh | None = None) -> Bench:
 
 
 def mesh_for(product: Product, devices: Sequence[Any]) -> Mesh | None:
-  """As many devices on `seed` as divide a unit; None = one device."""
+  """The mesh of the settings, else as many devices on `seed` as divide a unit; None = one device.
+
+  ValueError: the units do not divide by its seeds, or the devices are fewer.
+  """
+  if product.varied.mesh is not None:
+    axes = sharding.axes_of(product.varied.mesh)
+    if product.width % axes["seed"]:
+      raise ValueError(
+        f"mesh={product.varied.mesh} and units of {product.width} runs, wanted seeds that divide "
+        "them: give another --config.unit."
+      )
+    some = list(devices)[: axes["seed"] * axes["fsdp"] * axes["context"]]
+    return sharding.make_mesh(axes["seed"], axes["fsdp"], axes["context"], devices=some)
   seats = max(n for n in range(1, len(devices) + 1) if product.width % n == 0)
   return None if seats == 1 else sharding.make_mesh(seed=seats, devices=list(devices)[:seats])
 

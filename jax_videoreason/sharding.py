@@ -31,6 +31,19 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def axes_of(text: str) -> dict[str, int]:
+  """The sizes of "seed=2,fsdp=4,context=2"; an axis that is not named is 1."""
+  sizes: dict[str, int] = {name: 1 for name in MESH_AXES}
+  for part in text.split(","):
+    name, _, number = part.partition("=")
+    if name not in sizes or not number.isdigit() or int(number) < 1:
+      raise ValueError(
+        f"mesh={text}: {part!r}, wanted axes of {', '.join(sizes)}, as seed=2,fsdp=4,context=2."
+      )
+    sizes[name] = int(number)
+  return sizes
+
+
 def spec(letters: str) -> PartitionSpec:
   """The partition of an array whose axes are `letters`, e.g. "g r t d"."""
   return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))

@@ -65,7 +65,7 @@ def made(edits=None, **changes) -> product.Product:
   if edits is not None:
     config["edits"] = edits
   own = {key: config.pop(key) for key in ("tasks", "split", "cases", "ambiguous")}
-  own |= {key: config.pop(key) for key in ("edits", "unit", "reader")}
+  own |= {key: config.pop(key) for key in ("edits", "unit", "mesh", "reader")}
   return product.multiply(settings.from_config(config), product.varied(own))
 
 
@@ -329,3 +329,8 @@ def test_devices_are_used_as_far_as_they_divide_a_unit():
   found = product.mesh_for(of, jax.devices()[:3])
   assert found is not None
   assert found.shape["seed"] == 2
+  wide = product.mesh_for(made(mesh="seed=2,context=2"), jax.devices())
+  assert wide is not None
+  assert tuple(wide.shape.values()) == (2, 1, 2)
+  with pytest.raises(ValueError, match="units of 4 runs, wanted seeds that divide them"):
+    product.mesh_for(made(mesh="seed=3"), jax.devices())

@@ -14,7 +14,7 @@ from jax_videoreason import cli, console, settings, store, tasks
 from jax_videoreason.cli.sample import Question, finish, record
 from jax_videoreason.structs import AnswerTrace
 
-TASKS = "pick,maze,select_largest"
+TASKS = "maze,tictactoe,select_largest"
 
 
 def define(flags: FlagValues) -> None:

@@ -500,6 +500,7 @@ def test_the_price_is_said_before_it_is_paid(bench, capsys):
 # The whole way, in the official layout, with a stand-in for the EvalKit
 
 
+@pytest.mark.slow
 def test_the_official_layout_goes_the_whole_way(bench, kit, tmp_path, capsys):
   """generate with settings that are marked, score by the toolkit, table beside published rows."""
   data = f"--data={bench}"
@@ -549,19 +550,28 @@ def test_nothing_is_reported_unless_every_video_is_there(bench, clips, kit, tmp_
   assert result_of(out / "truth")["summary"]["overall"]["samples"] == 3
 
 
+def troubled(tmp_path: Path, word: str) -> tuple[Path, Path]:
+  """(data, clips) of two samples; the word makes the evaluator of the second one misbehave."""
+  data = vbvr_folder.make(tmp_path / "data", tasks=(GRID,), count=2)
+  (data / "In-Domain_50" / GRID / "00001" / "prompt.txt").write_text(f"please {word}")
+  baselines.write(tmp_path / "clips", samples.load(data), ["truth"])
+  return data, tmp_path / "clips"
+
+
 @pytest.mark.parametrize(
   ("word", "said"),
   [("RAISE", "the evaluator raised: index 4"), ("HANG", "no answer within 4 seconds")],
 )
 def test_an_evaluator_that_raises_or_hangs_is_named(kit, tmp_path, capsys, word, said):
-  data = vbvr_folder.make(tmp_path / "data", tasks=(GRID,), count=2)
-  (data / "In-Domain_50" / GRID / "00001" / "prompt.txt").write_text(f"please {word}")
-  baselines.write(tmp_path / "clips", samples.load(data), ["truth"])
-  words = (data, tmp_path / "clips", kit, tmp_path / "scores", "--limit=4")
-  assert scored(*words) == 2
+  assert scored(*troubled(tmp_path, word), kit, tmp_path / "scores", "--limit=4") == 2
   error = capsys.readouterr().err
   assert "1 of 2 samples of truth have no score" in error and said in error
   assert f"In-Domain_50/{GRID}/00001" in error
+  assert not (tmp_path / "scores" / "truth" / "result.json").exists()
+
+
+def test_a_partial_report_says_what_it_lacks(kit, tmp_path, capsys):
+  words = (*troubled(tmp_path, "RAISE"), kit, tmp_path / "scores")
   assert scored(*words, "--allow-partial") == 0
   result = result_of(tmp_path / "scores" / "truth")
   assert [e["key"][-5:] for e in result["errors"]] == ["00001"]

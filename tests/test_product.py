@@ -301,7 +301,8 @@ def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
   for name in ("run", "answer", "flips", "commitment"):
     assert ours.column(name).tolist() == wanted.column(name).tolist()
   np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
-  assert said[1][0] == ""  # only the first process speaks
+  assert "2 of 2 units" in said[0][0]
+  assert "units" not in said[1][0]  # only the first process speaks
 
 
 @pytest.mark.slow

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Slurm: one process per node, the folder of the sweep on a file system that all nodes share.
+#
+#   sbatch scripts/pod/slurm.sh sweep --config vbvr_ensemble --out /shared/runs/ensemble
+#
+#SBATCH --job-name=videoreason
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue
+set -euo pipefail
+
+# JAX finds the processes by the variables that srun sets
+srun --kill-on-bad-exit=1 videoreason "$@"

@@ -71,6 +71,7 @@ def test_noise_finds_the_step_from_which_the_answer_lives_in_the_latents():
   assert record["control"] == dict.fromkeys(record["control"], 0.0)
   assert record["evaluations"] == record["planned"]
   assert record["saved"] > 0
+  assert found.notes[0].startswith("CoS index under replace: all 1.00")  # no frame matters
   assert record["programs"] <= 1
 
 
@@ -133,17 +134,30 @@ def test_batches_are_joined_filled_up_and_cut_and_seeds_stay_with_their_case():
   assert whole.points["case"] == [f"sides id {i}" for i in range(5)]
 
 
-def test_finished_points_are_not_computed_again(tmp_path):
+def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
   chunks = Chunks(folder=tmp_path, of="this study")
   setting = toy.setting(toy.read_late)
-  first, before, _ = perform(make_study(), setting, toy.cases(4), chunks=chunks)
-  again, after, _ = perform(make_study(), setting, toy.cases(4), chunks=chunks)
-  np.testing.assert_array_equal(first.values["moved"], again.values["moved"])
-  assert before["reused"] == 0
-  assert after["reused"] == 2 * STEPS * 4
-  assert after["evaluations"] == STEPS * 4
+  one = STEPS * 2
+  whole, _, _ = perform(make_study(), setting, toy.cases(4), batch=2)
+  put, kept = Chunks.put, []
+
+  def stops(self, key, value):
+    kept.append(key)
+    if len(kept) == 6:  # control, two points, first batch, a point; the power fails at the next
+      raise KeyboardInterrupt
+    put(self, key, value)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Chunks, "put", stops)
+    with pytest.raises(KeyboardInterrupt):
+      perform(make_study(), setting, toy.cases(4), batch=2, chunks=chunks)
+  again, record, _ = perform(make_study(), setting, toy.cases(4), batch=2, chunks=chunks)
+  np.testing.assert_array_equal(whole.values["moved"], again.values["moved"])
+  assert again.axes == whole.axes
+  assert record["reused"] == 3 * one + one  # the first batch, and one point of the second
+  assert record["evaluations"] == 2 * one
   other = dataclasses.replace(chunks, of="another study")
-  assert perform(make_study(), setting, toy.cases(4), chunks=other)[1]["reused"] == 0
+  assert perform(make_study(), setting, toy.cases(4), batch=2, chunks=other)[1]["reused"] == 0
 
 
 def not_finite(latents, sigma, memory):

@@ -21,6 +21,7 @@ from jax_videoreason.experiments.context import (
   title,
 )
 from jax_videoreason.experiments.results import Claim, Finding, Result
+from jax_videoreason.folders import plain
 from jax_videoreason.structs import Sizes
 from jax_videoreason.tasks import Case, Task
 
@@ -228,22 +229,46 @@ def _context(
 
 
 def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
-  """One batch; runs that were not finite become NaN."""
+  """One batch, kept on disk when it is finished; runs that were not finite become NaN."""
+  key = f"{ctx.place}\nbatch"
+  kept = None if ctx.control else ctx.chunks.get(key)
+  if kept is not None:
+    told = json.loads(str(kept.pop(".told")))
+    ctx.tally.reused += told["evaluations"]
+    ctx.tally.advance(told["evaluations"])
+    ctx.tally.broken += told["broken"]
+    axes = {name: tuple(names) for name, names in told["axes"].items()}
+    return Result(
+      values=kept, axes=axes, points=told["points"], titles=told["titles"], notes=told["notes"]
+    )
+  tally = ctx.tally
+  spent, broken = tally.evaluations + tally.reused, len(tally.broken)
   found = study.run(ctx, **options)
-  if not ctx.lost:
-    return found
+  found = dataclasses.replace(found, values=_without_lost(found, ctx))
+  if not ctx.control:
+    told = {
+      "evaluations": tally.evaluations + tally.reused - spent,
+      "broken": tally.broken[broken:],
+      **{f: getattr(found, f) for f in ("axes", "points", "titles", "notes")},
+    }
+    ctx.chunks.put(key, {**found.values, ".told": np.asarray(json.dumps(plain(told)))})
+  return found
+
+
+def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:
+  """The values, NaN (no text) where a run was not finite."""
+  seeds = len(ctx.setting.chosen.seeds)
   values = {}
   for name, value in found.values.items():
     value = np.asarray(value)
-    seeds = len(ctx.setting.chosen.seeds)
     for axis, lost in (("run", ctx.lost), ("case", {pair // seeds for pair in ctx.lost})):
-      if axis in found.axes[name]:
+      if lost and axis in found.axes[name]:
         text = value.dtype.kind == "U"
         value = np.array(value, None if text else float)
         rows = np.moveaxis(value, found.axes[name].index(axis), 0)
         rows[sorted(lost)] = "" if text else np.nan
     values[name] = value
-  return dataclasses.replace(found, values=values)
+  return values
 
 
 def _largest(result: Result, name: str) -> float:

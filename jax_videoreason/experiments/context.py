@@ -237,14 +237,14 @@ class Context:
   def read(self, latents: Any, of: np.ndarray | None = None) -> AnswerTrace:
     """The answers that latents give: S R' F H W C, or R' F H W C as one row.
 
-    of: which of the R runs they are, None = all.
+    of: which of the R runs they are, None = all. Rows that are not the S steps have no sigma.
     """
     x = np.asarray(latents)
     x = x[None] if x.ndim == 5 else x
     of = np.arange(self.sizes.R) if of is None else of
     cases = [self.cases[run] for run in of]
     tasks = [self.setting.load_task(case.task, self.setting.chosen) for case in cases]
-    sigma = self.sigma[:-1] if len(x) == self.sizes.S else self.sigma[-1 - len(x) : -1]
+    sigma = self.sigma[:-1] if len(x) == self.sizes.S else np.full(len(x), np.nan)
     metadata = [case.metadata for case in cases]
     return answers.read_steps(tasks, metadata, self.setting.decode(x), sigma)
 

@@ -17,7 +17,7 @@ KINDS = ("update", "attn", "resid", "out", "velocity", "latents")
 
 
 def cost(sizes: Sizes, *, kinds: Any, steps: Any, more_steps: int) -> float:
-  return 1 + len(kinds) * len(steps) + more_steps
+  return 1 + len(kinds) * len(steps) + (more_steps if more_steps > 1 else 0)
 
 
 @experiment(

@@ -140,7 +140,7 @@ def layer_swap(
     values["spread_of_stream"], axes["spread_of_stream"] = np.ptp(stream, axis=0), ("run",)
   points = ctx.points | {
     "variant": list(variants),
-    "edited": [str(count) for count in counts],
+    "edited": counts,
     "layer": layers,
   }
   return Result(values=values, axes=axes, points=points, titles=TITLES)

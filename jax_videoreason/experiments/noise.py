@@ -1,21 +1,23 @@
 """Noise at a step against noise at a frame: where along the trajectory the answer can be broken."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason import metrics
+from jax_videoreason import metrics, stats
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
-from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.results import SEED, Claim, Result
 from jax_videoreason.interventions import NOISE_MODES, identity, noise_at, where
 from jax_videoreason.reductions import signs
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 
 COLUMNS = 32  # of the projection by which hidden states are compared
+ARMS = ("step_arm", "frame_arm_matched")
 
 
 def ratio(rows: np.ndarray) -> np.ndarray:
@@ -43,6 +45,24 @@ def cost(sizes: Sizes, *, modes: Sequence[str], stride: int, **_: Any) -> float:
   steps = chosen_steps(sizes, stride)
   shared = sum(sizes.S - s for s in steps) / sizes.S
   return 1 + len(modes) * (shared + 2 * max(1, sizes.F - 1))
+
+
+def with_index(result: Result) -> Result:
+  """The CoS index of every mode, of all cases and of each task, as notes."""
+  task = np.array([str(case).split()[0] for case in result.points["case"]])
+  notes = list(result.notes)
+  for mode in result.points["mode"]:
+    arms = [result.per_case(f"{arm}[mode={mode}]")[0] for arm in ARMS]
+    both = np.stack(arms, axis=-1)
+    good = np.isfinite(both).all(1)
+    of = {"all": good, **{name: good & (task == name) for name in dict.fromkeys(task)}}
+    said = [
+      f"{name} {stats.bootstrap(both[some], seed=SEED, statistic=cos_index)}"
+      for name, some in of.items()
+      if some.any()
+    ]
+    notes.append(f"CoS index under {mode}: {'; '.join(said)}.")
+  return dataclasses.replace(result, notes=notes)
 
 
 @experiment(
@@ -86,7 +106,7 @@ def cost(sizes: Sizes, *, modes: Sequence[str], stride: int, **_: Any) -> float:
     Claim(
       number=13,
       says="the reasoning runs along steps, not frames",
-      of=("step_arm[mode=renoise]", "frame_arm_matched[mode=renoise]"),
+      of=tuple(f"{arm}[mode=renoise]" for arm in ARMS),
       by=cos_index,
       statistic="CoS index: step drop / (step drop + frame drop), equal cells and energy",
       above=0.5,
@@ -95,6 +115,7 @@ def cost(sizes: Sizes, *, modes: Sequence[str], stride: int, **_: Any) -> float:
   ),
   zero=("step_drop", "frame_drop", "matched_drop", "cka_x0", "cka_latents", "cka_hidden"),
   cost=cost,
+  finish=lambda result, **options: with_index(result),
 )
 def noise(
   ctx: Context, *, modes: tuple[str, ...] = NOISE_MODES, gain: float = 1.0, stride: int = 1

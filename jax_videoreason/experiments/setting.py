@@ -32,7 +32,7 @@ def load(chosen: SampleSettings) -> Setting:
     bundle=bundle,
     chosen=chosen,
     encode=encode,
-    decode=functools.partial(decode, bundle),
+    decode=functools.partial(decode, bundle, tiles=chosen.tiles),
     load_task=load_task,
   )
 

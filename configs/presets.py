@@ -17,7 +17,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
   },
   "noise": {
-    "quick": {"experiment": {"modes": ("replace", "renoise"), "stride": 3}},
+    "quick": {"experiment": {"modes": ("replace", "renoise"), "stride": 1}},
     "full": {"seeds": 1, "experiment": {"stride": 2}},
   },
   "layer_maps": {
@@ -59,7 +59,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
   },
   "controls": {
-    "quick": {"experiment": {"settings": ("as is", "shift 1"), "places": 3}},
+    "quick": {"experiment": {"settings": ("as is", "shift 1"), "places": 5}},
     "full": {"cases": 6, "seeds": 1, "batch": 9, "experiment": {}},
   },
 }

@@ -31,7 +31,8 @@ def render(folder: str | Path) -> Path:
   figures = folder / "figures"
   with disk(figures):
     figures.mkdir(exist_ok=True)
-  drawn = [made for name in result.values for made in draw(figures, result, name)]
+  effects = set(record["control"] or ())
+  drawn = [made for name in result.values for made in draw(figures, result, name, name in effects)]
   page = (
     environment()
     .get_template("result.html.j2")
@@ -82,8 +83,8 @@ def averaged(result: Result, name: str, order: Sequence[str]) -> np.ndarray:
   return np.transpose(value, [0, *(1 + axes.index(axis) for axis in order)])
 
 
-def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
-  """The figures of one value: their path and title."""
+def draw(folder: Path, result: Result, name: str, is_effect: bool) -> list[dict[str, Any]]:
+  """The figures of one value: their path and title. is_effect: 0 is what no edit would give."""
   axes = result.axes[name]
   title = result.titles.get(name, name)
   if axes[-2:] == ("y", "x") or axes[-3:] == ("y", "x", "rgb"):
@@ -104,8 +105,11 @@ def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
     names = [str(p) for p in result.points[inner[0]]] if inner else [""]
     rows = [part[:, i] for i in range(len(names))] if inner else [part]
     if np.isfinite(value).any():
-      paint = curve if len(numeric) == 1 else heat
-      paint(path, result, dict(zip(names, rows, strict=True)), numeric)
+      series = dict(zip(names, rows, strict=True))
+      if len(numeric) == 1:
+        curve(path, result, series, numeric)
+      else:
+        heat(path, result, series, numeric, is_effect)
       made.append({"path": path, "title": full, "wide": len(numeric) == 2 and len(names) > 1})
   return made
 
@@ -145,7 +149,13 @@ def by_place(value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return estimate, low, high
 
 
-def heat(path: Path, result: Result, rows: Mapping[str, np.ndarray], axes: Sequence[str]) -> None:
+def heat(
+  path: Path,
+  result: Result,
+  rows: Mapping[str, np.ndarray],
+  axes: Sequence[str],
+  is_effect: bool,
+) -> None:
   """Mean maps, the first numeric axis downward."""
   shape = next(iter(rows.values())).shape[1:]
   y, x = (labels_of(result, axis, size) for axis, size in zip(axes, shape, strict=True))
@@ -156,7 +166,7 @@ def heat(path: Path, result: Result, rows: Mapping[str, np.ndarray], axes: Seque
     means[name] = np.where(known.any(0), np.where(known, value, 0).sum(0) / count, np.nan)
   marked = None
   cases = next(iter(rows.values()))
-  if len(cases) >= stats.LEAST and all(is_whole(v) for v in rows.values()):
+  if is_effect and len(cases) >= stats.LEAST and all(is_whole(v) for v in rows.values()):
     seed = results.SEED
     marked = {
       n: stats.max_statistic(np.nan_to_num(v), seed=seed).significant for n, v in rows.items()

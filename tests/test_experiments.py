@@ -21,7 +21,7 @@ from jax_videoreason.experiments import (
 )
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks
-from jax_videoreason.experiments.noise import noise
+from jax_videoreason.experiments.noise import noise, peak
 from jax_videoreason.folders import write_json
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
@@ -118,7 +118,7 @@ def make_study(**declared):
 def test_a_study_is_told_by_its_docstring_and_signature():
   study = make_study()
   assert (study.name, study.question) == ("shift_of_score", "Does noise move the score?")
-  assert (study.method, study.limits) == ("Noise replaces x at a step.", "a test.")
+  assert (study.method, study.limits) == ("Noise replaces x at a step.", "A test.")
   assert study.options == {"steps": (1, 3)}
 
 
@@ -215,10 +215,22 @@ def test_verdicts_follow_the_interval_and_the_smallest_effect_of_interest():
   assert unsure.verdict == "can't tell"
   assert unsure.needed is not None
   assert unsure.needed > 40
+  assert finding(np.full(12, 0.3)).verdict == "can't tell"
+  assert finding(np.full(12, 0.3), exact=True).verdict == "holds"
   few = finding([0.5, 0.6, 0.7])
   assert few.verdict == "can't tell"
   assert few.note is not None
   assert "needs at least" in few.note
+
+
+def test_a_peak_is_not_told_from_a_coarse_grid():
+  curve = np.array([9.0, 1, 2, 5, 2, 1, 0])
+  rows = np.tile(curve, (2, 10, 1))
+  np.testing.assert_allclose(peak(rows), 3 / 6)  # the first place is another seed
+  assert np.isnan(peak(rows[..., :5])).all()
+  coarse = Result(values={"s": rows[0, :, :5]}, axes={"s": ("case", "injected")})
+  claim = Claim(says="s", of="s", by=peak, statistic="place", above=0.4, below=0.6)
+  assert results.judge(claim, coarse).verdict == "can't tell"
 
 
 def test_a_claim_names_a_place_of_a_value():
@@ -267,7 +279,7 @@ def test_the_documented_experiment_runs_as_it_stands():
   np.testing.assert_allclose(found.values["pull"].mean((1, 2)), [1, 0, 0, 0], atol=1e-5)
   assert record["control"] == {"pull": 0.0}
   assert record["evaluations"] == record["planned"]
-  assert study.limits.startswith("one term of one layer")
+  assert study.limits.startswith("One term of one layer")
   assert findings[0].estimate == pytest.approx(1)
 
 
@@ -333,6 +345,6 @@ def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):
   manifest = {"config": {"steps": 10}, "command": ["videoreason", "run"], "device": "cpu"}
   write_json(tmp_path / "manifest.json", {**manifest, "written": "now"})
   page = pages.render(tmp_path).read_text()
-  for said in ("Does noise move the score?", "noise moves x", "holds", "a test.", "0 in 1 of 1"):
+  for said in ("Does noise move the score?", "noise moves x", "holds", "A test.", "0 in 1 of 1"):
     assert said in page
   assert (tmp_path / "figures" / "moved.png").exists()

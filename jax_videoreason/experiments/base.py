@@ -27,6 +27,7 @@ from jax_videoreason.tasks import Case, Task
 
 EVENT = "backend_compile_duration"
 PROGRAM = "_trajectory"
+LIMITS = "Limits: "
 
 ROLES: dict[str, Callable[[Task, Case], Case]] = {
   "case": lambda task, case: case,
@@ -82,8 +83,9 @@ def experiment(
 
   def make(function: Callable[..., Result]) -> Study:
     paragraphs = [" ".join(p.split()) for p in (inspect.getdoc(function) or "").split("\n\n")]
-    limits = [p.removeprefix("Limits: ") for p in paragraphs if p.startswith("Limits: ")]
-    rest = [p for p in paragraphs if not p.startswith("Limits: ")]
+    limits = [p.removeprefix(LIMITS) for p in paragraphs if p.startswith(LIMITS)]
+    limits = [text[:1].upper() + text[1:] for text in limits]
+    rest = [p for p in paragraphs if not p.startswith(LIMITS)]
     signature = inspect.signature(function).parameters.values()
     return Study(
       name=function.__name__,

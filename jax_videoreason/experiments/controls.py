@@ -54,7 +54,9 @@ def places_of(steps: int, places: int) -> list[int]:
 
 
 def highest(rows: np.ndarray) -> np.ndarray:
-  """Where the mean curve is highest, 0 = first place, 1 = last."""
+  """Where the mean curve is highest, 0 = first place, 1 = last; NaN for fewer than five places."""
+  if rows.shape[-1] < 5:
+    return np.full(rows.shape[:-2], np.nan)
   return rows.mean(-2).argmax(-1) / max(1, rows.shape[-1] - 1)
 
 

@@ -11,7 +11,7 @@ from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.interventions import Intervention, ensemble_runs, identity, where
 from jax_videoreason.structs import Sizes
 
-PAPER = (0.5, 0.75)  # layers 20 to 29 of 40
+MIDDLE = (0.5, 0.75)  # of the depth: layers 20 to 29 of 40
 SITED = {"update": "mix", "attn": "mix", "resid": "mix"}
 KINDS = ("update", "attn", "resid", "out", "velocity", "latents")
 
@@ -52,8 +52,7 @@ def ensemble(
   """Does averaging several seeds inside the model give better answers than other uses of the cost?
 
   The seeds of a case ride together; the first one takes the average of all at the first steps and
-  goes on alone. Averaged: update, what the layers from half to three quarters of the depth add (the
-  published recipe); attn, their attention term; resid, half of their whole stream; out, the guess
+  goes on alone. Averaged: update, what the layers from half to three quarters of the depth add; attn, their attention term; resid, half of their whole stream; out, the guess
   x0; velocity; latents, put back on the noise level. Gain: score minus that of the first seed
   alone, same noise. Beside it, at the cost of all seeds: the mean of single seeds, the best of all
   (oracle), the medoid in x0, the majority of the parsed answers; and one seed with as many times
@@ -67,7 +66,7 @@ def ensemble(
   if len(by_seed) < 2:
     raise ValueError(f"an ensemble of {len(by_seed)} seed, wanted two or more: --config.seeds=3.")
   first = by_seed[0]
-  low, high = (round(part * sizes.L) for part in PAPER)
+  low, high = (round(part * sizes.L) for part in MIDDLE)
   layers = slice(low, max(high, low + 1))
 
   def room(kind: str) -> Intervention:

@@ -64,6 +64,7 @@ def kept_steps(sizes: Sizes, edited: Any) -> list[int]:
       of="spread_of_stream",
       statistic="largest minus smallest pull over layers, whole residual stream",
       below=0.01,
+      exact=True,
       paper="not considered",
     ),
   ),

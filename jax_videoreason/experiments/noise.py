@@ -17,6 +17,7 @@ from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 
 COLUMNS = 32  # of the projection by which hidden states are compared
+LEAST_PLACES = 6
 ARMS = ("step_arm", "frame_arm_matched")
 
 
@@ -33,7 +34,12 @@ def cos_index(rows: np.ndarray) -> np.ndarray:
 
 
 def peak(rows: np.ndarray) -> np.ndarray:
-  """Where the mean curve is highest after its first place (0), at which noise is another seed."""
+  """Where the mean curve is highest after its first place (0), at which noise is another seed.
+
+  NaN for a curve of fewer than `LEAST_PLACES`: on a coarse grid its edge looks like its middle.
+  """
+  if rows.shape[-1] < LEAST_PLACES:
+    return np.full(rows.shape[:-2], np.nan)
   return (1 + rows[..., 1:].mean(-2).argmax(-1)) / max(1, rows.shape[-1] - 1)
 
 

@@ -23,7 +23,8 @@ class Claim:
   "drop[arm=step,mode=renoise]"; several are handed to `by` side by side. statistic: what is
   computed, in words, with its unit. above, below: the smallest effect of interest: the claim holds
   where the whole 95% interval lies above `above` and below `below`. by: another summary than the
-  mean over cases, (draws N ...) -> (draws). share: the value is a rate in 0..1.
+  mean over cases, (draws N ...) -> (draws). share: the value is a rate in 0..1. exact: the value
+  is one number by construction, so cases that are all equal are an interval of no width.
   number: of the claim in the paper's list; None = a claim of others. paper: what the paper found.
   """
 
@@ -34,6 +35,7 @@ class Claim:
   below: float | None = None
   by: Callable[[np.ndarray], np.ndarray] | None = None
   share: bool = False
+  exact: bool = False
   number: int | None = None
   paper: str = ""
 
@@ -152,6 +154,8 @@ def judge(claim: Claim, result: Result) -> Finding:
   if np.ndim(found.estimate):
     raise ValueError(f"claim {claim.says!r}: {claim.of} is a map, wanted one number per case.")
   estimate, low, high = (float(x) for x in (found.estimate, found.low, found.high))
+  if claim.exact and len(values) >= stats.LEAST and (values == values[:1]).all():
+    low = high = estimate
   floor = -np.inf if claim.above is None else claim.above
   ceiling = np.inf if claim.below is None else claim.below
   if low > floor and high < ceiling:

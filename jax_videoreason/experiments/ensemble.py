@@ -52,11 +52,11 @@ def ensemble(
   """Does averaging several seeds inside the model give better answers than other uses of the cost?
 
   The seeds of a case ride together; the first one takes the average of all at the first steps and
-  goes on alone. Averaged: update, what the layers from half to three quarters of the depth add; attn, their attention term; resid, half of their whole stream; out, the guess
-  x0; velocity; latents, put back on the noise level. Gain: score minus that of the first seed
-  alone, same noise. Beside it, at the cost of all seeds: the mean of single seeds, the best of all
-  (oracle), the medoid in x0, the majority of the parsed answers; and one seed with as many times
-  the steps.
+  goes on alone. Averaged: update, what the layers from half to three quarters of the depth add;
+  attn, their attention term; resid, half of their whole stream; out, the guess x0; velocity;
+  latents, put back on the noise level. Gain: score minus that of the first seed alone, same noise.
+  Beside it, at the cost of all seeds: the mean of single seeds, the best of all (oracle), the
+  medoid in x0, the majority of the parsed answers; and one seed with as many times the steps.
 
   Limits: which tensor, which steps and which layers the published ensemble averages is not known,
   so the variants stand side by side and none is picked after the fact. The oracle sees the truth.

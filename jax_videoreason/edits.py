@@ -16,6 +16,7 @@ from einops import rearrange
 from jax_videoreason.axes import Array
 from jax_videoreason.places import is_known
 from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.sharding import whole
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES
 
@@ -175,8 +176,8 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   if edits is None or site not in edits.sites:
     return value
   active = [] if edits.mix is None else [jnp.any(edits.mix != _eye(edits.mix))]
-  active += [] if edits.gate is None else [jnp.any(edits.gate != 1)]
-  active += [] if edits.steer is None else [jnp.any(edits.steer != 0)]
+  active += [] if edits.gate is None else [jnp.any(whole(edits.gate) != 1)]
+  active += [] if edits.steer is None else [jnp.any(whole(edits.steer) != 0)]
   if not active:
     return value
 
@@ -206,7 +207,7 @@ def wants_noise(edit: Intervention, index: Array | int) -> Array:
   """bool scalar: does `edit` inject noise at step `index`? It is drawn under a cond on this."""
   if edit.noise_gain is None:
     return jnp.zeros((), bool)
-  return jnp.any(_row(edit.noise_gain, index) != 0)
+  return jnp.any(_row(whole(edit.noise_gain), index) != 0)
 
 
 def edit_latents(

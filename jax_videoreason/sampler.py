@@ -5,6 +5,7 @@ edits, then taps; guidance; x0 = x - sigma*v and `mix_out`; the solver; a row of
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -25,10 +26,12 @@ from jax_videoreason.edits import (
 )
 from jax_videoreason.guidance import combine
 from jax_videoreason.schedules import HOLD, Schedule
+from jax_videoreason.sharding import constrain
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
 from jax_videoreason.taps import SITES, TapSpec, layer_slots, step_slots
 
+CELLS = "r f h w c"
 Guidance = Literal["parallel", "sequential"]
 
 
@@ -224,6 +227,10 @@ def _trajectory(
   step_slot = step_slots(taps, steps)
   asked_steps = len(taps.steps) if taps.steps is not None else steps
 
+  noisy = None
+  if edit is not None:  # looked at before the loop, where every device still holds all runs
+    noisy = jax.vmap(functools.partial(wants_noise, edit))(jnp.arange(schedule.total))
+
   def model(latents: Array, row: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
     edits = None if edit is None else step_edits(edit, row["index"])
     wanted = jnp.where(row["slot"] < asked_steps, slots, asked)
@@ -255,15 +262,15 @@ def _trajectory(
     latents = before.latents
     touched = jnp.zeros(latents.shape[0], bool)
     if edit is not None:
-      injected = _injected(noise, edit, row["index"], latents)
+      injected = _injected(noise, edit, noisy, row["index"], latents)
       latents, touched = edit_latents(edit, row["index"], latents, before.x0, injected)
-    latents = _impose(known, latents)
+    latents = constrain(_impose(known, latents), CELLS)
     velocity, tapped = model(latents, row)
-    velocity = combine(velocity, row["guidance"])
+    velocity = constrain(combine(velocity, row["guidance"]), CELLS)
     x0 = latents - row["sigma"] * velocity
     if edit is not None:
       x0, velocity = edit_output(edit, row["index"], x0, velocity, latents, row["sigma"])
-    x0 = _impose(known, x0)
+    x0 = constrain(_impose(known, x0), CELLS)
     after, memory = solver.step(before.solver, latents, velocity, x0, row, touched)
     state = State(latents=_impose(known, after), x0=x0, solver=memory)
     if schedule.which is not None:
@@ -339,14 +346,19 @@ def _draw(noise: Noise, stream: Array) -> Array:
   return jax.vmap(of_run)(noise.keys)
 
 
-def _injected(noise: Noise, edit: Intervention, index: Array, latents: Array) -> Array:
-  """The noise that `edit` injects at step `index`; zeros, and nothing drawn, where it has none."""
-  if edit.noise_gain is None:
+def _injected(
+  noise: Noise, edit: Intervention, noisy: Array | None, index: Array, latents: Array
+) -> Array:
+  """The noise that `edit` injects at step `index`; zeros, and nothing drawn, where it has none.
+
+  noisy: S bool, `wants_noise` of every step.
+  """
+  if edit.noise_gain is None or noisy is None:
     return jnp.zeros_like(latents)
   if noise.injected is not None:
     return noise.injected[index].astype(latents.dtype)
   return jax.lax.cond(
-    wants_noise(edit, index), lambda: _draw(noise, index + 1), lambda: jnp.zeros_like(latents)
+    noisy[index], lambda: _draw(noise, index + 1), lambda: jnp.zeros_like(latents)
   )
 
 

@@ -1,0 +1,250 @@
+"""Devices change where numbers are computed, not what they are: four forced CPU devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import relative, tiny_bundle, tiny_schedule
+from jax_videoreason import attention, runs, sampler, sharding
+from jax_videoreason.interventions import ablate, ensemble_runs, identity, patch_runs, where
+from jax_videoreason.structs import Conditioning
+from jax_videoreason.taps import TapSpec
+
+ODD = (3, 4, 6, 4)  # F H W C: 18 tokens, which 4 devices cannot share evenly
+STEPS = 3
+TAPS = TapSpec(sites=("attn_out", "resid_post"), reduce=("norm", "full"), branches=(0, 1))
+TOLERANCE = 1e-5  # float32 sums in another order
+
+
+def inputs(count: int, image_input: str = "concat"):
+  """Noise and conditioning of `count` runs on the odd grid."""
+  rng = np.random.default_rng(0)
+  known = jnp.asarray(rng.normal(size=(count, *ODD)), jnp.float32)
+  cond = Conditioning(
+    text=jnp.asarray(rng.normal(size=(2, count, 5, 12)), jnp.float32),
+    known=known,
+    known_mask=jnp.zeros((*known.shape[:-1], 4)).at[:, 0].set(1.0),
+  )
+  return runs.make_noise(range(count), ODD), cond
+
+
+def traced(bundle, noise, cond, edit=None, mesh=None, **options):
+  """Final latents and the whole trace of one batch."""
+  kept = []
+  final = runs.run(
+    bundle,
+    noise,
+    cond,
+    tiny_schedule(STEPS),
+    edit,
+    TAPS,
+    mesh=mesh,
+    on_piece=lambda trace, steps, part: kept.append(trace),
+    **options,
+  )
+  (trace,) = kept
+  return final, trace
+
+
+def agree(ours, wanted) -> None:
+  (final, trace), (final_wanted, trace_wanted) = ours, wanted
+  assert relative(final, final_wanted) < TOLERANCE
+  assert relative(trace.x0, trace_wanted.x0) < TOLERANCE
+  np.testing.assert_array_equal(trace.finite, trace_wanted.finite)
+  assert trace.taps.keys() == trace_wanted.taps.keys()
+  for name, value in trace.taps.items():
+    assert value.shape == trace_wanted.taps[name].shape
+    assert relative(value, trace_wanted.taps[name]) < TOLERANCE
+
+
+def block_edit(sizes):
+  """One run patched from another at some tokens, a site ablated: what happens inside the blocks."""
+  edit = identity(sizes, edits=("mix", "gate", "tokens"), sites=("attn_out",))
+  region = np.arange(sizes.T) % 3 == 0
+  edit = patch_runs(edit, where(sizes, layers=1, region=region), source=0, target=1)
+  return ablate(edit, where(sizes, layers=2, region=region), runs=1, gate=0.5)
+
+
+@functools.cache
+def bundle_of(image_input: str):
+  return tiny_bundle(image_input)
+
+
+@pytest.fixture(scope="module", params=["concat", "overwrite"])
+def edited(request):
+  """(bundle, noise, cond, edit) and what one device makes of them."""
+  bundle = bundle_of(request.param)
+  noise, cond = inputs(2)
+  edit = block_edit(sampler.sizes_of(bundle, noise, cond, tiny_schedule(STEPS)))
+  return (bundle, noise, cond, edit), traced(bundle, noise, cond, edit)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)])
+def test_sharded_tokens_and_runs_equal_one_device_with_edits_and_taps(edited, shape):
+  problem, wanted = edited
+  agree(traced(*problem, mesh=sharding.make_mesh(*shape)), wanted)
+
+
+def test_the_odd_grid_does_not_divide():
+  with jax.set_mesh(sharding.make_mesh(1, 2, 2)):
+    assert sharding.token_shards() == 4
+  assert sharding.token_shards() == 1
+  assert 3 * 2 * 3 % 4 != 0
+
+
+def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
+  bundle = bundle_of("concat")
+  noise, cond = inputs(6)
+  wanted = traced(bundle, noise, cond)
+  agree(runs.pmap_runs(bundle, noise, cond, tiny_schedule(STEPS), TAPS), wanted)
+  agree(traced(bundle, noise, cond, mesh=sharding.make_mesh(seed=4)), wanted)
+
+
+# Collectives
+
+
+def collectives(bundle, count: int, mesh, edit=None) -> list[str]:
+  """The lines of the compiled program that talk to another device."""
+  noise, cond = inputs(count)
+  noise, cond = runs.place(noise, mesh), runs.place(cond, mesh)
+  edit = jax.device_put(edit, jax.NamedSharding(mesh, jax.P()))
+  schedule = tiny_schedule(STEPS)
+
+  def denoise(bundle, noise, cond, edit):
+    return sampler.denoise(bundle, noise, cond, schedule, edit, TapSpec())
+
+  with jax.set_mesh(mesh):
+    text = jax.jit(denoise).lower(bundle, noise, cond, edit).compile().as_text()
+  kinds = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\("
+  return [line for line in text.splitlines() if re.search(kinds, line)]
+
+
+def groups(line: str) -> set[frozenset[int]]:
+  """The groups of devices that a collective joins."""
+  found = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line)
+  if found:
+    return {frozenset(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", found[1])}
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+  if iota:
+    shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
+    order = np.arange(np.prod(dims)).reshape(dims)
+    if iota[3]:
+      order = order.transpose([int(n) for n in iota[3].split(",")])
+    return {frozenset(row.tolist()) for row in order.reshape(shape)}
+  named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+  if named:
+    axes = {n: int(size) for n, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    joined = re.findall(r"'(\w+)'", named[2])
+    grid = np.arange(np.prod(list(axes.values()))).reshape(list(axes.values()))
+    grid = np.moveaxis(grid, [list(axes).index(n) for n in joined], range(-len(joined), 0))
+    size = int(np.prod([axes[n] for n in joined]))
+    return {frozenset(row.tolist()) for row in grid.reshape(-1, size)}
+  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+  assert pairs, line
+  return {frozenset(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)", pairs[1] + "}")}
+
+
+def sizes_for(count: int):
+  noise, cond = inputs(count)
+  return sampler.sizes_of(bundle_of("concat"), noise, cond, tiny_schedule(STEPS))
+
+
+def test_without_a_mix_field_no_device_talks_to_another():
+  mesh = sharding.make_mesh(seed=4)
+  assert collectives(bundle_of("concat"), 4, mesh) == []
+  sizes = sizes_for(4)
+  gate = identity(sizes, edits=("gate", "noise"), sites=("attn_out",))
+  assert collectives(bundle_of("concat"), 4, mesh, gate) == []
+
+
+def test_a_mix_in_the_blocks_talks_over_the_seed_axis_alone():
+  sizes = sizes_for(2)
+  edit = ensemble_runs(identity(sizes), where(sizes), (0, 1), what="update")
+  mesh = sharding.make_mesh(seed=2)
+  assert collectives(bundle_of("concat"), 2, mesh, edit)
+  over_seed = {frozenset({0, 2}), frozenset({1, 3})}  # of a mesh of 2 x 2, seed first
+  wide = sharding.make_mesh(seed=2, context=2)
+  plain = {g for line in collectives(bundle_of("concat"), 2, wide) for g in groups(line)}
+  mixed = {g for line in collectives(bundle_of("concat"), 2, wide, edit) for g in groups(line)}
+  assert plain <= {frozenset({0, 1}), frozenset({2, 3})}  # tokens alone
+  assert mixed - plain <= over_seed
+  assert mixed & over_seed
+
+
+# One guidance branch after the other
+
+
+def test_sequential_guidance_equals_parallel_guidance():
+  bundle = bundle_of("concat")
+  noise, cond = inputs(2)
+  sizes = sampler.sizes_of(bundle, noise, cond, tiny_schedule(STEPS))
+  edit = ablate(
+    identity(sizes), where(sizes, layers=1, branches=0), runs=1, gate=0.5, sites=("mlp_out",)
+  )
+  wanted = traced(bundle, noise, cond, edit)
+  agree(traced(bundle, noise, cond, edit, guidance="sequential"), wanted)
+
+
+def test_sequential_guidance_needs_less_memory():
+  bundle, (noise, cond) = bundle_of("concat"), inputs(4)
+  schedule = tiny_schedule(STEPS)
+
+  def temporary(guidance):
+    def denoise(bundle, noise, cond):
+      return sampler.denoise(bundle, noise, cond, schedule, guidance=guidance)
+
+    compiled = jax.jit(denoise).lower(bundle, noise, cond).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary("sequential") < 0.75 * temporary("parallel")
+
+
+def test_an_unknown_guidance_is_refused():
+  bundle, (noise, cond) = bundle_of("concat"), inputs(1)
+  with pytest.raises(ValueError, match="guidance='half', wanted 'parallel' or 'sequential'"):
+    sampler.denoise(bundle, noise, cond, tiny_schedule(STEPS), guidance="half")  # type: ignore
+
+
+# Attention
+
+
+def draw(t, x, width=128, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = ((1, 2, t, 2, width), (1, 2, x, 2, width), (1, 2, x, 2, width))
+  return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(("t", "x", "keys"), [(100, 70, None), (130, 257, 200), (128, 128, None)])
+def test_splash_equals_plain_attention_whatever_the_counts(t, x, keys):
+  q, k, v = draw(t, x)
+  ours = attention.attend(q, k, v, implementation="splash", keys=keys)
+  wanted = attention.attend(q, k[:, :, :keys], v[:, :, :keys], implementation="xla")
+  np.testing.assert_allclose(ours, wanted, atol=2e-5)  # other tiles, other sums
+
+
+@pytest.mark.parametrize("limit", [attention.BLOCK_BYTES, 10_000])
+def test_keys_that_do_not_count_change_nothing(limit, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK_BYTES", limit)
+  q, k, v = draw(37, 23, width=8)
+  wanted = attention.attend(q, k[:, :, :19], v[:, :, :19])
+  np.testing.assert_allclose(attention.attend(q, k, v, keys=19), wanted, atol=2e-6)
+
+
+def test_attention_is_chosen_by_device():
+  half, full = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+  large, small = (2, 1, 32760, 40, 128), (2, 1, 80, 4, 128)
+  assert attention.choose("cpu", half, large, 32760) == "xla"
+  assert attention.choose("gpu", half, large, 32760) == "cudnn"
+  assert attention.choose("tpu", half, large, 32760) == "splash"
+  for platform in ("gpu", "tpu"):
+    assert attention.choose(platform, full, small, 80) == "xla"
+    with pytest.raises(ValueError, match=f"the limit on {platform} is 8.6 GB"):
+      attention.choose(platform, full, large, 32760)
+  with pytest.raises(ValueError, match="here 96"):
+    attention.choose("tpu", half, (*large[:-1], 96), 32760)
+  with pytest.raises(ValueError, match="wanted one of 'xla', 'cudnn', 'splash'"):
+    attention.attend(*draw(4, 4), implementation="flash")  # type: ignore

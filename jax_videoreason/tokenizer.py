@@ -2,6 +2,7 @@
 
 import html
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ class Tokenizer:
       )
       if len(tokens) > length:
         tail = prompt[read.offsets[length - 1][0] :].strip()
-        cut.append(f"prompt {row} has {len(tokens)} tokens, lost {tail!r}")
+        start = textwrap.shorten(prompt, 40, placeholder=" ...")
+        cut.append(f"{start!r} has {len(tokens)} tokens, lost {tail!r}")
         tokens = [*tokens[: length - 1], self._eos]
       ids[row, : len(tokens)] = tokens
       mask[row, : len(tokens)] = True

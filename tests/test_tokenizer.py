@@ -75,7 +75,7 @@ def test_a_prompt_of_exactly_the_limit_is_not_cut(tokenizer):
 
 
 def test_a_prompt_over_the_limit_is_cut_before_its_eos_and_the_loss_is_told(tokenizer):
-  with pytest.warns(UserWarning, match=r"reads 4 text tokens: prompt 1 has 7.*'left-most'"):
+  with pytest.warns(UserWarning, match=r"4 text tokens: 'move the red left.*' has 7.*'left-most'"):
     ids, mask = tokenizer.encode(["ball", "move  the red left-most"], 4)
   assert words(ids[1]) == ["move", "the", "red", "</s>"]
   assert mask[1].all()

@@ -359,7 +359,7 @@ def test_pickles_without_pytorch(source, monkeypatch, refused):
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tmp_path):
   """A real SIGKILL in the middle, and a real Ctrl-C after it."""
-  config = dataclasses.replace(DIT, width=1024, heads=8, ffn_width=2048, layers=6)
+  config = dataclasses.replace(DIT, width=1024, heads=8, ffn_width=2048, layers=14)
   save_file(tensors("dit", config, wan.table("original"), 0), tmp_path / "dit.safetensors")
   words = [sys.executable, "-m", "jax_videoreason", "convert", str(tmp_path / "dit.safetensors")]
   words += ["--out", str(tmp_path / "out"), "--verify"]
@@ -368,13 +368,13 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
   for signal_sent, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, cli.INTERRUPTED)):
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and (
-      not journal.exists() or journal.read_text().count("\n") < lines + 8
+      not journal.exists() or journal.read_text().count("\n") < lines + 1
     ):
       time.sleep(0.01)
     process.send_signal(signal_sent)
     assert process.wait(60) == status
     assert not (tmp_path / "out").exists()
-    assert journal.read_text().count("\n") >= lines + 8
+    assert journal.read_text().count("\n") >= lines + 1
     lines = journal.read_text().count("\n")
   assert subprocess.run(words, capture_output=True).returncode == 0
   checkpoint.load(tmp_path / "out")

@@ -275,6 +275,7 @@ def _described(made: Plan, name: str, hashes: Mapping[str, str]) -> ModelBundle:
     numerics=made.numerics,
     tokenizer=str(made.source.tokenizer or ""),
     sources=tuple((name, hashes[str(file)]) for file, name in named.items()),
+    tables=tuple((part, found.naming) for part, found in made.source.parts.items()),
   )
   return ModelBundle(params=(), parts=made.parts, card=card)
 

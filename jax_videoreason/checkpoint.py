@@ -603,6 +603,7 @@ def _describe(
     "latents": dataclasses.asdict(card.latents),
     "tokenizer": tokenizer,
     "sources": [list(source) for source in card.sources],
+    "tables": dict(card.tables),
     "config": {name: dataclasses.asdict(module.config) for name, module in modules.items()},
     "parts": dict(parts),
     "leaves": records,
@@ -661,6 +662,7 @@ def _card(described: Mapping[str, Any], tokenizer: str) -> Card:
     numerics=described["numerics"],
     tokenizer=tokenizer,
     sources=_tuples(described["sources"]),
+    tables=tuple(described.get("tables", {}).items()),
   )
 
 

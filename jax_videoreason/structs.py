@@ -83,6 +83,7 @@ class Card:
   text_length: text tokens that the DiT attends to (512 for Wan).
   tokenizer: path of tokenizer.json, "" when the text part was not loaded.
   sources: (file name, sha256) of what the weights were made from.
+  tables: (part, naming) of the conversion tables they went through; none = trained here.
   """
 
   name: str
@@ -93,6 +94,7 @@ class Card:
   numerics: str = "official"
   tokenizer: str = ""
   sources: tuple[tuple[str, str], ...] = ()
+  tables: tuple[tuple[str, str], ...] = ()
 
 
 @pytree

@@ -95,6 +95,7 @@ def test_the_original_layout_becomes_a_bundle(converted, published):
   card = loaded.card
   assert (card.name, card.boundary, card.numerics) == ("a14b", 0.9, "official")
   assert (card.latents.channels, card.latents.stride) == (16, (4, 8, 8))
+  assert dict(card.tables) == dict.fromkeys(("dit_0", "dit_1", "vae", "text"), "original")
   assert loaded.parts.dit.config == DIT
   assert loaded.parts.vae.config == VAE
   assert loaded.parts.text.config == dataclasses.replace(TEXT, dtype="bfloat16")

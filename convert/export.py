@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import checkpoint
-from jax_videoreason.folders import beside, disk, remove
+from jax_videoreason.folders import beside, disk, remove, spare
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
@@ -181,6 +181,7 @@ def write(
   out = Path(os.path.abspath(out))
   if out.exists() and not redo:
     raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
+  spare(out, checkpoint.describe(bundle).folders.values())
   made = parts(bundle)
   checkpoint.check_space(out, sum(part.nbytes for part in made))
   old = out.with_name(f".{out.name}.old")
@@ -193,6 +194,7 @@ def write(
       if check:
         _compare(place, part)
     _write_rest(partial, checkpoint.describe(bundle), [part.name for part in made])
+    remove(old)
     if out.exists():
       out.rename(old)
   remove(old)

@@ -25,7 +25,7 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason.axes import Params
-from jax_videoreason.folders import checksum, disk
+from jax_videoreason.folders import checksum, disk, remove
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
@@ -325,11 +325,12 @@ class LeafWriter:
       text = json.dumps(described, indent=1) + "\n"
       (self.folder / DESCRIPTION).write_text(text, encoding="utf-8")
       old = self.path.parent / f".{self.path.name}.old"
+      remove(old)
       if self.redo and self.path.exists():
         os.rename(self.path, old)
       (self.folder / JOURNAL).unlink()
       os.rename(self.folder, self.path)
-      shutil.rmtree(old, ignore_errors=True)
+      remove(old)
     return self.path
 
   def _resume(self, plan: str) -> None:

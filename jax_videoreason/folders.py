@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +186,10 @@ def _missing_parents(path: Path) -> list[Path]:
     made.append(path)
     path = path.parent
   return made
+
+
+def spare(out: Path, read: Iterable[Path]) -> None:
+  """ValueError when `out` is or holds something of `read`: --redo would delete what is read."""
+  for path in read:
+    if path.resolve().is_relative_to(out.resolve()):
+      raise ValueError(f"--out {out} holds {path}, which is read: choose another --out.")

@@ -92,9 +92,9 @@ def summary(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str,
 def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str, Any]:
   """Whether seeds differ where several answers are right, and how candidates fall along the steps.
 
-  Entropies are in bits, over the readable answers of a case's seeds; `even` is what as many seeds
-  would show on average if each drew one of the k right answers evenly (few seeds show less than
-  log2 k).
+  Entropies are in bits, over the readable answers of a case's seeds, of the cases with two of them
+  or more (`compared`); `even` is what as many answers would show on average if each were drawn from
+  the k right ones evenly (few show less than log2 k).
   """
   cases: dict[int, list[Row]] = {}
   for row in rows:
@@ -111,10 +111,14 @@ def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[st
   found["unreadable"] = said(stats.share(unread, seed=SEED))
   found["wrong"] = said(stats.share(wrong, seed=SEED))
   if seeds > 1:
-    spread = [entropy([row["answer"] for row in own]) for own in cases.values()]
-    found["entropy"] = said(stats.bootstrap(spread, seed=SEED))
-    found["log_k"] = float(np.mean(np.log2(ks)))
-    found["even"] = float(np.mean([even_entropy(k, seeds) for k in ks]))
+    read = [[r["answer"] for r in own if r["answer"] is not None] for own in cases.values()]
+    several = [(answers, k) for answers, k in zip(read, ks, strict=True) if len(answers) > 1]
+    found["compared"] = len(several)
+    if several:
+      spread = [entropy(answers) for answers, _ in several]
+      found["entropy"] = said(stats.bootstrap(spread, seed=SEED))
+      found["log_k"] = float(np.mean([np.log2(k) for _, k in several]))
+      found["even"] = float(np.mean([even_entropy(k, len(answers)) for answers, k in several]))
   if watched is not None:
     found["steps"] = along_steps(watched)
   return found

@@ -162,7 +162,8 @@ _worker: dict[str, Any] = {}
 
 
 def start_worker(work: str, count: int, latent: tuple[int, ...]) -> None:
-  """Loads the frozen VAE into a worker process."""
+  """Loads the frozen VAE into a worker process, which leaves an accelerator to the training."""
+  jax.config.update("jax_platforms", "cpu")
   bundle_parts, params = load_vae(Path(work))
   _worker["encode"] = jax.jit(
     lambda video: bundle_parts.vae.apply({"params": params}, video, method="encode")

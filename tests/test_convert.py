@@ -519,3 +519,9 @@ class ModulePickle:
       return (os.path.basename, ("a/b",)) if value is shutil else NotImplemented
 
   dump, dumps, load = pickle.dump, pickle.dumps, pickle.load
+
+
+def test_redo_never_deletes_what_is_read(single, refused):
+  said = refused(single, "--redo", out=single.parent)
+  assert "which is read: choose another --out." in said
+  assert single.exists()

@@ -92,13 +92,26 @@ def test_every_video_of_the_model_is_kept(done):
   assert len({row["seed"] for row in rows if row["task"] == "pick"}) == 4  # no noise twice
 
 
+def test_entropy_is_set_beside_even_draws_of_as_many_answers_as_were_read():
+  answers = {0: "aabb", 1: ["a", "b", None, None], 2: ["a", None, None, None]}
+  rows = [
+    {"case": case, "answer": answer, "right": answer is not None, "k": 2}
+    for case, said in answers.items()
+    for answer in said
+  ]
+  found = scoring.ambiguity(rows, None)
+  assert (found["cases"], found["compared"], found["seeds"], found["log_k"]) == (3, 2, 4, 1.0)
+  assert found["entropy"]["estimate"] == 1.0
+  even = [scoring.even_entropy(2, 4), 0.5]  # two even draws of two agree half of the time
+  assert found["even"] == pytest.approx(np.mean(even))
+  assert "entropy" not in scoring.ambiguity(rows[8:], None)
+
+
 def test_ambiguous_cases_say_whether_seeds_differ_and_how_candidates_fall(done):
   blocks = result_of(done)["tasks"]
   assert blocks["occlusion"]["ambiguity"] is None
   found = blocks["pick"]["ambiguity"]
-  assert (found["cases"], found["seeds"], found["k"], found["log_k"]) == (1, 2, 2.0, 1.0)
-  assert found["even"] == 0.5  # two even draws of two agree half of the time
-  assert 0 <= found["entropy"]["estimate"] <= 1
+  assert (found["cases"], found["seeds"], found["k"]) == (1, 2, 2.0)
   assert found["steps"]["step"] == [0, 1]
   assert len(found["steps"]["candidates"]) == 2
   for candidates in found["steps"]["candidates"]:

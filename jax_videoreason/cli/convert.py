@@ -26,7 +26,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import checkpoint, cli, console
+from jax_videoreason import checkpoint, cli, console, folders
 
 WORDS = 1
 ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order")
@@ -90,6 +90,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags["dry-run"].value:
     return
   out = Path(flags.out)
+  folders.spare(out, plan.files)
   if flags.verify and (out / "bundle.json").is_file() and not flags.redo:
     checkpoint.describe(out)  # refuses a damaged one, or one of a newer version
     with _bar(plan.read_bytes, "compare") as advance:

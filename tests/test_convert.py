@@ -357,25 +357,41 @@ def test_pickles_without_pytorch(source, monkeypatch, refused):
   assert "Wan2.1_VAE.pth is a PyTorch file and torch is missing" in refused(source)
 
 
+# The command with a pause after every slice, so that a signal finds it in the middle.
+SLOW = """
+import sys, time
+from jax_videoreason import checkpoint, cli
+
+note = checkpoint.LeafWriter._note
+
+def slowly(writer, entry):
+  note(writer, entry)
+  time.sleep(0.05)
+
+checkpoint.LeafWriter._note = slowly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tmp_path):
   """A real SIGKILL in the middle, and a real Ctrl-C after it."""
-  config = dataclasses.replace(DIT, width=1024, heads=8, ffn_width=2048, layers=14)
+  config = dataclasses.replace(DIT, layers=8)
   save_file(tensors("dit", config, wan.table("original"), 0), tmp_path / "dit.safetensors")
-  words = [sys.executable, "-m", "jax_videoreason", "convert", str(tmp_path / "dit.safetensors")]
+  words = [sys.executable, "-c", SLOW, "convert", str(tmp_path / "dit.safetensors")]
   words += ["--out", str(tmp_path / "out"), "--verify"]
   journal = tmp_path / ".out.part" / checkpoint.JOURNAL
   lines = 0
   for signal_sent, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, cli.INTERRUPTED)):
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and (
-      not journal.exists() or journal.read_text().count("\n") < lines + 1
+      not journal.exists() or journal.read_text().count("\n") < lines + 8
     ):
       time.sleep(0.01)
     process.send_signal(signal_sent)
     assert process.wait(60) == status
     assert not (tmp_path / "out").exists()
-    assert journal.read_text().count("\n") >= lines + 1
+    assert journal.read_text().count("\n") >= lines + 8
     lines = journal.read_text().count("\n")
   assert subprocess.run(words, capture_output=True).returncode == 0
   checkpoint.load(tmp_path / "out")

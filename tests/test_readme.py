@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -45,7 +45,6 @@ def test_every_command_line_is_understood(words):
   cli.parse(module, words[2:])
 
 
-@pytest.mark.skipif("mini" not in checkpoint.shipped(), reason="the bundle mini is not there yet")
 @pytest.mark.parametrize("block", blocks("python"), ids=["library"])
 def test_the_library_example_runs(block, capsys):
   assert len([line for line in block.splitlines() if line.strip()]) <= 14

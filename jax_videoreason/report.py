@@ -187,6 +187,7 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "settled": None if settled < 0 else int(answers.steps[settled]),
     "hit": None if hit < 0 else int(answers.steps[hit]),
     "flips": int(answers.flips[r]),
+    "lost": lost(kinds),
     "unsure": curve(answers.entropy[at, r], total),
   }
 
@@ -216,6 +217,13 @@ def kind(answers: AnswerTrace, row: int, r: int) -> str:
   if answers.answer[row, r] is None:
     return "none"
   return "right" if answers.right[row, r] else "wrong"
+
+
+def lost(kinds: Sequence[str]) -> int | None:
+  """The step from which on nothing can be read; None where the last step can be."""
+  readable = [step for step, what in enumerate(kinds) if what != "none"]
+  first = readable[-1] + 1 if readable else 0
+  return first if first < len(kinds) else None
 
 
 def show(answer: Any) -> str:
@@ -266,12 +274,15 @@ def summary(answers: AnswerTrace) -> dict[str, Any] | None:
   known = np.array([name is not None for name in answers.task])
   if not known.any():
     return None
+  unread = known & np.array([answer is None for answer in answers.answer[-1]])
+  readable = np.array([[a is not None for a in row] for row in answers.answer]).any(axis=0)
   settled = answers.commitment[known & (answers.commitment >= 0)]
   middle = None if not len(settled) else int(answers.steps[int(np.median(settled))])
   return {
     "runs": int(known.sum()),
     "right": int(answers.right[-1, known].sum()),
-    "unread": int(sum(answers.answer[-1, r] is None for r in np.flatnonzero(known))),
+    "unread": int(unread.sum()),
+    "lost": int((unread & readable).sum()),
     "settled": middle,
     "changed": int((answers.flips[known] > 0).sum()),
     "mended": int((answers.to_right[known] > 0).sum()),

@@ -1,5 +1,6 @@
 """A made-up run folder: mazes that a pretended model solves step by step, after a wrong start."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,13 @@ def make(
   known: bool = True,
   prompt: str | None = None,
   broken: tuple[int, int] | None = None,
+  readable: Sequence[int] | None = None,
   redo: bool = False,
 ) -> Path:
-  """Writes a run folder. known: the runs belong to tasks. broken: (step, run), not finite."""
+  """Writes a run folder. known: the runs belong to tasks. broken: (step, run), not finite.
+
+  readable: for each step 1 = the truth, 0 = grey.
+  """
   rng = np.random.default_rng(0)
   sigma = sigmas(steps)
   every, frames, truth = [], [], []
@@ -70,6 +75,8 @@ def make(
       every.append((task, case, seed))
       frames.append(guesses(task, case, sigma, rng))
       truth.append(case.first_frame)
+      if readable is not None:
+        frames[-1] = np.stack([case.frames if yes else case.frames * 0 + 128 for yes in readable])
   x0 = rearrange(np.stack(frames), "r s f h w c -> s r f h w c")
   trace = piece(rng, sigma, len(every))
   if broken is not None:

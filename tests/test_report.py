@@ -104,6 +104,23 @@ def test_the_answer_of_every_step_is_on_the_page(folder, text):
   assert f"settled at step {settled} (sigma {read.sigma[settled]:.2f})" in text
 
 
+@pytest.mark.parametrize(
+  ("readable", "said"),
+  [
+    ([1, 1, 0, 0], "first right at step 0, unreadable from step 2 on"),
+    ([0, 0, 0, 0], "readable at no step"),
+    ([0, 1, 1, 1], "first right at step 1, never changed"),
+  ],
+)
+def test_an_answer_that_is_lost_is_not_one_that_never_changed(tmp_path, readable, said):
+  cases = (("maze", 0),)
+  out = run_folder.make(tmp_path / "lost", cases=cases, seeds=1, steps=4, readable=readable)
+  text = " ".join(report.render(out).read_text(encoding="utf-8").split())
+  assert said in text
+  lost = "1 of the final answers cannot be read, 1 of them after one that could."
+  assert (lost in text) == (readable == [1, 1, 0, 0])
+
+
 def test_film_strips_and_figures_are_drawn(folder):
   run = store.open_run(folder)
   assert all(run.strip(r) for r in range(4))

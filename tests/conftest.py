@@ -1,6 +1,8 @@
-"""Four CPU devices and strict numerics for every test."""
+"""Four CPU devices, strict numerics, and each program compiled once for all workers."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -11,3 +13,18 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def pytest_configure(config):
+  """What is compiled is kept until the session ends; workers and commands inherit the place."""
+  if hasattr(config, "workerinput"):
+    return
+  folder = tempfile.mkdtemp(prefix="videoreason-tests-")
+  config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+  for name, value in (
+    ("jax_compilation_cache_dir", folder),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+  ):
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)

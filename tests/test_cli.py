@@ -1,7 +1,9 @@
 """The commands as a shell calls them; bad input is one sentence, status 2, nothing left behind."""
 
 import contextlib
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -553,6 +555,16 @@ def test_a_folder_in_use_is_refused_unless_redo(call, refuses, sample_words, tmp
   assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_a_folder_that_may_not_be_written_is_refused(refuses, sample_words, tmp_path, monkeypatch):
+  def denied(path, *given, **more):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+  monkeypatch.setattr(Path, "mkdir", denied)  # a test may run as root, who is denied nothing
+  before = sorted(tmp_path.rglob("*"))
+  assert f"{tmp_path / 'run'} could not be written (Permission denied)" in refuses(*sample_words)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
 @contextlib.contextmanager
 def files_up_to(size: int):
   """A file that may not grow fails as a full disk does, in the middle of the writing."""
@@ -699,7 +711,8 @@ def test_demo_asks_unseen_cases_of_the_tasks_with_every_seed(call, bundle_dir, t
 @pytest.mark.slow
 def test_the_demo_takes_less_than_three_minutes(tmp_path):
   began = time.monotonic()
-  said = python("-m", "jax_videoreason", "demo", f"--out={tmp_path / 'demo'}")
+  fresh = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+  said = python("-m", "jax_videoreason", "demo", f"--out={tmp_path / 'demo'}", env=fresh)
   assert said.returncode == 0, said.stderr
   assert time.monotonic() - began < 180
   run = open_run(tmp_path / "demo")

@@ -185,8 +185,9 @@ def ensemble_runs(
   runs: (a, b, c), a run each, or index arrays that are joined member by member.
   what: "resid" at resid_post; "update" at the three terms of the block; "attn" at attn_out;
   "out" the guess, x0 or velocity (`out`, None = that of `edit`); "latents" before the model.
-  weights: "mean", or n or S n numbers that sum to 1 (`closeness_weights`). keep: "first" writes
-  the first run of each group, "all" writes every one. amount: a in (1-a)*own + a*average.
+  weights: "mean", or numbers that sum to 1 over the n runs of a group, as n, S n or S N n with a
+  row for each of N groups (`closeness_weights`). keep: "first" writes the first run of each group,
+  "all" writes every one. amount: a in (1-a)*own + a*average.
 
   Averaged noise is too small by the length of the row of weights, 1/sqrt(n) for a mean; so
   "latents" goes back on the noise level with keep = 1/length, to_x0 = (1-keep)(1-sigma), where
@@ -336,19 +337,24 @@ def _ensemble_rows(
       raise ValueError(f"weights='{weights}', wanted 'mean' or numbers (closeness_weights).")
     weights = np.full(n, 1 / n, np.float32)
   share = to_number(weights)
-  if share.shape not in ((n,), (sizes.S, n)):
-    raise ValueError(f"weights are {tuple(share.shape)}, wanted n = ({n},) or ({sizes.S}, {n}).")
+  whole = (sizes.S, len(groups), n)
+  if share.shape not in ((n,), (sizes.S, n), whole):
+    raise ValueError(
+      f"weights are {tuple(share.shape)}, wanted n = ({n},), ({sizes.S}, {n}) or {whole}."
+    )
   if is_known(share) and np.any(np.abs(share.sum(axis=-1) - 1) > 1e-4):
     raise ValueError(f"weights sum to {np.unique(share.sum(axis=-1)).tolist()}, wanted 1.")
   space = space_of(share, amount)
-  share = space.broadcast_to(share if share.ndim == 2 else share[None], (sizes.S, n))
-  member = np.zeros((sizes.R, n, sizes.R), np.float32)
+  if share.ndim < 3:
+    share = rearrange(share, "n -> 1 1 n" if share.ndim == 1 else "s n -> s 1 n")
+  share = space.broadcast_to(share, whole)
+  member = np.zeros((sizes.R, len(groups), n, sizes.R), np.float32)
   written = np.zeros(sizes.R, bool)
-  for group in groups:
+  for number, group in enumerate(groups):
     for row in group if keep == "all" else group[:1]:
-      member[row, np.arange(n), group] = 1
+      member[row, number, np.arange(n), group] = 1
       written[row] = True
-  average = space.einsum("sn,rnk->srk", share, member)
+  average = space.einsum("smn,rmnk->srk", share, member)
   own = np.eye(sizes.R, dtype=np.float32)[None]
   part = to_scalar("amount", amount)
   rows = space.where(written[None, :, None], (1 - part) * own + part * average, own)

@@ -9,9 +9,11 @@ import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_videoreason import stats
 from jax_videoreason.axes import Array
 
 STEPS, RATE = 150, 0.03
+FOLDS = 4
 
 
 def crossed(
@@ -19,7 +21,7 @@ def crossed(
   labels: np.ndarray,
   groups: np.ndarray,
   *,
-  folds: int = 4,
+  folds: int = FOLDS,
   ridge: float = 0.05,
 ) -> np.ndarray:
   """M N bool: is the class of each sample named right by a probe that never saw its group?
@@ -43,6 +45,25 @@ def crossed(
   said = np.asarray(_train(x, jnp.asarray(classes), jnp.asarray(train), len(known), ridge))
   right = rearrange(said, "m f n -> f m n") == classes[None, None]
   return np.asarray((right & ~train[:, None]).any(0))
+
+
+def beside_shuffled(
+  features: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0
+) -> np.ndarray | None:
+  """2 M N: `crossed` with the labels, and with the same labels shuffled; 0 or 1, NaN without label.
+
+  labels: N texts, "" = the sample has none. None where the labelled samples are of one class, or of
+  fewer groups than folds or than an interval needs.
+  """
+  mine = np.flatnonzero(labels != "")
+  few = len(np.unique(groups[mine])) < max(FOLDS, stats.LEAST)
+  if few or len(np.unique(labels[mine])) < 2:
+    return None
+  turned = labels[mine][np.random.default_rng(seed).permutation(len(mine))]
+  found = np.full((2, *np.shape(features)[:2]), np.nan)
+  for row, label in enumerate((labels[mine], turned)):
+    found[row][:, mine] = crossed(features[:, mine], label, groups[mine])
+  return found
 
 
 def _spread(x: np.ndarray) -> Array:

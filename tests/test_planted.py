@@ -178,6 +178,8 @@ def test_probes_find_the_layer_from_which_the_picture_can_be_read():
     "accuracy",
     "shuffled",
     "selectivity",
+    "perception",
+    "reasoning",
     "perception_selectivity",
     "first_reasoning",
     "perception_lead",

@@ -3,6 +3,7 @@
   videoreason run noise --config mini --out runs/noise
   videoreason run noise --preset quick --config.cases=4 --config.experiment.stride=4 --out ...
   videoreason run all --preset full --out runs/claims
+  videoreason run ensemble --preset paper --config vbvr_wan22 --out runs/ensemble
   videoreason run mymodule:my_experiment --out runs/mine
 
 Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 WORDS = 1
 ALL = "all"
 PRESETS = ("quick", "full")
+SHIPPED = "mini"
 CHUNKS = "chunks"
 OWNED = ("manifest.json", "result.json", "arrays.zarr", "figures", "report.html", CHUNKS)
 
@@ -36,7 +38,9 @@ OWNED = ("manifest.json", "result.json", "arrays.zarr", "figures", "report.html"
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
   cli.define_out(flags)
-  DEFINE_string("preset", "quick", "size of the study: quick or full", flag_values=flags)
+  DEFINE_string(
+    "preset", "quick", "size of the study: quick, full, or paper (ensemble)", flag_values=flags
+  )
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
@@ -49,12 +53,12 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   if name is None:
     raise cli.UsageError("no experiment named: videoreason run NAME --out DIR, or run all.")
   preset = _preset(words)
-  if preset not in PRESETS:
-    raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}.")
   study = None if name == ALL else find(name)
-  presets = importlib.import_module("jax_videoreason.configs.presets").get(
-    preset, name.rpartition(":")[2]
-  )
+  try:
+    presets = _presets().get(preset, name.rpartition(":")[2])
+  except KeyError as error:
+    also = " (and paper for ensemble)" if preset == "paper" else ""
+    raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}{also}.") from error
   own = presets.pop("experiment", {})
   with config.unlocked():
     config.update({"split": "id", "tasks": () if study is None else study.tasks, "cases": 8})
@@ -64,6 +68,10 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
     if study is not None:
       config.experiment = ConfigDict({**study.options, **own})
   return config
+
+
+def _presets() -> Any:
+  return importlib.import_module("jax_videoreason.configs.presets")
 
 
 def _preset(words: Sequence[str]) -> str:
@@ -91,17 +99,17 @@ def every(words: Sequence[str], out: Path) -> None:
   A study that fails is named, and the others go on; the table says that it is missing.
   """
   from jax_videoreason import console, pages
-  from jax_videoreason.experiments import EXPERIMENTS, claims
+  from jax_videoreason.experiments import claims
 
   failed = {}
   module = importlib.import_module(__name__)
-  for study in EXPERIMENTS.values():
-    flags, _ = cli.parse(module, [study.name, *words])
+  for place, study, more in every_study(words):
     try:
-      one(study, cli.resolved(flags), out / study.name, redo=flags.redo)
-    except ValueError as error:
-      failed[study.name] = str(error)
-      console.say(f"{study.name}: {error}")
+      flags, _ = cli.parse(module, [study.name, *words, *more])
+      one(study, cli.resolved(flags), out / place, redo=flags.redo)
+    except (ValueError, RuntimeError, OSError) as error:
+      failed[place] = str(error)
+      console.say(f"{place}: {error}")
   rows = claims.write(out, failed)
   page = pages.render_claims(out)
   console.table(
@@ -112,6 +120,20 @@ def every(words: Sequence[str], out: Path) -> None:
   console.say(f"report: {page.resolve().as_uri()}")
   if failed:
     raise ValueError(f"{len(failed)} studies failed: {', '.join(failed)}; the rest is in {out}.")
+
+
+def every_study(words: Sequence[str]) -> list[tuple[str, "Study", list[str]]]:
+  """(folder, study, more words) of all studies, and of those that run on a model beside `mini`."""
+  from jax_videoreason.experiments import EXPERIMENTS
+
+  found = [(study.name, study, []) for study in EXPERIMENTS.values()]
+  flags, _ = cli.parse(importlib.import_module(__name__), [ALL, *words])
+  if cli.resolved(flags)["checkpoint"] == SHIPPED:
+    for name, more in _presets().BESIDE.items():
+      config = more["config"]
+      asked = [f"--config.experiment.{key}={value}" for key, value in more[flags.preset].items()]
+      found.append((f"{name}_{config}", EXPERIMENTS[name], ["--config", config, *asked]))
+  return found
 
 
 def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> None:

@@ -11,7 +11,7 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
 
 
 @experiment(
-  tasks=("maze", "pick", "select_largest", "occlusion", "tictactoe"),
+  tasks=("maze", "pick", "select_largest", "occlusion", "tictactoe", "sort_bars", "rotate"),
   claims=(
     Claim(
       number=7,
@@ -97,6 +97,8 @@ TITLES = {
   "right_answers": "Right answers k",
   "corrected": "Runs with a flip wrong to right",
   "spoiled": "Runs with a flip right to wrong",
+  "enhanced": "Runs whose incomplete answer grows, nothing taken back",
+  "growth_steps": "Steps at which an incomplete answer grows",
   "flips": "Changes of the answer per run",
   "commitment": "Step of commitment, share of all steps",
   "commitment_sigma": "Sigma at commitment",

@@ -40,7 +40,8 @@ BLANK = {
 def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
   """Writes claims.json and claims.md over the results in `out`'s folders; returns the rows.
 
-  failed: name of a study -> why it has no result.
+  failed: name of a study -> why it has no result. What one study could not ask and another could,
+  such as of a model without an expert switch, stands there once.
   """
   out = Path(out)
   records = {path.parent.name: read_json(path) for path in sorted(out.glob("*/result.json"))}
@@ -51,6 +52,12 @@ def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict
   for name, reason in (failed or {}).items():
     lost = {"number": None, "says": f"the claims of {name}", "paper": "", "statistic": ""}
     rows.append({**BLANK, **lost, "verdict": "not run here", "note": reason})
+  ran = {(row["number"], row["says"]) for row in rows if row["verdict"] != "not run here"}
+  rows = [
+    row
+    for row in rows
+    if row["verdict"] != "not run here" or (row["number"], row["says"]) not in ran
+  ]
   rows.sort(key=lambda row: (row["number"] is None, row["number"] or 0))
   model = next((record["model"] for record in records.values()), None)
   write_json(out / "claims.json", {"model": model, "claims": rows})

@@ -155,7 +155,11 @@ class Context:
     return self._denoise(self.schedule, edit, taps, None, 0)
 
   def resume(
-    self, before: Trace | None, step: int, edit: Intervention, taps: TapSpec | None = None
+    self,
+    before: Trace | None,
+    step: int,
+    edit: Intervention | None,
+    taps: TapSpec | None = None,
   ) -> tuple[np.ndarray, Trace]:
     """As `denoise`, from what `before` held at `step`: the prefix is shared, not computed again.
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from jax_videoreason.edits import BLOCK_UPDATE
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import majority
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.interventions import ensemble_runs, identity, where
 
 EARLY = 0.15  # of the steps, where the follow-up reads the plan
 
@@ -28,14 +30,17 @@ EARLY = 0.15  # of the steps, where the follow-up reads the plan
       paper="plan fixed in the first steps, by the follow-up",
     ),
   ),
+  zero=("ensemble_gain",),
+  cost=lambda sizes: 2,
 )
 def early(ctx: Context) -> Result:
   """Can seeds be judged by the answer that x0 gives at an early step, and the rest be saved?
 
   All seeds of a case run to step i; the first one with the commonest answer goes on alone (no
   oracle). Success of its final answer against the network evaluations that this costs, as a
-  multiple of one seed, for every i; beside it one seed, the mean of all, the vote at the end, and
-  the best of all with an oracle at the cost of all.
+  multiple of one seed, for every i; beside it one seed, the mean of all, the vote at the end, the
+  best of all with an oracle at the cost of all, and the training-free ensemble (block updates of
+  the layers from half to three quarters of the depth, averaged at the first step).
 
   Limits: nothing is rerun: every seed was run to its end once and the cost is counted, which is
   exact because seeds do not touch each other. No verifier is used.
@@ -43,7 +48,12 @@ def early(ctx: Context) -> Result:
   by_seed = ctx.by_seed()
   if len(by_seed) < 2:
     raise ValueError(f"pruning {len(by_seed)} seed, wanted two or more: --config.seeds=4.")
-  _, trace = ctx.denoise()
+  sizes = ctx.sizes
+  base = identity(sizes, edits=("mix",), sites=BLOCK_UPDATE)
+  middle = where(sizes, steps=0, layers=slice(sizes.L // 2, 3 * sizes.L // 4))
+  _, trace = ctx.denoise(base)
+  final, _ = ctx.denoise(ensemble_runs(base, middle, list(by_seed)))
+  together = ctx.read(final[by_seed[0]], by_seed[0]).right[-1].astype(float)
   said = ctx.read(trace.x0)
   right = said.right[-1][by_seed].astype(float)  # seed case
   steps = ctx.sizes.S
@@ -57,6 +67,8 @@ def early(ctx: Context) -> Result:
     "mean_of_seeds": right.mean(0),
     "oracle": right.max(0),
     "final_vote": success[-1],
+    "ensemble": together,
+    "ensemble_gain": together - right[0],
     "early_gain": success[read_at] - right[0],
     "late_minus_early": success[-1] - success[read_at],
     "early_readout": said.right[:, by_seed].mean(1).astype(float),
@@ -73,6 +85,8 @@ TITLES = {
   "mean_of_seeds": "Mean success of all seeds",
   "oracle": "Success of the best seed (oracle)",
   "final_vote": "Success of the vote at the end",
+  "ensemble": "Success of the ensemble at the first step",
+  "ensemble_gain": "Gain of the ensemble over one seed",
   "early_gain": "Gain of pruning at 15% of the steps",
   "late_minus_early": "Final vote minus vote at 15% of the steps",
   "early_readout": "Share of seeds whose x0 shows a right answer",

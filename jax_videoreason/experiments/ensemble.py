@@ -2,22 +2,82 @@
 
 from typing import Any
 
+import jax
 import numpy as np
+from einops import rearrange
 
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import majority
 from jax_videoreason.experiments.results import Claim, Result
-from jax_videoreason.interventions import Intervention, ensemble_runs, identity, where
+from jax_videoreason.interventions import (
+  ENSEMBLES,
+  Intervention,
+  closeness_weights,
+  ensemble_runs,
+  identity,
+  where,
+)
 from jax_videoreason.structs import Sizes
 
-MIDDLE = (0.5, 0.75)  # of the depth: layers 20 to 29 of 40
-SITED = {"update": "mix", "attn": "mix", "resid": "mix"}
-KINDS = ("update", "attn", "resid", "out", "velocity", "latents")
+# Shares of the depth; the middle is layers 20 to 29 of 40.
+DEPTHS = {"early": (0.0, 0.25), "middle": (0.5, 0.75), "late": (0.75, 1.0), "all": (0.0, 1.0)}
+AVERAGED = (*ENSEMBLES, "out", "velocity", "latents")
+CLOSE = "close"  # weights by closeness to the mean guess, in place of equal ones
+KINDS = (*AVERAGED, "update close", "out close", "update early", "update late", "update all")
 
 
 def cost(sizes: Sizes, *, kinds: Any, steps: Any, more_steps: int) -> float:
   return 1 + len(kinds) * len(steps) + (more_steps if more_steps > 1 else 0)
+
+
+def parsed(kind: str) -> tuple[str, str, bool]:
+  """(what is averaged, at which depth, by closeness) of a kind such as "update late"."""
+  what, *more = kind.split()
+  depths = [word for word in more if word in DEPTHS]
+  unknown = [word for word in more if word not in (*DEPTHS, CLOSE)]
+  if what not in AVERAGED or unknown or len(depths) > (what in ENSEMBLES):
+    raise ValueError(
+      f"no kind {kind!r}: wanted one of {', '.join(AVERAGED)}, then {CLOSE!r} for weights by "
+      f"closeness, and for the first three also one of {', '.join(DEPTHS)}."
+    )
+  return what, (depths or ["middle"])[0], CLOSE in more
+
+
+def room(kind: str, sizes: Sizes) -> Intervention:
+  """The identity that has what a kind needs."""
+  what = parsed(kind)[0]
+  if what in ENSEMBLES:
+    return identity(sizes, edits=("mix",), sites=ENSEMBLES[what])
+  wanted = ("mix_latents", "noise") if what == "latents" else ("mix_out",)
+  return identity(sizes, edits=wanted, out="velocity" if what == "velocity" else "x0")
+
+
+def edit_of(
+  kind: str, sizes: Sizes, by_seed: np.ndarray, count: int, sigma: np.ndarray, close: np.ndarray
+) -> Intervention:
+  """The first seeds take the average of all during the first `count` steps.
+
+  close: S N n, weights by closeness.
+  """
+  what, depth, weighed = parsed(kind)
+  low, high = (round(part * sizes.L) for part in DEPTHS[depth])
+  layers = slice(low, max(high, low + 1)) if what in ENSEMBLES else None
+  return ensemble_runs(
+    room(kind, sizes),
+    where(sizes, steps=slice(0, min(count, sizes.S)), layers=layers),
+    list(by_seed),
+    what="out" if what == "velocity" else what,
+    weights=close if weighed else "mean",
+    amount=0.5 if what == "resid" else 1.0,
+    sigma=sigma,
+  )
+
+
+def closeness(x0: np.ndarray, by_seed: np.ndarray) -> np.ndarray:
+  """S N n: the weight of each seed in its case, softmax of -distance of x0 to the mean."""
+  grouped = rearrange(x0[:, by_seed], "s n m f h w c -> s m n (f h w c)")
+  return np.asarray(jax.vmap(jax.vmap(closeness_weights))(grouped))
 
 
 @experiment(
@@ -54,42 +114,29 @@ def ensemble(
   The seeds of a case ride together; the first one takes the average of all at the first steps and
   goes on alone. Averaged: update, what the layers from half to three quarters of the depth add;
   attn, their attention term; resid, half of their whole stream; out, the guess x0; velocity;
-  latents, put back on the noise level. Gain: score minus that of the first seed alone, same noise.
-  Beside it, at the cost of all seeds: the mean of single seeds, the best of all (oracle), the
-  medoid in x0, the majority of the parsed answers; and one seed with as many times the steps.
+  latents, put back on the noise level. A second word changes one thing: close, seeds weighed by
+  softmax(-distance of their x0 to the mean); early, late, all, other layers. Gain: score minus that
+  of the first seed alone, same noise. Beside it, at the cost of all seeds: the mean of single
+  seeds, the best of all (oracle), the medoid in x0, the majority of the parsed answers; and one
+  seed with as many times the steps.
 
   Limits: which tensor, which steps and which layers the published ensemble averages is not known,
   so the variants stand side by side and none is picked after the fact. The oracle sees the truth.
-  Each site is a program of its own.
+  Each site is a program of its own. Weights by closeness come from the run without an edit.
   """
   by_seed, sizes = ctx.by_seed(), ctx.sizes
-  if len(by_seed) < 2:
-    raise ValueError(f"an ensemble of {len(by_seed)} seed, wanted two or more: --config.seeds=3.")
+  seeds = len(by_seed)
+  if seeds < 2:
+    raise ValueError(f"an ensemble of {seeds} seed, wanted two or more: --config.seeds=3.")
   first = by_seed[0]
-  low, high = (round(part * sizes.L) for part in MIDDLE)
-  layers = slice(low, max(high, low + 1))
-
-  def room(kind: str) -> Intervention:
-    sites = {"update": ("attn_out", "cross_out", "mlp_out"), "attn": ("attn_out",)}
-    if kind in SITED:
-      return identity(sizes, edits=("mix",), sites=sites.get(kind, ("resid_post",)))
-    wanted = ("mix_latents", "noise") if kind == "latents" else ("mix_out",)
-    return identity(sizes, edits=wanted, out="velocity" if kind == "velocity" else "x0")
-
-  latents, _ = ctx.denoise()
+  latents, trace = ctx.denoise()
+  close = closeness(np.asarray(trace.x0), by_seed)
   said = ctx.read(latents)
   alone, right = said.score[-1], said.right[-1].astype(float)
 
   def at(point: tuple[str, int]) -> dict[str, np.ndarray]:
     kind, count = point
-    place = where(
-      sizes, steps=slice(0, min(count, sizes.S)), layers=layers if kind in SITED else None
-    )
-    what = "out" if kind == "velocity" else kind
-    amount = 0.5 if kind == "resid" else 1.0
-    edit = ensemble_runs(
-      room(kind), place, list(by_seed), what=what, amount=amount, sigma=ctx.sigma
-    )
+    edit = edit_of(kind, sizes, by_seed, count, ctx.sigma, close)
     # an open site changes how the program is fused, by 1e-5, so the control has a twin of its own
     plain, own = (latents, alone[first]) if not ctx.control else twin(kind)
     final, _ = ctx.denoise(edit)
@@ -97,7 +144,7 @@ def ensemble(
     return {"gain": ctx.read(final[first], first).score[-1] - own, "moved": moved}
 
   def twin(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    plain, _ = ctx.denoise(room(kind))
+    plain, _ = ctx.denoise(room(kind, sizes))
     return plain, ctx.read(plain[first], first).score[-1]
 
   rows = ctx.map(at, [(kind, count) for kind in kinds for count in steps])
@@ -117,7 +164,22 @@ def ensemble(
     values["steps_gain"] = longer.read(longer.denoise()[0][first], first).score[-1] - base
   axes = {n: ("kind", "steps", "case") if v.ndim == 3 else ("case",) for n, v in values.items()}
   points = ctx.points | {"kind": list(kinds), "steps": [str(count) for count in steps]}
-  return Result(values=values, axes=axes, points=points, titles=TITLES)
+  return Result(
+    values=values,
+    axes=axes,
+    points=points,
+    titles=TITLES,
+    notes=(costs(seeds, sizes, steps),),
+  )
+
+
+def costs(seeds: int, sizes: Sizes, steps: tuple[int, ...]) -> str:
+  """What each use of the seeds costs, in network evaluations of a single seed."""
+  few = [f"{1 + (seeds - 1) * min(n, sizes.S) / sizes.S:.2f} ({n} steps)" for n in steps]
+  return (
+    "Cost in network evaluations, one seed = 1: the ensemble "
+    f"{', '.join(few)}; mean, best, medoid and majority {seeds}."
+  )
 
 
 def medoid(latents: np.ndarray, by_seed: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ from jax_videoreason.reductions import signs
 from jax_videoreason.taps import TapSpec, tap_bytes
 
 COLUMNS = 32  # of the projection by which layers are compared
-TOP = 20  # channels whose share of the variance is reported
+TOP = 20  # channels whose variance is reported
+DRAWN = 6  # of them, drawn as maps
 
 
 def rise(rows: np.ndarray) -> np.ndarray:
@@ -54,6 +55,7 @@ def rise(rows: np.ndarray) -> np.ndarray:
       paper="stated, no number",
     ),
   ),
+  cost=lambda sizes: 1 + 1 / sizes.S,
 )
 def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -> Result:
   """What does every layer hold at every step, and which answer would it give?
@@ -65,8 +67,10 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   from the mean of their layer, on objects (tokens where the first frame is not of its commonest
   colour) minus elsewhere. Norms are also shown divided by the median of their layer.
 
-  Limits: the head was trained on the last layer alone, so the lens understates early layers. CKA is
-  of projections, over tokens. Nothing is edited, so there is no identity control.
+  The last step runs once more to draw the channels of most variance.
+
+  Limits: the head was trained on the last layer alone, so the lens understates early layers. CKA
+  and cosine are of projections, over tokens. Nothing is edited, so there is no identity control.
   """
   sizes = ctx.sizes
   shape = (sizes.F, *token_grid(ctx))
@@ -80,11 +84,15 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   kept = {name: np.asarray(value) for name, value in trace.taps.items()}
   own = {name: value[:, :, 0] for name, value in kept.items()}  # S L R ...
   norm, update = own[f"{site}/norm"], own["update/norm"]
-  moments = np.sort(own[f"{site}/channel_moments"][..., 1, :], axis=-1)
+  variance = own[f"{site}/channel_moments"][..., 1, :]
+  moments = np.sort(variance, axis=-1)
   deviations = (norm - norm.mean(-1, keepdims=True)) / np.maximum(norm.std(-1, keepdims=True), 1e-6)
   objects = object_tokens(ctx, shape)[None, None]
   contrast = masked_mean(deviations, objects) - masked_mean(deviations, ~objects)
   projected = own[f"{site}/project"][..., None, None, :]  # S L R T 1 1 P
+  flat = own[f"{site}/project"] / np.maximum(
+    np.linalg.norm(own[f"{site}/project"], axis=-1, keepdims=True), 1e-6
+  )
   steps = np.unique(np.linspace(0, sizes.S - 1, lens_steps).round().astype(int))
   velocity = combined(ctx, kept[f"{site}/lens"])  # S L R F H W C
   sigma = ctx.sigma[:-1].reshape(-1, *(1,) * 6)
@@ -92,6 +100,12 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   final = ctx.read(np.asarray(trace.x0)[-1:]).answer[0]
   read = [ctx.read(guesses[step]) for step in steps]  # one row per layer
   last = sizes.S - 1
+  channels = np.argsort(variance[last, :, 0].mean(0))[: -DRAWN - 1 : -1]
+  one_hot = jnp.asarray(np.eye(sizes.D, dtype=np.float32)[channels])
+  again = TapSpec(sites=(site,), reduce=("project",), steps=(last,), directions=one_hot)
+  _, end = ctx.resume(trace, last, None, again)
+  of_channel = np.asarray(end.taps[f"{site}/project"])[0, :, 0, 0]  # L T P
+  middle = sizes.F // 2
   values: dict[str, Any] = {
     "norm": norm.mean(-1),
     "norm_of_update": update.mean(-1),
@@ -100,6 +114,8 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "layer_by_frame": own[f"{site}/frame_norm"].mean(0),
     "temporal_energy": own[f"{site}/frame_norm"].mean(1),
     "top_channels": moments[..., -TOP:].sum(-1) / moments.sum(-1),
+    "channel_variance": moments[..., : -TOP - 1 : -1].mean(0),
+    "cosine_last": (flat * flat[:, -1:]).sum(-1).mean((0, -1)),
     "cka_last": np.asarray(metrics.cka(projected, projected[:, -1:])).mean(0),
     "lens_x0": np.asarray(metrics.agreement(guesses, np.asarray(trace.x0)[-1:])),
     "lens_agrees": np.stack([answer.answer == final[None] for answer in read]).mean(0),
@@ -107,12 +123,16 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "norm_map": picture(norm[last, :, 0], shape),
     "norm_map_over_median": picture(norm[last, :, 0] / np.median(norm[last, :, 0]), shape),
     "update_map": picture(update[last, :, 0], shape),
+    "channel_map": rearrange(of_channel, "l (f y x) p -> f l p y x", f=shape[0], y=shape[1])[
+      middle
+    ],
     "pca_map": rearrange(
       colours(own[f"{site}/pca3"][last, :, 0]), "l (f y x) c -> l f y x c", f=shape[0], y=shape[1]
     ),
   }
   axes = {name: AXES.get(name, ("step", "layer", "run")) for name in values}
-  points = ctx.points | {"lens_step": steps.tolist()}
+  points = ctx.points | {"lens_step": steps.tolist(), "channel": channels.tolist()}
+  points |= {"rank": list(range(1, moments[..., -TOP:].shape[-1] + 1))}
   states = 4 * 2 * sizes.S * sizes.L * sizes.G * sizes.R * sizes.T * sizes.D
   note = (
     f"Taps of a batch: {tap_bytes(taps, sizes) / 1e6:.0f} MB; all hidden states would be "
@@ -173,6 +193,9 @@ PICTURE = ("layer", "latent_frame", "y", "x")
 AXES = {
   "contrast": ("layer", "run"),
   "cka_last": ("layer", "run"),
+  "cosine_last": ("layer", "run"),
+  "channel_variance": ("layer", "run", "rank"),
+  "channel_map": ("layer", "channel", "y", "x"),
   "layer_by_frame": ("layer", "run", "latent_frame"),
   "temporal_energy": ("step", "run", "latent_frame"),
   "lens_agrees": ("layer", "run"),
@@ -188,6 +211,8 @@ TITLES = {
   "layer_by_frame": "Norm by layer and latent frame",
   "temporal_energy": "Energy by step and latent frame",
   "top_channels": f"Share of the variance in the {TOP} strongest channels",
+  "channel_variance": f"Variance of the {TOP} strongest channels",
+  "cosine_last": "Cosine with the last layer, over tokens",
   "cka_last": "CKA with the last layer",
   "lens_x0": "Layer lens: cosine of its x0 with the final video",
   "lens_agrees": "Layer lens: share of runs and steps with the final answer",
@@ -195,5 +220,6 @@ TITLES = {
   "norm_map": "Token norms at the last step, first run (each picture on its own scale)",
   "norm_map_over_median": "The same divided by the median of all layers",
   "update_map": "Token norms of the layers' updates",
+  "channel_map": "Channels of most variance, middle latent frame at the last step, first run",
   "pca_map": "Three main components as colours",
 }

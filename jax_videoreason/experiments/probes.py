@@ -1,6 +1,6 @@
 """What can be read from the hidden states: linear probes for every layer and step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,37 +8,60 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import probes as linear
-from jax_videoreason import stats
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
-from jax_videoreason.experiments.results import SEED, Claim, Result
+from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Metadata
 
 WIDTH = 64  # columns of a region's mean after a fixed random projection
-FOLDS = 4
 PERCEPTION, REASONING = "perception", "reasoning"
+NO_LABEL = ""
 
 Label = str | int | None
 
-SEEN: Mapping[str, Mapping[str, Callable[[Metadata], Label]]] = {
-  "pick": {"colour": lambda m: m["problem"]["groups"][0]["colour"]},
-  "select_largest": {"colour": lambda m: m["problem"]["discs"][0]["colour"]},
-  "maze": {"place of the goal": lambda m: m["problem"]["goal"][1]},
-  "occlusion": {"colour": lambda m: m["problem"]["squares"][0]["colour"]},
-  "sides": {"lit side": lambda m: m["problem"]["side"]},
-}
-THOUGHT: Mapping[str, Callable[[Label, Metadata], Label]] = {
-  "pick": lambda answer, m: answer,
-  "select_largest": lambda answer, m: answer,
-  "maze": lambda answer, m: None if answer is None else str(answer)[:1],
-  "sides": lambda answer, m: answer,
+
+def first_disc(m: Metadata) -> Mapping[str, Any]:
+  """The first disc in reading order."""
+  return m["problem"]["discs"][0]
+
+
+def rank_of(values: list[float]) -> int:
+  """How many of the values are larger than the first."""
+  return sum(value > values[0] for value in values)
+
+
+# task -> target -> (kind, (metadata, the final answer of the run) -> label, None = it has none)
+TARGETS: Mapping[str, Mapping[str, tuple[str, Callable[[Metadata, Any], Label]]]] = {
+  "pick": {
+    "colour": (PERCEPTION, lambda m, a: m["problem"]["groups"][0]["colour"]),
+    "count": (PERCEPTION, lambda m, a: len(m["problem"]["groups"][0]["along"])),
+    "answer": (REASONING, lambda m, a: a),
+  },
+  "select_largest": {
+    "colour": (PERCEPTION, lambda m, a: first_disc(m)["colour"]),
+    "size": (PERCEPTION, lambda m, a: "large" if first_disc(m)["radius"] > 0.2 else "small"),
+    "rank": (REASONING, lambda m, a: rank_of([d["radius"] for d in m["problem"]["discs"]])),
+    "answer": (REASONING, lambda m, a: a),
+  },
+  "maze": {
+    "position": (PERCEPTION, lambda m, a: m["problem"]["goal"][1]),
+    "next cell": (REASONING, lambda m, a: None if a is None else str(a)[:1]),
+  },
+  "sort_bars": {
+    "colour": (PERCEPTION, lambda m, a: m["problem"]["bars"][0]["colour"]),
+    "rank": (REASONING, lambda m, a: rank_of([b["height"] for b in m["problem"]["bars"]])),
+  },
+  "sides": {
+    "side": (PERCEPTION, lambda m, a: m["problem"]["side"]),
+    "answer": (REASONING, lambda m, a: a),
+  },
 }
 
 
 @experiment(
-  tasks=("pick", "select_largest", "maze"),
+  tasks=("pick", "select_largest", "maze", "sort_bars"),
   claims=(
     Claim(
       says="what is seen can be read from the hidden states",
@@ -68,13 +91,14 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
   """What can be read linearly from the hidden states, at which layer and step?
 
   Region means are tapped inside the scan: the four quarters of the picture, on the first latent
-  frame and on the others, each projected to 64 columns. Perception: the colour of the first group
-  or disc, the column of the goal. Reasoning: the final answer of the run (its first move in maze).
-  All layers and steps train at once; every case is judged by a probe that never saw it (4 folds).
-  Beside it the same with shuffled labels; selectivity is the difference.
+  frame and on the others, each projected to 64 columns. Perception: colour, number, size or place
+  of the first object. Reasoning: the final answer of the run, its next cell (maze), the rank of the
+  first object among all. All layers and steps train at once, target by target; every case is judged
+  by a probe that never saw it (4 folds). Beside it the same with shuffled labels; selectivity is
+  the difference.
 
   Limits: a linear probe shows what can be read, not what is used. Few cases make weak probes: an
-  empty map is no proof of absence. Tasks differ in their chance level; the shuffled map shows it.
+  empty map is no proof of absence. Targets differ in their chance level; the shuffled map shows it.
   """
   sizes = ctx.sizes
   regions = quarters(ctx)
@@ -84,20 +108,17 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
   means = jnp.asarray(trace.taps[f"{site}/region_mean"], jnp.float32)[:, :, 0]  # S L R P D
   features = rearrange(np.asarray(squeeze(means, WIDTH)), "s l r p k -> s l r (p k)")
   said = ctx.read(final).answer[-1]
-  labels = {PERCEPTION: [], REASONING: []}
-  for case, answer in zip(ctx.cases, said, strict=True):
-    seen = [str(of(case.metadata)) for of in SEEN.get(case.task, {}).values()]
-    think = THOUGHT.get(case.task, lambda answer, m: None)(answer, case.metadata)
-    labels[PERCEPTION].append(f"{case.task} {seen[0]}" if seen else "")
-    labels[REASONING].append("" if think is None else f"{case.task} {think}")
-  points = ctx.points | {"kind": list(labels), "step": list(steps)}
+  names = targets_of(task for task in TARGETS)
+  labels = np.full((len(names), ctx.sizes.R), NO_LABEL, dtype="U64")
+  for run, (case, answer) in enumerate(zip(ctx.cases, said, strict=True)):
+    for target, (_, of) in TARGETS.get(case.task, {}).items():
+      label = of(case.metadata, answer)
+      labels[names.index(f"{case.task}: {target}"), run] = NO_LABEL if label is None else str(label)
+  points = ctx.points | {"target": names, "step": list(steps)}
   points["sigma"] = ctx.points["sigma"]
   return Result(
-    values={
-      "features": features,
-      "labels": np.array(list(labels.values()), dtype="U64"),
-    },
-    axes={"features": ("step", "layer", "run", "feature"), "labels": ("kind", "run")},
+    values={"features": features, "labels": labels},
+    axes={"features": ("step", "layer", "run", "feature"), "labels": ("target", "run")},
     points=points,
     titles=TITLES,
   )
@@ -117,49 +138,68 @@ def quarters(ctx: Context) -> Any:
   return np.repeat(flat, ctx.sizes.R, axis=0)
 
 
+def targets_of(names: Iterable[str]) -> list[str]:
+  """Such as "pick: colour", of the tasks named."""
+  return [f"{task}: {target}" for task in names for target in TARGETS.get(task, {})]
+
+
 def fit(result: Result) -> Result:
-  """Trains the probes of every task and kind; NaN where a run has no label or a task too few."""
+  """Trains the probes of every target; NaN for the cases of other tasks."""
   features, labels = (np.asarray(result.values[name]) for name in ("features", "labels"))
   s, _, n, seeds, _ = np.shape(features)
   x = rearrange(features, "s l n e k -> (s l) (n e) k")
-  said = rearrange(labels, "kind n e -> kind (n e)")
   case = np.repeat(np.arange(n), seeds)
-  task = np.array([str(label).split()[0] for label in result.points["case"]])[case]
-  right = np.full((2, len(said), *x.shape[:2]), np.nan)
-  notes = list(result.notes)
-  for kind, row in enumerate(said):
-    for name in np.unique(task):
-      mine = np.flatnonzero((task == name) & (row != ""))
-      if len(np.unique(row[mine])) < 2 or len(np.unique(case[mine])) < max(FOLDS, stats.LEAST):
-        notes.append(f"{name}: too few labels of {result.points['kind'][kind]} for a probe.")
-        continue
-      turned = row[mine][np.random.default_rng(SEED).permutation(len(mine))]
-      for shuffled, label in enumerate((row[mine], turned)):
-        found = linear.crossed(x[:, mine], label, case[mine], folds=FOLDS)
-        right[shuffled, kind][:, mine] = found
-  maps = rearrange(right, "b kind (s l) (n e) -> b kind s l n e", s=s, n=n)
+  here = dict.fromkeys(str(label).split()[0] for label in result.points["case"])
+  notes, names, found = list(result.notes), [], []
+  for target in targets_of(here):
+    row = rearrange(labels[list(result.points["target"]).index(target)], "n e -> (n e)")
+    right = linear.beside_shuffled(x, row, case, seed=SEED)
+    if right is None:
+      notes.append(f"{target}: too few labels for a probe.")
+      continue
+    names.append(target)
+    found.append(rearrange(right, "b (s l) (n e) -> b s l n e", s=s, n=n))
+  if not found:
+    raise ValueError(
+      f"{n} cases of {', '.join(here)} are too few for any probe: give --config.cases=16 or more."
+    )
+  maps = np.stack(found, axis=1)  # b target s l n e
   selectivity = maps[0] - maps[1]
-  third = max(1, len(selectivity[0, 0]) // 3)
-  early, late = (
-    selectivity[:, :, part].mean((1, 2)) for part in (slice(third), slice(-third, None))
-  )
+  kinds = np.array([kind_of(target) for target in names])
+  seen, thought = (known_mean(selectivity[kinds == kind], 0) for kind in (PERCEPTION, REASONING))
+  third = max(1, maps.shape[3] // 3)
+  lead = seen - thought
   values = {
     "accuracy": maps[0],
     "shuffled": maps[1],
     "selectivity": selectivity,
-    "perception_selectivity": selectivity[0].mean((0, 1)),
-    "first_reasoning": selectivity[1, 0, -third:].mean(0),
-    "perception_lead": (early[0] - late[0]) - (early[1] - late[1]),
+    "perception": seen.mean(0),
+    "reasoning": thought.mean(0),
+    "perception_selectivity": seen.mean((0, 1)),
+    "first_reasoning": thought[0, -third:].mean(0),
+    "perception_lead": lead[:, :third].mean((0, 1)) - lead[:, -third:].mean((0, 1)),
   }
-  axes = {n: ("kind", "step", "layer", "case", "seed") if v.ndim == 5 else ("case", "seed")
-          for n, v in values.items()}  # fmt: skip
-  return Result(values=values, axes=axes, points=result.points, titles=TITLES, notes=notes)
+  axes = {name: AXES[value.ndim] for name, value in values.items()}
+  points = {**result.points, "target": names}
+  return Result(values=values, axes=axes, points=points, titles=TITLES, notes=notes)
 
 
+def kind_of(target: str) -> str:
+  task, _, name = target.partition(": ")
+  return TARGETS[task][name][0]
+
+
+AXES = {
+  5: ("target", "step", "layer", "case", "seed"),
+  3: ("layer", "case", "seed"),
+  2: ("case", "seed"),
+}
 TITLES = {
   "accuracy": "Accuracy of the probe on unseen cases",
   "shuffled": "The same with shuffled labels",
   "selectivity": "Selectivity: accuracy minus shuffled",
+  "perception": "Selectivity of perception by layer, mean over steps",
+  "reasoning": "Selectivity of reasoning by layer, mean over steps",
   "perception_selectivity": "Perception: selectivity over all layers and steps",
   "first_reasoning": "Reasoning: selectivity at the first step, last third of the layers",
   "perception_lead": "Lead of perception over reasoning in early layers",

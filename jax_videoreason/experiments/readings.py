@@ -6,10 +6,18 @@ import numpy as np
 
 from jax_videoreason.structs import AnswerTrace
 
+GROWN = 0.02  # rise of the score that counts as growth
+
 
 def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
-  """What an AnswerTrace says of each run, as numbers; NaN where there is nothing to say."""
+  """What an AnswerTrace says of each run, as numbers; NaN where there is nothing to say.
+
+  enhanced: the score of an answer that is begun and not complete rises at some step, and never
+  falls by as much.
+  """
   steps = len(said.sigma)
+  rise = np.diff(said.score, axis=0)
+  grows = (said.score[:-1] > GROWN) & (rise > GROWN)
 
   def known(index: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.where(index < 0, np.nan, value)
@@ -25,6 +33,8 @@ def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
     "most_candidates": said.candidates.max(0),
     "corrected": (said.to_right > 0).astype(float),
     "spoiled": (said.to_wrong > 0).astype(float),
+    "enhanced": (grows.any(0) & ~(rise < -GROWN).any(0)).astype(float),
+    "growth_steps": grows.sum(0).astype(float),
     "flips": said.flips.astype(float),
     "commitment": known(said.commitment, said.commitment / steps),
     "commitment_sigma": said.commitment_sigma,

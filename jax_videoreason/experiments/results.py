@@ -110,7 +110,7 @@ class Result:
       value = np.take(value, labels.index(label), axis=axes.index(axis))
       axes.remove(axis)
     if "seed" in axes:
-      value = _known_mean(value, axes.index("seed"))
+      value = known_mean(value, axes.index("seed"))
       axes.remove("seed")
     if "case" not in axes:
       raise ValueError(f"{of} has no axis 'case' to resample, only {axes}.")
@@ -134,7 +134,7 @@ def judge(claim: Claim, result: Result) -> Finding:
   none = float("nan")
   absent = [name for name in names if not result.has(name)]
   if absent:
-    note = f"the options leave out {', '.join(absent)}"
+    note = f"this model or these options have no {', '.join(absent)}"
     return Finding(
       claim=claim, estimate=none, low=none, high=none, verdict="not run here", cases=0, note=note
     )
@@ -189,7 +189,7 @@ def _parts(of: str) -> tuple[str, list[tuple[str, str]]]:
   return name, [(axis, label) for axis, _, label in places]
 
 
-def _known_mean(value: np.ndarray, axis: int) -> np.ndarray:
+def known_mean(value: np.ndarray, axis: int) -> np.ndarray:
   """The mean of what is a number; NaN where nothing is."""
   known = np.isfinite(value)
   count = known.sum(axis)

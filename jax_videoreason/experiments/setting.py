@@ -27,7 +27,7 @@ def load(chosen: SampleSettings) -> Setting:
       f"cases are square and the config says {chosen.width} x {chosen.height}: give "
       "--config.height and --config.width the same number."
     )
-  bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae"))
+  bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae", "preview"))
   return Setting(
     bundle=bundle,
     chosen=chosen,

@@ -120,10 +120,21 @@ class Occlusion(base.Task):
     boxes = np.array([self.square(c) for c in cells])
     own = np.array([draw.colour(c) for c in colours_of(problem)])
     seen = draw.majority(labels, self.regions(cells))
+    hidden = np.stack([frames for _, _, frames in self.hidden(problem)], axis=1)
     top, bottom = (self.edges()[:, i, None] for i in range(2))
-    hidden = (top <= boxes[None, :, 0]) & (bottom >= boxes[None, :, 2])
     clear = (bottom <= boxes[None, :, 0]) | (top >= boxes[None, :, 2])
     return float((seen == CURTAIN)[hidden].mean() * (seen == own[None])[clear].mean())
+
+  def hidden(
+    self, problem: base.Problem
+  ) -> list[tuple[str, tuple[int, int, int, int], np.ndarray]]:
+    """Of each square: its colour, its box, and on which frames (T bool) all of it is covered."""
+    top, bottom = self.edges().T
+    boxes = [self.square(cell) for cell in cells_of(problem)]
+    return [
+      (colour, box, (top <= box[0]) & (bottom >= box[2]))
+      for colour, box in zip(colours_of(problem), boxes, strict=True)
+    ]
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     """An arrangement is as present as the least visible of its squares, once no curtain hangs."""

@@ -2,9 +2,9 @@
 
 Each is a list of cases (per task), seeds, steps and grids; the network evaluations that follow are
 printed before anything runs. With `mini` on 2 cores, `run all` is meant to take about 5 minutes
-(quick, most of it compilation) and 60 (full, about 250,000 evaluations). Answers are read from the
-VAE: `chain_of_steps` prints how often mini's preview agrees with it, which is less than .98. `paper`
-is the ensemble as it is described: three seeds, one step of 50, the middle layers.
+(quick, most of it compilation) and 60 (full, about 240,000 evaluations). Answers are read from the
+VAE: `chain_of_steps` prints how often mini's preview agrees with it, which is less than .98.
+`paper` is the ensemble as it is described: three seeds, one step of 50, the middle layers.
 """
 
 from typing import Any

@@ -101,7 +101,8 @@ def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 7) -
   place is another sigma: the table gives commitment in sigma.
 
   Limits: places are coarse. The claim without a switch can only be asked of a model without one,
-  and that of a switch that is moved only of a model with two experts.
+  and that of a switch that is moved only of a model with two experts. `low noise expert only`
+  leaves the very first step, at sigma 1, to the other one.
   """
   chosen = settings_of(ctx, settings)
   rows = []

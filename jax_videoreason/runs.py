@@ -116,6 +116,7 @@ def run(
   mesh: Mesh | None = None,
   on_piece: OnPiece | None = None,
   guidance: sampler.Guidance = "parallel",
+  state: State | None = None,
 ) -> np.ndarray:
   """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
 
@@ -123,7 +124,8 @@ def run(
   One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis, and tokens
   lie on `fsdp` and `context`. guidance: as `sampler.denoise` takes it.
 
-  `taps.steps` are rows of the whole `schedule`; a piece of it brings those that lie inside, and
+  state: of all R runs before the first row of `schedule`, which may be a piece; None = the start of
+  their noise. `taps.steps` are rows of `schedule`; a piece of it brings those that lie inside, and
   compiles for their places in it.
 
   Raises ValueError where an edit or a tap relates runs of different batches.
@@ -154,23 +156,26 @@ def run(
       some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
       edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
     sampler.check(bundle, some_noise, some_cond, schedule, edit)
-    state: State = sampler.start(some_noise, schedule.solver)
+    if state is None:
+      here: State = sampler.start(some_noise, schedule.solver)
+    else:
+      here = take(state, padded)
     for rows in pieces(len(schedule), piece):
       with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        _, trace, state = sampler.denoise(
+        _, trace, here = sampler.denoise(
           bundle,
           some_noise,
           some_cond,
           schedule[rows],
           edit,
           _steps_of(taps, rows),
-          state,
+          here,
           guidance=guidance,
         )
       if on_piece is not None:
         host = jax.tree.map(np.asarray, trace)
         on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
-    finals.append(np.asarray(state.latents)[:count])
+    finals.append(np.asarray(here.latents)[:count])
   return np.concatenate(finals)
 
 

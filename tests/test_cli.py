@@ -429,6 +429,85 @@ def test_taps_of_some_steps_and_layers_are_those_of_all(call, sampled, sample_wo
   np.testing.assert_allclose(some[:], wanted, rtol=1e-5)
 
 
+# sample --from
+
+
+def branched(call, place, out, *words):
+  status, _, err = call("sample", f"--from={place}", *words, f"--out={out}")
+  assert status == 0, err
+  return open_run(out)
+
+
+def test_a_branch_without_an_edit_is_the_rest_of_the_run(call, sampled, tmp_path):
+  whole = open_run(sampled)
+  again = branched(call, sampled / "trace.zarr", tmp_path / "again", "--step=1")
+  np.testing.assert_allclose(again.final_latents, whole.final_latents, atol=1e-5)
+  assert again.latents is not None and whole.latents is not None
+  np.testing.assert_allclose(again.latents[:], whole.latents[:], atol=1e-5)
+  for name, taps in whole.taps.items():
+    np.testing.assert_allclose(again.taps[name][:], taps[:], atol=1e-4)
+  assert [run["seed"] for run in again.runs] == [0, 5, 2]
+  assert again.manifest["branch"] == {
+    "from": str(sampled), "step": 1, "intervene": {"edit": "none"}
+  }  # fmt: skip
+  assert again.manifest["evaluations"] == whole.manifest["evaluations"] * 2 // 3
+
+
+def test_a_branch_changes_what_comes_after_its_step_alone(call, sampled, tmp_path):
+  whole = open_run(sampled)
+  words = ("--step=1", "--intervene=noise_at:mode=add_sigma,gain=0.5")
+  other = branched(call, sampled, tmp_path / "other", *words)
+  assert other.x0 is not None and whole.x0 is not None
+  np.testing.assert_array_equal(other.x0[0], whole.x0[0])
+  assert (np.abs(other.x0[1] - whole.x0[1]).max(axis=(1, 2, 3, 4)) > 0.05).all()
+  assert other.manifest["branch"]["intervene"] == {
+    "edit": "noise_at", "mode": "add_sigma", "gain": 0.5, "steps": [1, 2]
+  }  # fmt: skip
+  assert branched(call, sampled, tmp_path / "third", *words).final_latents == pytest.approx(
+    other.final_latents, abs=1e-6
+  )
+
+
+BAD_BRANCHES = {
+  "no step": ([], "--step must be given"),
+  "step outside": (["--step=3"], "--step=3 is not in"),
+  "unknown edit": (["--step=1", "--intervene=noise:mode=add"], "no edit 'noise'; did you mean"),
+  "unknown key": (["--step=1", "--intervene=noise_at:gian=1"], "takes no 'gian'; did you mean"),
+  "steps before": (
+    ["--step=1", "--intervene=noise_at:mode=replace,steps=0:2"],
+    "steps begin at 0, before --step=1",
+  ),
+  "steps of no number": (
+    ["--step=1", "--intervene=noise_at:steps=a"],
+    "wanted an index or from:to",
+  ),
+  "frame outside": (["--step=1", "--intervene=noise_at:mode=replace,frames=9"], "frames=9:10"),
+  "layer outside": (["--step=1", "--intervene=ablate:sites=attn_out,layers=5"], "layers=5:6"),
+  "unknown site": (["--step=1", "--intervene=ablate:sites=attention"], "no site 'attention'"),
+  "unknown mode": (["--step=1", "--intervene=noise_at:mode=more"], "no noise mode 'more'"),
+  "asked again": (["--step=1", "--prompt=x"], "--prompt has no meaning with --from"),
+}
+
+
+@pytest.mark.parametrize("fault", list(BAD_BRANCHES))
+def test_a_bad_branch_is_one_sentence_and_leaves_nothing(refuses, sampled, tmp_path, fault):
+  words, said = BAD_BRANCHES[fault]
+  assert said in refuses("sample", f"--from={sampled}", *words, f"--out={tmp_path / 'run'}")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_without_latents_can_not_be_branched(refuses, sampled, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(sampled, copy)
+  shutil.rmtree(copy / "trace.zarr" / "latents")
+  said = refuses("sample", f"--from={copy}", "--step=1", f"--out={tmp_path / 'run'}")
+  assert "holds no latents, from which a branch starts" in said
+  assert "is not a finished run" in refuses(
+    "sample", f"--from={tmp_path}", "--step=1", f"--out={tmp_path / 'run'}"
+  )
+  assert "belong to --from" in refuses("sample", "--step=1", f"--out={tmp_path / 'run'}")
+
+
 def test_an_empty_prompt_is_a_prompt(call, sample_words, tmp_path):
   status, _, err = call(*sample_words, "--prompt=")
   assert status == 0

@@ -67,7 +67,7 @@ FLOORS = (
     "training",
     "plan",
   ),
-  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate", "product"),
+  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate", "product", "branching"),
   (
     "experiments.results",
     "experiments.context",

@@ -2,11 +2,17 @@
 
   videoreason sample --image FRAME.png --prompt "..." --out runs/mine
   videoreason sample --config mini:steps=50 --seeds 0,1,2 --image ... --prompt ... --out ...
+  videoreason sample --from runs/mine/trace.zarr --step 12 \
+    --intervene noise_at:mode=add_sigma,gain=0.5 --out runs/branch
 
 Leaves manifest.json, runs.json, final_latents.npy, trace.zarr, video_<run>.mp4, x0_<run>.png and
 report.html; jax_videoreason.open_run(DIR) reads them. The image has the size that the config says,
 or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts its middle out,
 `area` takes the size of the video from its aspect, with as many pixels as the config has.
+
+--from takes up a stored run before --step, as its own manifest says, and leaves a whole run folder
+again; the edit (noise_at, ablate, ensemble_runs) acts at that step, or where its keys say
+(steps=12:15,frames=2,layers=4:8). Exact for Euler; another solver restarts there.
 """
 
 import dataclasses
@@ -19,10 +25,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl.flags import DEFINE_enum, DEFINE_string, FlagValues
+from absl.flags import DEFINE_enum, DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import (
   answers,
+  branching,
   checkpoint,
   cli,
   console,
@@ -36,12 +43,14 @@ from jax_videoreason import (
   store,
   tasks,
 )
+from jax_videoreason.branching import Branch
 from jax_videoreason.decode import decode
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.taps import check_budget
 
 FPS = 8
+ASKED = ("image", "prompt", "seeds", "noise")  # what a stored run has already been asked
 FITS = ("exact", "stretch", "cover", "area")
 # Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps.
 SHOWN_PIXELS = 1 << 26
@@ -67,8 +76,18 @@ def define(flags: FlagValues) -> None:
   DEFINE_string("seeds", None, "seed numbers, as 0,1,2; instead of the config's", flag_values=flags)
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
 
+  DEFINE_string("from", None, "a stored run (or its trace.zarr) to take up", flag_values=flags)
+  DEFINE_integer("step", None, "the step before which it is taken up", flag_values=flags)
+  said = "what is edited then, as noise_at:mode=add_sigma,gain=0.5"
+  DEFINE_string("intervene", None, said, flag_values=flags)
+
 
 def main(flags: FlagValues, words: list[str]) -> None:
+  if flags["from"].value is not None:
+    branch_off(flags)
+    return
+  if flags.step is not None or flags.intervene is not None:
+    raise cli.UsageError("--step and --intervene belong to --from: give the stored run.")
   cli.required(flags, "prompt", "out")
   config = cli.resolved(flags)
   if flags.seeds is not None:
@@ -82,6 +101,39 @@ def main(flags: FlagValues, words: list[str]) -> None:
   with store.run_folder(flags.out, redo=flags.redo) as folder:
     record(folder, chosen, [question], noise=noise)
   finish(flags.out)
+
+
+def branch_off(flags: FlagValues) -> None:
+  """Takes up a stored run and writes the branch as a run folder of its own."""
+  cli.required(flags, "step", "out")
+  given = [f"--{name}" for name in ASKED if flags[name].value is not None]
+  if given:
+    raise cli.UsageError(f"{given[0]} has no meaning with --from: the stored run has been asked.")
+  branch = branching.take_up(
+    str(flags["from"].value), flags.step, flags.intervene, checkpoint=flags.checkpoint
+  )
+  if branch.chosen.solver != "euler":
+    warnings.warn(
+      f"{branch.chosen.solver} forgets its past at step {branch.step}: without an edit the branch "
+      "is close to the stored run, not equal.",
+      stacklevel=2,
+    )
+  with store.run_folder(flags.out, redo=flags.redo) as folder:
+    record(folder, branch.chosen, questions_of(branch), branch=branch)
+  finish(flags.out)
+
+
+def questions_of(branch: Branch) -> list[Question]:
+  """What the runs of a stored folder were asked, once for all seeds."""
+  each = len(branch.chosen.seeds)
+  return [
+    Question(
+      prompt=branch.run.runs[number]["prompt"],
+      first_frame=branch.first_frame(number),
+      case=branch.case(number),
+    )
+    for number in range(0, len(branch.run.runs), each)
+  ]
 
 
 def seed_numbers(text: str) -> list[int]:
@@ -141,10 +193,12 @@ def record(
   questions: Sequence[Question],
   *,
   noise: np.ndarray | None = None,
+  branch: Branch | None = None,
 ) -> AnswerTrace | None:
   """Asks every question with every seed and writes the data of the run folder.
 
-  Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn.
+  Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn. branch:
+  the stored run whose steps before `branch.step` are taken over.
   Returns the answers, None where no question is a case of a task.
   """
   began = time.monotonic()
@@ -162,10 +216,22 @@ def record(
   shown = shown_steps(chosen, len(of_run))
   kept: dict[int, np.ndarray] = {}
   finite = np.ones((chosen.steps, len(of_run)), bool)
+  begin, state, edit, rest = 0, None, None, spec
+  if branch is not None:
+    begin, state = branch.step, branch.state(schedule)
+    edit = branch.edit(sizes, schedule)
+    steps = None if spec.steps is None else tuple(s - begin for s in spec.steps if s >= begin)
+    rest = dataclasses.replace(spec, steps=steps)
   with store.create_trace(folder, steps=chosen.steps, runs=len(of_run), taps=spec) as writer:
-    with console.progress(chosen.steps * len(of_run), "denoise", "step") as advance:
+    if branch is not None and begin:
+      writer.write(branch.prefix(spec, begin))
+      finite[:begin] = branch.run.finite[:begin]
+      kept |= {step: branch.x0(step) for step in shown if step < begin}
+    count = (chosen.steps - begin) * len(of_run)
+    with console.progress(count, "denoise", "step") as advance:
 
-      def on_piece(trace: Any, steps: slice, part: slice) -> None:
+      def on_piece(trace: Any, piece: slice, part: slice) -> None:
+        steps = slice(begin + piece.start, begin + piece.stop)
         writer.write(trace, at_step=steps.start, at_run=part.start)
         finite[steps, part] = trace.finite
         for row, step in enumerate(range(steps.start, steps.stop)):
@@ -178,11 +244,13 @@ def record(
         bundle,
         start,
         cond,
-        schedule,
-        taps=spec,
-        batch=chosen.batch,
+        schedule[begin:],
+        edit,
+        rest,
+        batch=chosen.batch if edit is None else None,
         piece=chosen.piece,
         on_piece=on_piece,
+        state=state,
       )
     warn_broken(finite)
     with console.progress(len(shown) + 1, "decode", "step") as advance:
@@ -210,7 +278,8 @@ def record(
     model=card.name,
     sources=dict(card.sources),
     seconds=round(time.monotonic() - began, 1),
-    evaluations=chosen.steps * sizes.R * sizes.G,
+    evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
+    **({} if branch is None else {"branch": branch.told()}),
   )
   return said
 

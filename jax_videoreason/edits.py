@@ -5,7 +5,7 @@ order mix, gate, steer.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ from einops import rearrange
 from jax_videoreason.axes import Array
 from jax_videoreason.places import is_known
 from jax_videoreason.pytrees import pytree, static
-from jax_videoreason.sharding import whole
+from jax_videoreason.sharding import over_runs, whole
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES
 
+CELLS = "r f h w c"
 BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
 LETTERS = {
   "mix_latents": "SRR",
@@ -166,6 +167,12 @@ def layer_edits(edits: BlockEdits, layer: Array | int) -> BlockEdits:
   )
 
 
+def spare_tokens(edits: BlockEdits, runs: int, tokens: int, spare: int) -> BlockEdits:
+  """The same for `spare` more tokens, which fill the T real ones up and which no edit touches."""
+  touched = jnp.ones((runs, tokens), bool) if edits.tokens is None else edits.tokens
+  return dataclasses.replace(edits, tokens=jnp.pad(touched, ((0, 0), (0, spare))))
+
+
 def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   """The value G R T D at `site` of one layer after its edits, in the order mix, gate, steer.
 
@@ -175,7 +182,7 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   """
   if edits is None or site not in edits.sites:
     return value
-  active = [] if edits.mix is None else [jnp.any(edits.mix != _eye(edits.mix))]
+  active = [] if edits.mix is None else [jnp.any(whole(edits.mix) != _eye(edits.mix))]
   active += [] if edits.gate is None else [jnp.any(whole(edits.gate) != 1)]
   active += [] if edits.steer is None else [jnp.any(whole(edits.steer) != 0)]
   if not active:
@@ -184,7 +191,7 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   def apply(value: Array) -> Array:
     made = value
     if edits.mix is not None:
-      made = _mix_rows(edits.mix, made, axis=1)
+      made = _mix_rows(edits.mix, made, "g r t d")
     if edits.gate is not None:
       gate = _over_runs(edits.gate)
       scaled = (gate * made.astype(jnp.float32)).astype(value.dtype)
@@ -229,11 +236,11 @@ def edit_latents(
   """
   touched = jnp.zeros(latents.shape[0], bool)
   if edit.mix_latents is not None:
-    mix = _row(edit.mix_latents, index)
+    mix = _row(whole(edit.mix_latents), index)
     moved = jnp.any(mix != _eye(mix), axis=1)
 
     def mixed(pair: tuple[Array, Array], mix: Array = mix) -> tuple[Array, Array]:
-      return _mix_rows(mix, pair[0], axis=0), _mix_rows(mix, pair[1], axis=0)
+      return _mix_rows(mix, pair[0], CELLS), _mix_rows(mix, pair[1], CELLS)
 
     latents, x0_before = jax.lax.cond(
       jnp.any(moved), mixed, lambda pair: pair, (latents, x0_before)
@@ -273,17 +280,17 @@ def edit_output(
   """
   if edit.mix_out is None:
     return x0, velocity
-  mix = _row(edit.mix_out, index)
+  mix = _row(whole(edit.mix_out), index)
   moved = jnp.any(mix != _eye(mix), axis=1)
 
   def apply(pair: tuple[Array, Array]) -> tuple[Array, Array]:
     x0, velocity = pair
     rows = rearrange(moved, "r -> r 1 1 1 1")
     if edit.out == "x0":
-      mixed = _mix_rows(mix, x0, axis=0)
+      mixed = _mix_rows(mix, x0, CELLS)
       rebuilt = ((latents - mixed) / sigma).astype(velocity.dtype)
       return mixed, jnp.where(rows, rebuilt, velocity)
-    mixed = _mix_rows(mix, velocity, axis=0)
+    mixed = _mix_rows(mix, velocity, CELLS)
     return jnp.where(rows, (latents - sigma * mixed).astype(x0.dtype), x0), mixed
 
   return jax.lax.cond(jnp.any(moved), apply, lambda pair: pair, (x0, velocity))
@@ -303,24 +310,33 @@ def _over_runs(row: Array) -> Array:
   return rearrange(row.astype(jnp.float32), "r -> 1 r 1 1")
 
 
-def _mix_rows(mix: Array, value: Array, axis: int) -> Array:
-  """`value` with its run axis (0 or 1) read through the rows of mix R R.
+def _mix_rows(mix: Array, value: Array, letters: str) -> Array:
+  """`value`, whose axes are `letters`, with its runs read through the rows of mix R R.
 
   A row with a single 1 gathers, so it is exact and NaN of the runs it does not name stays away; a
-  row of zeros is 0.
+  row of zeros is 0. Where runs lie on several devices, these exchange `value` along `seed` alone.
   """
+  mix, axis = whole(mix), letters.split().index("r")
   ones, zeros = mix == 1, mix == 0
-  shape = [1] * value.ndim
-  shape[axis] = mix.shape[0]
   empty = jnp.all(zeros, axis=1)
   exact = empty | ((ones.sum(axis=1) == 1) & jnp.all(ones | zeros, axis=1))
   source = jnp.where(exact & ~empty, jnp.argmax(ones, axis=1), jnp.arange(mix.shape[0]))
-  taken = jnp.take(value, source, axis=axis, mode="clip")
-  taken = jnp.where(jnp.reshape(empty, shape), jnp.zeros_like(taken), taken)
 
-  def averaged(taken: Array) -> Array:
-    letters = "rs,s...->r..." if axis == 0 else "rs,gs...->gr..."
-    total = jnp.einsum(letters, mix, value.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(jnp.reshape(exact, shape), taken, total.astype(value.dtype))
+  def rows(everyone: Array, mine: Callable[[Array], Array]) -> Array:
+    """The rows of this device from all R runs; `mine` takes them out of an array by row."""
 
-  return jax.lax.cond(jnp.any(~exact), averaged, lambda taken: taken, taken)
+    def shaped(flags: Array) -> Array:
+      return jnp.expand_dims(mine(flags), [i for i in range(value.ndim) if i != axis])
+
+    taken = jnp.take(everyone, mine(source), axis=axis, mode="clip")
+    taken = jnp.where(shaped(empty), jnp.zeros_like(taken), taken)
+
+    def averaged(taken: Array) -> Array:
+      letters = "rs,s...->r..." if axis == 0 else "rs,gs...->gr..."
+      wide = everyone.astype(jnp.float32)
+      total = jnp.einsum(letters, mine(mix), wide, precision=jax.lax.Precision.HIGHEST)
+      return jnp.where(shaped(exact), taken, total.astype(value.dtype))
+
+    return jax.lax.cond(jnp.any(~exact), averaged, lambda taken: taken, taken)
+
+  return over_runs(rows, value, letters)

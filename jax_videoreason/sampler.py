@@ -16,6 +16,7 @@ from einops import rearrange
 
 from jax_videoreason.axes import Array
 from jax_videoreason.edits import (
+  CELLS,
   BlockEdits,
   Intervention,
   check_edit,
@@ -31,7 +32,6 @@ from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
 from jax_videoreason.taps import SITES, TapSpec, layer_slots, step_slots
 
-CELLS = "r f h w c"
 Guidance = Literal["parallel", "sequential"]
 
 

@@ -1,6 +1,6 @@
 """The one mesh and its rule: which letter of an array lies on which mesh axis."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,3 +71,28 @@ def constrain(x: Array, letters: str) -> Array:
   if ambient() is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def over_runs(
+  rows: Callable[[Array, Callable[[Array], Array]], Array], x: Array, letters: str
+) -> Array:
+  """`rows(x of all runs, mine)` on each device, for its own runs; letters: the axes of x.
+
+  mine: the rows of this device of any array that leads with R. The one collective is a gather of x
+  along `seed`; what lies on other axes of the mesh stays there. ValueError: R does not divide.
+  """
+  mesh = ambient()
+  axis = letters.split().index("r")
+  runs, seats = x.shape[axis], 1 if mesh is None else mesh.shape["seed"]
+  if seats == 1:
+    return rows(x, lambda values: values)
+  if runs % seats:
+    raise ValueError(f"a mix of {runs} runs on a mesh with seed={seats}: give a multiple of it.")
+
+  def local(own: Array) -> Array:
+    count = own.shape[axis]
+    first = jax.lax.axis_index("seed") * count
+    everyone = jax.lax.all_gather(own, "seed", axis=axis, tiled=True)
+    return rows(everyone, lambda values: jax.lax.dynamic_slice_in_dim(values, first, count))
+
+  return jax.shard_map(local, in_specs=spec(letters), out_specs=spec(letters))(x)

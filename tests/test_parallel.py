@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,14 @@ import pytest
 
 from helpers import relative, tiny_bundle, tiny_schedule
 from jax_videoreason import attention, runs, sampler, sharding
-from jax_videoreason.interventions import ablate, ensemble_runs, identity, patch_runs, where
+from jax_videoreason.interventions import (
+  ablate,
+  ensemble_runs,
+  identity,
+  patch_runs,
+  swap_runs,
+  where,
+)
 from jax_videoreason.structs import Conditioning
 from jax_videoreason.taps import TapSpec
 
@@ -20,16 +28,16 @@ TAPS = TapSpec(sites=("attn_out", "resid_post"), reduce=("norm", "full"), branch
 TOLERANCE = 1e-5  # float32 sums in another order
 
 
-def inputs(count: int, image_input: str = "concat"):
-  """Noise and conditioning of `count` runs on the odd grid."""
+def inputs(count: int, grid: tuple[int, int, int, int] = ODD):
+  """Noise and conditioning of `count` runs."""
   rng = np.random.default_rng(0)
-  known = jnp.asarray(rng.normal(size=(count, *ODD)), jnp.float32)
+  known = jnp.asarray(rng.normal(size=(count, *grid)), jnp.float32)
   cond = Conditioning(
     text=jnp.asarray(rng.normal(size=(2, count, 5, 12)), jnp.float32),
     known=known,
     known_mask=jnp.zeros((*known.shape[:-1], 4)).at[:, 0].set(1.0),
   )
-  return runs.make_noise(range(count), ODD), cond
+  return runs.make_noise(range(count), grid), cond
 
 
 def traced(bundle, noise, cond, edit=None, mesh=None, **options):
@@ -107,9 +115,9 @@ def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
 # Collectives
 
 
-def collectives(bundle, count: int, mesh, edit=None) -> list[str]:
+def collectives(bundle, count: int, mesh, edit=None, grid=ODD) -> list[str]:
   """The lines of the compiled program that talk to another device."""
-  noise, cond = inputs(count)
+  noise, cond = inputs(count, grid)
   noise, cond = runs.place(noise, mesh), runs.place(cond, mesh)
   edit = jax.device_put(edit, jax.NamedSharding(mesh, jax.P()))
   schedule = tiny_schedule(STEPS)
@@ -148,8 +156,8 @@ def groups(line: str) -> set[frozenset[int]]:
   return {frozenset(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)", pairs[1] + "}")}
 
 
-def sizes_for(count: int):
-  noise, cond = inputs(count)
+def sizes_for(count: int, grid=ODD):
+  noise, cond = inputs(count, grid)
   return sampler.sizes_of(bundle_of("concat"), noise, cond, tiny_schedule(STEPS))
 
 
@@ -161,18 +169,68 @@ def test_without_a_mix_field_no_device_talks_to_another():
   assert collectives(bundle_of("concat"), 4, mesh, gate) == []
 
 
-def test_a_mix_in_the_blocks_talks_over_the_seed_axis_alone():
-  sizes = sizes_for(2)
-  edit = ensemble_runs(identity(sizes), where(sizes), (0, 1), what="update")
-  mesh = sharding.make_mesh(seed=2)
-  assert collectives(bundle_of("concat"), 2, mesh, edit)
+def mixes(sizes) -> dict:
+  """Every kind of mix: of latents, inside the blocks, of the guess, of the velocity."""
+  sigma = np.asarray(tiny_schedule(STEPS).sigma)
+  early, late = where(sizes, steps=slice(0, 1)), where(sizes, steps=slice(1, 3))
+  region = where(sizes, layers=1, region=np.arange(sizes.T) % 3 == 0)
+  velocity = identity(sizes, out="velocity")
+  return {
+    "latents": ensemble_runs(identity(sizes), early, (0, 1), what="latents", sigma=sigma),
+    "averaged updates": ensemble_runs(identity(sizes), where(sizes), (0, 1), what="update"),
+    "swapped tokens": swap_runs(identity(sizes), region, 0, 1, sites=("attn_out",)),
+    "x0": ensemble_runs(identity(sizes), late, (0, 1), what="out", keep="all"),
+    "velocity": ensemble_runs(velocity, late, (0, 1), what="out"),
+  }
+
+
+KINDS = ("latents", "averaged updates", "swapped tokens", "x0", "velocity")
+NINE = (3, 2, 6, 4)  # F H W C: 9 tokens, which two devices cannot share evenly
+
+
+@functools.cache
+def spoken(kind: str | None, shape: tuple[int, int, int]) -> Counter:
+  """How often which devices talk in the program with a kind of mix: group -> count."""
+  edit = None if kind is None else mixes(sizes_for(2, NINE))[kind]
+  mesh = sharding.make_mesh(*shape)
+  lines = collectives(bundle_of("concat"), 2, mesh, edit, NINE)
+  return Counter(group for line in lines for group in groups(line))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mix_adds_collectives_over_the_seed_axis_alone(kind):
+  shape = (2, 1, 2)
   over_seed = {frozenset({0, 2}), frozenset({1, 3})}  # of a mesh of 2 x 2, seed first
-  wide = sharding.make_mesh(seed=2, context=2)
-  plain = {g for line in collectives(bundle_of("concat"), 2, wide) for g in groups(line)}
-  mixed = {g for line in collectives(bundle_of("concat"), 2, wide, edit) for g in groups(line)}
-  assert plain <= {frozenset({0, 1}), frozenset({2, 3})}  # tokens alone
-  assert mixed - plain <= over_seed
-  assert mixed & over_seed
+  plain, mixed = spoken(None, shape), spoken(kind, shape)
+  assert plain.keys() == {frozenset({0, 1}), frozenset({2, 3})}  # tokens alone
+  assert (mixed - plain).keys() == over_seed
+  assert not plain - mixed
+
+
+def test_mixes_of_runs_on_several_devices_equal_one_device():
+  noise, cond = inputs(2, NINE)
+  sizes = sizes_for(2, NINE)
+  region = where(sizes, layers=1, region=np.arange(sizes.T) % 3 == 0)
+  edit = swap_runs(mixes(sizes)["latents"], region, 0, 1, sites=("attn_out",))
+  edit = ensemble_runs(edit, where(sizes, steps=slice(1, 3)), (0, 1), what="out", keep="all")
+  problem = (bundle_of("concat"), noise, cond, edit)
+  agree(traced(*problem, mesh=sharding.make_mesh(2, 1, 2)), traced(*problem))
+
+
+def test_a_mix_of_runs_that_do_not_divide_is_refused():
+  noise, cond = inputs(3)
+  edit = mixes(sizes_for(3))["x0"]
+  with (
+    jax.set_mesh(sharding.make_mesh(seed=2)),
+    pytest.raises(ValueError, match="a mix of 3 runs on a mesh with seed=2: give a multiple"),
+  ):
+    jax.eval_shape(
+      lambda noise, cond: sampler.denoise(
+        bundle_of("concat"), noise, cond, tiny_schedule(STEPS), edit
+      ),
+      noise,
+      cond,
+    )
 
 
 # One guidance branch after the other

@@ -125,16 +125,13 @@ def site(
   """One place of a layer: the value G R T D edited, then recorded.
 
   edits: those of this layer (no L axis). slot: the row of the tap buffers that this layer fills.
-  tokens: how many of T are no padding; neither edits nor taps see the others.
+  tokens: how many of T are no padding: taps do not see the others, and `edits.tokens` names none.
   A site that neither names leaves no trace in the program.
   """
-  real = value if tokens == value.shape[2] else value[:, :, :tokens]
-  if edits is not None and name in edits.sites:
-    real = edit_site(real, edits, name)
-    rest = value[:, :, tokens:]
-    value = real if tokens == value.shape[2] else jnp.concatenate([real, rest], axis=2)
+  value = edit_site(value, edits, name)
   if taps is not None and name in taps.sites:
     if slot is None or aids is None:
       raise ValueError(f"tapping {name!r} needs the slot of the layer and TapAids.")
+    real = value if tokens == value.shape[2] else value[:, :, :tokens]
     buffers = record(buffers, name, real, taps, slot, aids)
   return value, buffers

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from jax_videoreason import rope
 from jax_videoreason.attention import attend
 from jax_videoreason.axes import Array, Params
-from jax_videoreason.edits import BlockEdits
+from jax_videoreason.edits import BlockEdits, spare_tokens
 from jax_videoreason.models.common import (
   LayerNorm,
   Numerics,
@@ -301,6 +301,8 @@ class WanDiT(nn.Module):
     }
 
     self.check_sites(edits)
+    if edits is not None and spare:
+      edits = spare_tokens(edits, r, tokens, spare)
     buffers, aids = {}, None
     if taps is not None and taps.sites:
       taps = dataclasses.replace(taps, steps=None)

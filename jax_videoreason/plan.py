@@ -1,8 +1,10 @@
 """What a command will need on a device kind, before it is paid for.
 
-For a TPU slice and for this CPU the sampler itself is compiled ahead of time, with shapes in the
-place of weights (a slice needs libtpu, the extra `pods`, and no TPU); for a GPU memory is
-arithmetic. Seconds are an estimate everywhere: FLOPs over `SHARE` of the device's peak.
+A command is `Work`: batches of a `Problem`, one kind of batch for each study or shape of video. The
+largest batch is laid out on the devices. For a TPU slice and for this CPU the sampler itself is
+compiled ahead of time, with shapes in the place of weights (a slice needs libtpu, the extra `pods`,
+and no TPU); for a GPU memory is arithmetic. Seconds are an estimate everywhere: FLOPs over `SHARE`
+of the device's peak.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Part
 from jax_videoreason.taps import TapSpec, tap_bytes
 
 FITS = 0.92  # of the memory, for arguments, temporaries, outputs and code together
-SHARE = 0.4  # of the peak that a whole step is assumed to reach
+SHARE = 0.46  # of the peak that a whole step is assumed to reach
 CLIP_TOKENS = 257
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 FULL = ("scale", "modulation")  # leaves that stay float32 in a bundle of bfloat16
@@ -56,6 +58,7 @@ CHIPS = {
   "v6e": Device(platform="tpu", memory=31.25 * GIB, peak=918e12),
   "tpu7x": Device(platform="tpu", memory=96e9, peak=1153e12),  # two devices to a chip
 }
+CARD_GB = 0.995 * GIB  # of a card's name: 81,559 MiB are an H100 80GB, 143,771 MiB an H200 141GB
 CARDS = {24: 165e12, 40: 312e12, 48: 362e12, 80: 989e12, 96: 989e12, 141: 989e12}
 CORE = 5e10  # FLOP/s of a CPU core in float32, a guess
 
@@ -85,7 +88,7 @@ def target(name: str) -> Target:
   if kind == "gpu" and card and int(card[1]) > 0:
     memory = int(card[1])
     nearest = min(CARDS, key=lambda known: abs(known - memory))
-    device = Device(platform="gpu", memory=memory * 1e9, peak=CARDS[nearest])
+    device = Device(platform="gpu", memory=memory * CARD_GB, peak=CARDS[nearest])
     return Target(name=name, device=device, count=int(card[2] or 1))
   raise ValueError(
     f"--on={name}, wanted cpu, gpu:80GB, gpu:80GBx8 (cards), or a TPU slice such as v5p:2x2x4 "
@@ -109,11 +112,11 @@ class Model:
 def model(name_or_path: str) -> Model:
   """Of a bundle, or by the name of its folder of a published model that is not here yet."""
   name = Path(name_or_path).name
-  variants = {key: (f, v) for f in FAMILIES.values() for key, v in f.variants.items()}
+  variants = [key for family in FAMILIES.values() for key in family.variants]
   if name not in checkpoint.shipped() and not Path(name_or_path).is_dir():
     known = [key for key in variants if name.startswith(key)]
     if known:
-      return _published(name, *variants[max(known, key=len)])
+      return _published(name, max(known, key=len))
   described = checkpoint.describe(name_or_path)
 
   def leaves(part: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -134,7 +137,10 @@ def model(name_or_path: str) -> Model:
   )
 
 
-def _published(name: str, family: Any, variant: Any) -> Model:
+@functools.cache
+def _published(name: str, key: str) -> Model:
+  family = next(family for family in FAMILIES.values() if key in family.variants)
+  variant = family.variants[key]
   parts = family.build(variant.configs)
   trees = family.abstract(parts)
 
@@ -176,11 +182,27 @@ def size_of(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None = None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-  """One batch of `runs` runs of a model."""
+  """One batch of `runs` runs of a model.
+
+  taps: None = those of the settings. guidance: as `sampler.denoise` takes it. resident: experts
+  that are loaded at once, None = all.
+  """
 
   model: Model
   chosen: SampleSettings
   runs: int
+  taps: TapSpec | None = None
+  guidance: sampler.Guidance = "parallel"
+  resident: int | None = None
+
+  @property
+  def spec(self) -> TapSpec:
+    return self.chosen.taps.spec() if self.taps is None else self.taps
+
+  @property
+  def experts(self) -> Sequence[Mapping[str, jax.ShapeDtypeStruct]]:
+    """The experts that are loaded at once."""
+    return self.model.experts[: self.resident]
 
   @property
   def grid(self) -> tuple[int, int, int, int]:
@@ -228,11 +250,32 @@ class Problem:
     scores = 4 * config.width * s.T * (s.T + words)
     return float(config.layers * (by_token * s.T + by_word * words + scores))
 
+  @property
+  def branches(self) -> int:
+    """Guidance branches that are computed at once."""
+    return 1 if self.guidance == "sequential" else self.sizes.G
+
   def activations(self) -> float:
     """Bytes that one run needs inside a block, all branches: residual, q k v, hidden of the ffn."""
     config, s = self.model.parts.dit.config, self.sizes
     each = jnp.dtype(config.dtype).itemsize
-    return float(s.G * s.T * (4 * s.D + each * (4 * s.D + config.ffn_width)))
+    return float(self.branches * s.T * (4 * s.D + each * (4 * s.D + config.ffn_width)))
+
+  def gathered(self) -> float:
+    """Bytes of the keys and values of one run, which every device holds where tokens are spread."""
+    s = self.sizes
+    return float(
+      self.branches * s.T * 2 * s.D * jnp.dtype(self.model.parts.dit.config.dtype).itemsize
+    )
+
+  def latents(self) -> float:
+    """Bytes of one run's latents, its guess, and the trace of both."""
+    s = self.sizes
+    return 4.0 * s.F * s.H * s.W * s.C * (2 + 2 * s.S)
+
+  def kept(self) -> float:
+    """Bytes of the taps of all runs."""
+    return float(tap_bytes(self.spec, self.sizes, self.model.parts.dit.config.dtype))
 
 
 def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, Conditioning]:
@@ -256,9 +299,9 @@ def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, 
   image = config.image_input != "none"
   key = jax.eval_shape(lambda: jax.random.key(0)).dtype
   text = made.parts.text.config.dtype
-  bundle = ModelBundle(
-    params=tuple(weights(leaves) for leaves in made.experts), parts=made.parts, card=made.card
-  )
+  left_out = (None,) * (len(made.experts) - len(problem.experts))
+  params = (*(weights(leaves) for leaves in problem.experts), *left_out)
+  bundle = ModelBundle(params=params, parts=made.parts, card=made.card)
   words = (s.G, s.R, made.card.text_length, config.text_width)
   return (
     bundle,
@@ -276,30 +319,29 @@ def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What was found, per device, in bytes; `compiled` says whether by the compiler or arithmetic.
+  """What a batch takes, per device, in bytes.
 
-  text: weights of the text encoder, which are let go before the rest is loaded. collectives: kind
-  -> how often it stands in the program; a layer scan is counted once.
+  compiled: by the compiler, or by arithmetic. refused: what the compiler said where it found too
+  little memory; the bytes are arithmetic then. text: weights of the text encoder, which are let go
+  before the rest is loaded. collectives: kind -> how often it stands in the program; a layer scan
+  is counted once.
   """
 
   target: Target
   axes: Mapping[str, int]
-  runs: int
-  steps: int
+  problem: Problem
   compiled: bool
-  compile_seconds: float
   parameters: float
   latents: float
   taps: float
   temporaries: float
   arguments: float
   outputs: float
-  code: float
   text: float
-  collectives: Mapping[str, int]
-  evaluations: int
-  flops: float
-  seconds_per_step: float
+  code: float = 0.0
+  compile_seconds: float = 0.0
+  collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  refused: str | None = None
 
   @property
   def total(self) -> float:
@@ -307,13 +349,65 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    return max(self.total, self.text) <= FITS * self.target.device.memory
+    most = FITS * self.target.device.memory
+    return self.refused is None and max(self.total, self.text) <= most
+
+  @property
+  def evaluations(self) -> int:
+    s = self.problem.sizes
+    return s.S * s.R * s.G
+
+  @property
+  def seconds_per_step(self) -> float:
+    s = self.problem.sizes
+    return _seconds(self.problem.flops() * s.R * s.G, self.target)
+
+
+def _seconds(flops: float, where: Target) -> float:
+  return flops / (where.count * SHARE * where.device.peak)
+
+
+def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan:
+  """The plan without a compiler: weights, one block's activations, latents, trace and taps.
+
+  Where tokens are spread a device also holds all keys and values, and where weights are, one layer.
+  """
+  spread, each = axes["fsdp"] * axes["context"], problem.runs // axes["seed"]
+  weights = sum(size_of(leaves) for leaves in problem.experts)
+  own = weights / axes["fsdp"]
+  active = each * (problem.activations() / spread + (problem.gathered() if spread > 1 else 0))
+  if axes["fsdp"] > 1:
+    active += weights / len(problem.experts) / problem.sizes.L
+  latents, taps = each * problem.latents(), problem.kept() / axes["seed"]
+  return Plan(
+    target=where,
+    axes=dict(axes),
+    problem=problem,
+    compiled=False,
+    parameters=own,
+    latents=latents,
+    taps=taps,
+    temporaries=active,
+    arguments=own,
+    outputs=latents + taps,
+    text=size_of(problem.model.text) / axes["fsdp"],
+  )
+
+
+def most_runs(problem: Problem, where: Target, axes: Mapping[str, int]) -> int:
+  """How many runs together fit by arithmetic, without the taps of a study; bytes grow evenly."""
+
+  def total(each: int) -> float:
+    runs = dataclasses.replace(problem, runs=each * axes["seed"], taps=problem.chosen.taps.spec())
+    return arithmetic(runs, where, axes).total
+
+  of_one = total(2) - total(1)
+  room = FITS * where.device.memory - (total(1) - of_one)
+  return max(0, int(room // of_one)) * axes["seed"]
 
 
 def propose(problem: Problem, where: Target) -> dict[str, int]:
-  """Axes for all devices: the most seeds side by side that leave room, then as little fsdp."""
-  room = 0.8 * FITS * where.device.memory
-  own = sum(size_of(leaves) for leaves in problem.model.experts)
+  """Axes for all devices: the most seeds side by side that fit, then as little fsdp."""
 
   def parts(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
@@ -323,9 +417,9 @@ def propose(problem: Problem, where: Target) -> dict[str, int]:
     if problem.runs % seed:
       continue
     for fsdp in parts(rest):
-      active = problem.activations() * (problem.runs // seed) / rest
-      if own / fsdp + active <= room:
-        return {"seed": seed, "fsdp": fsdp, "context": rest // fsdp}
+      axes = {"seed": seed, "fsdp": fsdp, "context": rest // fsdp}
+      if arithmetic(problem, where, axes).fits:
+        return axes
   return {"seed": 1, "fsdp": where.count, "context": 1}
 
 
@@ -339,68 +433,36 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
     )
   if problem.runs % axes["seed"]:
     raise ValueError(f"{problem.runs} runs on seed={axes['seed']}, wanted a multiple: give --runs.")
-  s = problem.sizes
-  spec = problem.chosen.taps.spec()
-  cells = 4 * (s.R // axes["seed"]) * s.F * s.H * s.W * s.C
-  share = {
-    "latents": cells * (2 + 2 * s.S),
-    "taps": tap_bytes(spec, s, problem.model.parts.dit.config.dtype) / axes["seed"],
-  }
-  work = {
-    "runs": s.R,
-    "steps": s.S,
-    "evaluations": s.S * s.R * s.G,
-    "flops": problem.flops(),
-    "seconds_per_step": problem.flops() * s.R * s.G / (where.count * SHARE * where.device.peak),
-  }
+  told = arithmetic(problem, where, axes)
   if where.device.platform == "gpu":
-    return _by_arithmetic(problem, where, axes, share, work)
+    return told
   mesh = _mesh(where, axes)
   began = time.monotonic()
-  compiled = _compile(problem, mesh, where.device.platform, spec)
+  try:
+    compiled = _compile(problem, mesh, where.device.platform)
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+      raise
+    return dataclasses.replace(told, refused=_exceeded(str(error)))
   memory = compiled.memory_analysis()
-  found = Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text()))
-  return Plan(
-    target=where,
-    axes=axes,
+  return dataclasses.replace(
+    told,
     compiled=True,
     compile_seconds=time.monotonic() - began,
-    parameters=sum(size_of(leaves, mesh) for leaves in problem.model.experts),
+    parameters=sum(size_of(leaves, mesh) for leaves in problem.experts),
     temporaries=memory.temp_size_in_bytes,
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
     text=size_of(problem.model.text, mesh),
-    collectives=dict(found),
-    **share,
-    **work,
+    collectives=Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text())),
   )
 
 
-def _by_arithmetic(
-  problem: Problem,
-  where: Target,
-  axes: Mapping[str, int],
-  share: Mapping[str, float],
-  work: Mapping[str, Any],
-) -> Plan:
-  own = sum(size_of(leaves) for leaves in problem.model.experts) / axes["fsdp"]
-  rest = axes["fsdp"] * axes["context"]
-  return Plan(
-    target=where,
-    axes=axes,
-    compiled=False,
-    compile_seconds=0.0,
-    parameters=own,
-    temporaries=problem.activations() * problem.runs / axes["seed"] / rest,
-    arguments=own,
-    outputs=share["latents"] + share["taps"],
-    code=0.0,
-    text=size_of(problem.model.text) / axes["fsdp"],
-    collectives={},
-    **share,
-    **work,
-  )
+def _exceeded(said: str) -> str:
+  """Such as "Used 35.5G of 15.7G hbm", of what a compiler says about memory."""
+  found = re.search(r"Used \S+ of \S+ hbm", said)
+  return found[0] if found else " ".join(said.split())[:200]
 
 
 def _mesh(where: Target, axes: Mapping[str, int]) -> Mesh:
@@ -411,24 +473,84 @@ def _mesh(where: Target, axes: Mapping[str, int]) -> Mesh:
       f"compiling for {where.name} needs libtpu, which is not installed: pip install "
       "'jax-videoreason[pods]'."
     )
-  described = topologies.get_topology_desc(platform="tpu", topology_name=where.name)
+  try:
+    described = topologies.get_topology_desc(platform="tpu", topology_name=where.name)
+  except jax.errors.JaxRuntimeError as error:
+    said = " ".join(str(error).split())
+    raise ValueError(f"libtpu does not describe {where.name}: {said}") from error
   return sharding.make_mesh(axes["seed"], axes["fsdp"], axes["context"], devices=described.devices)
 
 
-def _compile(problem: Problem, mesh: Mesh, platform: str, spec: TapSpec) -> Any:
-  schedule = problem.schedule()
+def _compile(problem: Problem, mesh: Mesh, platform: str) -> Any:
+  schedule, spec, guidance = problem.schedule(), problem.spec, problem.guidance
 
   def denoise(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Any:
-    return sampler.denoise(bundle, noise, cond, schedule, taps=spec)
+    return sampler.denoise(bundle, noise, cond, schedule, taps=spec, guidance=guidance)
 
   with jax.set_mesh(mesh), attention.compiling_for(platform):
     traced = jax.jit(denoise).trace(*arguments(problem, mesh), schedule)
     return traced.lower(lowering_platforms=(platform,)).compile()
 
 
-def lines(plan: Plan, total: float) -> list[str]:
-  """What is printed; total: network evaluations of the whole command."""
-  device = plan.target.device
+# A whole command
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """Batches of one kind: the problem of the largest, and the network evaluations of all.
+
+  evaluations: calls of the network for one run and one guidance branch. videos: what they make.
+  """
+
+  name: str
+  problem: Problem
+  evaluations: float
+  videos: float
+
+  @property
+  def flops(self) -> float:
+    return self.evaluations * self.problem.flops()
+
+
+def largest(works: Sequence[Work], where: Target) -> Problem:
+  """The batch that needs the most memory, by arithmetic on all devices."""
+  alone = {"seed": 1, "fsdp": where.count, "context": 1}
+  return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).total)
+
+
+def totals(works: Sequence[Work], where: Target) -> str:
+  """Evaluations, videos, FLOPs and hours of a command; text encoder and VAE come on top."""
+  evaluations, videos, flops = (
+    sum(getattr(work, name) for work in works) for name in ("evaluations", "videos", "flops")
+  )
+  return (
+    f"{evaluations:,.0f} network evaluations ({_count(videos, 'video')}), "
+    f"{_peta(flops)}, {_time(_seconds(flops, where))} on {where.name} "
+    f"at {SHARE:.0%} of its peak (an estimate)"
+  )
+
+
+TABLE = ("part", "runs", "taps", "memory", "fits", "evaluations", "time")
+
+
+def row(work: Work, where: Target, axes: Mapping[str, int] | None) -> tuple[str, ...]:
+  """The cells of `TABLE`, all by arithmetic, memory per device."""
+  problem = work.problem
+  told = arithmetic(problem, where, propose(problem, where) if axes is None else axes)
+  return (
+    work.name,
+    f"{problem.runs}",
+    _size(told.taps) if told.taps else "-",
+    _size(told.total),
+    "yes" if told.fits else "no",
+    f"{work.evaluations:,.0f}",
+    _time(_seconds(work.flops, where)),
+  )
+
+
+def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
+  """What is printed of the largest batch of a command, and of all."""
+  device, s = plan.target.device, plan.problem.sizes
   source = "compiled ahead of time" if plan.compiled else "by arithmetic, an estimate"
   rows = {
     "parameters": plan.parameters,
@@ -438,30 +560,50 @@ def lines(plan: Plan, total: float) -> list[str]:
     "arguments": plan.arguments,
     "outputs": plan.outputs,
     "program": plan.code,
+    "together": plan.total,
     "text encoder, let go before": plan.text,
   }
   talk = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items())) or "none"
-  batch = plan.seconds_per_step * plan.steps
-  videos = total / plan.evaluations * plan.runs
-  said = [f"{plan.target.name}: {plan.target.count} devices as {_text(plan.axes)}, {source}"]
+  batch = plan.seconds_per_step * s.S
+  said = [
+    f"{plan.target.name}: {_count(plan.target.count, 'device')} as {_text(plan.axes)}, "
+    f"{source}; R={s.R} G={s.G} T={s.T:,}, on each device",
+  ]
   said += [f"  {name:<28} {_size(size):>12}" for name, size in rows.items() if size]
   said += [
     f"  {'of':<28} {_size(device.memory):>12}, of which {FITS:.0%} may be used: "
     + ("it fits" if plan.fits else "it does not fit"),
   ]
+  if plan.refused is not None:
+    said.append(f"the compiler refused it: {plan.refused}")
   if plan.compiled:
     said.append(f"collectives in the program: {talk}; compiled in {plan.compile_seconds:.0f} s")
+  if device.platform == "gpu":
+    most = most_runs(plan.problem, plan.target, plan.axes)
+    bare = "" if plan.problem.taps is None else ", without the taps of the study"
+    said.append(f"at most {_count(most, 'run')} together would fit{bare}")
   return [
     *said,
-    f"{plan.runs} runs together: {plan.evaluations} network evaluations of {plan.flops:.3g} FLOPs; "
-    f"the whole command: {total:.0f} evaluations, {videos:.0f} videos",
-    f"estimated at {SHARE:.0%} of the peak: {_time(plan.seconds_per_step)} a step, "
-    f"{_time(batch / plan.runs)} a video, {_time(batch * total / plan.evaluations)} in all",
+    f"{_count(s.R, 'run')} together: {plan.evaluations:,} network evaluations of "
+    f"{plan.problem.flops():.3g} FLOPs; {_time(plan.seconds_per_step)} a step, "
+    f"{_time(batch / s.R)} a video",
+    f"the whole command: {totals(works, plan.target)}",
   ]
 
 
+def _count(number: float, noun: str) -> str:
+  return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
+
+
 def _size(size: float) -> str:
-  return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+  unit, scale = ("GiB", GIB) if size >= GIB / 10 else ("MiB", 2**20)
+  number = size / scale
+  return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {unit}"
+
+
+def _peta(flops: float) -> str:
+  number = flops / 1e15
+  return f"{number:,.0f} PFLOP" if number >= 100 else f"{number:.3g} PFLOP"
 
 
 def _time(seconds: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 import toy
 from jax_videoreason import cli, pages
 from jax_videoreason.cli import run
+from jax_videoreason.cli import vbvr as cli_vbvr
 from jax_videoreason.experiments import (
   EXPERIMENTS,
   Claim,
@@ -328,6 +329,11 @@ def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_pa
   assert [row["number"] for row in rows] == [1, 3, 3, 10, None]
   assert [row["verdict"] for row in rows if row["number"] in (1, 10)] == ["not run here"] * 2
   assert all(row["estimate"] is None for row in rows if row["number"] in (1, 10))
+  for row, more, hours in ((rows[0], "", "270.1 h"), (rows[3], " --ensemble paper", "280.9 h")):
+    command = "videoreason vbvr generate --data VBVR-Bench --config vbvr_wan22 --out videos"
+    assert f"{command}{more}, then" in row["note"]
+    assert f" {hours} on gpu:141GB" in row["note"]  # what plan prints
+    cli.parse(cli_vbvr, command.split()[2:] + more.split())
   assert rows[-1]["note"] == "no cases"
   text = (tmp_path / "claims.md").read_text()
   assert "| 3 | noise |" in text

@@ -75,10 +75,11 @@ FLOORS = (
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
     "experiments.layer_maps experiments.layer_swap experiments.ensemble experiments.probes "
     "experiments.early experiments.controls",
+    "vbvr.jobs",
     "experiments.claims",
     "experiments",
     "vbvr.videos vbvr.evalkit",
-    "vbvr.baselines vbvr.jobs",
+    "vbvr.baselines",
     "vbvr.generate vbvr.scores vbvr.audit",
     "vbvr.table",
   ),

@@ -1,6 +1,7 @@
 """The wheel holds everything and runs elsewhere; metadata lies in setup.cfg and nowhere twice."""
 
 import configparser
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -77,6 +78,15 @@ def test_pins_are_exact_and_cover_what_is_required():
   assert names <= pins.keys()
   assert pins["torch"] == "2.13.0"
   assert "+" not in "".join(pins.values())
+
+
+def test_the_pinned_libtpu_is_the_one_that_the_pinned_jax_asks_for():
+  pins = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+  if f"jax=={importlib.metadata.version('jax')}" not in pins:
+    pytest.skip("another jax than the pinned one is installed")
+  asked = [line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu")]
+  wanted = asked[0].partition(";")[0].strip().removesuffix("*")
+  assert any(pin.startswith(wanted) for pin in pins), asked
 
 
 def test_the_version_is_written_once():

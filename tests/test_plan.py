@@ -1,16 +1,30 @@
 """`videoreason plan`: what it says of memory and work, held against arithmetic and the compiler."""
 
+import functools
+import importlib.util
+import inspect
 import re
 
 import jax
 import pytest
 
-from jax_videoreason import checkpoint, cli, plan, settings, sharding
+from jax_videoreason import cli, plan, settings, sharding
+from jax_videoreason.experiments import EXPERIMENTS, find
+from jax_videoreason.taps import TapSpec, tap_bytes
 
 
-def problem(config: str, runs: int = 1, **changes) -> plan.Problem:
-  chosen = settings.from_config({**cli.load_config(config).to_dict(), **changes})
-  return plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=runs)
+@functools.cache
+def model(name: str) -> plan.Model:
+  return plan.model(name)
+
+
+def problem(config: str, runs: int = 1, **more) -> plan.Problem:
+  chosen = settings.from_config(cli.load_config(config).to_dict())
+  return plan.Problem(model=model(chosen.checkpoint), chosen=chosen, runs=runs, **more)
+
+
+def alone(axes: str = "seed=1") -> dict[str, int]:
+  return sharding.axes_of(axes)
 
 
 def test_devices_are_known_by_their_names():
@@ -18,7 +32,9 @@ def test_devices_are_known_by_their_names():
   for name, count in slices.items():
     assert (plan.target(name).device.platform, plan.target(name).count) == ("tpu", count)
   assert plan.target("gpu:80GBx8").count == 8
-  assert plan.target("gpu:80GB").device.memory == 80e9
+  h100, h200 = (plan.target(name).device.memory / 2**20 for name in ("gpu:80GB", "gpu:141GB"))
+  assert h100 == pytest.approx(81_559, rel=1e-3)  # MiB, as nvidia-smi has them
+  assert h200 == pytest.approx(143_771, rel=1e-3)
   assert plan.target("cpu").count == len(jax.devices())
   for wrong in ("v4:2x2", "gpu", "gpu:80", "v5p", "tpu"):
     with pytest.raises(ValueError, match=r"wanted cpu, gpu:80GB, .*v5e, v5p, v6e, tpu7x"):
@@ -51,6 +67,41 @@ def test_activations_of_a_run_of_14b(config, tokens, gigabytes):
   found = problem(config)
   assert found.sizes.T == tokens
   assert found.activations() == pytest.approx(gigabytes * 1e9, rel=0.06)
+  one_by_one = problem(config, guidance="sequential")
+  assert one_by_one.activations() == found.activations() / 2
+  assert one_by_one.flops() == found.flops()
+
+
+@pytest.mark.parametrize(
+  ("config", "on", "most", "sequential", "one_expert"),
+  [
+    ("wan22_i2v_a14b:480p,steps=50", "gpu:80GB", 3, 5, 7),
+    ("wan22_i2v_a14b:480p,steps=50", "gpu:141GB", 12, 21, 16),
+    ("wan22_i2v_a14b:720p,steps=50", "gpu:80GB", 1, 2, 3),
+    ("wan22_i2v_a14b:720p,steps=50", "gpu:141GB", 5, 9, 7),
+  ],
+)
+def test_so_many_runs_of_14b_fit_a_card(config, on, most, sequential, one_expert):
+  """With both experts and both branches, one branch at a time, one expert at a time."""
+  where = plan.target(on)
+
+  def said(**more) -> int:
+    return plan.most_runs(problem(config, **more), where, alone())
+
+  assert said() == most
+  assert said(guidance="sequential") == sequential
+  assert said(resident=1) == one_expert
+  for runs, fits in ((most, True), (most + 1, False)):
+    assert plan.make(problem(config, runs), where, alone()).fits is fits
+
+
+def test_one_expert_at_a_time_frees_the_other():
+  both, one = (
+    plan.arithmetic(problem("wan22_i2v_a14b:480p", resident=n), plan.target("gpu:80GB"), alone())
+    for n in (None, 1)
+  )
+  assert both.parameters - one.parameters == pytest.approx(28.6e9, rel=0.01)
+  assert plan.arguments(one.problem, None)[0].params[1] is None
 
 
 def test_flops_are_those_that_the_compiler_counts():
@@ -78,7 +129,7 @@ def test_flops_are_those_that_the_compiler_counts():
 
 
 def test_on_this_cpu_the_compiler_says_what_is_needed():
-  one = problem("mini", runs=4, steps=3)
+  one = problem("mini:steps=3", runs=4)
   found = plan.make(one, plan.target("cpu"), {"seed": 4, "fsdp": 1, "context": 1})
   assert found.compiled
   assert found.fits
@@ -91,22 +142,19 @@ def test_on_this_cpu_the_compiler_says_what_is_needed():
   assert found.temporaries > 0
 
 
-def test_a_card_is_told_by_arithmetic():
-  found = plan.make(problem("wan22_i2v_a14b:480p", runs=3), plan.target("gpu:80GB"))
-  assert not found.compiled
-  assert found.parameters == pytest.approx(57.2e9, rel=0.01)
-  crowded = plan.make(problem("wan22_i2v_a14b:480p", runs=8), plan.target("gpu:80GB"))
-  assert not crowded.fits
-
-
 def test_a_mesh_is_proposed():
   def axes(config: str, on: str, runs: int = 1) -> dict:
     return plan.propose(problem(config, runs), plan.target(on))
 
   assert axes("mini", "gpu:80GBx8", runs=16) == {"seed": 8, "fsdp": 1, "context": 1}
-  small = axes("wan22_i2v_a14b:480p", "v5e:4x8")
-  assert small["seed"] == 1
-  assert small["fsdp"] >= 8
+  # a chip of v5p holds both experts, of v6e a quarter, of v5e an eighth: the rest goes to tokens
+  wide = {"v5p:2x2x4": 1, "v6e:4x8": 4, "v5e:4x8": 8}
+  for on, fsdp in wide.items():
+    count = plan.target(on).count
+    found = axes("wan22_i2v_a14b:480p", on)
+    assert found == {"seed": 1, "fsdp": fsdp, "context": count // fsdp}
+  assert axes("wan22_i2v_a14b:480p", "gpu:80GBx8") == {"seed": 1, "fsdp": 1, "context": 8}
+  assert axes("wan22_i2v_a14b:480p", "gpu:80GBx8", 8) == {"seed": 8, "fsdp": 1, "context": 1}
   assert axes("wan22_i2v_a14b:480p", "v5p:2x2x4", runs=2)["seed"] == 2
   for runs in (1, 2, 3, 16):
     found = axes("wan22_i2v_a14b:720p", "v5p:4x4x4", runs)
@@ -125,22 +173,94 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():
 def test_the_command_prints_it(capsys):
   assert cli.main(["plan", "--config=seeds_mini", "--on=gpu:80GB"]) == 0
   said = capsys.readouterr().out
-  assert re.search(r"gpu:80GB: 1 devices as seed=1,fsdp=1,context=1, by arithmetic", said)
+  assert re.search(r"gpu:80GB: 1 device as seed=1,fsdp=1,context=1, by arithmetic", said)
   assert "it fits" in said
   assert "32 runs together: 640 network evaluations" in said
-  assert "the whole command: 20480 evaluations, 1024 videos" in said
-  assert cli.main(["plan", "--config=mini", "--on=v9"]) == 2
-  assert checkpoint.shipped()
+  assert "the whole command: 20,480 network evaluations (1,024 videos)" in said
+  assert cli.main(["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GB"]) == 0
+  assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--on=v9"], "--on=v9, wanted cpu, gpu:80GB, gpu:80GBx8"),
+    (["--on=gpu:80GBx8", "--mesh=fsdp=3"], "takes 3 devices, gpu:80GBx8 has 8: give other sizes"),
+    (["--on=gpu:80GBx2", "--mesh=seed=2", "--runs=3"], "3 runs on seed=2, wanted a multiple"),
+    (["--on=gpu:80GB", "--config=mini:frames=16"], "frames=16, wanted 1 + 4k: use 13 or 17"),
+    (["--on=v5e:2x4"], "needs libtpu, which is not installed: pip install 'jax-videoreason[pods]'"),
+    (["--config=wan22_i2v_a14b:checkpoint=ckpt/none", "--on=gpu:80GB"], "no bundle"),
+    (["walk"], "say plan, plan sweep, plan run NAME"),
+    (["run"], "no experiment named"),
+    (["run", "nois", "--on=gpu:80GB"], "did you mean 'noise'"),
+    (["run", "noise", "--preset=huge"], "wanted quick or full"),
+    (["run", "noise", "--config=wan22_i2v_a14b", "--on=gpu:80GB"], "cases are square"),
+    (["run", "noise", "--data=cases"], "plan run noise takes no --data"),
+    (["sweep", "--preset=full"], "plan sweep takes no --preset"),
+    (["vbvr", "generate", "--on=gpu:80GB"], "--data must be given"),
+    (["vbvr", "generate", "--data=nowhere", "--on=gpu:80GB"], "nowhere"),
+  ],
+)
+def test_bad_input_is_one_sentence(words, said, capsys, monkeypatch):
+  found = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a)
+  )
+  assert cli.main(["plan", *words]) == 2
+  error = capsys.readouterr().err
+  assert said in error
+  assert len(error.splitlines()) == 1
 
 
 def test_a_study_is_planned_whole(capsys):
   words = ["plan", "run", "noise", "--preset=quick", "--config=mini", "--on=gpu:80GB"]
   assert cli.main(words) == 0
   said = capsys.readouterr().out
-  evaluations = int(re.search(r"the whole command: (\d+) evaluations", said)[1])
+  assert "  taps  " in said
+  evaluations = whole_of(said)
   assert evaluations > 1000
   assert cli.main([*words, "--config.cases=30"]) == 0
-  more = int(re.search(r"the whole command: (\d+) evaluations", capsys.readouterr().out)[1])
-  assert more > 5 * evaluations
-  assert cli.main(["plan", "walk"]) == 2
-  assert "say plan run NAME, or plan alone" in capsys.readouterr().err
+  assert whole_of(capsys.readouterr().out) > 5 * evaluations
+
+
+def whole_of(said: str) -> int:
+  (found,) = re.findall(r"the whole command: ([\d,]+) network evaluations", said)
+  return int(found.replace(",", ""))
+
+
+def test_all_studies_are_planned_on_14b(capsys):
+  """The bytes of each one's taps, its network evaluations and its hours."""
+  words = ["--config=wan22_i2v_a14b:height=480,width=480", "--preset=full", "--on=gpu:141GB"]
+  assert cli.main(["plan", "run", "all", *words]) == 0
+  said = capsys.readouterr().out
+  rows = {cells[0]: cells for cells in table(said)}
+  assert list(rows) == ["part", *EXPERIMENTS]
+  counts = {name: int(rows[name][5].replace(",", "")) for name in EXPERIMENTS}
+  assert whole_of(said) == sum(counts.values())
+  for name, of in (("noise", "MiB|GiB"), ("layer_maps", "GiB"), ("probes", "MiB|GiB")):
+    assert re.fullmatch(rf"[\d.,]+ ({of})", rows[name][2])
+  assert cli.main(["plan", "run", "noise", *words]) == 0
+  alone = capsys.readouterr().out
+  assert whole_of(alone) == counts["noise"]
+  assert re.search(rf"taps +{rows['noise'][2]}\n", alone)
+
+
+def table(said: str) -> list[list[str]]:
+  lines = [line for line in said.splitlines() if line.startswith(("│", "┃"))]
+  return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+
+
+def test_a_study_taps_what_its_plan_says():
+  study, sizes = find("layer_maps"), problem("mini", runs=2).sizes
+  taps = study.tapped(sizes, study.options)
+  told = plan.arithmetic(problem("mini", 2, taps=taps), plan.target("gpu:80GB"), alone())
+  assert told.taps == tap_bytes(taps, sizes)
+  assert told.outputs == told.taps + told.latents
+  assert find("early").tapped(sizes, {}) == TapSpec()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_study_that_taps_says_so(name):
+  study = EXPERIMENTS[name]
+  taps = "TapSpec(" in inspect.getsource(inspect.getmodule(study.run))
+  assert bool(study.tapped(problem("mini").sizes, study.options).sites) == taps

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vbvr_folder
-from jax_videoreason import cli, media, settings, tasks
+from jax_videoreason import cli, media, plan, settings, tasks
 from jax_videoreason.structs import LatentSpec
 from jax_videoreason.vbvr import (
   audit,
@@ -328,11 +328,17 @@ def test_the_official_setting_costs_what_it_costs(bench):
   """1024 x 1024 at 85 frames is T = 90,112 tokens: 885 PFLOP a video, 270 hours for 500."""
   data = asked_of(bench)
   assert jobs.tokens(WAN, jobs.Shape(frames=85, height=1024, width=1024)) == 90_112
-  price = jobs.cost(OFFICIAL_RUN, data, jobs.Job())
-  assert price.operations / 4 == pytest.approx(885e15, rel=2e-3)
-  assert price.hours / 4 * 500 == pytest.approx(270, rel=5e-3)
-  three = jobs.cost(OFFICIAL_RUN, data, jobs.Job(ensemble="paper"))
-  assert three.operations / price.operations == pytest.approx(52 / 50)
+  (price,) = jobs.work(OFFICIAL_RUN, data, jobs.Job())
+  assert (price.videos, price.evaluations) == (4, 4 * 50 * 2)
+  assert price.flops / 4 == pytest.approx(885e15, rel=2e-3)
+  (three,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(ensemble="paper"))
+  assert three.flops / price.flops == pytest.approx(52 / 50)
+  assert three.problem.runs == 3 * price.problem.runs  # the members ride together
+  (half,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(part=(1, 2)))
+  assert half.videos == 2
+  (all_of_it,) = jobs.official()
+  assert all_of_it.videos == 500
+  assert " 270.1 h on gpu:141GB at 46% " in plan.totals([all_of_it], plan.target("gpu:141GB"))
 
 
 def test_only_the_official_setting_is_called_so(bench):
@@ -494,7 +500,17 @@ def test_videos_of_other_data_are_refused(own_cases, own_videos, tmp_path, capsy
 def test_the_price_is_said_before_it_is_paid(bench, capsys):
   assert call("generate", f"--data={bench}", "--config=vbvr_wan22", "--dry-run") == 0
   said = capsys.readouterr().out
-  assert "VBVR-Bench: 4 videos of 4 samples, 50 steps each" in said and "hours of one H200" in said
+  cost = said.partition("VBVR-Bench, 4 samples: ")[2]
+  assert cost.startswith("400 network evaluations (4 videos)")
+  planned = ["plan", "vbvr", "generate", f"--data={bench}", "--config=vbvr_wan22"]
+  assert cli.main([*planned, "--on=gpu:141GB"]) == 0
+  said = capsys.readouterr().out
+  assert f"the whole command: {cost}" in said
+  assert "5 x 64 x 64" in said and "9 x 64 x 64" in said  # a row for each shape
+  assert cli.main([*planned, "--on=gpu:141GB", "--frames=81"]) == 0
+  assert "81 frames" not in capsys.readouterr().out
+  assert cli.main(["plan", "vbvr", "generate", "--on=cpu"]) == 2
+  assert "--data must be given" in capsys.readouterr().err
 
 
 # The whole way, in the official layout, with a stand-in for the EvalKit

@@ -1,101 +1,168 @@
 """What a command will need on a device kind, before it is paid for: memory, network evaluations,
-seconds; whether it fits; which mesh.
+hours; whether it fits; which mesh.
 
   videoreason plan --config wan22_i2v_a14b:480p --on v5p:2x2x4 --mesh fsdp=4,context=4
   videoreason plan --config wan22_ti2v_5b --on gpu:80GB
-  videoreason plan --config vbvr_ensemble --on v5e:4x8       (a sweep: a unit, and the whole)
-  videoreason plan run noise --config vbvr_wan22 --on gpu:80GBx8
-  videoreason plan --config mini --on cpu
+  videoreason plan sweep --config vbvr_ensemble --on v5e:4x8
+  videoreason plan run noise --config vbvr_wan22:height=480,width=480 --on gpu:141GB
+  videoreason plan run all --config mini --preset full --on cpu
+  videoreason plan vbvr generate --data VBVR-Bench --config vbvr_wan22 --on gpu:141GB
 
-For a TPU slice the sampler is compiled ahead of time, without a TPU and without weights: it needs
-libtpu (pip install "jax-videoreason[pods]"). Without --mesh one is proposed.
+The command that is planned stands first, with its options; alone, plan means `sample`. For a TPU
+slice the sampler is compiled ahead of time, without a TPU and without weights: it needs libtpu (pip
+install "jax-videoreason[pods]"). Without --mesh one is proposed. Where a command has batches of
+several kinds, a table shows all by arithmetic, and the largest is laid out. A study's edits are not
+part of its plan, its taps are.
 """
 
+import dataclasses
+import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import cli
-from jax_videoreason.cli import run
+from jax_videoreason.cli import run, sweep
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
-  from jax_videoreason.settings import SampleSettings
+  from jax_videoreason.plan import Work
 
 WORDS = 2
-RUN = "run"
+RUN, SWEEP, GENERATE = "run", "sweep", ["vbvr", "generate"]
 STUDY_KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words", "batch")
 
 
 def define(flags: FlagValues) -> None:
+  # a slice is described by libtpu, which must not look for a TPU of this machine; jax reads the
+  # names when it is imported, which the flags of another command do
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   cli.define_config(flags, "mini")
   DEFINE_string("on", "cpu", "cpu, gpu:80GB, gpu:80GBx8, or a slice: v5p:2x2x4", flag_values=flags)
   DEFINE_string("mesh", None, "as seed=2,fsdp=4,context=2; None = proposed", flag_values=flags)
   DEFINE_integer(
     "runs", None, "runs together; None = as the command has them", lower_bound=1, flag_values=flags
   )
-  DEFINE_string("preset", "quick", "size of a study: quick or full", flag_values=flags)
+  DEFINE_bool("sequential", False, "guidance branches one after the other", flag_values=flags)
+  DEFINE_integer(
+    "experts", None, "that are loaded at once; None = all", lower_bound=1, flag_values=flags
+  )
+  DEFINE_string("preset", "quick", "run: size of a study, quick or full", flag_values=flags)
+  importlib.import_module("jax_videoreason.cli.vbvr").define_generate(flags)
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
-  """The config with the keys of a study, where one is planned."""
-  return run.complete(config, words[1:]) if words and words[0] == RUN else config
+  """The config with the keys that the planned command adds."""
+  if words and words[0] == RUN:
+    return run.complete(config, words[1:])
+  return sweep.complete(config, words[1:]) if words and words[0] == SWEEP else config
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
-  if words and (words[0] != RUN or len(words) < 2):
-    raise cli.UsageError(f"plan {' '.join(words)}: say plan run NAME, or plan alone.")
-  # a slice is described by libtpu, which must not look for a TPU of this machine
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  from jax_videoreason import console, plan, settings, sharding
+  from jax_videoreason import console, plan, sharding
 
-  config = cli.resolved(flags)
-  if words:
-    own = {key: config.pop(key) for key in STUDY_KEYS}
-    chosen = settings.from_config(config)
-    problem, total = study(words[1], chosen, own, flags.runs)
-  else:
-    chosen, together, videos = whole(config)
-    problem = plan.Problem(
-      model=plan.model(chosen.checkpoint), chosen=chosen, runs=flags.runs or together
+  check(flags, words)
+  works = [
+    dataclasses.replace(
+      work,
+      problem=dataclasses.replace(
+        work.problem,
+        runs=flags.runs or work.problem.runs,
+        guidance="sequential" if flags.sequential else "parallel",
+        resident=flags.experts,
+      ),
     )
-    total = videos * chosen.steps * problem.sizes.G
+    for work in planned(flags, words)
+  ]
+  where = plan.target(flags.on)
   axes = None if flags.mesh is None else sharding.axes_of(flags.mesh)
-  for line in plan.lines(plan.make(problem, plan.target(flags.on), axes), total):
+  made = plan.make(plan.largest(works, where), where, axes)
+  if len(works) > 1:
+    title = "by arithmetic, an estimate; memory on each device"
+    console.table(title, plan.TABLE, [plan.row(work, where, axes) for work in works])
+  for line in plan.lines(made, works):
     console.say(line)
 
 
-def whole(config: dict[str, Any]) -> tuple["SampleSettings", int, int]:
-  """The settings of a sample or a sweep, how many runs go together, and how many there are."""
-  from jax_videoreason import product, settings
+def check(flags: FlagValues, words: list[str]) -> None:
+  """Refuses options of another command than the one that is planned."""
+  of_generate = cli.new_flags()
+  importlib.import_module("jax_videoreason.cli.vbvr").define_generate(of_generate)
+  of_command = {"preset": words[:1] == [RUN], **dict.fromkeys(of_generate, words == GENERATE)}
+  given = [name for name, known in of_command.items() if flags[name].present and not known]
+  if given:
+    said = " ".join(["plan", *words])
+    raise cli.UsageError(f"{said} takes no --{given[0]}; --help says more.")
+
+
+def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
+  """What the command of `words` takes."""
+  if words == GENERATE:
+    vbvr = importlib.import_module("jax_videoreason.cli.vbvr")
+    cli.required(flags, "data")
+    data, chosen, job = vbvr.asked(flags)
+    return vbvr.jobs.work(chosen, data, job)
+  if words == [RUN, run.ALL]:
+    return studies(flags.config.words[1:])
+  if words[:1] == [RUN] and len(words) == 2 and "experiment" in flags.config:
+    return [study(words[1], cli.resolved(flags))]
+  if words in ([], [SWEEP]):
+    return [whole(cli.resolved(flags))]
+  raise cli.UsageError(
+    f"plan {' '.join(words)}: say plan, plan sweep, plan run NAME, plan run all or plan vbvr "
+    "generate, and the options after it."
+  )
+
+
+def whole(config: dict[str, Any]) -> "Work":
+  """A sample, or a sweep where the config has cases."""
+  from jax_videoreason import plan, product, settings
 
   own = {key: config.pop(key) for key in product.KEYS if key in config}
   chosen = settings.from_config(config)
-  seeds = len(chosen.seeds)
-  if not own:
-    return chosen, min(chosen.batch or seeds, seeds), seeds
-  units, cases = product.cut(product.varied(own), seeds)
-  return chosen, cases * seeds, units * cases * seeds
+  together, videos = min(chosen.batch or len(chosen.seeds), len(chosen.seeds)), len(chosen.seeds)
+  if own:
+    units, cases = product.cut(product.varied(own), len(chosen.seeds))
+    together = cases * len(chosen.seeds)
+    videos = units * together
+  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
+  each = problem.sizes.S * problem.sizes.G
+  return plan.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
 
 
-def study(
-  name: str, chosen: "SampleSettings", own: dict[str, Any], runs: int | None
-) -> tuple[Any, float]:
-  """A batch of a study as a problem, and the network evaluations of all of them."""
-  from jax_videoreason import plan
-  from jax_videoreason.experiments import find
+def studies(words: Sequence[str]) -> "list[Work]":
+  """Every study that ships, as `run all` with these options carries it out."""
+  from jax_videoreason.experiments import EXPERIMENTS
 
-  asked = find(name)
+  module = importlib.import_module(__name__)
+  found = []
+  for name in EXPERIMENTS:
+    flags, _ = cli.parse(module, [RUN, name, *words])
+    found.append(study(name, cli.resolved(flags)))
+  return found
+
+
+def study(name: str, config: dict[str, Any]) -> "Work":
+  """A study: its batches with their taps; without the identity control."""
+  from jax_videoreason import plan, settings
+  from jax_videoreason.experiments import find, setting
+
+  own = {key: config.pop(key) for key in STUDY_KEYS}
+  chosen, asked = settings.from_config(config), find(name)
+  setting.check(chosen)
   cases = len(own["tasks"]) * own["cases"]
   size = min(own["batch"] or cases, cases)
   together = size * len(chosen.seeds) * len(asked.roles)
-  model = plan.model(chosen.checkpoint)
-  problem = plan.Problem(model=model, chosen=chosen, runs=together)
-  options = {**asked.options, **own["experiment"]}
-  each = problem.sizes.S * together * problem.sizes.G
-  total = each * -(-cases // size) * asked.trajectories(problem.sizes, options)
-  return plan.Problem(model=model, chosen=chosen, runs=runs or together), total
+  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
+  sizes, options = problem.sizes, {**asked.options, **own["experiment"]}
+  evaluations = asked.evaluations(sizes, options, -(-cases // size))
+  return plan.Work(
+    name=asked.name,
+    problem=dataclasses.replace(problem, taps=asked.tapped(sizes, options)),
+    evaluations=evaluations,
+    videos=evaluations / sizes.S / sizes.G,
+  )

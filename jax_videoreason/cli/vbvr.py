@@ -28,7 +28,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import cli, console, folders, settings
+from jax_videoreason import cli, console, folders, plan, settings
 from jax_videoreason.vbvr import (
   audit,
   baselines,
@@ -43,6 +43,7 @@ from jax_videoreason.vbvr import (
 )
 
 WORDS = 100
+CARD = "gpu:141GB"  # for which `generate` says its cost; `plan vbvr generate` takes others
 DATA = ("data", "out", "split", "tasks", "cases")
 KIT = ("evalkit", "environment", "setup", "other-evalkit", "limit", "workers", "allow-partial")
 MADE = ("table.json", "table.tex", "report.html")
@@ -50,9 +51,25 @@ MADE = ("table.json", "table.tex", "report.html")
 
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
-  DEFINE_string("data", None, "the benchmark's folder", flag_values=flags)
+  define_generate(flags)
   DEFINE_string("out", None, "folder to write", flag_values=flags)
   DEFINE_bool("redo", False, "do it again and replace what is in --out", flag_values=flags)
+  DEFINE_bool("dry-run", False, "generate: say what it will cost, and stop", flag_values=flags)
+  DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
+  DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
+  DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
+  DEFINE_bool("setup", False, "make that environment first", flag_values=flags)
+  DEFINE_bool("other-evalkit", False, "take another version, and say so", flag_values=flags)
+  DEFINE_float("limit", evalkit.LIMIT, "seconds a sample may take", 0.01, flag_values=flags)
+  DEFINE_integer("workers", os.cpu_count() or 1, "samples at once", 1, flag_values=flags)
+  DEFINE_bool("allow-partial", False, "report what there is, and what lacks", flag_values=flags)
+  DEFINE_list("beside", [baselines.STATIC], "score: clips scored too", flag_values=flags)
+  DEFINE_list("clips", list(baselines.CLIPS), "baselines: which", flag_values=flags)
+
+
+def define_generate(flags: FlagValues) -> None:
+  """What `vbvr generate` is asked, and `plan vbvr generate`."""
+  DEFINE_string("data", None, "the benchmark's folder", flag_values=flags)
   DEFINE_list("split", [], "of in-domain,out-of-domain; without it all", flag_values=flags)
   DEFINE_list("tasks", [], "as O-39,G-3 or whole names; without it all", flag_values=flags)
   DEFINE_integer("cases", None, "samples of each task at most", lower_bound=1, flag_values=flags)
@@ -81,17 +98,6 @@ def define(flags: FlagValues) -> None:
   )
   DEFINE_list("keep-steps", [], "generate: steps kept as step_000.mp4", flag_values=flags)
   DEFINE_string("part", "1/1", "generate: 2/4 makes the second of four parts", flag_values=flags)
-  DEFINE_bool("dry-run", False, "generate: say what it will cost, and stop", flag_values=flags)
-  DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
-  DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
-  DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
-  DEFINE_bool("setup", False, "make that environment first", flag_values=flags)
-  DEFINE_bool("other-evalkit", False, "take another version, and say so", flag_values=flags)
-  DEFINE_float("limit", evalkit.LIMIT, "seconds a sample may take", 0.01, flag_values=flags)
-  DEFINE_integer("workers", os.cpu_count() or 1, "samples at once", 1, flag_values=flags)
-  DEFINE_bool("allow-partial", False, "report what there is, and what lacks", flag_values=flags)
-  DEFINE_list("beside", [baselines.STATIC], "score: clips scored too", flag_values=flags)
-  DEFINE_list("clips", list(baselines.CLIPS), "baselines: which", flag_values=flags)
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
@@ -112,18 +118,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
 
 def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   cli.required(flags, "data", *([] if flags["dry-run"].value else ["out"]))
-  data = load(flags)
-  chosen = settings.from_config({**cli.resolved(flags), "seeds": [0]})
-  job = jobs.Job(
-    name=flags.name,
-    seeds=tuple(numbers("seeds", flags.seeds)),
-    max_area=flags["max-area"].value,
-    frames=flags.frames,
-    ensemble=flags.ensemble,
-    steps=tuple(numbers("keep-steps", flags["keep-steps"].value or [])),
-    part=part(flags.part),
-  )
-  show_cost(jobs.cost(chosen, data, job), data, chosen)
+  data, chosen, job = asked(flags)
+  cost = plan.totals(jobs.work(chosen, data, job), plan.target(CARD))
+  console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
   if flags["dry-run"].value:
     return
   total = len(data.samples) * len(job.seeds) * chosen.steps // job.part[1]
@@ -233,6 +230,22 @@ def load(flags: FlagValues) -> samples.Data:
   return data
 
 
+def asked(flags: FlagValues) -> tuple[samples.Data, settings.SampleSettings, jobs.Job]:
+  """What `generate` is to make."""
+  data = load(flags)
+  chosen = settings.from_config({**cli.resolved(flags), "seeds": [0]})
+  job = jobs.Job(
+    name=flags.name,
+    seeds=tuple(numbers("seeds", flags.seeds)),
+    max_area=flags["max-area"].value,
+    frames=flags.frames,
+    ensemble=flags.ensemble,
+    steps=tuple(numbers("keep-steps", flags["keep-steps"].value or [])),
+    part=part(flags.part),
+  )
+  return data, chosen, job
+
+
 def missed(data: samples.Data) -> str:
   return samples.listing(data.absent)
 
@@ -299,15 +312,6 @@ def table_of(
 
 
 # What they show
-
-
-def show_cost(price: jobs.Cost, data: samples.Data, chosen: settings.SampleSettings) -> None:
-  peta = price.operations / 1e15
-  console.say(
-    f"{data.name}: {price.videos} videos of {len(data.samples)} samples, {chosen.steps} steps "
-    f"each: {peta:,.3g} PFLOP in the transformer, about {price.hours:,.2g} hours of one H200 "
-    "(an estimate)."
-  )
 
 
 def show(made: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from jax_videoreason.experiments.context import (
 from jax_videoreason.experiments.results import Claim, Finding, Result
 from jax_videoreason.folders import plain
 from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Case, Task
 
 EVENT = "backend_compile_duration"
@@ -53,15 +54,29 @@ class Study:
   roles: tuple[str, ...]
   zero: tuple[str, ...]
   cost: Callable[..., float]
+  taps: Callable[..., TapSpec]
   finish: Callable[..., Result] | None
   options: Mapping[str, Any]
 
   def trajectories(self, sizes: Sizes, options: Mapping[str, Any]) -> float:
     """Whole trajectories per batch, by the declared cost and the options that it asks for."""
-    asked = inspect.signature(self.cost).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in asked):
-      return self.cost(sizes, **options)
-    return self.cost(sizes, **{p.name: options[p.name] for p in asked if p.name in options})
+    return self.cost(sizes, **_asked(self.cost, options))
+
+  def evaluations(self, sizes: Sizes, options: Mapping[str, Any], batches: int) -> int:
+    """Network evaluations of so many batches, by the declared cost; without the control."""
+    return round(sizes.S * sizes.R * sizes.G * batches * self.trajectories(sizes, options))
+
+  def tapped(self, sizes: Sizes, options: Mapping[str, Any]) -> TapSpec:
+    """The largest taps of a batch."""
+    return self.taps(sizes, **_asked(self.taps, options))
+
+
+def _asked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+  """The options that a function takes."""
+  wanted = inspect.signature(function).parameters.values()
+  if any(p.kind is p.VAR_KEYWORD for p in wanted):
+    return dict(options)
+  return {p.name: options[p.name] for p in wanted if p.name in options}
 
 
 def experiment(
@@ -71,6 +86,7 @@ def experiment(
   runs: Sequence[str] = ("case",),
   zero: Sequence[str] = (),
   cost: Callable[..., float] = lambda sizes: 1,
+  taps: Callable[..., TapSpec] = lambda sizes: TapSpec(),
   finish: Callable[..., Result] | None = None,
 ) -> Callable[[Callable[..., Result]], Study]:
   """Makes a Study of a function (ctx, *, options...) -> Result, called once per batch of cases.
@@ -78,6 +94,7 @@ def experiment(
   tasks: whose cases it looks at. claims: what is declared before data. runs: what rides together
   for each case and seed, "case" or ("counterpart", "case"). zero: values that the identity control
   must leave at exactly 0. cost: (sizes, options...) -> whole trajectories per batch.
+  taps: (sizes, options...) -> the largest taps of a batch, for plans.
   finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
   """
 
@@ -98,6 +115,7 @@ def experiment(
       roles=tuple(runs),
       zero=tuple(zero),
       cost=cost,
+      taps=taps,
       finish=finish,
       options={p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY},
     )
@@ -153,8 +171,7 @@ def perform(
 
   with _count_programs() as programs:
     first = context(0, control=bool(study.zero))
-    one = first.sizes.S * first.sizes.R * first.sizes.G
-    total = round(one * len(groups) * study.trajectories(first.sizes, given))
+    total = study.evaluations(first.sizes, given, len(groups))
     say(
       f"{study.name}: {len(cases)} cases x {len(setting.chosen.seeds)} seeds in {len(groups)} "
       f"batches of {first.sizes.R} runs, {first.sizes.S} steps: {total:,} network evaluations"

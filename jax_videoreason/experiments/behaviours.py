@@ -14,11 +14,19 @@ from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
+from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 
 KEPT = 0.9  # preservation from which the picture counts as perceived
 MOST_HIDDEN = 4  # objects of a case that are probed while they are hidden
 WIDTH = 64  # columns of an object's mean after a fixed random projection
+
+
+def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
+  """Means of regions R P T; None = empty ones."""
+  regions = jnp.zeros((sizes.R, MOST_HIDDEN, sizes.T)) if regions is None else regions
+  steps = tuple(range(0, sizes.S, stride))
+  return TapSpec(sites=("resid_post",), reduce=("region_mean",), steps=steps, regions=regions)
 
 
 @experiment(
@@ -64,6 +72,7 @@ WIDTH = 64  # columns of an object's mean after a fixed random projection
       paper="shown on single cases",
     ),
   ),
+  taps=tapped,
   finish=lambda result, **options: with_memory(result),
 )
 def behaviours(ctx: Context, *, stride: int = 2) -> Result:
@@ -84,7 +93,7 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   """
   steps = tuple(range(0, ctx.sizes.S, stride))
   regions, colours = hidden(ctx)
-  taps = TapSpec(sites=("resid_post",), reduce=("region_mean",), steps=steps, regions=regions)
+  taps = tapped(ctx.sizes, stride=stride, regions=regions)
   _, trace = ctx.denoise(taps=taps)
   means = jnp.asarray(trace.taps["resid_post/region_mean"], jnp.float32)[:, :, 0]  # S' L R P D
   x0 = np.asarray(trace.x0)

@@ -4,25 +4,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_videoreason import plan
 from jax_videoreason.folders import atomic, read_json, write_json
+from jax_videoreason.vbvr import jobs
 
-# 500 videos of 50 steps, with and without the prompt
-BENCHMARK = 500 * 50 * 2
+CARD = "gpu:141GB"  # for which the cost of what is not run here is said
 NOT_HERE: tuple[dict[str, Any], ...] = (
   {
     "number": 1,
     "says": "VBVR-Wan2.2 scores .685 on VBVR-Bench",
     "paper": ".685",
-    "statistic": "mean score over 500 videos",
-    "note": f"needs the 14B weights: --config vbvr_wan22, {BENCHMARK:,} network evaluations",
+    "ensemble": jobs.NONE,
   },
   {
     "number": 10,
     "says": "the training-free ensemble of three seeds raises it to .716",
     "paper": ".716",
-    "statistic": "mean score over 500 videos",
-    "note": "needs the 14B weights: videoreason run ensemble --config vbvr_wan22, from "
-    f"{BENCHMARK + 500 * 2 * 2:,} network evaluations (two more seeds at one step)",
+    "ensemble": jobs.PAPER,
   },
 )
 BLANK = {
@@ -48,7 +46,7 @@ def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict
   rows = [
     {**claim, "experiment": name} for name, record in records.items() for claim in record["claims"]
   ]
-  rows += [{**BLANK, "verdict": "not run here", **row} for row in NOT_HERE]
+  rows += [not_here(**row) for row in NOT_HERE]
   for name, reason in (failed or {}).items():
     lost = {"number": None, "says": f"the claims of {name}", "paper": "", "statistic": ""}
     rows.append({**BLANK, **lost, "verdict": "not run here", "note": reason})
@@ -64,6 +62,18 @@ def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict
   with atomic(out / "claims.md") as part:
     part.write_text(markdown(rows), encoding="utf-8")
   return rows
+
+
+def not_here(*, ensemble: str, **row: Any) -> dict[str, Any]:
+  """The row of a claim that needs the benchmark and the 14B weights: its command and its cost."""
+  command = "videoreason vbvr generate --data VBVR-Bench --config vbvr_wan22 --out videos"
+  if ensemble != jobs.NONE:
+    command += f" --ensemble {ensemble}"
+  works = jobs.official(ensemble)
+  most = plan.totals(works, plan.target(CARD))
+  note = f"needs the 14B weights and VBVR-Bench: {command}, then vbvr score; at most {most}"
+  statistic = f"mean score over {sum(work.videos for work in works):.0f} videos"
+  return {**BLANK, "verdict": "not run here", **row, "statistic": statistic, "note": note}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.reductions import signs
+from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec, tap_bytes
 
 COLUMNS = 32  # of the projection by which layers are compared
@@ -22,6 +23,16 @@ def rise(rows: np.ndarray) -> np.ndarray:
   """Mean of the last third of the places minus that of the first."""
   third = max(1, rows.shape[-1] // 3)
   return rows[..., -third:].mean((-2, -1)) - rows[..., :third].mean((-2, -1))
+
+
+def tapped(sizes: Sizes, *, site: str) -> TapSpec:
+  """Everything that is shown of a site and of each layer's update."""
+  return TapSpec(
+    sites=(site, "update"),
+    reduce=("norm", "frame_norm", "channel_moments", "pca3", "project", "lens"),
+    branches=tuple(range(sizes.G)),
+    directions=jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32),
+  )
 
 
 @experiment(
@@ -56,6 +67,7 @@ def rise(rows: np.ndarray) -> np.ndarray:
     ),
   ),
   cost=lambda sizes: 1 + 1 / sizes.S,
+  taps=tapped,
 )
 def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -> Result:
   """What does every layer hold at every step, and which answer would it give?
@@ -74,12 +86,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   """
   sizes = ctx.sizes
   shape = (sizes.F, *token_grid(ctx))
-  taps = TapSpec(
-    sites=(site, "update"),
-    reduce=("norm", "frame_norm", "channel_moments", "pca3", "project", "lens"),
-    branches=tuple(range(sizes.G)),
-    directions=jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32),
-  )
+  taps = tapped(sizes, site=site)
   _, trace = ctx.denoise(taps=taps)
   kept = {name: np.asarray(value) for name, value in trace.taps.items()}
   own = {name: value[:, :, 0] for name, value in kept.items()}  # S L R ...

@@ -53,6 +53,14 @@ def cost(sizes: Sizes, *, modes: Sequence[str], stride: int, **_: Any) -> float:
   return 1 + len(modes) * (shared + 2 * max(1, sizes.F - 1))
 
 
+def tapped(sizes: Sizes) -> TapSpec:
+  """A projection of the middle layer."""
+  directions = jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32)
+  return TapSpec(
+    sites=("resid_post",), reduce=("project",), layers=(sizes.L // 2,), directions=directions
+  )
+
+
 def with_index(result: Result) -> Result:
   """The CoS index of every mode, of all cases and of each task, as notes."""
   task = np.array([str(case).split()[0] for case in result.points["case"]])
@@ -121,6 +129,7 @@ def with_index(result: Result) -> Result:
   ),
   zero=("step_drop", "frame_drop", "matched_drop", "cka_x0", "cka_latents", "cka_hidden"),
   cost=cost,
+  taps=tapped,
   finish=lambda result, **options: with_index(result),
 )
 def noise(
@@ -143,10 +152,7 @@ def noise(
   steps = chosen_steps(sizes, stride)
   frames = list(range(1, sizes.F)) if sizes.F > 1 else [0]
   spread = np.unique(np.linspace(0, sizes.S - 1, min(sizes.F, sizes.S)).round().astype(int))
-  directions = jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32)
-  taps = TapSpec(
-    sites=("resid_post",), reduce=("project",), layers=(sizes.L // 2,), directions=directions
-  )
+  taps = tapped(sizes)
   base = identity(sizes, edits=("noise",))
   final, clean = ctx.resume(None, 0, base, taps)
   score = ctx.read(final).score[-1]

@@ -12,6 +12,7 @@ from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
+from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Metadata
 
@@ -60,6 +61,13 @@ TARGETS: Mapping[str, Mapping[str, tuple[str, Callable[[Metadata, Any], Label]]]
 }
 
 
+def tapped(sizes: Sizes, *, stride: int, site: str, regions: Any = None) -> TapSpec:
+  """Means of regions R 8 T; None = empty ones."""
+  regions = jnp.zeros((sizes.R, 8, sizes.T)) if regions is None else regions
+  steps = tuple(range(0, sizes.S, stride))
+  return TapSpec(sites=(site,), reduce=("region_mean",), steps=steps, regions=regions)
+
+
 @experiment(
   tasks=("pick", "select_largest", "maze", "sort_bars"),
   claims=(
@@ -85,6 +93,7 @@ TARGETS: Mapping[str, Mapping[str, tuple[str, Callable[[Metadata, Any], Label]]]
       paper="early layers perceive, middle layers reason",
     ),
   ),
+  taps=tapped,
   finish=lambda result, **options: fit(result),
 )
 def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result:
@@ -101,9 +110,8 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
   empty map is no proof of absence. Targets differ in their chance level; the shuffled map shows it.
   """
   sizes = ctx.sizes
-  regions = quarters(ctx)
   steps = tuple(range(0, sizes.S, stride))
-  taps = TapSpec(sites=(site,), reduce=("region_mean",), steps=steps, regions=regions)
+  taps = tapped(sizes, stride=stride, site=site, regions=quarters(ctx))
   final, trace = ctx.denoise(taps=taps)
   means = jnp.asarray(trace.taps[f"{site}/region_mean"], jnp.float32)[:, :, 0]  # S L R P D
   features = rearrange(np.asarray(squeeze(means, WIDTH)), "s l r p k -> s l r (p k)")

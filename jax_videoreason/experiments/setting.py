@@ -22,11 +22,7 @@ HASHED = 1 << 20  # bytes of weights that tell one bundle from another
 
 def load(chosen: SampleSettings) -> Setting:
   """The setting of these settings; text encoder and DiT are never resident together."""
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"cases are square and the config says {chosen.width} x {chosen.height}: give "
-      "--config.height and --config.width the same number."
-    )
+  check(chosen)
   bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae", "preview"))
   return Setting(
     bundle=bundle,
@@ -35,6 +31,15 @@ def load(chosen: SampleSettings) -> Setting:
     decode=functools.partial(decode, bundle, tiles=chosen.tiles),
     load_task=load_task,
   )
+
+
+def check(chosen: SampleSettings) -> None:
+  """ValueError where no case has the size of the settings."""
+  if chosen.height != chosen.width:
+    raise ValueError(
+      f"cases are square and the config says {chosen.width} x {chosen.height}: give "
+      "--config.height and --config.width the same number."
+    )
 
 
 def encode(chosen: SampleSettings, cases: Sequence[Case]) -> Conditioning:

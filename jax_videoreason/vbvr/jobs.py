@@ -3,15 +3,16 @@ the official run."""
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, framing
-from jax_videoreason.models.variants import VARIANTS
+from jax_videoreason import framing, plan
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import LatentSpec
+from jax_videoreason.vbvr import suite
 from jax_videoreason.vbvr.samples import OWN, Data, Sample
 
 OFFICIAL_SEED = 1
@@ -26,7 +27,6 @@ OFFICIAL: dict[str, Any] = {
 }
 OFFICIAL_BOUNDARY = 0.875  # of a model with two experts
 BATCH_TOKENS = 32_768  # tokens that are denoised together where the settings do not say
-H200 = 455e12  # operations per second that a run of the 14B model reaches: 46% of the peak
 MEMBERS = 3  # runs of the ensemble
 NONE, PAPER = "none", "paper"
 
@@ -59,6 +59,9 @@ class Shape:
   width: int
 
 
+LONGEST = Shape(frames=85, height=1024, width=1024)  # of the benchmark's videos that were seen
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
   """Samples of one shape that are denoised together, with one seed."""
@@ -66,19 +69,6 @@ class Unit:
   seed: int
   shape: Shape
   samples: tuple[Sample, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-  """videos, operations (multiplications and additions counted apart), and the same in hours."""
-
-  videos: int
-  operations: float
-
-  @property
-  def hours(self) -> float:
-    """Of one H200, for a model in bfloat16; text encoder and VAE come on top."""
-    return self.operations / H200 / 3600
 
 
 def shape_of(sample: Sample, latents: LatentSpec, job: Job) -> Shape:
@@ -124,38 +114,49 @@ def tokens(latents: LatentSpec, shape: Shape) -> int:
   return int(np.prod(latents.tokens(grid)))
 
 
-def operations(config: Any, text_length: int, count: int) -> float:
-  """Of one evaluation of a WanDiT for one run and branch; count: T. Counted are the matmuls."""
-  width, keys = config.width, text_length
-  per_token = 12 * width**2 + 4 * width * config.ffn_width + 4 * (count + keys) * width
-  return float(config.layers) * (count * per_token + 4 * keys * width**2)
-
-
-def cost(chosen: SampleSettings, data: Data, job: Job) -> Cost:
-  """What the whole run will take; the model need not be there if it is a published one.
+def work(chosen: SampleSettings, data: Data, job: Job) -> list[plan.Work]:
+  """What the units of this part of a job take; a published model need not be there.
 
   Raises ValueError where the model is neither there nor known by the name of its folder.
   """
-  config, latents, text_length = described(chosen)
-  total = 0.0
-  for sample in data.samples:
-    count = tokens(latents, shape_of(sample, latents, job))
-    total += operations(config, text_length, count)
-  evaluations = chosen.steps + (MEMBERS - 1 if job.ensemble == PAPER else 0)
-  branches = 2 if chosen.guided else 1
-  videos_made = len(data.samples) * len(job.seeds)
-  return Cost(videos=videos_made, operations=total * evaluations * branches * len(job.seeds))
+  model = plan.model(chosen.checkpoint)
+  mine = units(data, model.card.latents, job, chosen.batch)[job.part[0] :: job.part[1]]
+  return by_shape(model, chosen, [(unit.shape, len(unit.samples)) for unit in mine], job)
 
 
-def described(chosen: SampleSettings) -> tuple[Any, LatentSpec, int]:
-  """(config of the transformer, what a latent is, text tokens) of the bundle or published model."""
-  variant = VARIANTS.get(Path(chosen.checkpoint).name)
-  if variant is not None and not Path(chosen.checkpoint).is_dir():
-    stride = (4, 16, 16) if variant.dit.out_channels == 48 else (4, 8, 8)
-    latents = LatentSpec(channels=variant.dit.out_channels, stride=stride)
-    return variant.dit, latents, 512
-  found = checkpoint.describe(chosen.checkpoint)
-  return found.modules.dit.config, found.card.latents, found.card.text_length
+def by_shape(
+  model: plan.Model, chosen: SampleSettings, batches: Sequence[tuple[Shape, int]], job: Job
+) -> list[plan.Work]:
+  """What batches (shape, videos) take, shape by shape."""
+  members = MEMBERS if job.ensemble == PAPER else 1  # in the first step
+  found = []
+  for shape in sorted({shape for shape, _ in batches}):
+    counts = [count for own, count in batches if own == shape]
+    sized = dataclasses.replace(chosen, **dataclasses.asdict(shape))
+    problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts))
+    sizes = problem.sizes
+    found.append(
+      plan.Work(
+        name=f"{shape.frames} x {shape.height} x {shape.width}",
+        problem=problem,
+        videos=sum(counts),
+        evaluations=sum(counts) * sizes.G * (sizes.S + members - 1),
+      )
+    )
+  return found
+
+
+def official(ensemble: str = NONE) -> list[plan.Work]:
+  """What the official run takes at most: as if all videos were as long as the longest."""
+  chosen = SampleSettings(
+    checkpoint="ckpt/vbvr_wan22",
+    **dataclasses.asdict(LONGEST),
+    **OFFICIAL,
+    boundary=OFFICIAL_BOUNDARY,
+  )
+  videos = len(suite.OFFICIAL) * suite.SAMPLES
+  model, job = plan.model(chosen.checkpoint), Job(ensemble=ensemble)
+  return by_shape(model, chosen, [(LONGEST, 1)] * videos, job)
 
 
 def deviations(chosen: SampleSettings, data: Data, job: Job, seed: int, experts: int) -> list[str]:

@@ -44,19 +44,24 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-  """platform: cpu, gpu, tpu. memory: bytes that a program may use. peak: bfloat16 FLOP/s."""
+  """platform: cpu, gpu, tpu. memory: bytes that a program may use. peak: bfloat16 FLOP/s.
+
+  most: chips of the largest slice there is.
+  """
 
   platform: str
   memory: float
   peak: float
+  most: int = 1
 
 
-# Published peaks; the memory of a TPU is what a program can use of it.
+# Published peaks and sizes; the memory of a TPU is what a program can use of it. A chip of tpu7x is
+# two devices.
 CHIPS = {
-  "v5e": Device(platform="tpu", memory=15.75 * GIB, peak=197e12),
-  "v5p": Device(platform="tpu", memory=95e9, peak=459e12),
-  "v6e": Device(platform="tpu", memory=31.25 * GIB, peak=918e12),
-  "tpu7x": Device(platform="tpu", memory=96e9, peak=1153e12),  # two devices to a chip
+  "v5e": Device(platform="tpu", memory=15.75 * GIB, peak=197e12, most=256),
+  "v5p": Device(platform="tpu", memory=95e9, peak=459e12, most=6144),
+  "v6e": Device(platform="tpu", memory=31.25 * GIB, peak=918e12, most=256),
+  "tpu7x": Device(platform="tpu", memory=96e9, peak=1153e12, most=9216),
 }
 CARD_GB = 0.995 * GIB  # of a card's name: 81,559 MiB are an H100 80GB, 143,771 MiB an H200 141GB
 CARDS = {24: 165e12, 40: 312e12, 48: 362e12, 80: 989e12, 96: 989e12, 141: 989e12}
@@ -82,6 +87,8 @@ def target(name: str) -> Target:
     return Target(name=name, device=device, count=len(jax.devices("cpu")))
   if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", size):
     chips = math.prod(int(n) for n in size.split("x"))
+    if not 1 <= chips <= CHIPS[kind].most:
+      raise ValueError(f"--on={name} has {chips} chips, wanted 1 to {CHIPS[kind].most} of {kind}.")
     count = 2 * chips if kind == "tpu7x" else chips
     return Target(name=name, device=CHIPS[kind], count=count)
   card = re.fullmatch(r"(\d+)GB(?:x(\d+))?", size)
@@ -526,7 +533,7 @@ def totals(works: Sequence[Work], where: Target) -> str:
   return (
     f"{evaluations:,.0f} network evaluations ({_count(videos, 'video')}), "
     f"{_peta(flops)}, {_time(_seconds(flops, where))} on {where.name} "
-    f"at {SHARE:.0%} of its peak (an estimate)"
+    f"at {SHARE:.0%} of its peak (an estimate, of the network alone)"
   )
 
 

@@ -184,6 +184,7 @@ def test_the_command_prints_it(capsys):
 @pytest.mark.parametrize(
   ("words", "said"),
   [
+    (["--on=v6e:32x32"], "--on=v6e:32x32 has 1024 chips, wanted 1 to 256 of v6e"),
     (["--on=v9"], "--on=v9, wanted cpu, gpu:80GB, gpu:80GBx8"),
     (["--on=gpu:80GBx8", "--mesh=fsdp=3"], "takes 3 devices, gpu:80GBx8 has 8: give other sizes"),
     (["--on=gpu:80GBx2", "--mesh=seed=2", "--runs=3"], "3 runs on seed=2, wanted a multiple"),

@@ -32,15 +32,21 @@ if TYPE_CHECKING:
   from jax_videoreason.plan import Work
 
 WORDS = 2
+# a slice is described by libtpu, which must not look for a TPU of this machine
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
 RUN, SWEEP, GENERATE = "run", "sweep", ["vbvr", "generate"]
 STUDY_KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words", "batch")
 
 
 def define(flags: FlagValues) -> None:
-  # a slice is described by libtpu, which must not look for a TPU of this machine; jax reads the
-  # names when it is imported, which the flags of another command do
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # jax is imported with the flags of the planned command
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
   cli.define_config(flags, "mini")
   DEFINE_string("on", "cpu", "cpu, gpu:80GB, gpu:80GBx8, or a slice: v5p:2x2x4", flag_values=flags)
   DEFINE_string("mesh", None, "as seed=2,fsdp=4,context=2; None = proposed", flag_values=flags)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from jax_videoreason.cli.plan import ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [
   pytest.mark.pods,
@@ -50,7 +52,7 @@ def planned(config: str, on: str, runs: int = 1) -> dict:
   done = subprocess.run(
     [sys.executable, "-c", CODE, config, on, str(runs)],
     cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""},
+    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": ""},
     capture_output=True,
     text=True,
     check=False,
@@ -84,6 +86,20 @@ def test_fifty_steps_compile_as_fast_as_ten():
   """Processor time, which other work on the machine does not lengthen as it does the clock's."""
   ten, fifty = (planned(f"wan22_i2v_a14b:480p,steps={n}", "v5p:2x2x4") for n in (10, 50))
   assert fifty["cpu_seconds"] <= 1.1 * ten["cpu_seconds"]
+
+
+def test_a_slice_that_is_none_is_said_in_a_sentence():
+  done = subprocess.run(
+    [sys.executable, "-m", "jax_videoreason", "plan", "--config=mini", "--on=v5p:3x5"],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stderr.startswith("videoreason: libtpu does not describe v5p:3x5: ")
+  assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_does_not_fit_is_said_by_the_compiler():

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
   from jax_videoreason.plan import Work
 
 WORDS = 2
-# a slice is described by libtpu, which must not look for a TPU of this machine
+# a slice is described by libtpu, which must not look for a TPU of this machine, nor guard one
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_ACCELERATOR_TYPE": "v5p-8",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }

@@ -1,7 +1,7 @@
 """The sampler compiles for Cloud TPU slices, and fits on them, without a TPU.
 
-Every slice on the mesh that `plan` proposes. libtpu takes a lock, so one process compiles at a
-time; run without -n. `.ci/run` runs these in a virtual environment that has libtpu.
+Every slice on the mesh that `plan` proposes. A compilation takes all cores: run without -n.
+`.ci/run` runs these in a virtual environment that has libtpu.
 """
 
 import functools

@@ -20,7 +20,7 @@ from jax_videoreason.axes import Array, Params
 from jax_videoreason.structs import ModelBundle
 from jax_videoreason.tiling import Tiling, join, named, places
 
-PIXELS = 2**19  # pixels of video that are decoded at once; one latent frame of one run at the least
+PIXELS = 2**17  # pixels of video that are decoded at once; one latent frame of one run at the least
 RUNS = "* f h w c"  # leading axes of any number, joined and parted by einops
 ROWS = 2**14  # latent cells per batch of `fit_preview`
 
@@ -257,10 +257,10 @@ def _runs(bundle: ModelBundle, latents: ArrayLike) -> tuple[np.ndarray, list[Any
 
 
 def _in_batches(fn: Callable[[Array], Array], x: np.ndarray, size: int) -> np.ndarray:
-  """fn over axis 0 in batches of one size, the last filled up by its own last row: one program."""
+  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row."""
   if not len(x):
     raise ValueError(f"latents hold no run ({x.shape}): give one or more.")
-  size = min(size, len(x))
+  size = -(-len(x) // -(-len(x) // size))
   parts = []
   for start in range(0, len(x), size):
     part = x[start : start + size]

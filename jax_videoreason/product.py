@@ -1,8 +1,4 @@
-"""The product of cases, seeds and edits, run through the one sampler and read into rows.
-
-Runs are ordered edit by edit, case by case, seeds inside. A unit holds whole cases of one edit, so
-all seeds of a case ride together and an ensemble finds its members.
-"""
+"""The units of a product: run through the one sampler, read into rows, carried out as a sweep."""
 
 import contextlib
 import dataclasses
@@ -19,7 +15,7 @@ from jax_videoreason import (
   baselines,
   checkpoint,
   evaluate,
-  interventions,
+  factors,
   media,
   prepare,
   runs,
@@ -28,175 +24,19 @@ from jax_videoreason import (
   sweep,
 )
 from jax_videoreason.decode import decode, preview
-from jax_videoreason.folders import checksum, plain, read_json, write_json
-from jax_videoreason.interventions import Intervention
+from jax_videoreason.factors import Product
+from jax_videoreason.folders import read_json, write_json
 from jax_videoreason.schedules import Schedule
-from jax_videoreason.settings import SampleSettings
 from jax_videoreason.store import LATENT_AXES, TAP_AXES
-from jax_videoreason.structs import Conditioning, ModelBundle, Sizes, Trace
+from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.sweep import RUN, Part, Work
-from jax_videoreason.tasks import Answer, Case, Task
+from jax_videoreason.tasks import Answer, Case
 
-UNIT = 32  # runs of a unit where nothing is said
 STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
 AGREEMENT = 0.98  # of the answers that the preview and the VAE give
-LOOKED_AT = (5, 8)  # steps and runs on which they are compared
-KEYS = (
-  "tasks",
-  "split",
-  "cases",
-  "ambiguous",
-  "edits",
-  "unit",
-  "mesh",
-  "reader",
-)  # of a configuration
-READERS = ("auto", "preview", "vae")
-EDITS = {
-  "none": (),
-  "noise_at": ("mode", "gain", "steps", "frames"),
-  "ablate": ("sites", "gate", "steps", "layers"),
-  "ensemble_runs": ("what", "keep", "amount", "steps", "layers"),
-}
-PLACES = ("steps", "layers", "frames")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Varied:
-  """What is multiplied, and how it is read.
-
-  tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
-  edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
-  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process;
-  None = as many runs side by side as divide a unit. reader: what shows x0 at every step: the
-  linear preview, the VAE, or the preview where it agrees with the VAE.
-  """
-
-  tasks: tuple[str, ...]
-  split: str
-  cases: int
-  kind: str
-  edits: Mapping[str, Mapping[str, Any]]
-  unit: int | None
-  mesh: str | None
-  reader: str
-
-
-def varied(given: Mapping[str, Any]) -> Varied:
-  """What a plain mapping says; ValueError names every fault."""
-  faults = []
-  edits = {str(name): dict(edit) for name, edit in given["edits"].items()}
-  if not edits:
-    faults.append("edits={}, wanted at least one: edits.none.edit='none' runs without any.")
-  for name, edit in edits.items():
-    kind = edit.get("edit")
-    if kind not in EDITS:
-      faults.append(f"edits.{name}.edit={kind!r}, wanted one of {', '.join(EDITS)}.")
-      continue
-    wrong = sorted(edit.keys() - {"edit", *EDITS[kind]})
-    if wrong:
-      known = ", ".join(EDITS[kind]) or "none"
-      faults.append(f"edits.{name}: {kind} takes no {wrong[0]!r}; it takes: {known}.")
-    for place in PLACES:
-      value = edit.get(place)
-      if value is not None and (len(value) != 2 or not value[0] < value[1]):
-        faults.append(f"edits.{name}.{place}={value!r}, wanted (from, to).")
-  for key, known in (
-    ("reader", READERS),
-    ("split", evaluate.SPLITS),
-    ("ambiguous", tuple(evaluate.KINDS)),
-  ):
-    if given[key] not in known:
-      faults.append(f"{key}={given[key]!r}, wanted one of {', '.join(known)}.")
-  for key in ("cases", "unit"):
-    if given[key] is not None and given[key] < 1:
-      faults.append(f"{key}={given[key]}, wanted at least 1.")
-  if not given["tasks"]:
-    faults.append("tasks=(), wanted at least one.")
-  if faults:
-    raise ValueError("configuration: " + " ".join(faults))
-  return Varied(
-    tasks=tuple(given["tasks"]),
-    split=given["split"],
-    cases=given["cases"],
-    kind=given["ambiguous"],
-    edits=edits,
-    unit=given["unit"],
-    mesh=given["mesh"],
-    reader=given["reader"],
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-  """All cases, and how they are cut: units_of_edit units of `cases_of_unit` cases for each edit."""
-
-  chosen: SampleSettings
-  varied: Varied
-  tasks: Mapping[str, Task]
-  cases: Sequence[Case]
-  cases_of_unit: int
-
-  @property
-  def width(self) -> int:
-    return self.cases_of_unit * len(self.chosen.seeds)
-
-  @property
-  def units(self) -> int:
-    return len(self.varied.edits) * len(self.cases) // self.cases_of_unit
-
-  def edit_of(self, unit: int) -> str:
-    return list(self.varied.edits)[unit * self.cases_of_unit // len(self.cases)]
-
-  def cases_in(self, unit: int) -> np.ndarray:
-    """The numbers of the cases of a unit."""
-    low = unit * self.cases_of_unit % len(self.cases)
-    return np.arange(low, low + self.cases_of_unit)
-
-  def asked(self) -> dict[str, Any]:
-    """What two calls must share for one to go on where the other stopped."""
-    settings = dataclasses.asdict(self.chosen)
-    for name in ("batch", "piece", "checkpoint"):  # they change no number
-      settings.pop(name)
-    settings["taps"].pop("budget_gb")
-    weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
-    own = dataclasses.asdict(self.varied)
-    for name in ("unit", "mesh"):  # units and width say what the first did
-      own.pop(name)
-    return plain({**settings, **own, "weights": weights, "units": self.units, "width": self.width})
-
-
-def cut(wanted: Varied, seeds: int) -> tuple[int, int]:
-  """(units, cases of a unit): all units hold equally many whole cases."""
-  cases = len(wanted.tasks) * wanted.cases
-  most = max(1, (wanted.unit or UNIT) // seeds)
-  size = max(n for n in range(1, min(most, cases) + 1) if cases % n == 0)
-  return len(wanted.edits) * cases // size, size
-
-
-def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
-  """Draws the cases and cuts the units. ValueError: a task without the split, too few cases."""
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
-      f"--config.height={chosen.width}."
-    )
-  loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
-  cases = []
-  for task in loaded.values():
-    split = "heldout" if task.held_out else wanted.split
-    task.check_split(split, 0)
-    drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
-    # the video that solves a case is large and not looked at here
-    cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
-  return Product(
-    chosen=chosen,
-    varied=wanted,
-    tasks=loaded,
-    cases=cases,
-    cases_of_unit=cut(wanted, len(chosen.seeds))[1],
-  )
+LOOKED_AT = 5  # steps on which they are compared
+HELD = 2**24  # pixels of video that are held at once to be read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,24 +109,27 @@ def compute(bench: Bench, unit: int) -> Made:
 
 
 def _denoise(bench: Bench, unit: int) -> Made:
+  product = bench.product
+  return _sample(bench, product.runs_in(unit), product.varied.edits[product.edit_of(unit)])
+
+
+def _sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, Any]) -> Made:
+  """Denoises runs (number of the case, seed) with an edit."""
   product, chosen = bench.product, bench.product.chosen
-  numbers, seeds = product.cases_in(unit), chosen.seeds
-  row = np.repeat(numbers, len(seeds))
   spec = bench.bundle.card.latents
   noise = runs.make_noise(
-    [product.cases[c].index * evaluate.STRIDE + seed for c in numbers for seed in seeds],
+    [product.cases[case].index * evaluate.STRIDE + seed for case, seed in asked],
     (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
   )
-  cond = runs.take(bench.cond, row)
+  cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
   sizes = sampler.sizes_of(bench.bundle, noise, cond, bench.schedule)
-  name = product.edit_of(unit)
   kept: list[Trace] = []
   final = runs.run(
     bench.bundle,
     noise,
     cond,
     bench.schedule,
-    edit_for(product.varied.edits[name], sizes, bench.schedule, len(seeds)),
+    factors.edit_for(said, sizes, bench.schedule, len(chosen.seeds)),
     dataclasses.replace(chosen.taps.spec(), latents=False),
     piece=chosen.piece,
     mesh=bench.mesh,
@@ -304,78 +147,82 @@ def _denoise(bench: Bench, unit: int) -> Made:
   )
 
 
-def edit_for(
-  said: Mapping[str, Any], sizes: Sizes, schedule: Schedule, seeds: int
-) -> Intervention | None:
-  """The edit of a unit whose runs are case by case, `seeds` of each; None = without room for any.
-
-  An ensemble is one of the seeds of each case.
-  """
-  options = {key: value for key, value in said.items() if key != "edit" and value is not None}
-  place = {key: slice(*options.pop(key)) for key in PLACES if key in options}
-  at = interventions.where(
-    sizes, steps=place.get("steps"), layers=place.get("layers"), frames=place.get("frames")
-  )
-  sigma = np.asarray(schedule.sigma)
-  if said["edit"] == "none":
-    return None
-  if said["edit"] == "noise_at":
-    return interventions.noise_at(interventions.identity(sizes), at, sigma=sigma, **options)
-  if said["edit"] == "ablate":
-    return interventions.ablate(interventions.identity(sizes), at, **options)
-  if seeds < 2:
-    raise ValueError(f"an ensemble of {seeds} seed, wanted two or more: give --config.seeds=4.")
-  members = [np.arange(seed, sizes.R, seeds) for seed in range(seeds)]
-  return interventions.ensemble_runs(
-    interventions.identity(sizes), at, members, sigma=sigma, **options
-  )
-
-
 # Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
-  """What shows x0 at every step. agreement: of preview and VAE; None = not looked at."""
+  """What shows x0 of a task at every step: "preview", "mixed" or "vae", as `Varied.reader` says.
+
+  agreement: with the VAE, of the answers looked at; None = not looked at.
+  """
 
   by: str
   agreement: float | None = None
 
 
-def choose_reader(bench: Bench, unit: int, made: Made) -> Reader:
-  """The reader that the settings name; "auto" compares preview and VAE on some of this unit."""
-  wanted = bench.product.varied.reader
-  if wanted == "preview" and bench.bundle.preview is None:
+Readers = Mapping[str, Reader]  # by the name of the task
+
+
+def choose_readers(bench: Bench) -> Readers:
+  """The readers that the settings name; "auto" tries them on as many runs as a unit has.
+
+  These are spread evenly over all cases, and not edited. A task of which none is looked at is read
+  by the VAE.
+  """
+  product, wanted = bench.product, bench.product.varied.reader
+  if wanted in ("preview", "mixed") and bench.bundle.preview is None:
     raise ValueError(f"{bench.bundle.card.name} has no preview: give --config.reader=vae.")
-  if wanted != "auto":
-    return Reader(by=wanted)
-  if bench.bundle.preview is None:
-    return Reader(by="vae")
-  steps, width = made.finite.shape
-  rows = np.unique(np.linspace(0, steps - 1, LOOKED_AT[0]).round().astype(int))
-  some = np.unique(np.linspace(0, width - 1, LOOKED_AT[1]).round().astype(int))
-  x0 = made.x0[np.ix_(rows, some)]
-  cases = [_case_of(bench.product, unit, int(r)) for r in some]
-  said = [parse(bench.product, cases, show(bench.bundle, x0)) for show in (preview, decode)]
-  agreement = float((said[0] == said[1]).mean())
-  return Reader(by="preview" if agreement >= AGREEMENT else "vae", agreement=agreement)
+  if wanted != "auto" or bench.bundle.preview is None:
+    return {name: Reader(by="vae" if wanted == "auto" else wanted) for name in product.tasks}
+  seeds = product.chosen.seeds
+  spread = np.linspace(0, len(product.cases) * len(seeds) - 1, product.width).round().astype(int)
+  asked = [(int(n) // len(seeds), seeds[n % len(seeds)]) for n in spread]
+  made = _sample(bench, asked, {"edit": "none"})
+  steps = np.unique(np.linspace(0, len(made.x0) - 1, LOOKED_AT).round().astype(int))
+  cases, x0 = [product.cases[case] for case, _ in asked], made.x0[steps]
+  said = {by: answers_at(bench, dict.fromkeys(product.tasks, Reader(by=by)), cases, x0)
+          for by in ("preview", "mixed", "vae")}  # fmt: skip
+  return {name: quickest(said, [case.task == name for case in cases]) for name in product.tasks}
 
 
-def parse(product: Product, cases: Sequence[Case], frames: np.ndarray) -> np.ndarray:
-  """S R objects: the answer of each clip; frames S R frames height width 3."""
-  answer = np.full(frames.shape[:2], None, object)
-  for r, case in enumerate(cases):
-    for s in range(len(frames)):
-      answer[s, r] = product.tasks[case.task].parse(frames[s, r], case.metadata)
-  return answer
+def quickest(said: Mapping[str, np.ndarray], own: Sequence[bool]) -> Reader:
+  """The first whose answers (S R) are those of "vae", in the runs that are `own`."""
+  if any(own):
+    for by, answer in said.items():
+      agreement = float((answer == said["vae"])[:, own].mean())
+      if agreement >= AGREEMENT:
+        return Reader(by=by, agreement=agreement)
+  return Reader(by="vae")
 
 
-def read(bench: Bench, reader: Reader, unit: int, made: Made) -> Part:
+def answers_at(bench: Bench, readers: Readers, cases: Sequence[Case], x0: np.ndarray) -> np.ndarray:
+  """S R objects: the answer at every step, None = unreadable; x0 S R F H W C, a case for each R."""
+  said = np.full(x0.shape[:2], None, object)
+
+  def look(where: np.ndarray, show: Callable[[ModelBundle, np.ndarray], np.ndarray]) -> None:
+    """Reads the clips of `where` (S R bool) in groups of one size, the last one filled up."""
+    at, chosen = np.argwhere(where), bench.product.chosen
+    size = max(1, min(len(cases), HELD // (chosen.frames * chosen.height * chosen.width)))
+    for low in range(0, len(at), size):
+      group = at[low : low + size]
+      clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)])
+      for (s, r), frames in zip(group, clips, strict=False):
+        said[s, r] = bench.product.tasks[cases[r].task].parse(frames, cases[r].metadata)
+
+  by = np.array([readers[case.task].by for case in cases])
+  look(np.broadcast_to(by != "vae", said.shape), preview)
+  unread = np.array([[answer is None for answer in row] for row in said])
+  look(unread & (by != "preview"), decode)
+  return said
+
+
+def read(bench: Bench, readers: Readers, unit: int, made: Made) -> Part:
   """Rows and arrays of a unit: its final videos scored, its answers at every step."""
   product = bench.product
-  cases = [_case_of(product, unit, r) for r in range(product.width)]
-  show = preview if reader.by == "preview" else decode
-  said = parse(product, cases, show(bench.bundle, made.x0))
+  asked = product.runs_in(unit)
+  cases = [product.cases[case] for case, _ in asked]
+  said = answers_at(bench, readers, cases, made.x0)
   right = np.array(
     [[a in c.metadata["answers"] for a, c in zip(row, cases, strict=True)] for row in said]
   )
@@ -385,9 +232,9 @@ def read(bench: Bench, reader: Reader, unit: int, made: Made) -> Part:
   said[:, ~finite], right[:, ~finite] = None, False
   commitment, flips = answers.commit(said), answers.changes(said, right)
   rows = []
-  for r, case in enumerate(cases):
-    metadata = case.metadata
-    task = product.tasks[case.task]
+  for r, (number, seed) in enumerate(asked):
+    case = cases[r]
+    task, metadata = product.tasks[case.task], case.metadata
     mark = baselines.mark(task, videos[r], metadata) if finite[r] else evaluate.BROKEN
     rows.append(
       {
@@ -396,12 +243,13 @@ def read(bench: Bench, reader: Reader, unit: int, made: Made) -> Part:
         "task": case.task,
         "split": case.split,
         "index": case.index,
-        "case": int(product.cases_in(unit)[r // len(product.chosen.seeds)]),
+        "case": number,
         "problem": metadata["hash"],
         "k": metadata["k"],
-        "seed": product.chosen.seeds[r % len(product.chosen.seeds)],
+        "seed": seed,
         **dataclasses.asdict(mark),
         "answer": _text(mark.answer),
+        "read_by": readers[case.task].by,
         "answers": [_text(a) for a in said[:, r]],
         "rights": right[:, r].tolist(),
         "commitment": int(commitment[r]),
@@ -451,29 +299,27 @@ class _Workshop:
 
   def __init__(self, product: Product, mesh: Mesh | None, settled: Path, *, writes: bool):
     self.product, self.mesh, self.settled, self.writes = product, mesh, settled, writes
-    self.first: dict[int, Made] = {}
 
   @functools.cached_property
   def bench(self) -> Bench:
     return ready(self.product, self.mesh)
 
   @functools.cached_property
-  def reader(self) -> Reader:
+  def readers(self) -> Readers:
     """Chosen once for the whole sweep, and remembered beside it."""
     if self.settled.exists():
-      return Reader(**read_json(self.settled))
-    self.first[0] = compute(self.bench, 0)
-    chosen = choose_reader(self.bench, 0, self.first[0])
+      return {name: Reader(**said) for name, said in read_json(self.settled).items()}
+    chosen = choose_readers(self.bench)
     if self.writes:
-      write_json(self.settled, dataclasses.asdict(chosen))
+      write_json(self.settled, {name: dataclasses.asdict(said) for name, said in chosen.items()})
     return chosen
 
-  def compute(self, unit: int) -> tuple[Reader, Made]:
-    reader = self.reader
-    return reader, self.first.pop(unit) if unit in self.first else compute(self.bench, unit)
+  def compute(self, unit: int) -> Made:
+    _ = self.readers  # settled before the first unit is done
+    return compute(self.bench, unit)
 
-  def read(self, unit: int, made: tuple[Reader, Made]) -> Part:
-    return read(self.bench, made[0], unit, made[1])
+  def read(self, unit: int, made: Made) -> Part:
+    return read(self.bench, self.readers, unit, made)
 
 
 def perform(
@@ -526,19 +372,9 @@ def perform(
         device=used[0].device_kind,
         processes=count,
         model=checkpoint.describe(product.chosen.checkpoint).card.name,
-        evaluations=evaluations(product),
+        evaluations=factors.evaluations(product),
       )
     meet("finished")
-
-
-def evaluations(product: Product) -> int:
-  """Network evaluations of all runs, both guidance branches counted."""
-  branches = 2 if product.chosen.guided else 1
-  return product.units * product.width * product.chosen.steps * branches
-
-
-def _case_of(product: Product, unit: int, row: int) -> Case:
-  return product.cases[product.cases_in(unit)[row // len(product.chosen.seeds)]]
 
 
 def _text(answer: Answer | None) -> str | None:

@@ -11,6 +11,7 @@ seconds of the seeds in one batch over those of one after the other.
 """
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def reference(theirs: WanTransformer3DModel, given: Problem) -> np.ndarray:
   rest = channels_first(np.concatenate([cond.known_mask, cond.known], axis=-1))
   texts = [torch.tensor(np.asarray(text)) for text in cond.text]
   sigma = [float(s) for s in schedule.sigma]
-  for now, then in zip(sigma[:-1], sigma[1:], strict=True):
+  for now, then in itertools.pairwise(sigma):
     time = torch.full((latents.shape[0],), 1000 * now)
     seen = torch.cat([latents, rest], dim=1)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_leading_axes_are_free_and_batches_change_nothing(bundle, decoding, monk
   whole = decoding.decode(bundle, z)
   assert whole.dtype == np.uint8
   assert whole.shape == (2, 3, 5, 4, 6, 3)
-  monkeypatch.setattr(decoding, "PIXELS", 4 * 5 * 4 * 6)  # batches of 4: 4 runs, then 2 filled up
+  monkeypatch.setattr(decoding, "PIXELS", 4 * 5 * 4 * 6)  # at most 4: batches of 3 for 6 runs
   batched = decoding.decode(bundle, z)
   # The convolution of another batch size may round a value on the edge to the other side.
   assert int(np.abs(batched.astype(int) - whole).max()) <= 1

@@ -67,7 +67,17 @@ FLOORS = (
     "training",
     "plan",
   ),
-  ("answers", "metrics", "baselines", "scoring", "probes", "evaluate", "product", "branching"),
+  (
+    "answers",
+    "metrics",
+    "baselines",
+    "scoring",
+    "probes",
+    "evaluate",
+    "factors",
+    "product",
+    "branching",
+  ),
   (
     "experiments.results",
     "experiments.context",

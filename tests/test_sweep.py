@@ -201,7 +201,7 @@ def killed(folder: Path, moments: int, seed: int) -> int:
   """Kills a sweep at random moments until that many are used up; how often it was in the midst."""
   drawn, hit = random.Random(seed), 0
   for _ in range(moments):
-    process = start(folder, 0.02)
+    process = start(folder, 0.06)  # from the start it takes longer than any moment drawn
     time.sleep(drawn.uniform(0, 0.35))
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -127,13 +127,13 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
 
 def whole(config: dict[str, Any]) -> "Work":
   """A sample, or a sweep where the config has cases."""
-  from jax_videoreason import plan, product, settings
+  from jax_videoreason import factors, plan, settings
 
-  own = {key: config.pop(key) for key in product.KEYS if key in config}
+  own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
   together, videos = min(chosen.batch or len(chosen.seeds), len(chosen.seeds)), len(chosen.seeds)
   if own:
-    units, cases = product.cut(product.varied(own), len(chosen.seeds))
+    units, cases = factors.cut(factors.varied(own), len(chosen.seeds))
     together = cases * len(chosen.seeds)
     videos = units * together
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)

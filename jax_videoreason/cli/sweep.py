@@ -50,17 +50,17 @@ def main(flags: FlagValues, words: list[str]) -> None:
   process = distributed.initialize()
   import jax
 
-  from jax_videoreason import console, gallery, product, settings, sweep
+  from jax_videoreason import console, factors, gallery, product, settings, sweep
 
   config = cli.resolved(flags)
-  own = {key: config.pop(key) for key in product.KEYS}
-  made = product.multiply(settings.from_config(config), product.varied(own))
+  own = {key: config.pop(key) for key in factors.KEYS}
+  made = factors.multiply(settings.from_config(config), factors.varied(own))
   done = 0
   if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
     done = sweep.status(flags.out).done * made.width
   console.say(
     f"{made.units * made.width} runs in {made.units} units of {made.width}, "
-    f"{product.evaluations(made)} network evaluations"
+    f"{factors.evaluations(made)} network evaluations"
   )
   with console.progress(made.units * made.width, "sweep", "run", done=done) as advance:
     product.perform(

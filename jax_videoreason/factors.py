@@ -1,0 +1,206 @@
+"""What a sweep multiplies: cases, seeds and edits; their product, cut into units of equal size.
+
+Runs are ordered edit by edit, case by case, seeds inside. A unit holds whole cases of one edit, so
+all seeds of a case ride together and an ensemble finds its members.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_videoreason import checkpoint, evaluate, interventions
+from jax_videoreason.folders import checksum, plain
+from jax_videoreason.interventions import Intervention
+from jax_videoreason.schedules import Schedule
+from jax_videoreason.settings import SampleSettings
+from jax_videoreason.structs import Sizes
+from jax_videoreason.tasks import Case, Task
+
+UNIT = 32  # runs of a unit where nothing is said
+# of a configuration
+KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")
+READERS = ("auto", "preview", "mixed", "vae")
+EDITS = {
+  "none": (),
+  "noise_at": ("mode", "gain", "steps", "frames"),
+  "ablate": ("sites", "gate", "steps", "layers"),
+  "ensemble_runs": ("what", "keep", "amount", "steps", "layers"),
+}
+PLACES = ("steps", "layers", "frames")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Varied:
+  """What is multiplied, and how it is read.
+
+  tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
+  edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
+  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process;
+  None = as many runs side by side as divide a unit. reader: what shows x0 at every step: the
+  linear preview; "mixed", the preview and the VAE where that is unreadable; the VAE; "auto", for
+  each task the quickest of these that agrees with the VAE.
+  """
+
+  tasks: tuple[str, ...]
+  split: str
+  cases: int
+  kind: str
+  edits: Mapping[str, Mapping[str, Any]]
+  unit: int | None
+  mesh: str | None
+  reader: str
+
+
+def varied(given: Mapping[str, Any]) -> Varied:
+  """What a plain mapping says; ValueError names every fault."""
+  faults = []
+  edits = {str(name): dict(edit) for name, edit in given["edits"].items()}
+  if not edits:
+    faults.append("edits={}, wanted at least one: edits.none.edit='none' runs without any.")
+  for name, edit in edits.items():
+    kind = edit.get("edit")
+    if kind not in EDITS:
+      faults.append(f"edits.{name}.edit={kind!r}, wanted one of {', '.join(EDITS)}.")
+      continue
+    wrong = sorted(edit.keys() - {"edit", *EDITS[kind]})
+    if wrong:
+      known = ", ".join(EDITS[kind]) or "none"
+      faults.append(f"edits.{name}: {kind} takes no {wrong[0]!r}; it takes: {known}.")
+    for place in PLACES:
+      value = edit.get(place)
+      if value is not None and (len(value) != 2 or not value[0] < value[1]):
+        faults.append(f"edits.{name}.{place}={value!r}, wanted (from, to).")
+  for key, known in (
+    ("reader", READERS),
+    ("split", evaluate.SPLITS),
+    ("ambiguous", tuple(evaluate.KINDS)),
+  ):
+    if given[key] not in known:
+      faults.append(f"{key}={given[key]!r}, wanted one of {', '.join(known)}.")
+  for key in ("cases", "unit"):
+    if given[key] is not None and given[key] < 1:
+      faults.append(f"{key}={given[key]}, wanted at least 1.")
+  if not given["tasks"]:
+    faults.append("tasks=(), wanted at least one.")
+  if faults:
+    raise ValueError("configuration: " + " ".join(faults))
+  return Varied(
+    tasks=tuple(given["tasks"]),
+    split=given["split"],
+    cases=given["cases"],
+    kind=given["ambiguous"],
+    edits=edits,
+    unit=given["unit"],
+    mesh=given["mesh"],
+    reader=given["reader"],
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+  """All cases, and how they are cut: units_of_edit units of `cases_of_unit` cases for each edit."""
+
+  chosen: SampleSettings
+  varied: Varied
+  tasks: Mapping[str, Task]
+  cases: Sequence[Case]
+  cases_of_unit: int
+
+  @property
+  def width(self) -> int:
+    return self.cases_of_unit * len(self.chosen.seeds)
+
+  @property
+  def units(self) -> int:
+    return len(self.varied.edits) * len(self.cases) // self.cases_of_unit
+
+  def edit_of(self, unit: int) -> str:
+    return list(self.varied.edits)[unit * self.cases_of_unit // len(self.cases)]
+
+  def cases_in(self, unit: int) -> np.ndarray:
+    """The numbers of the cases of a unit."""
+    low = unit * self.cases_of_unit % len(self.cases)
+    return np.arange(low, low + self.cases_of_unit)
+
+  def runs_in(self, unit: int) -> list[tuple[int, int]]:
+    """(number of the case, seed) of the runs of a unit."""
+    return [(int(case), seed) for case in self.cases_in(unit) for seed in self.chosen.seeds]
+
+  def asked(self) -> dict[str, Any]:
+    """What two calls must share for one to go on where the other stopped."""
+    settings = dataclasses.asdict(self.chosen)
+    for name in ("batch", "piece", "checkpoint"):  # they change no number
+      settings.pop(name)
+    settings["taps"].pop("budget_gb")
+    weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
+    own = dataclasses.asdict(self.varied)
+    for name in ("unit", "mesh"):  # units and width say what the first did
+      own.pop(name)
+    return plain({**settings, **own, "weights": weights, "units": self.units, "width": self.width})
+
+
+def cut(wanted: Varied, seeds: int) -> tuple[int, int]:
+  """(units, cases of a unit): all units hold equally many whole cases."""
+  cases = len(wanted.tasks) * wanted.cases
+  most = max(1, (wanted.unit or UNIT) // seeds)
+  size = max(n for n in range(1, min(most, cases) + 1) if cases % n == 0)
+  return len(wanted.edits) * cases // size, size
+
+
+def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
+  """Draws the cases and cuts the units. ValueError: a task without the split, too few cases."""
+  if chosen.height != chosen.width:
+    raise ValueError(
+      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
+      f"--config.height={chosen.width}."
+    )
+  loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
+  cases = []
+  for task in loaded.values():
+    split = "heldout" if task.held_out else wanted.split
+    task.check_split(split, 0)
+    drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
+    # the video that solves a case is large and not looked at here
+    cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
+  return Product(
+    chosen=chosen,
+    varied=wanted,
+    tasks=loaded,
+    cases=cases,
+    cases_of_unit=cut(wanted, len(chosen.seeds))[1],
+  )
+
+
+def edit_for(
+  said: Mapping[str, Any], sizes: Sizes, schedule: Schedule, seeds: int
+) -> Intervention | None:
+  """The edit of a unit whose runs are case by case, `seeds` of each; None = without room for any.
+
+  An ensemble is one of the seeds of each case.
+  """
+  options = {key: value for key, value in said.items() if key != "edit" and value is not None}
+  place = {key: slice(*options.pop(key)) for key in PLACES if key in options}
+  at = interventions.where(
+    sizes, steps=place.get("steps"), layers=place.get("layers"), frames=place.get("frames")
+  )
+  sigma = np.asarray(schedule.sigma)
+  if said["edit"] == "none":
+    return None
+  if said["edit"] == "noise_at":
+    return interventions.noise_at(interventions.identity(sizes), at, sigma=sigma, **options)
+  if said["edit"] == "ablate":
+    return interventions.ablate(interventions.identity(sizes), at, **options)
+  if seeds < 2:
+    raise ValueError(f"an ensemble of {seeds} seed, wanted two or more: give --config.seeds=4.")
+  members = [np.arange(seed, sizes.R, seeds) for seed in range(seeds)]
+  return interventions.ensemble_runs(
+    interventions.identity(sizes), at, members, sigma=sigma, **options
+  )
+
+
+def evaluations(product: Product) -> int:
+  """Network evaluations of all runs, both guidance branches counted."""
+  branches = 2 if product.chosen.guided else 1
+  return product.units * product.width * product.chosen.steps * branches

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, evaluate, interventions
+from jax_videoreason import checkpoint, evaluate, interventions, plan
 from jax_videoreason.folders import checksum, plain
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
@@ -150,7 +150,10 @@ def cut(wanted: Varied, seeds: int) -> tuple[int, int]:
 
 
 def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
-  """Draws the cases and cuts the units. ValueError: a task without the split, too few cases."""
+  """Draws the cases and cuts the units.
+
+  ValueError: a task without the split, too few cases, an edit that the model has no place for.
+  """
   if chosen.height != chosen.width:
     raise ValueError(
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
@@ -164,13 +167,20 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
     # the video that solves a case is large and not looked at here
     cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
-  return Product(
+  made = Product(
     chosen=chosen,
     varied=wanted,
     tasks=loaded,
     cases=cases,
     cases_of_unit=cut(wanted, len(chosen.seeds))[1],
   )
+  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=made.width)
+  for name, said in wanted.edits.items():
+    try:
+      edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
+    except ValueError as error:
+      raise ValueError(f"configuration: edits.{name}: {error}") from error
+  return made
 
 
 def edit_for(

@@ -246,6 +246,7 @@ def read(bench: Bench, readers: Readers, unit: int, made: Made) -> Part:
         "case": number,
         "problem": metadata["hash"],
         "k": metadata["k"],
+        "wanted": [_text(answer) for answer in metadata["answers"]],
         "seed": seed,
         **dataclasses.asdict(mark),
         "answer": _text(mark.answer),

@@ -301,7 +301,8 @@ def _kept(folder: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-  """How far a sweep is. seconds: of work that is left; None = nothing to judge by.
+  """How far a sweep is. left: the units that are not done. seconds: of one process for these; None
+  = nothing to judge by.
 
   broken: rows of runs that are not finite. events: {"unit", "event"}, what was done again.
   """
@@ -309,11 +310,15 @@ class Status:
   working: bool
   finished: bool
   units: int
-  done: int
+  left: list[int]
   width: int
   seconds: float | None
   broken: list[Row]
   events: list[Row]
+
+  @property
+  def done(self) -> int:
+    return self.units - len(self.left)
 
 
 def status(folder: str | Path) -> Status:
@@ -321,24 +326,32 @@ def status(folder: str | Path) -> Status:
   folder = Path(folder)
   asked = _asked(folder)
   units, width = asked["units"], asked["width"]
-  parts = [p for n in range(units) if not isinstance(p := _read_unit(folder, n, width), str)]
-  each = [p["seconds"]["compute"] for p in parts]
-  with (folder / LOCK).open("a") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-      working = False
-    except BlockingIOError:
-      working = True
+  found = {unit: _read_unit(folder, unit, width) for unit in range(units)}
+  parts = [part for part in found.values() if not isinstance(part, str)]
+  left = [unit for unit, part in found.items() if isinstance(part, str)]
+  each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
   return Status(
-    working=working,
+    working=_is_held(folder),
     finished=(folder / MANIFEST).exists(),
     units=units,
-    done=len(parts),
+    left=left,
     width=width,
-    seconds=float(np.median(each)) * (units - len(parts)) if each else None,
+    seconds=float(np.median(each)) * len(left) if each else None,
     broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
     events=_events(folder),
   )
+
+
+def _is_held(folder: Path) -> bool:
+  """Whether a process works in the folder, which need not be writable."""
+  if not (folder / LOCK).exists():
+    return False
+  with (folder / LOCK).open() as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

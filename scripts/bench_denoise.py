@@ -32,15 +32,21 @@ TRACED = TapSpec()
 NORMS = TapSpec(sites=("resid_post",), reduce=("norm",))
 
 
-def pairs(with_it: Callable[[], Any], without: Callable[[], Any], count: int) -> dict[str, Any]:
-  """Median ratio of times over interleaved pairs, with its interval, and the medians in ms."""
+def pairs(
+  with_it: Callable[[], Any], without: Callable[[], Any], count: int, *, warm: bool = True
+) -> dict[str, Any]:
+  """Median ratio of times over interleaved pairs, with its interval, and the medians in ms.
+
+  warm: call both once before; False = they are compiled.
+  """
 
   def seconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
 
-  seconds(with_it), seconds(without)
+  if warm:
+    seconds(with_it), seconds(without)
   times = []
   for number in range(count):
     if number % 2:

@@ -277,6 +277,14 @@ def test_faults_of_a_sweep_are_told_at_once():
   assert "cases=0, wanted at least 1" in said
 
 
+def test_an_edit_that_the_model_has_no_place_for_is_told_before_anything_is_run():
+  deep = {"edit": "ablate", "sites": ("attn_out",), "layers": (20, 30)}
+  with pytest.raises(ValueError, match=r"edits\.deep: layers=20:30 leaves 0\.\.11: cut it to 12"):
+    made({"none": {"edit": "none"}, "deep": deep})
+  with pytest.raises(ValueError, match=r"edits\.mean: an ensemble of 1 seed"):
+    made({"mean": ENSEMBLE}, seeds=1)
+
+
 def test_units_hold_whole_cases_and_are_all_of_one_size():
   assert made(unit=5).width == 4
   assert made(cases=3, unit=8).width == 6  # 6 cases in threes

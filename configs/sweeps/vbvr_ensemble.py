@@ -1,8 +1,9 @@
-"""Do averaged seeds answer better? VBVR on Wan2.2 I2V A14B beside three averages of four seeds.
+r"""Do averaged seeds answer better? VBVR on Wan2.2 I2V A14B beside three averages of four seeds.
 
   videoreason plan --config vbvr_ensemble --on v5p:2x2x4
   videoreason sweep --config vbvr_ensemble --out runs/vbvr_ensemble
-  videoreason sweep --config vbvr_ensemble:checkpoint=mini,height=32,width=32,frames=17 ...
+  videoreason sweep --config "vbvr_ensemble:checkpoint=mini_experts,height=32,width=32,frames=17,\
+steps=12,negative_prompt='',edits.block_update.layers=(6,9)" --out runs/small     on a small model
 
 The first seed of each case carries the average, the others ride beside it. `none` is the same
 without; `block_update` averages what layers 20 to 29 add during the first 10 steps (arXiv

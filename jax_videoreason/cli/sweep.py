@@ -55,14 +55,17 @@ def main(flags: FlagValues, words: list[str]) -> None:
   config = cli.resolved(flags)
   own = {key: config.pop(key) for key in factors.KEYS}
   made = factors.multiply(settings.from_config(config), factors.varied(own))
-  done = 0
+  share = range(process[0], made.units, process[1])
+  left = set(share)
   if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
-    done = sweep.status(flags.out).done * made.width
+    left &= set(sweep.status(flags.out).left)
   console.say(
     f"{made.units * made.width} runs in {made.units} units of {made.width}, "
     f"{factors.evaluations(made)} network evaluations"
   )
-  with console.progress(made.units * made.width, "sweep", "run", done=done) as advance:
+  title = "sweep" if process[1] == 1 else f"sweep, share 1 of {process[1]}"
+  done = made.width * (len(share) - len(left))
+  with console.progress(made.width * len(share), title, "run", done=done) as advance:
     product.perform(
       flags.out,
       made,

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,15 @@ TRACED = TapSpec()
 NORMS = TapSpec(sites=("resid_post",), reduce=("norm",))
 
 
-def pairs(
-  with_it: Callable[[], Any], without: Callable[[], Any], count: int, *, warm: bool = True
-) -> dict[str, Any]:
-  """Median ratio of times over interleaved pairs, with its interval, and the medians in ms.
-
-  warm: call both once before; False = they are compiled.
-  """
+def pairs(with_it: Callable[[], Any], without: Callable[[], Any], count: int) -> dict[str, Any]:
+  """Median ratio of times over interleaved pairs, with its interval, and the medians in ms."""
 
   def seconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
 
-  if warm:
-    seconds(with_it), seconds(without)
+  seconds(with_it), seconds(without)
   times = []
   for number in range(count):
     if number % 2:
@@ -208,60 +202,6 @@ def measure_compile(options: argparse.Namespace) -> None:
     )
 
 
-def measure_diffusers(options: argparse.Namespace) -> None:
-  """WanDiT against diffusers' transformer in fp32, the same weights, 1,280 tokens."""
-  import torch
-  from diffusers import WanTransformer3DModel
-
-  from jax_videoreason.convert import engine, wan
-
-  layers, heads, width = 4, 4, 512
-  torch.manual_seed(0)
-  reference = WanTransformer3DModel(
-    num_attention_heads=heads,
-    attention_head_dim=width // heads,
-    in_channels=16,
-    out_channels=16,
-    text_dim=256,
-    ffn_dim=4 * width,
-    num_layers=layers,
-  ).eval()
-  config = WanConfig(
-    width=width,
-    ffn_width=4 * width,
-    heads=heads,
-    layers=layers,
-    text_width=256,
-    numerics="diffusers",
-  )
-  dit = WanDiT(config)
-  rng = np.random.default_rng(0)
-  latents = rng.normal(size=(1, 5, 32, 32, 16)).astype(np.float32)
-  text = rng.normal(size=(1, 1, 512, 256)).astype(np.float32)
-  time_row = schedules.sinusoid(np.array([500.0, 0.0]), 256, "diffusers")
-  cond = Conditioning(text=jnp.asarray(text))
-  shapes = jax.eval_shape(dit.init, jax.random.key(0), latents, time_row, cond)["params"]
-  state = {name: value.numpy() for name, value in reference.state_dict().items()}
-  params = engine.fill(state, wan.table("diffusers"), shapes)
-  ours = jax.jit(lambda p, x: dit.apply({"params": p}, x, time_row, cond)[0])
-  x_torch = torch.from_numpy(latents).permute(0, 4, 1, 2, 3).contiguous()
-  text_torch, t = torch.from_numpy(text[0]), torch.tensor([500.0])
-
-  def theirs() -> Any:
-    with torch.no_grad():
-      return reference(x_torch, t, text_torch, return_dict=False)[0].numpy()
-
-  wrong = np.asarray(ours(params, latents))[0].transpose(0, 4, 1, 2, 3) - theirs()
-  row = pairs(lambda: theirs(), lambda: ours(params, latents), options.pairs)
-  say(
-    "speed of WanDiT over diffusers, fp32, 1280 tokens",
-    wanted="at least 0.9",
-    difference=float(np.linalg.norm(wrong) / np.linalg.norm(theirs())),
-    threads=torch.get_num_threads(),
-    **row,
-  )
-
-
 def measure_start(options: argparse.Namespace) -> None:
   """Seconds of `import jax_videoreason` and of `videoreason --help`, medians of five."""
   root = Path(__file__).resolve().parent.parent
@@ -283,25 +223,29 @@ QUESTIONS = {
   "identity": measure_identity,
   "cost": measure_cost,
   "compile": measure_compile,
-  "diffusers": measure_diffusers,
   "start": measure_start,
 }
+
+
+def ask(parser: argparse.ArgumentParser, known: Mapping[str, Callable[..., None]]) -> None:
+  """Measures the questions that the command line names, all where it names none."""
+  parser.add_argument("questions", nargs="*", default=list(known), metavar="QUESTION")
+  options = parser.parse_args()
+  for name in options.questions:
+    if name not in known:
+      parser.error(f"no question {name!r}; there are: {', '.join(known)}.")
+    known[name](options)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("questions", nargs="*", default=list(QUESTIONS), metavar="QUESTION")
   parser.add_argument("--pairs", type=int, default=30)
   parser.add_argument("--compiles", type=int, default=3, help="pairs of compilations")
   parser.add_argument("--runs", type=int, default=4)
   parser.add_argument("--steps", type=int, default=10)
-  options = parser.parse_args()
-  for name in options.questions:
-    if name not in QUESTIONS:
-      parser.error(f"no question {name!r}; there are: {', '.join(QUESTIONS)}.")
-    QUESTIONS[name](options)
+  ask(parser, QUESTIONS)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from bench_denoise import BARE, pairs, say
+from bench_denoise import BARE, ask, pairs, say
 from diffusers import WanTransformer3DModel
 from einops import rearrange
 
@@ -105,16 +105,11 @@ QUESTIONS = {"diffusers": measure_diffusers, "batch": measure_batch}
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("questions", nargs="*", default=list(QUESTIONS), metavar="QUESTION")
   parser.add_argument("--pairs", type=int, default=10)
   parser.add_argument("--steps", type=int, default=25)
   parser.add_argument("--seeds", type=int, default=8)
   parser.add_argument("--threads", type=int, default=2, help="of torch")
-  options = parser.parse_args()
-  for name in options.questions:
-    if name not in QUESTIONS:
-      parser.error(f"no question {name!r}; there are: {', '.join(QUESTIONS)}.")
-    QUESTIONS[name](options)
+  ask(parser, QUESTIONS)
 
 
 if __name__ == "__main__":

@@ -61,27 +61,25 @@ def peak(call: Callable[[], Any], seen: list[float]) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   of = multiplied(options.config)
-  device = jax.local_devices()[:1]
+  name, colon, rest = options.config.partition(":")
+  small = multiplied(f"{name}:{rest},{WARM}" if colon else f"{name}:{WARM}")
+  if small.width != of.width:
+    raise SystemExit(f"units of {of.width} runs, with {WARM} of {small.width}: give more seeds.")
+  rounds = [small, *[of] * options.pairs]  # the first one compiles and is not counted
+  plain, swept = iter(rounds), iter(rounds)
+  memory: tuple[list[float], list[float]] = [], []
   with tempfile.TemporaryDirectory() as scratch:
     out = Path(scratch) / "sweep"
-
-    def whole() -> None:
-      shutil.rmtree(out, ignore_errors=True)
-      product.perform(out, of, devices=device)
-
-    name, colon, rest = options.config.partition(":")
-    small = multiplied(f"{name}:{rest},{WARM}" if colon else f"{name}:{WARM}")
-    if small.width != of.width:
-      raise SystemExit(f"units of {of.width} runs, with {WARM} of {small.width}: give more seeds.")
-    product.perform(out, small, devices=device)
     bench = product.ready(of)
-    bare(dataclasses.replace(bench, product=small))
-    memory: tuple[list[float], list[float]] = [], []
+
+    def whole(round_: factors.Product) -> None:
+      shutil.rmtree(out, ignore_errors=True)
+      product.perform(out, round_, devices=jax.local_devices()[:1])
+
     row = pairs(
-      lambda: peak(lambda: bare(bench), memory[0]),
-      lambda: peak(whole, memory[1]),
+      lambda: peak(lambda: bare(dataclasses.replace(bench, product=next(plain))), memory[0]),
+      lambda: peak(lambda: whole(next(swept)), memory[1]),
       options.pairs,
-      warm=False,
     )
     readers = {task: said["by"] for task, said in read_json(out / sweep.SETTLED).items()}
     seconds = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
@@ -93,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     "readers": readers,
     "compute_s": round(sum(s["compute"] for s in seconds), 1),
     "read_s": round(sum(s["read"] for s in seconds), 1),
-    "extra_mb": round(max(memory[1]) - max(memory[0])) if memory[0] else None,
+    "extra_mb": round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
   }
 
 

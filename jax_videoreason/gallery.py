@@ -45,7 +45,7 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     "finished": sweep.finished,
     "runs": len(sweep.rows),
     "wanted": sweep.asked["units"] * sweep.asked["width"],
-    "cases": len(groups),
+    "cases": len({row["case"] for row in sweep.rows}),
     "summary": [{"task": task, "edit": edit, **numbers(kinds[task, edit])} for task, edit in kinds],
     "tasks": sorted({row["task"] for row in sweep.rows}),
     "edits": list(sweep.asked["edits"]),

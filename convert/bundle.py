@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jax_videoreason.checkpoint import LeafWriter, read_slice
+from jax_videoreason.leaves import LeafWriter, read_slice
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.structs import Card, ModelBundle, Parts
 from jax_videoreason.version import __version__

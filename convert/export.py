@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint
+from jax_videoreason import checkpoint, leaves
 from jax_videoreason.folders import beside, disk, remove, spare
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
@@ -84,7 +84,7 @@ class Part:
     """Every tensor of the layout; ValueError names a leaf that differs from its checksum."""
     digest = hashlib.sha256()
     for move in self.moves:
-      stored = checkpoint.read_slice(self.tree, move.target, move.layer)
+      stored = leaves.read_slice(self.tree, move.target, move.layer)
       yield move.source, np.ascontiguousarray(move.back(stored, **self.sizes))
       digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
       if move.layer is None or move.layer == self.shapes[move.target][0] - 1:

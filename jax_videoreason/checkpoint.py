@@ -5,9 +5,7 @@ tokenizer.json. A part may lie in another bundle, named by a relative path. The 
 Orbax.
 """
 
-import collections
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -21,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason.axes import Params
-from jax_videoreason.folders import checksum, disk, remove
+from jax_videoreason.folders import checksum
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
@@ -40,10 +37,6 @@ MODULES = ("dit", "vae", "text", "clip")  # the parts that have a config
 OTHERS = ("vae", "text", "clip", "preview")  # the parts beside the experts of the DiT
 SMALL = 2**16  # numbers; a smaller leaf is replicated
 READ_BYTES = 2**30  # leaves are read for checking in groups of about so much
-CHUNK_BYTES = 2**28  # a chunk of a leaf written by LeafWriter is one layer, and at most so much
-PENDING_BYTES = 2**28  # so much may be under way to the disk while the next slice is made
-JOURNAL = "journal.jsonl"
-RESUME = "make room and start again, it goes on from there"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,239 +175,13 @@ def save(
   try:
     partial.mkdir(parents=True)
     for name, tree in own.items():
-      _write_tree(partial / name, jax.tree.map(lambda leaf: _stored(leaf, dtype), tree))
-    if tokenizer and tokenizer["file"] == TOKENIZER:
-      shutil.copyfile(bundle.card.tokenizer, partial / TOKENIZER)
-    (partial / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+      write_tree(partial / name, jax.tree.map(lambda leaf: _stored(leaf, dtype), tree))
+    _write_description(partial, described, bundle.card.tokenizer)
     os.rename(partial, path)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
   return path
-
-
-class LeafWriter:
-  """Writes a bundle leaf by leaf, slice by slice, holding one slice at a time.
-
-  The bundle grows in a hidden folder beside its destination, with a journal of what is done, and
-  `commit` moves it there whole. After an interruption a writer of the same plan goes on where the
-  journal ends. The trees are plain zarr3 arrays, one chunk or more per layer, in the layout of
-  Orbax, which restores them.
-  """
-
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    leaves: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
-    *,
-    plan: str,
-    redo: bool = False,
-  ):
-    """leaves: part -> path -> shape and dtype; a leaf under "blocks" is stacked over layers.
-
-    plan: what tells this conversion from another. redo: replace what is there, and start over.
-    ValueError: the destination exists, another plan was begun there, or the disk is too small.
-    """
-    self.path = Path(os.path.abspath(path))
-    self.folder = self.path.parent / f".{self.path.name}.part"
-    self.leaves = leaves
-    self.redo = redo
-    if self.path.exists() and not redo:
-      raise ValueError(f"{self.path} exists already: remove it, or give --redo to replace it.")
-    if redo:
-      shutil.rmtree(self.folder, ignore_errors=True)
-    with disk(self.folder, full=RESUME):
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
-    self._count: dict[tuple[str, str], int] = {}
-    self._digest: dict[tuple[str, str], Any] = {}
-    self._sha: dict[tuple[str, str], str] = {}
-    self._pending: collections.deque[tuple[Any, np.ndarray, dict[str, Any]]] = collections.deque()
-    self.notes: dict[str, str] = {}
-    try:
-      self._resume(plan)
-    except BaseException:
-      self._journal.close()
-      raise
-
-  def __enter__(self) -> "LeafWriter":
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    for pending in self._pending:  # after a failure: nothing may be written behind our back
-      pending[0].exception()
-    self._journal.close()
-
-  def has(self, part: str, path: str, layer: int | None) -> bool:
-    """Whether the slice is written already."""
-    return self._count.get((part, path), 0) > (layer or 0)
-
-  def write(self, part: str, path: str, layer: int | None, value: np.ndarray) -> None:
-    """One layer of a stacked leaf, or with None a whole leaf; the layers of a leaf in order."""
-    leaf, at = self.leaves[part][path], (part, path)
-    stacked = "blocks" in path.split("/")
-    given = (leaf.shape[0], *value.shape) if stacked else value.shape
-    done = self._count.get(at, 0)
-    if given != leaf.shape or value.dtype != leaf.dtype or done != (layer or 0):
-      raise ValueError(
-        f"{part}/{path}: slice {layer} of {value.shape} {value.dtype} given, slice {done} of a "
-        f"leaf {leaf.shape} {leaf.dtype} wanted."
-      )
-    if at not in self._digest:
-      self._digest[at] = self._digest_so_far(part, path, done)
-    with disk(self.folder, full=RESUME):
-      stored = self._create(part, path) if done == 0 else _open_leaf(self.folder / part, path, True)
-      writing = (stored[layer] if stacked else stored).write(value).commit
-      writing.force()
-      self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
-    self._count[at] = done + 1
-    if self._count[at] == (leaf.shape[0] if stacked else 1):
-      self._sha[at] = self._digest.pop(at).hexdigest()
-    entry = {"slice": [part, path], "sha256": self._sha.get(at)}
-    self._pending.append((writing, value, entry))
-    self._settle(PENDING_BYTES)
-
-  def settle(self) -> None:
-    """Returns when everything is on disk and in the journal."""
-    self._settle(-1)
-
-  def _settle(self, left: int) -> None:
-    """Waits for the oldest slices while more bytes than these are under way."""
-    while self._pending and sum(value.nbytes for _, value, _ in self._pending) > left:
-      writing, _, entry = self._pending.popleft()
-      with disk(self.folder, full=RESUME):
-        writing.result()
-      self._note(entry)
-
-  def sha256(self, part: str, path: str) -> str:
-    """The checksum of a leaf that is whole."""
-    return self._sha[part, path]
-
-  def note(self, key: str, value: str) -> None:
-    """Remembers something over an interruption, in `notes`."""
-    self.notes[key] = value
-    self._note({"note": key, "value": value})
-
-  def commit(self, bundle: ModelBundle) -> Path:
-    """Describes the bundle (its card and modules; weights are not looked at) and moves it in place.
-
-    ValueError: a leaf is not whole, or the leaves contradict the config of their module.
-    """
-    self.settle()
-    lacking = [f"{p}/{n}" for p in self.leaves for n in self.leaves[p] if (p, n) not in self._sha]
-    if lacking:
-      raise ValueError(f"{len(lacking)} leaves are not written, first {lacking[0]}.")
-    records = {
-      part: {
-        path: {
-          "shape": list(leaf.shape),
-          "dtype": np.dtype(leaf.dtype).name,
-          "sha256": self._sha[part, path],
-        }
-        for path, leaf in leaves.items()
-      }
-      for part, leaves in self.leaves.items()
-    }
-    tokenizer = _tokenizer_record(bundle.card.tokenizer)
-    described = _describe(bundle, {part: part for part in self.leaves}, records, tokenizer)
-    for part in self.leaves:
-      _check_config(described, self.path, part)
-    with disk(self.folder, full=RESUME):
-      if tokenizer:
-        shutil.copyfile(bundle.card.tokenizer, self.folder / TOKENIZER)
-      text = json.dumps(described, indent=1) + "\n"
-      (self.folder / DESCRIPTION).write_text(text, encoding="utf-8")
-      old = self.path.parent / f".{self.path.name}.old"
-      remove(old)
-      if self.redo and self.path.exists():
-        os.rename(self.path, old)
-      (self.folder / JOURNAL).unlink()
-      os.rename(self.folder, self.path)
-      remove(old)
-    return self.path
-
-  def _resume(self, plan: str) -> None:
-    """Reads the journal, or begins it."""
-    try:
-      fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise ValueError(f"{self.path} is being written by another process: wait for it.") from error
-    self._journal.seek(0)
-    text = self._journal.read()
-    whole = text[: text.rfind("\n") + 1]
-    self._journal.truncate(len(whole.encode()))  # a line cut short by the interruption
-    for line in whole.splitlines():
-      self._recall(json.loads(line), plan)
-    total = sum(_leaf_bytes(leaf) for part in self.leaves.values() for leaf in part.values())
-    done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-    try:
-      check_space(self.path, total - done)
-    except ValueError:
-      if not whole:
-        self._journal.close()
-        shutil.rmtree(self.folder)
-      raise
-    if not whole:
-      self._note({"plan": plan})
-    with disk(self.folder, full=RESUME):
-      for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(unfinished)
-      for part, leaves in self.leaves.items():
-        if not (self.folder / part).is_dir():
-          _write_tree(self.folder / part, nest({path: np.zeros(1) for path in leaves}), False)
-
-  def _recall(self, entry: Mapping[str, Any], plan: str) -> None:
-    """Takes in one line of the journal."""
-    if entry.get("plan", plan) != plan:
-      raise ValueError(
-        f"{self.folder} holds the beginning of another conversion: give --redo to start over, or "
-        "another destination."
-      )
-    if "slice" in entry:
-      part, path = entry["slice"]
-      self._count[part, path] = self._count.get((part, path), 0) + 1
-      if entry["sha256"]:
-        self._sha[part, path] = entry["sha256"]
-    if "note" in entry:
-      self.notes[entry["note"]] = entry["value"]
-
-  def _note(self, entry: Mapping[str, Any]) -> None:
-    with disk(self.folder, full=RESUME):
-      self._journal.write(json.dumps(entry) + "\n")
-      self._journal.flush()
-
-  def _digest_so_far(self, part: str, path: str, done: int) -> Any:
-    digest = hashlib.sha256()
-    for layer in range(done):
-      value = read_slice(self.folder / part, path, layer)
-      digest.update(np.ascontiguousarray(value).view(np.uint8).data)
-    return digest
-
-  def _create(self, part: str, path: str) -> Any:
-    leaf = self.leaves[part][path]
-    shutil.rmtree(self.folder / part / path.replace("/", "."), ignore_errors=True)
-    metadata = {
-      "shape": list(leaf.shape),
-      "data_type": np.dtype(leaf.dtype).name,
-      "chunk_grid": {
-        "name": "regular",
-        "configuration": {"chunk_shape": _chunk_shape(path, leaf)},
-      },
-      "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-    }
-    spec = _leaf_spec(self.folder / part, path)
-    return ts.open({**spec, "metadata": metadata}, create=True).result()
-
-
-def read_slice(folder: Path, path: str, layer: int | None) -> np.ndarray:
-  """One layer of a leaf, or with None the whole leaf, of a tree on disk; nothing else is read."""
-  stored = _open_leaf(folder, path, False)
-  try:
-    return (stored if layer is None else stored[layer]).read().result()
-  except ValueError as error:  # TensorStore's word for a chunk that is missing or damaged
-    raise ValueError(
-      f"leaf {path} cannot be read from {folder} ({type(error).__name__}): copy the bundle again."
-    ) from error
 
 
 def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -524,49 +291,8 @@ class _Part:
       )
 
 
-def _open_leaf(folder: Path, path: str, write: bool) -> Any:
-  try:
-    return ts.open(_leaf_spec(folder, path), open=True, read=True, write=write).result()
-  except ValueError as error:
-    raise ValueError(
-      f"leaf {path} cannot be opened in {folder} ({type(error).__name__}): copy the bundle again."
-    ) from error
-
-
-def _leaf_spec(folder: Path, path: str) -> dict[str, Any]:
-  """Where a leaf lies, in the one database of a saved tree or as a folder of its own."""
-  name = path.replace("/", ".") + "/"
-  store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
-  if (folder / "manifest.ocdbt").is_file():
-    store = {"driver": "ocdbt", "base": store, "path": name}
-  else:
-    store["path"] += name
-  return {
-    "driver": "zarr3",
-    "kvstore": store,
-    "fill_missing_data_reads": False,
-    "store_data_equal_to_fill_value": True,
-  }
-
-
-def _chunk_shape(path: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
-  """One layer; a layer over CHUNK_BYTES is cut into equal pieces along its first axis."""
-  stacked = "blocks" in path.split("/")
-  shape = [max(n, 1) for n in leaf.shape]
-  if stacked:
-    shape[0] = 1
-  first = int(stacked)
-  size = int(np.prod(shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
-  if first < len(shape):
-    shape[first] = -(-shape[first] // -(-size // CHUNK_BYTES))
-  return shape
-
-
-def _leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
-
-
-def _write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
+def write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
+  """A tree by Orbax; ocdbt: in one database, else a folder for each leaf."""
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=True)
   with ocp.Checkpointer(handler) as writer:
     writer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
@@ -574,6 +300,38 @@ def _write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
   note = folder / "commit_success.txt"
   if note.is_file():
     note.write_text(f"Checkpoint commit was successful to {folder.name}", encoding="utf-8")
+
+
+def complete(folder: Path, bundle: ModelBundle, leaves: Mapping[str, Mapping[str, Record]]) -> None:
+  """Makes a folder that holds the trees of all parts a bundle: its description, its tokenizer.
+
+  bundle: card and modules; its weights are not looked at. leaves: part -> path -> record.
+  ValueError: the leaves contradict the config of their module.
+  """
+  records = {
+    part: {
+      path: {
+        "shape": list(record.shape),
+        "dtype": np.dtype(record.dtype).name,
+        "sha256": record.sha256,
+      }
+      for path, record in tree.items()
+    }
+    for part, tree in leaves.items()
+  }
+  tokenizer = _tokenizer_record(bundle.card.tokenizer)
+  described = _describe(bundle, {part: part for part in leaves}, records, tokenizer)
+  for part in leaves:
+    _check_config(described, folder, part)
+  _write_description(folder, described, bundle.card.tokenizer)
+
+
+def _write_description(folder: Path, described: Mapping[str, Any], tokenizer: str) -> None:
+  """bundle.json, and the tokenizer where it is the bundle's own."""
+  if described["tokenizer"] and described["tokenizer"]["file"] == TOKENIZER:
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+  text = json.dumps(described, indent=1) + "\n"
+  (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def _trees(bundle: ModelBundle) -> dict[str, Params]:

@@ -235,7 +235,7 @@ def test_a_shared_part_that_was_replaced_is_noticed(whole, saved, tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(whole, tmp_path, monkeypatch):
-  write, calls = checkpoint._write_tree, []
+  write, calls = checkpoint.write_tree, []
 
   def fail_on_the_second(folder, tree):
     calls.append(folder)
@@ -243,7 +243,7 @@ def test_a_failed_save_leaves_nothing(whole, tmp_path, monkeypatch):
       raise OSError("the disk went away")
     write(folder, tree)
 
-  monkeypatch.setattr(checkpoint, "_write_tree", fail_on_the_second)
+  monkeypatch.setattr(checkpoint, "write_tree", fail_on_the_second)
   with pytest.raises(OSError, match="went away"):
     checkpoint.save(whole, tmp_path / "new")
   assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Checkpoints become bundles: recognised, whole, resumable, and refused in one sentence."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import checkpoint, cli, leaves
 from jax_videoreason.convert import bundle, detect, engine, reader, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
@@ -164,7 +165,7 @@ class Killed(BaseException):
 def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch, after, torn):
   """Killed between a chunk and its line in the journal, the worst moment there is."""
   out, lines = tmp_path / "out", []
-  note, write = checkpoint.LeafWriter._note, checkpoint.LeafWriter.write
+  note, write = leaves.LeafWriter._note, leaves.LeafWriter.write
 
   def dying(self, entry):
     lines.append(entry)
@@ -172,12 +173,12 @@ def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch
       raise Killed
     note(self, entry)
 
-  monkeypatch.setattr(checkpoint.LeafWriter, "_note", dying)
+  monkeypatch.setattr(leaves.LeafWriter, "_note", dying)
   with pytest.raises(Killed):
     cli.main(["convert", str(single), "--out", str(out)])
   assert not out.exists()
   if torn:
-    with (tmp_path / ".out.part" / checkpoint.JOURNAL).open("a") as journal:
+    with (tmp_path / ".out.part" / leaves.JOURNAL).open("a") as journal:
       journal.write('{"slice": ["dit_')
 
   written = []
@@ -186,8 +187,8 @@ def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch
     written.append((part, path, layer))
     write(self, part, path, layer, value)
 
-  monkeypatch.setattr(checkpoint.LeafWriter, "_note", note)
-  monkeypatch.setattr(checkpoint.LeafWriter, "write", counting)
+  monkeypatch.setattr(leaves.LeafWriter, "_note", note)
+  monkeypatch.setattr(leaves.LeafWriter, "write", counting)
   assert cli.main(["convert", str(single), "--out", str(out)]) == 0
   total = len(bundle.plan(detect.source(single)).steps)
   assert len(written) == total - (after - 1)  # the first line is the plan's
@@ -200,7 +201,7 @@ def test_another_conversion_does_not_go_on_with_it(single, tmp_path, monkeypatch
   def dying(*_):
     raise Killed
 
-  monkeypatch.setattr(checkpoint.LeafWriter, "write", dying)
+  monkeypatch.setattr(leaves.LeafWriter, "write", dying)
   with pytest.raises(Killed):
     cli.main(["convert", str(single), "--out", str(tmp_path / "out")])
   assert "the beginning of another conversion" in refused(single, "--dtype=bf16")
@@ -211,10 +212,71 @@ def test_another_conversion_does_not_go_on_with_it(single, tmp_path, monkeypatch
   assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_destination_being_written_is_left_alone(single, tmp_path, refused):
+@pytest.mark.parametrize("redo", [(), ("--redo",)])
+def test_a_destination_being_written_is_left_alone(single, tmp_path, refused, redo):
   plan = bundle.plan(detect.source(single))
-  with checkpoint.LeafWriter(tmp_path / "out", plan.target, plan=plan.fingerprint):
-    assert "is being written by another process" in refused(single)
+  part, path = "dit_0", "head/bias"
+  value = np.ones(plan.target[part][path].shape, np.float32)
+  with leaves.LeafWriter(tmp_path / "out", plan.target, plan=plan.fingerprint) as writer:
+    writer.write(part, path, None, value)
+    writer.settle()
+    assert "is being written by another process" in refused(single, *redo)
+    written = leaves.read_slice(writer.folder / part, path, None)
+    np.testing.assert_array_equal(written, value)
+
+
+def test_one_that_ended_just_before_is_not_written_over(single, tmp_path, monkeypatch, refused):
+  """It moved its folder away after this process had looked, and before this one had the lock."""
+  words = ["convert", str(single), "--out", str(tmp_path / "out")]
+  lock = fcntl.flock
+
+  def late(*args):
+    monkeypatch.setattr(fcntl, "flock", lock)
+    assert cli.main(words) == 0
+    lock(*args)
+
+  monkeypatch.setattr(fcntl, "flock", late)
+  assert cli.main(words) == cli.BAD_INPUT
+  assert os.listdir(tmp_path) == ["out"]
+  checkpoint.load(tmp_path / "out")
+
+
+def test_an_interrupted_redo_goes_on(single, tmp_path, monkeypatch):
+  """And until it ends, what it replaces is there."""
+  words = ["convert", str(single), "--out", str(tmp_path / "out")]
+  assert cli.main(words) == 0
+  write, written = leaves.LeafWriter.write, []
+
+  def dying(self, *args):
+    if len(written) == 5:
+      self.settle()
+      raise Killed
+    counting(self, *args)
+
+  def counting(self, *args):
+    written.append(args[:3])
+    write(self, *args)
+
+  monkeypatch.setattr(leaves.LeafWriter, "write", dying)
+  redo = [*words, "--redo", "--dtype=bf16"]
+  with pytest.raises(Killed):
+    cli.main(redo)
+  assert checkpoint.describe(tmp_path / "out").modules.dit.config.dtype == "float32"
+  monkeypatch.setattr(leaves.LeafWriter, "write", counting)
+  assert cli.main(redo) == 0
+  assert len(written) == len(set(written)) == len(bundle.plan(detect.source(single)).steps)
+  assert checkpoint.describe(tmp_path / "out").modules.dit.config.dtype == "bfloat16"
+  assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_journal_of_zeros_is_begun_again_only_if_asked(single, tmp_path, refused):
+  """What some file systems leave of a file when the machine goes down."""
+  part = tmp_path / ".out.part"
+  part.mkdir()
+  (part / leaves.JOURNAL).write_bytes(bytes(40) + b"\n")
+  assert "holds the beginning of another conversion: give --redo" in refused(single)
+  assert cli.main(["convert", str(single), "--out", str(tmp_path / "out"), "--redo"]) == 0
+  assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_disk_that_fills_up_is_survived(single, tmp_path, refused):
@@ -360,15 +422,15 @@ def test_pickles_without_pytorch(source, monkeypatch, refused):
 # The command with a pause after every slice, so that a signal finds it in the middle.
 SLOW = """
 import sys, time
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import cli, leaves
 
-note = checkpoint.LeafWriter._note
+note = leaves.LeafWriter._note
 
 def slowly(writer, entry):
   note(writer, entry)
   time.sleep(0.05)
 
-checkpoint.LeafWriter._note = slowly
+leaves.LeafWriter._note = slowly
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -380,7 +442,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
   save_file(tensors("dit", config, wan.table("original"), 0), tmp_path / "dit.safetensors")
   words = [sys.executable, "-c", SLOW, "convert", str(tmp_path / "dit.safetensors")]
   words += ["--out", str(tmp_path / "out"), "--verify"]
-  journal = tmp_path / ".out.part" / checkpoint.JOURNAL
+  journal = tmp_path / ".out.part" / leaves.JOURNAL
   lines = 0
   for signal_sent, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, cli.INTERRUPTED)):
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

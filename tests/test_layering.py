@@ -55,6 +55,7 @@ FLOORS = (
   (
     "distributed",
     "checkpoint",
+    "leaves",
     "tokenizer",
     "guidance",
     "conditioning",
@@ -115,7 +116,7 @@ HOMES = {
   "safetensors": ("convert.reader",),
   "huggingface_hub": ("convert.hub",),
   "orbax": ("checkpoint",),
-  "tensorstore": ("arrays", "checkpoint"),
+  "tensorstore": ("arrays", "leaves"),
   "pyarrow": ("tables",),
   "tokenizers": ("tokenizer",),
   "ftfy": ("tokenizer",),

@@ -34,7 +34,7 @@ ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order"
 
 def define(flags: FlagValues) -> None:
   DEFINE_string("out", None, "the folder to write; must be new", flag_values=flags)
-  DEFINE_bool("redo", False, "start over, and replace what is in --out", flag_values=flags)
+  DEFINE_bool("redo", False, "replace what is in --out, once that is whole", flag_values=flags)
   DEFINE_enum(
     "dtype",
     None,

@@ -15,14 +15,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jax_videoreason.leaves import LeafWriter, read_slice
+from jax_videoreason.leaves import LeafWriter, read_blocks
 from jax_videoreason.models import FAMILIES
-from jax_videoreason.structs import Card, ModelBundle, Parts
+from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
 
 from . import detect, lora, wan
 from .detect import Source
-from .engine import Faults, Move, compact, leaves, moves
+from .engine import Faults, Move, compact, leaves, moves, same_bits
 from .reader import Header, read
 
 TEXT_LENGTH = 512
@@ -48,6 +48,7 @@ class Plan:
   steps: tuple[Step, ...]
   target: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
   parts: Parts
+  latents: LatentSpec
   numerics: str
   dtype: str | None
   merge: lora.Merge
@@ -75,7 +76,9 @@ class Plan:
     """Differs when the sources or what is made of them differ."""
     said: list[Any] = [__version__, repr(self.parts), self.numerics, self.dtype]
     said += [self.merge.alpha, self.merge.order]
-    said += [[low_rank.part, str(low_rank.file)] for low_rank in self.merge.loras]
+    for low_rank in self.merge.loras:
+      scales = [[*at, update.scale] for at, update in low_rank.updates.items()]
+      said.append([low_rank.part, str(low_rank.file), scales])
     for file in self.files:
       stat = file.stat()
       said.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
@@ -136,6 +139,7 @@ def plan(
   if faults:
     raise Faults(faults)
   return Plan(
+    latents=source.latents,
     source=source,
     steps=tuple(steps),
     target=target,
@@ -197,14 +201,14 @@ def verify(
   """Reads every tensor of the source and its slice in the bundle; Faults names what differs."""
   faults = []
   for step, wanted in _values(made, made.steps):
-    found = read_slice(folder / step.part, step.move.target, step.move.layer)
-    if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
+    found = read_blocks(folder / step.part, step.move.target, step.move.layer)
+    if not all(same_bits(wanted[rows], block) for rows, block in found):
       layer = "" if step.move.layer is None else f"[{step.move.layer}]"
       faults.append(
         f"{step.part}/{step.move.target}{layer} differs from {step.header.key} in "
         f"{step.header.file}."
       )
-    del wanted, found
+    del wanted
     advance(step.header.nbytes)
   if faults:
     raise Faults(faults)
@@ -269,7 +273,7 @@ def _described(made: Plan, name: str, hashes: Mapping[str, str]) -> ModelBundle:
   card = Card(
     name=name,
     family=detect.FAMILY,
-    latents=made.source.latents,
+    latents=made.latents,
     text_length=TEXT_LENGTH,
     boundary=made.source.boundary,
     numerics=made.numerics,

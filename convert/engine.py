@@ -18,6 +18,7 @@ from jax_videoreason.pytrees import leaves, nest
 
 Row = tuple[str, str, str]
 LAYER = r"(?P<L>\d+)"
+BLOCK_BYTES = 2**24  # compared at a time
 TILE = (1024, 64)  # turned over tile by tile, a matrix is four times as fast: tiles fit the cache
 
 
@@ -137,6 +138,15 @@ def compact(value: np.ndarray, dtype: Any) -> np.ndarray:
     for j in range(0, value.shape[1], wide):
       made[i : i + high, j : j + wide] = value[i : i + high, j : j + wide]
   return made
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+  """Whether two arrays are equal to the last bit, not-a-numbers too; no copy is made."""
+  if one.shape != other.shape or one.dtype != other.dtype:
+    return False
+  a, b = (rearrange(np.ascontiguousarray(x).view(np.uint8), "... -> (...)") for x in (one, other))
+  blocks = (slice(start, start + BLOCK_BYTES) for start in range(0, a.size, BLOCK_BYTES))
+  return all(np.array_equal(a[block], b[block]) for block in blocks)
 
 
 def fill(

@@ -25,7 +25,7 @@ from jax_videoreason.models.wan import WanConfig
 from jax_videoreason.models.wan21_vae import WanVAEConfig
 
 from . import clip, umt5, vae, wan
-from .engine import Faults, Move, moves_back, nest
+from .engine import Faults, Move, moves_back, nest, same_bits
 from .reader import DTYPES, headers, read
 
 SHARD_BYTES = 5 * 10**9
@@ -355,7 +355,7 @@ def _compare(place: Path, part: Part) -> None:
   faults = [
     f"{found[key].file}: {key} differs from part {part.name} of the bundle."
     for key, value in part.values()
-    if read(found[key]).tobytes() != value.tobytes()
+    if not same_bits(read(found[key]), value)
   ]
   if faults:
     raise Faults(faults)

@@ -45,7 +45,7 @@ def encode(
   tiles: given frames are encoded in overlapping tiles and joined as a stack does ("diffusers",
     "diffsynth" with their sizes, or a `Tiling`); None = whole, as all but DiffSynth do.
   clip: R X D_clip, for a model with clip_width (Wan2.1 I2V); None = `image_tokens` of the first
-    frames. (The official code takes those of the pictures before they were resized.)
+    frames; `framing.shown_to_clip` says when those of the pictures they were made of are meant.
 
   Equal prompts and equal frames are encoded once. Text rows after the last token are zero. `known`
   are the normalised latents of the first frame followed by mid-grey frames (image_input "concat"),

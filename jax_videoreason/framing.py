@@ -84,18 +84,23 @@ def covered(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return _middle(large, height, width)
 
 
+def shown_to_clip(picture: np.ndarray, first_frame: np.ndarray, stack: str) -> np.ndarray:
+  """What the image tower of a stack is given: the picture as it was, or the first frame of it."""
+  _check(stack)
+  return first_frame if stack == "diffsynth" else picture
+
+
 def square(images: Iterable[np.ndarray], size: int, stack: str) -> np.ndarray:
   """Pictures height width 3 of any size -> R size size 3 float32 in 0..1, for the CLIP tower.
 
   images: uint8, or float32 in -1..1. "official" and "diffsynth" ignore the aspect; "diffusers"
-  scales the shorter side and cuts the middle out. The official code gives it the picture as it
-  was, DiffSynth the first frame of the video.
+  scales the shorter side and cuts the middle out. `shown_to_clip` says which picture.
   """
   _check(stack)
   made = []
   for image in images:
     if stack == "diffusers":
-      whole = image if image.dtype == np.uint8 else _bytes(image)
+      whole = as_bytes(image)
       high, wide = whole.shape[:2]
       short = min(high, wide)
       whole = media.resize(whole, size * high // short, size * wide // short, "bicubic")
@@ -104,6 +109,13 @@ def square(images: Iterable[np.ndarray], size: int, stack: str) -> np.ndarray:
       values = image if image.dtype == np.float32 else image.astype(np.float32) / 127.5 - 1
       made.append(bicubic(values, size, size) * 0.5 + 0.5)
   return np.stack(made).astype(np.float32)
+
+
+def as_bytes(image: np.ndarray) -> np.ndarray:
+  """uint8 of a picture uint8 or float32 about -1..1."""
+  if image.dtype == np.uint8:
+    return image
+  return np.round(127.5 * (np.clip(image, -1, 1) + 1)).astype(np.uint8)
 
 
 def bicubic(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -132,10 +144,6 @@ def _weights(before: int, after: int) -> np.ndarray:
 def _middle(image: np.ndarray, height: int, width: int) -> np.ndarray:
   top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
   return image[top : top + height, left : left + width]
-
-
-def _bytes(image: np.ndarray) -> np.ndarray:
-  return np.round(127.5 * (np.clip(image, -1, 1) + 1)).astype(np.uint8)
 
 
 def _check(stack: str) -> None:

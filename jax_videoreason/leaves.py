@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, TextIO
 
 import jax
@@ -99,7 +100,11 @@ class LeafWriter:
       self._digest[at] = self._digest_so_far(part, path, done)
     with disk(self.folder, full=RESUME):
       stored = self._create(part, path) if done == 0 else _open(self.folder / part, path, True)
-      writing = (stored[layer] if stacked else stored).write(value).commit
+      writing = (
+        (stored[layer] if stacked else stored)
+        .write(value, can_reference_source_data_indefinitely=True)
+        .commit
+      )
       writing.force()
       self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
     self._count[at] = done + 1
@@ -256,32 +261,34 @@ class LeafWriter:
 
 def read_slice(folder: Path, path: str, layer: int | None) -> np.ndarray:
   """One layer of a leaf, or with None the whole leaf, of a tree on disk; nothing else is read."""
-  (value,) = (block for _, block in read_blocks(folder, path, layer, None))
-  return value
+  return _read(_slice(folder, path, layer), folder, path)
 
 
 def read_blocks(
-  folder: Path, path: str, layer: int | None, most: int | None = CHUNK_BYTES
-) -> Iterator[tuple[Any, np.ndarray]]:
-  """The same in blocks of rows, of at most so many bytes (None = whole); each with its index."""
+  folder: Path, path: str, layer: int | None
+) -> Iterator[tuple[slice | EllipsisType, np.ndarray]]:
+  """The same in blocks of rows, of about CHUNK_BYTES at most; each with its place."""
+  stored = _slice(folder, path, layer)
+  rows = stored.shape[0] if stored.shape else 0
+  size = int(np.prod(stored.shape, dtype=np.int64)) * stored.dtype.numpy_dtype.itemsize
+  step = max(1, -(-rows // max(1, -(-size // CHUNK_BYTES))))
+  places = [slice(start, min(start + step, rows)) for start in range(0, rows, step)] or [...]
+  for place in places:
+    yield place, _read(stored[place], folder, path)
+
+
+def _slice(folder: Path, path: str, layer: int | None) -> Any:
   stored = _open(folder, path, False)
-  stored = stored if layer is None else stored[layer]
-  for rows in _rows(stored.shape, stored.dtype.numpy_dtype.itemsize, most):
-    try:
-      yield rows, stored[rows].read().result()
-    except ValueError as error:  # TensorStore's word for a chunk that is missing or damaged
-      raise ValueError(
-        f"leaf {path} cannot be read from {folder} ({type(error).__name__}): copy the bundle again."
-      ) from error
+  return stored if layer is None else stored[layer]
 
 
-def _rows(shape: tuple[int, ...], itemsize: int, most: int | None) -> list[Any]:
-  """Indexes that cut an array along its first axis."""
-  size = int(np.prod(shape, dtype=np.int64)) * itemsize
-  if most is None or size <= most:
-    return [...]
-  step = max(1, shape[0] * most // size)
-  return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+def _read(stored: Any, folder: Path, path: str) -> np.ndarray:
+  try:
+    return stored.read().result()
+  except ValueError as error:  # TensorStore's word for a chunk that is missing or damaged
+    raise ValueError(
+      f"leaf {path} cannot be read from {folder} ({type(error).__name__}): copy the bundle again."
+    ) from error
 
 
 def _open(folder: Path, path: str, write: bool) -> Any:

@@ -14,15 +14,24 @@ Asked = tuple[Sequence[str], np.ndarray | None]
 
 
 def encode(
-  chosen: SampleSettings, groups: Sequence[Asked], *, mesh: Mesh | None = None
+  chosen: SampleSettings,
+  groups: Sequence[Asked],
+  *,
+  shown: Sequence[Sequence[np.ndarray]] | None = None,
+  mesh: Mesh | None = None,
 ) -> tuple[ModelBundle, list[Conditioning]]:
   """The bundle ready to denoise and decode, and the conditioning of each group of runs.
 
-  groups: (R prompts, first frames R height width 3 uint8 or None), each encoded on its own.
+  groups: (R prompts, first frames R height width 3 or None), each encoded on its own.
+  shown: for each group the R pictures, of any size, that an image tower is shown
+    (`framing.shown_to_clip`); None = the first frames.
   The text encoder and the DiT are never resident together; both lie on `mesh`, where one is given.
   """
   bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh)
   bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  clips = [None] * len(groups)
+  if shown is not None and bundle.parts.dit.config.clip_width is not None:
+    clips = [conditioning.image_tokens(bundle, pictures) for pictures in shown]
   encoded = [
     conditioning.encode(
       bundle,
@@ -32,8 +41,9 @@ def encode(
       negative_prompt=chosen.negative_prompt,
       guided=chosen.guided,
       tiles=chosen.tiles,
+      clip=clip,
     )
-    for prompts, first_frames in groups
+    for (prompts, first_frames), clip in zip(groups, clips, strict=True)
   ]
   del bundle
   bundle = checkpoint.load(chosen.checkpoint, parts=("vae", "preview"))

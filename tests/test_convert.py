@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import chex
 import ml_dtypes
@@ -21,7 +22,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli, leaves
-from jax_videoreason.convert import bundle, detect, engine, reader, vae, wan
+from jax_videoreason.convert import bundle, detect, engine, reader, umt5, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
   CLIP,
@@ -307,6 +308,23 @@ def test_verify_finds_a_changed_bundle(original, converted, tmp_path, refused):
   assert "dit_1/blocks/mlp/up/kernel[1] differs from blocks.1.ffn.0.weight in" in said
 
 
+def test_verify_makes_no_copy_of_what_it_compares(source, tmp_path, monkeypatch):
+  """Beside the tensor as it is read and as it is written, only blocks of it."""
+  monkeypatch.setattr(leaves, "CHUNK_BYTES", 2**20)
+  wide = dataclasses.replace(TEXT, vocab=2**18)
+  given = tensors("text", wide, umt5.table("original"), 3, ml_dtypes.bfloat16)
+  save_file(given, source / "models_t5_umt5-xxl-enc-bf16.safetensors")
+  words = ["convert", str(source), "--out", str(tmp_path / "out"), "--dtype=fp32"]
+  assert cli.main(words) == 0
+  plan = bundle.plan(detect.source(source), dtype="fp32")
+  read = 2**18 * wide.width * 2
+  tracemalloc.start()
+  bundle.verify(plan, tmp_path / "out")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < read + 2 * read + 8 * 2**20
+
+
 def test_a_destination_that_exists(original, converted, refused):
   assert "exists already" in refused(original, out=converted)
 
@@ -548,6 +566,14 @@ def test_the_vae_of_48_channels(naming, source, tmp_path):
   assert loaded.card.latents.stride == (4, 16, 16)
   wanted = engine.fill(images, vae.table(VAE22, naming), abstract("vae", VAE22))
   chex.assert_trees_all_equal(loaded.vae, wanted)
+
+
+def test_latents_of_unknown_pixels_are_refused_before_anything_is_written(tmp_path, refused):
+  odd = dataclasses.replace(DIT, in_channels=20, out_channels=8)
+  save_file(tensors("dit", odd, wan.table("original"), 0), tmp_path / "odd.safetensors")
+  said = refused(tmp_path / "odd.safetensors")
+  assert "odd.safetensors: latents of 8 channels, and no VAE that says how many pixels" in said
+  assert os.listdir(tmp_path) == ["odd.safetensors"]
 
 
 def test_what_is_no_checkpoint(tmp_path, converted, refused):

@@ -195,6 +195,20 @@ def test_alpha_over_rank_scales_it(single, published, tmp_path, place):
   chex.assert_trees_all_close(bundle.params[0], wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_another_scale_is_another_conversion(single, published, tmp_path):
+  """The config of PEFT lies beside the file: an interrupted conversion must not mix two of them."""
+  from jax_videoreason.convert import bundle
+
+  file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+  save_file(pefts(updates(published["dit_0"], 8, targets=TARGETS[:2])), file)
+  found = set()
+  for alpha in (2, 3):
+    config.write_text(json.dumps({"lora_alpha": alpha, "r": RANK}))
+    plan = bundle.plan(detect.source(single), loras=lora.Wanted(given=(str(file),)))
+    found.add(plan.fingerprint)
+  assert len(found) == 2
+
+
 @pytest.mark.torch
 def test_the_order_of_diffsynth_rounds_as_pytorch_does(single, published, tmp_path):
   """W, A, B, their product, its multiple and the sum, each rounded to bfloat16.

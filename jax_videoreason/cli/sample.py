@@ -58,10 +58,15 @@ SHOWN_PIXELS = 1 << 26
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-  """What a video is asked: prompt, first_frame uint8 height width 3 if any, the case if any."""
+  """What a video is asked: prompt, first frame if any, the case if any.
+
+  first_frame: height width 3, uint8 or float32 about -1..1. shown: the picture, of any size, that
+  an image tower is shown; None = the first frame.
+  """
 
   prompt: str
   first_frame: np.ndarray | None = None
+  shown: np.ndarray | None = None
   case: tasks.Case | None = None
 
 
@@ -94,10 +99,10 @@ def main(flags: FlagValues, words: list[str]) -> None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
   noise = None if flags.noise is None else read_noise(flags.noise)
-  image = None
+  image = shown = None
   if flags.image is not None:
-    image, chosen = fitted(flags.image, chosen, flags.fit)
-  question = Question(prompt=flags.prompt, first_frame=image)
+    image, shown, chosen = fitted(flags.image, chosen, flags.fit)
+  question = Question(prompt=flags.prompt, first_frame=image, shown=shown)
   with store.run_folder(flags.out, redo=flags.redo) as folder:
     record(folder, chosen, [question], noise=noise)
   finish(flags.out)
@@ -155,16 +160,18 @@ def read_noise(path: str) -> np.ndarray:
   return array
 
 
-def fitted(path: str, chosen: SampleSettings, fit: str) -> tuple[np.ndarray, SampleSettings]:
-  """A picture as first frame uint8 height width 3, and the settings with the size of the video.
+def fitted(
+  path: str, chosen: SampleSettings, fit: str
+) -> tuple[np.ndarray, np.ndarray, SampleSettings]:
+  """First frame and what an image tower is shown, of a picture; the settings with the video's size.
 
-  fit: one of `FITS`. Filters and sizes are those of the stack that the bundle's numerics name; the
-  official code resizes in floats, here the frame is rounded to 8 bits (`framing.stretched` is not).
+  fit: one of `FITS`. Filters and sizes are those of the stack that the bundle's numerics name, and
+  so is the first frame: uint8, or float32 about -1..1 (`framing.stretched`).
   """
-  frame = media.read_image(path)
-  height, width = frame.shape[:2]
+  picture = media.read_image(path)
+  height, width = picture.shape[:2]
   if (height, width) == (chosen.height, chosen.width):
-    return frame, chosen
+    return picture, picture, chosen
   if fit == "exact":
     raise ValueError(
       f"{path} is {width} x {height} pixels, the config says {chosen.width} x {chosen.height}: "
@@ -181,10 +188,12 @@ def fitted(path: str, chosen: SampleSettings, fit: str) -> tuple[np.ndarray, Sam
     else:
       size = framing.area_size(height, width, area=pixels, stride=stride, patch=patch)
     chosen = dataclasses.replace(chosen, height=size[0], width=size[1])
+  stack = bundle.card.numerics
   if covers:
-    return framing.covered(frame, chosen.height, chosen.width), chosen
-  method = "lanczos" if bundle.card.numerics == "diffusers" else "bicubic"
-  return media.resize(frame, chosen.height, chosen.width, method), chosen
+    frame = framing.covered(picture, chosen.height, chosen.width)
+  else:
+    frame = framing.stretched(picture, chosen.height, chosen.width, stack)
+  return frame, framing.shown_to_clip(picture, frame, stack), chosen
 
 
 def record(
@@ -204,7 +213,9 @@ def record(
   began = time.monotonic()
   seeds = list(chosen.seeds)
   of_run = [question for question in questions for _ in seeds]
-  bundle, (cond,) = prepare.encode(chosen, [([q.prompt for q in of_run], first_frames(of_run))])
+  given = [([q.prompt for q in of_run], first_frames(of_run))]
+  shown = [q.shown for q in of_run if q.shown is not None]
+  bundle, (cond,) = prepare.encode(chosen, given, shown=[shown] if shown else None)
   card = bundle.card
   grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
   schedule = prepare.schedule(chosen, bundle)
@@ -261,7 +272,7 @@ def record(
       frames = np.stack(frames)
       writer.write_frames(frames, steps=shown)
       videos = decode(bundle, final, tiles=chosen.tiles)
-      store.write_videos(folder, videos, first_frames(of_run), fps=FPS)
+      store.write_videos(folder, videos, first_pictures(of_run), fps=FPS)
       advance(1)
   said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
   store.write_final_latents(folder, final)
@@ -288,6 +299,12 @@ def first_frames(questions: Sequence[Question]) -> np.ndarray | None:
   """R height width 3, None where there are none."""
   frames = [q.first_frame for q in questions if q.first_frame is not None]
   return np.stack(frames) if frames else None
+
+
+def first_pictures(questions: Sequence[Question]) -> np.ndarray | None:
+  """The same to be looked at, uint8."""
+  frames = first_frames(questions)
+  return None if frames is None else framing.as_bytes(frames)
 
 
 def warn_broken(finite: np.ndarray) -> None:

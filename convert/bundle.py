@@ -20,7 +20,7 @@ from jax_videoreason.models import FAMILIES
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
 
-from . import detect, lora, wan
+from . import kinds, lora, wan
 from .detect import Source
 from .engine import Faults, Move, compact, leaves, moves, same_bits
 from .reader import Header, read
@@ -112,7 +112,7 @@ def plan(
   files = lora.assign(asked.given, sum(part.startswith("dit") for part in source.parts))
   for part, found in source.parts.items():
     kind = part.split("_")[0]
-    shapes = detect.abstract(found, kind)
+    shapes = kinds.abstract(found, kind)
     try:
       made = moves(found.tensors, found.table, shapes, found.ignore)
     except Faults as error:
@@ -143,7 +143,7 @@ def plan(
     source=source,
     steps=tuple(steps),
     target=target,
-    parts=FAMILIES[detect.FAMILY].build(configs),
+    parts=FAMILIES[kinds.FAMILY].build(configs),
     numerics=chosen,
     dtype=dtype,
     merge=lora.Merge(loras=tuple(low_rank), alpha=asked.alpha, order=asked.order),
@@ -272,7 +272,7 @@ def _described(made: Plan, name: str, hashes: Mapping[str, str]) -> ModelBundle:
   } | {low_rank.file: made.merge.described(low_rank) for low_rank in made.merge.loras}
   card = Card(
     name=name,
-    family=detect.FAMILY,
+    family=kinds.FAMILY,
     latents=made.latents,
     text_length=TEXT_LENGTH,
     boundary=made.source.boundary,

@@ -11,14 +11,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from . import hub, wan
 from .engine import Faults, Move
-from .reader import Header, headers, metadata, read, read_json
+from .reader import Header, Settings, headers, metadata, read, settings
 
 ORDERS = ("fp32", "bf16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -143,7 +142,7 @@ def load(file: Path, part: str, moves: Sequence[Move], tensors: Mapping[str, Hea
     if fault is not None:
       faults.append(fault)
       continue
-    alpha = float(read(alphas[name]).reshape(())) if name in alphas else overall
+    alpha = _own_alpha(alphas[name]) if name in alphas else overall
     scale = 1.0 if alpha is None else alpha / pair["a"].shape[0]
     updates[target] = Update(a=pair["a"], b=pair["b"], scale=scale)
   if len(strangers) == len(pairs):
@@ -197,6 +196,8 @@ def _misfit(file: Path, name: str, pair: Mapping[str, Header], base: tuple[int, 
   if len(pair) < 2:
     return f"{file}: {name} has only {next(iter(pair.values())).key}, wanted lora_A and lora_B."
   a, b = pair["a"].shape, pair["b"].shape
+  if 0 in a + b:
+    return f"{file}: {name} is empty, lora_A {a} and lora_B {b}."
   if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
     return f"{file}: the ranks of {name} differ, lora_A {a} and lora_B {b}."
   if (b[0], a[1]) != base:
@@ -204,20 +205,27 @@ def _misfit(file: Path, name: str, pair: Mapping[str, Header], base: tuple[int, 
   return None
 
 
+def _own_alpha(header: Header) -> float:
+  """The number beside a pair."""
+  value = read(header).astype(np.float64)
+  if value.size != 1 or not np.isfinite(value).all():
+    raise Faults([f"{header.file}: {header.key} is {value.tolist()}, wanted one finite number."])
+  return float(value.item())
+
+
 def _overall_alpha(file: Path) -> float | None:
   """The alpha of all updates, from the header or from the adapter_config.json of PEFT."""
   notes = metadata(file).get(NOTES)
-  beside = file.parent / "adapter_config.json"
   if notes is not None:
-    said = {key.rpartition(".")[2]: value for key, value in json.loads(notes).items()}
-  elif file.name.startswith("adapter_model") and beside.is_file():
-    said = read_json(beside)
+    try:
+      values = {key.rpartition(".")[2]: value for key, value in json.loads(notes).items()}
+    except (ValueError, AttributeError) as error:
+      raise Faults([f"{file}: {NOTES} in its header is no JSON object: save it again."]) from error
+    said = Settings(file=file, values=values)
+  elif file.name.startswith("adapter_model"):
+    said = settings(file.parent / "adapter_config.json")
   else:
     return None
-  return _alpha(file, said)
-
-
-def _alpha(file: Path, said: Mapping[str, Any]) -> float | None:
-  if said.get("use_rslora") or said.get("alpha_pattern"):
+  if said.values.get("use_rslora") or said.values.get("alpha_pattern"):
     raise Faults([f"{file} scales its updates by use_rslora or alpha_pattern: not supported yet."])
-  return said.get("lora_alpha")
+  return said.number("lora_alpha") if "lora_alpha" in said.values else None

@@ -6,6 +6,7 @@ map it into memory, and what has been read would count as ours until the map is 
 
 import dataclasses
 import json
+import math
 import pickle
 import re
 from collections import defaultdict
@@ -28,6 +29,7 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+ARCHIVE = b"PK\x03\x04"  # a .pth begins so since PyTorch 1.6
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -53,6 +55,47 @@ class Header:
   @property
   def nbytes(self) -> int:
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What a JSON file says. Faults names the file and the key of a value that cannot be meant."""
+
+  file: Path
+  values: Mapping[str, Any]
+
+  def whole(self, *keys: str) -> int | None:
+    """Of the first key that is there, a number from 1 up; None where none is."""
+    for key in keys:
+      if key in self.values:
+        value = self.values[key]
+        if type(value) is not int or value < 1:
+          raise self.fault(key, value, "a whole number from 1 up")
+        return value
+    return None
+
+  def number(self, key: str, default: float | None = None) -> float:
+    """Over 0; the default where the key is absent."""
+    value = self.values.get(key, default)
+    if not _is_number(value) or value <= 0:
+      raise self.fault(key, value, "a number over 0")
+    return value
+
+  def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+    """A list of them; the default where the key is absent."""
+    value = self.values.get(key, default)
+    if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
+      raise self.fault(key, value, "a list of numbers")
+    return tuple(value)
+
+  def fault(self, key: str, value: Any, wanted: str) -> Faults:
+    """What is said of a value."""
+    return Faults([f"{self.file} says {key}={json.dumps(value)}, wanted {wanted}."])
+
+
+def settings(file: Path) -> Settings:
+  """Of a JSON file; they are empty where it is absent."""
+  return Settings(file=file, values=read_json(file) if file.is_file() else {})
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -165,10 +208,14 @@ def _pth(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Header]:
 
   names = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values()}
   odd = [
-    f"{file}: {key} is {getattr(value, 'dtype', type(value).__name__)}, wanted a floating tensor."
+    f"{file}: {key} is {_kind_of(value)}, wanted a floating tensor."
     for key, value in loaded.items()
-    if not isinstance(value, torch.Tensor) or value.dtype not in names
+    if not isinstance(value, torch.Tensor)
+    or value.dtype not in names
+    or value.layout != torch.strided
+    or value.is_meta
   ]
+  odd += [f"{file}: {key!r} is no name of a tensor." for key in loaded if not isinstance(key, str)]
   if odd:
     raise Faults(odd)
   return {
@@ -177,11 +224,26 @@ def _pth(file: Path, skipped: re.Pattern[str] | None) -> dict[str, Header]:
   }
 
 
+def _kind_of(value: Any) -> str:
+  """What a value in a pickle is, in words."""
+  if not hasattr(value, "layout"):
+    return type(value).__name__
+  return f"{value.dtype} ({str(value.layout).removeprefix('torch.')}, {value.device})"
+
+
 def _load_pth(file: Path) -> dict[str, Any]:
   try:
     import torch
   except ImportError as error:
     raise Faults([f"{file} is a PyTorch file and torch is missing: pip install torch."]) from error
+  with file.open("rb") as opened:
+    if opened.read(len(ARCHIVE)) != ARCHIVE:
+      raise Faults(
+        [
+          f"{file} is no PyTorch file of version 1.6 or later: download it again, or load it where "
+          "it was made and save it as safetensors."
+        ]
+      )
   try:
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
   except pickle.UnpicklingError as error:
@@ -189,7 +251,7 @@ def _load_pth(file: Path) -> dict[str, Any]:
       [f"{file} holds more than tensors and is not opened: save it again as safetensors."]
     ) from error
   except (RuntimeError, OSError, EOFError, ValueError) as error:
-    first = str(error).splitlines()[0]
+    first = str(error).splitlines()[0].partition(". ")[0]
     raise Faults([f"{file} is truncated or no PyTorch file ({first}): download it again."]) from (
       error
     )
@@ -201,7 +263,7 @@ def _load_pth(file: Path) -> dict[str, Any]:
 def _as_numpy(tensor: Any) -> np.ndarray:
   import torch
 
-  tensor = tensor.detach()
+  tensor = tensor.detach().resolve_neg()
   if tensor.dtype == torch.bfloat16:
     return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
   return tensor.numpy()
@@ -228,6 +290,10 @@ def _incomplete(folder: Path, files: Sequence[Path]) -> list[str]:
     for (stem, count), numbers in counts.items()
     for number in sorted(set(range(1, count + 1)) - numbers)
   ]
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is(skipped: re.Pattern[str] | None, key: str) -> bool:

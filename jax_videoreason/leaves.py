@@ -100,11 +100,8 @@ class LeafWriter:
       self._digest[at] = self._digest_so_far(part, path, done)
     with disk(self.folder, full=RESUME):
       stored = self._create(part, path) if done == 0 else _open(self.folder / part, path, True)
-      writing = (
-        (stored[layer] if stacked else stored)
-        .write(value, can_reference_source_data_indefinitely=True)
-        .commit
-      )
+      slot = stored[layer] if stacked else stored
+      writing = slot.write(value, can_reference_source_data_indefinitely=True).commit
       writing.force()
       self._digest[at].update(np.ascontiguousarray(value).view(np.uint8).data)
     self._count[at] = done + 1

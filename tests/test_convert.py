@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import tracemalloc
 
@@ -22,7 +23,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli, leaves
-from jax_videoreason.convert import bundle, detect, engine, reader, umt5, vae, wan
+from jax_videoreason.convert import bundle, clip, detect, engine, reader, umt5, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
   CLIP,
@@ -491,6 +492,66 @@ def test_configs_that_contradict(source, refused):
   assert f"{config} cannot be read" in refused(source)
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "wanted"),
+  [
+    ("num_heads", 0, "a whole number from 1 up"),
+    ("num_heads", "one", "a whole number from 1 up"),
+    ("num_heads", None, "a whole number from 1 up"),
+    ("num_heads", 1.5, "a whole number from 1 up"),
+    ("num_heads", True, "a whole number from 1 up"),
+    ("eps", "small", "a number over 0"),
+    ("eps", None, "a number over 0"),
+    ("eps", -1.0, "a number over 0"),
+  ],
+)
+def test_values_in_a_config_that_cannot_be_meant(source, refused, key, value, wanted):
+  config = source / "high_noise_model" / "config.json"
+  config.write_text(json.dumps({**CONFIG, key: value}))
+  assert f"{config} says {key}={json.dumps(value)}, wanted {wanted}." in refused(source)
+  assert not (source.parent / ".out.part").exists()
+
+
+@pytest.mark.parametrize(
+  ("part", "key", "value", "wanted"),
+  [
+    ("vae", "latents_mean", None, "a list of numbers"),
+    ("vae", "latents_std", "one", "a list of numbers"),
+    ("vae", "latents_mean", [0] * 15 + ["0"], "a list of numbers"),
+    ("vae", "latents_std", [0.0] * 16, "numbers over 0"),
+    ("text_encoder", "relative_attention_max_distance", "far", "a whole number from 1 up"),
+    ("image_encoder", "num_attention_heads", 0, "a whole number from 1 up"),
+    ("image_encoder", "layer_norm_eps", [], "a number over 0"),
+    (".", "boundary_ratio", "high", "a number over 0"),
+    (".", "boundary_ratio", 900, "at most 1"),
+  ],
+)
+def test_values_in_the_configs_of_diffusers(diffusers, refused, part, key, value, wanted):
+  file = diffusers / part / ("model_index.json" if part == "." else "config.json")
+  said = json.loads(file.read_text()) if file.exists() else {}
+  file.write_text(json.dumps({**said, key: value}))
+  answer = refused(diffusers)
+  assert f"{file} says {key}={json.dumps(value)}, wanted " in answer and wanted in answer
+
+
+@pytest.fixture
+def diffusers(published, tmp_path):
+  """Two experts that read image tokens, in the layout of diffusers."""
+  root = tmp_path / "hub"
+  wide = dataclasses.replace(DIT, clip_width=CLIP.width)
+  for seed, name in enumerate(("transformer", "transformer_2")):
+    shards(root / name, tensors("dit", wide, wan.table("diffusers"), seed), 1)
+  shards(root / "vae", tensors("vae", VAE, vae.table(VAE, "diffusers"), 2), 1)
+  shards(root / "text_encoder", tensors("text", TEXT, umt5.table("transformers"), 3), 1, "model")
+  tower = dataclasses.replace(CLIP, layers=CLIP.layers + 1)
+  shards(root / "image_encoder", tensors("clip", tower, clip.table("transformers"), 5), 1, "model")
+  (root / "model_index.json").write_text("{}")
+  (root / "tokenizer").mkdir()
+  words = train_word_tokenizer(["sort the bars"])
+  (root / "tokenizer" / "tokenizer.json").write_text(words, encoding="utf-8")
+  return root
+
+
 def test_a_text_encoder_or_tokenizer_of_another_model(source, published, refused):
   words = source / "google" / "umt5-xxl" / "tokenizer.json"
   many = " ".join(f"word{n}" for n in range(99))
@@ -610,9 +671,21 @@ def test_pickles_hold_tensors_or_are_refused(source, published, tmp_path, refuse
   assert f"{text} holds more than tensors and is not opened" in refused(source)
   torch.save({**whole, "step": 3}, text)
   assert "step is int, wanted a floating tensor" in refused(source)
+  name = next(iter(whole))
+  torch.save({**whole, name: whole[name].float().to_sparse()}, text)
+  assert f"{text}: {name} is torch.float32 (sparse_coo, cpu), wanted a floating" in refused(source)
+  torch.save({**whole, 3: whole[name]}, text)
+  assert f"{text}: 3 is no name of a tensor." in refused(source)
+  torch.save([whole], text)
+  assert f"{text} holds a list, wanted a dict of tensors" in refused(source)
   torch.save(whole, text)
   text.write_bytes(text.read_bytes()[:-200])
   assert f"{text} is truncated or no PyTorch file" in refused(source)
+  torch.save(whole, text, _use_new_zipfile_serialization=False)
+  assert f"{text} is no PyTorch file of version 1.6 or later" in refused(source)
+  with tarfile.open(text, "w") as tar:  # as PyTorch before 0.1.10 wrote them
+    tar.addfile(tarfile.TarInfo("storages"))
+  assert f"{text} is no PyTorch file of version 1.6 or later" in refused(source)
 
 
 class ModulePickle:

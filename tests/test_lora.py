@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli
-from jax_videoreason.convert import detect, engine, lora, reader, wan
+from jax_videoreason.convert import detect, engine, kinds, lora, reader, wan
 from published import DIT, abstract, parts, write_original
 
 TARGETS = [f"blocks.{i}.self_attn.{p}" for i in range(2) for p in "qkvo"]
@@ -174,7 +174,7 @@ def test_the_names_that_trainers_give(single, published, tmp_path, naming):
 
 def loaded(single, file):
   part = detect.source(single).parts["dit_0"]
-  made = engine.moves(part.tensors, part.table, detect.abstract(part, "dit"))
+  made = engine.moves(part.tensors, part.table, kinds.abstract(part, "dit"))
   return lora.load(file, "dit_0", made, part.tensors)
 
 
@@ -328,6 +328,34 @@ def test_scales_that_are_not_known_are_refused(published, tmp_path, refused):
   save_file(pefts(updates(published["dit_0"], 0, targets=TARGETS[:1])), file)
   (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "use_rslora": True}))
   assert "use_rslora or alpha_pattern: not supported yet" in refused(f"--lora={file}")
+
+
+@pytest.mark.parametrize("alpha", ["two", None, 0, float("inf")])
+def test_an_alpha_that_cannot_be_meant(published, tmp_path, refused, alpha):
+  file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+  pairs = pefts(updates(published["dit_0"], 0, targets=TARGETS[:1]))
+  save_file(pairs, file)
+  config.write_text(json.dumps({"lora_alpha": alpha}))
+  assert f"{config} says lora_alpha={json.dumps(alpha)}, wanted a number" in refused(
+    f"--lora={file}"
+  )
+  save_file(pairs, file, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})})
+  assert f"{file} says lora_alpha={json.dumps(alpha)}, wanted a number" in refused(f"--lora={file}")
+
+
+def test_damaged_notes_and_alphas(published, tmp_path, refused):
+  file = tmp_path / "lora.safetensors"
+  pairs = pefts(updates(published["dit_0"], 0, targets=TARGETS[:1]))
+  for notes in ("{", "[]"):
+    save_file(pairs, file, {"lora_adapter_metadata": notes})
+    said = refused(f"--lora={file}")
+    assert f"{file}: lora_adapter_metadata in its header is no JSON object" in said
+  for alpha in ([1.0, 2.0], [np.nan]):
+    save_file({**pairs, f"{TARGETS[0]}.alpha": np.array(alpha, np.float32)}, file)
+    assert f"{file}: {TARGETS[0]}.alpha is [" in refused(f"--lora={file}")
+  empty = {TARGETS[0]: (np.zeros((0, 128), np.float32), np.zeros((128, 0), np.float32))}
+  save_file({**pefts(empty), f"{TARGETS[0]}.alpha": np.float32([1])}, file)
+  assert f"{file}: {TARGETS[0]} is empty, lora_A (0, 128)" in refused(f"--lora={file}")
 
 
 def test_half_precision_files_are_read(single, published, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import threading
@@ -222,7 +223,7 @@ def _values(made: Plan, steps: Sequence[Step]) -> Iterator[tuple[Step, np.ndarra
   """
   with ThreadPoolExecutor(1) as pool:
     coming = None
-    for step, after in zip(steps, [*steps[1:], None], strict=True):
+    for step, after in itertools.zip_longest(steps, steps[1:]):
       value = value_of(made, step) if coming is None else coming.result()
       coming = None
       if after is not None and max(step.header.nbytes, after.header.nbytes) <= AHEAD_BYTES:

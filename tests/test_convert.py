@@ -163,9 +163,12 @@ class Killed(BaseException):
   """Stands for a kill: no handler catches it."""
 
 
-@pytest.mark.parametrize(("after", "torn"), [(1, False), (2, True), (9, False), (60, True)])
+@pytest.mark.parametrize(("after", "torn"), [(1, False), (2, True), (9, False), (60, True), (70, False)])
 def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch, after, torn):
-  """Killed between a chunk and its line in the journal, the worst moment there is."""
+  """Killed between a chunk and its line in the journal, the worst moment there is.
+
+  After the last of 69 there is still the checksum of the source to be noted.
+  """
   out, lines = tmp_path / "out", []
   note, write = leaves.LeafWriter._note, leaves.LeafWriter.write
 

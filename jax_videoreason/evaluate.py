@@ -11,7 +11,7 @@ The folder:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from jax_videoreason import (
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.baselines import Mark
 from jax_videoreason.decode import decode
-from jax_videoreason.folders import beside, checksum, disk, plain, read_json, remove, write_json
+from jax_videoreason.folders import begin, beside, checksum, disk, plain, read_json, write_json
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.taps import TapSpec
@@ -130,7 +130,7 @@ def evaluate(
     )
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   out, model = Path(out), checkpoint.find(chosen.checkpoint)
-  begin(out, describe(chosen, asked, model), redo=redo)
+  begin(out, ASKED, describe(chosen, asked, model), owned=OWNED, what="evaluation", redo=redo)
   if (out / MANIFEST).exists():
     advance(work(chosen, asked))
     return read_json(out / RESULT)
@@ -160,48 +160,16 @@ def describe(chosen: SampleSettings, asked: Plan, model: Path) -> dict[str, Any]
   return plain({**dataclasses.asdict(asked), **settings, "weights": weights})
 
 
-def begin(out: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
-  """Makes `out` ready: new, or begun by a call that asked the same."""
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
-  with disk(out):
-    there = sorted(item.name for item in out.iterdir()) if out.is_dir() else []
-    if redo:
-      for name in set(there) & set(OWNED):
-        remove(out / name)
-    elif ASKED in there:
-      before = read_json(out / ASKED)
-      other = [
-        f"{key}={before.get(key)!r} there and {asked.get(key)!r} here"
-        for key in sorted(before.keys() | asked.keys())
-        if before.get(key) != asked.get(key)
-      ]
-      if other:
-        raise ValueError(
-          f"{out} holds another evaluation ({'; '.join(other)}): choose another --out, or give "
-          "--redo to replace it."
-        )
-      return
-    elif there:
-      more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-      raise ValueError(
-        f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
-        "replace what was written there."
-      )
-    (out / PARTS).mkdir(parents=True)
-  write_json(out / ASKED, dict(asked))
-
-
 # Cases
 
 
-def cases_of(task: Task, split: str, count: int, kind: str) -> list[Case]:
-  """The first `count` cases of a split, but none that has the picture and prompt of an earlier one.
+def cases_of(task: Task, split: str, count: int, kind: str, first: int = 0) -> list[Case]:
+  """`count` cases of a split from index `first` on, none with the picture and prompt of an earlier.
 
   Raises ValueError when the split has not so many.
   """
   found: dict[tuple[bytes, str], Case] = {}
-  for index in range(TRIES * count):
+  for index in range(first, first + TRIES * count):
     case = task.generate(split, index, ambiguous=KINDS[kind])
     if kind == "both" and task.ambiguous and (case.metadata["k"] > 1) != (len(found) % 2 == 1):
       continue
@@ -387,14 +355,16 @@ def watch(
   bundle: ModelBundle, task: Task, cases: Sequence[Case], x0: np.ndarray
 ) -> dict[str, np.ndarray]:
   """The soft reading of x0 (S W F H W C) at every step, S W each: visible candidates, entropy in
-  bits, share of the weight on right answers."""
-  parts = []
+  bits, share of the weight on right answers; truth: W, the entropy where the truth is read."""
+  parts, truths = [], []
   for group in groups(len(cases), task):
+    of_group = [cases[i].metadata for i in group]
     frames = np.stack([decode(bundle, one[group]) for one in x0])
-    parts.append(
-      answers.read_steps(task, [cases[i].metadata for i in group], frames, np.zeros(len(x0)))
-    )
+    parts.append(answers.read_steps(task, of_group, frames, np.zeros(len(x0))))
+    truth = np.stack([cases[i].frames for i in group])[None]
+    truths.append(answers.read_steps(task, of_group, truth, np.zeros(1)).entropy[0])
   return {
+    "truth": np.concatenate(truths),
     "visible": np.concatenate([part.candidates for part in parts], axis=1),
     "entropy": np.concatenate([part.entropy for part in parts], axis=1),
     "mass": np.concatenate([part.mass for part in parts], axis=1),

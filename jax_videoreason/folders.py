@@ -63,6 +63,54 @@ def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -
     raise
 
 
+def begin(
+  folder: Path, file: str, asked: Mapping[str, Any], *, owned: Iterable[str], what: str, redo: bool
+) -> None:
+  """Makes `folder` ready to be filled piece by piece: new, or begun by a call that asked the same.
+
+  file: the name under which `asked` is kept there. owned: the names that `redo` removes; all others
+  are left alone. what: of which kind the content is, such as "evaluation".
+
+  Raises:
+    ValueError: `folder` is a file, holds something else, or what was asked otherwise.
+    OSError: it can't be written.
+  """
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
+  asked = plain(asked)
+  with disk(folder):
+    there = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+    for name in set(there) & set(owned) if redo else ():
+      remove(folder / name)
+  if file in there and not redo:
+    differ = list(differences(read_json(folder / file), asked))
+    if differ:
+      raise ValueError(
+        f"{folder} holds another {what} ({'; '.join(differ)}): choose another --out, or give "
+        "--redo to replace it."
+      )
+    return
+  if there and not redo:
+    more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    raise ValueError(
+      f"{folder} is not empty (it has {there[0]}{more}) and has no {file}, so nobody knows how "
+      "what is there was made: choose another --out, or give --redo to replace what is ours there."
+    )
+  with disk(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / file, asked)
+
+
+def differences(before: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
+  """'steps=10 there and 20 here' for every key, dotted, that differs."""
+  for key in sorted(before.keys() | asked.keys()):
+    old, new = before.get(key), asked.get(key)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      yield from differences(old, new, f"{at}{key}.")
+    elif old != new:
+      yield f"{at}{key}={old!r} there and {new!r} here"
+
+
 def name_of(folder: Path) -> str:
   """The name a folder has or will have, also while `whole` fills it."""
   path = folder.resolve()

@@ -224,23 +224,41 @@ def picture_grid(
   _save(figure, path, dpi=100)
 
 
-def loss_curve(
-  path: str | Path, steps: Sequence[int] | np.ndarray, losses: Mapping[str, np.ndarray]
+def training_curves(
+  path: str | Path,
+  steps: Sequence[int] | np.ndarray,
+  losses: Mapping[str, np.ndarray],
+  scores: Mapping[str, Sequence[tuple[int, float]]],
 ) -> None:
-  """Draws losses of a training over its steps, on a logarithmic scale, with a running mean."""
-  figure, axes = _panel("Training", "step", "loss")
+  """Losses of a training over its steps, logarithmic, with running means; below them, scores.
+
+  losses: one number per step, NaN where there is none. scores: (step, score) of what was watched.
+  """
+  figure, panels = _panels(
+    [("Training", "step", "loss"), ("Unseen cases", "step", "score")][: 2 if scores else 1]
+  )
   steps = np.asarray(steps, float)
   ends = []
   for number, (name, values) in enumerate(losses.items()):
     colour = COLOURS[number % len(COLOURS)]
-    values = np.asarray(values, float)
-    window = max(1, len(values) // 50)
-    smooth = np.convolve(values, np.ones(window) / window, "valid")
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-    axes.plot(steps[window - 1 :], smooth, color=colour, linewidth=2)
+    there = np.isfinite(values)
+    window = max(1, int(there.sum()) // 50)
+    smooth = np.convolve(values[there], np.ones(window) / window, "valid")
+    panels[0].plot(steps[there], values[there], color=colour, linewidth=0.6, alpha=0.3)
+    panels[0].plot(steps[there][window - 1 :], smooth, color=colour, linewidth=2)
     ends.append((float(smooth[-1]), name, colour))
-  axes.set_yscale("log")
-  _name_ends(axes, float(steps[-1]), ends)
+  panels[0].set_yscale("log")
+  _name_ends(panels[0], float(steps[-1]), ends)
+  if scores:
+    ends = []
+    for number, (name, points) in enumerate(scores.items()):
+      colour = COLOURS[number % len(COLOURS)]
+      at, values = zip(*points, strict=True)
+      panels[1].plot(at, values, color=colour, linewidth=2, marker="o", markersize=3)
+      ends.append((float(values[-1]), name, colour))
+    panels[1].set_xlim(panels[0].get_xlim())
+    panels[1].set_ylim(0, 1)
+    _name_ends(panels[1], float(steps[-1]), ends)
   _save(figure, path, dpi=120)
 
 
@@ -294,19 +312,26 @@ def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
 
 
 def _panel(title: str, x_name: str, y_name: str) -> tuple[Figure, Axes]:
-  figure = Figure(figsize=(6.4, 3.6), facecolor="white", layout="constrained")
-  axes = figure.add_subplot()
-  axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK)
-  axes.set_xlabel(x_name, color=INK, fontsize=9)
-  axes.set_ylabel(y_name, color=INK, fontsize=9)
-  axes.tick_params(colors=MUTED, labelsize=8, length=3)
-  axes.grid(axis="y", color=RULE, linewidth=0.8)
-  axes.set_axisbelow(True)
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
-  for side in ("left", "bottom"):
-    axes.spines[side].set_color(MUTED)
+  figure, (axes,) = _panels([(title, x_name, y_name)])
   return figure, axes
+
+
+def _panels(titles: Sequence[tuple[str, str, str]]) -> tuple[Figure, list[Axes]]:
+  """Panels one below the other, each with its title and the names of its axes."""
+  figure = Figure(figsize=(6.4, 3.6 * len(titles)), facecolor="white", layout="constrained")
+  panels = [figure.add_subplot(len(titles), 1, i + 1) for i in range(len(titles))]
+  for axes, (title, x_name, y_name) in zip(panels, titles, strict=True):
+    axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK)
+    axes.set_xlabel(x_name, color=INK, fontsize=9)
+    axes.set_ylabel(y_name, color=INK, fontsize=9)
+    axes.tick_params(colors=MUTED, labelsize=8, length=3)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+      axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+      axes.spines[side].set_color(MUTED)
+  return figure, panels
 
 
 def _name_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]]) -> None:

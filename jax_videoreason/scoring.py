@@ -145,6 +145,7 @@ def along_steps(watched: Mapping[str, Any]) -> dict[str, Any]:
 
   candidates: the effective number, 2^entropy of the soft reading over the answers, over the runs
   in which anything is drawn (`drawn`, a share). by_k: the same for the cases with k right answers.
+  truth: what the same reading makes of the videos that solve the cases: where a run can end.
   """
   case, k = np.asarray(watched["case"]), np.asarray(watched["k"])
   bits = np.array(watched["entropy"], float)  # S W, NaN where nothing is drawn
@@ -158,6 +159,7 @@ def along_steps(watched: Mapping[str, Any]) -> dict[str, Any]:
     "visible": _means(np.array(watched["visible"], float), case, which),
     "right": _means(np.array(watched["mass"], float), case, which),
     "drawn": [float(row.mean()) for row in np.isfinite(bits)],
+    "truth": _means(2.0 ** np.array([watched["truth"]], float), case, which)[0],
     "by_k": {
       str(n): {
         "cases": int((k_of == n).sum()),

@@ -28,7 +28,16 @@ import numpy as np
 
 from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
-from jax_videoreason.folders import PART, damaged, disk, plain, read_json, remove, write_json
+from jax_videoreason.folders import (
+  PART,
+  damaged,
+  differences,
+  disk,
+  plain,
+  read_json,
+  remove,
+  write_json,
+)
 
 ASKED, SETTLED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "sweep.json",
@@ -140,16 +149,6 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
     except ValueError as error:  # without the description of an array no chunk of it can be read
       _note(folder, None, f"{error} All units are done again.")
       remove(folder / ARRAYS)
-
-
-def differences(before: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
-  """'steps=10 there and 20 here' for every key, dotted, that differs."""
-  for key in sorted(before.keys() | asked.keys()):
-    old, new = before.get(key), asked.get(key)
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-      yield from differences(old, new, f"{at}{key}.")
-    elif old != new:
-      yield f"{at}{key}={old!r} there and {new!r} here"
 
 
 def carry_out(

@@ -17,6 +17,13 @@ from jax_videoreason.structs import Conditioning, Parts
 BANDS = (0.0, 0.4, 0.7, 0.9, 1.0)
 
 
+def compute_dtype(device: Any) -> str:
+  """bfloat16 where the device has units for it (TPU, GPU since Ampere), else float32."""
+  capability = getattr(device, "compute_capability", "0")
+  ampere = device.platform == "gpu" and float(capability) >= 8.0
+  return "bfloat16" if device.platform == "tpu" or ampere else "float32"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
   """How a network is trained.

@@ -1,27 +1,29 @@
 """Trains `mini`, a small member of the Wan family, on the project's own tasks, on CPU, GPU or TPU.
 
   python scripts/train_mini.py vae --work DIR       the VAE and its linear preview, then frozen
-  python scripts/train_mini.py decoder --work DIR   the decoder longer, on all tasks; latents stay
   python scripts/train_mini.py encode --work DIR    cases -> memory-mapped latents, by workers
   python scripts/train_mini.py dit --work DIR       DiT and text encoder on those latents
-  python scripts/train_mini.py score --bundle mini  score of unseen cases, beside the static clip
   python scripts/train_mini.py bundle --work DIR --out jax_videoreason/assets/mini
   python scripts/train_mini.py experts --work DIR --init mini --out DIR/mini_experts
                                                     the DiT continued as two experts, text frozen
 
 With --init BUNDLE the stages vae and dit begin with the weights of a bundle (its depth grown, its
 words kept) instead of random ones. Every stage may be killed and started again: finished shards and
-the last checkpoint are kept in DIR. The log is DIR/<stage>.jsonl, the loss curve DIR/<stage>.png.
+the last checkpoint are kept in DIR. DIR/<stage>.jsonl and DIR/<stage>.png show the loss, also per
+band of sigma, and scores of unseen cases that `videoreason evaluate` does not ask. On several hosts
+that share DIR (as `jax_videoreason.distributed` finds them) vae, dit and experts are data parallel:
+start the same command on all.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from jax_videoreason import (
+  baselines,
   checkpoint,
   conditioning,
+  console,
+  distributed,
+  encoded,
+  evaluate,
+  fitting,
+  plots,
   runs,
   sampler,
   schedules,
@@ -44,11 +50,10 @@ from jax_videoreason import (
 )
 from jax_videoreason.conditioning import known_mask
 from jax_videoreason.decode import decode, fit_preview
+from jax_videoreason.folders import checksum
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
-from jax_videoreason.plots import loss_curve
-from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Parts
 from jax_videoreason.tasks import draw
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
@@ -64,8 +69,10 @@ SHARES = {
   "occlusion": 0.08,
 }
 EXPERTS_FROM = 0.9  # sigma at which the high-noise expert gives way to the low-noise one
+CLIPS_AT_ONCE = (8, 4)  # a batch of the VAE: windows, then whole clips
 SCENES = 0.25  # share of the VAE's clips that show moving shapes of no task
-SHARD = 250
+WATCHED_FROM = 100_000  # index of the first watched case: `evaluate` asks those from 0 on
+BANDS = [f"sigma {a:g} to {b:g}" for a, b in zip(training.BANDS, training.BANDS[1:], strict=False)]
 VAE = {
   "base_width": 8,
   "stages": (1, 2, 4),
@@ -128,55 +135,25 @@ def all_prompts(count: int) -> list[str]:
   )
 
 
-class Shards:
-  """The memory-mapped files of the training cases, written in shards by worker processes."""
-
-  def __init__(self, folder: Path, count: int, latent: tuple[int, ...]) -> None:
-    self.folder, self.count = folder, count
-    self.shapes = {
-      "latents": ((count, *latent), np.float16),
-      "known": ((count, *latent), np.float16),
-      "ids": ((count, TEXT_LENGTH), np.int16),
-    }
-
-  def open(self, mode: str) -> dict[str, np.ndarray]:
-    self.folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for name, (shape, dtype) in self.shapes.items():
-      path = self.folder / f"{name}.npy"
-      if mode == "create" and not path.exists():
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-      array = np.load(path, mmap_mode="r" if mode == "r" else "r+")
-      if array.shape != shape:
-        raise SystemExit(
-          f"{path} holds {array.shape}, wanted {shape}: use another --work, or the same --cases."
-        )
-      arrays[name] = array
-    return arrays
-
-  def missing(self) -> list[int]:
-    return [s for s in range(0, self.count, SHARD) if not (self.folder / f"done_{s}").exists()]
-
-
 _worker: dict[str, Any] = {}
 
 
-def start_worker(work: str, count: int, latent: tuple[int, ...]) -> None:
+def start_worker(work: str, count: int) -> None:
   """Loads the frozen VAE into a worker process, which leaves an accelerator to the training."""
   jax.config.update("jax_platforms", "cpu")
-  bundle_parts, params = load_vae(Path(work))
+  parts, params = load_vae(Path(work))
   _worker["encode"] = jax.jit(
-    lambda video: bundle_parts.vae.apply({"params": params}, video, method="encode")
+    lambda video: parts.vae.apply({"params": params}, video, method="encode")
   )
-  _worker["shards"] = Shards(Path(work) / "latents", count, latent)
-  _worker["arrays"] = _worker["shards"].open("r+")
+  _worker["cases"] = encoded_cases(Path(work), count, parts)
+  _worker["arrays"] = _worker["cases"].open(write=True)
   _worker["tokenizer"] = Tokenizer(Path(work) / "tokenizer.json")
 
 
 def encode_shard(start: int) -> int:
   """Generates and encodes one shard of cases; its marker is written last."""
-  shards, arrays = _worker["shards"], _worker["arrays"]
-  stop = min(start + SHARD, shards.count)
+  arrays = _worker["arrays"]
+  stop = min(start + encoded.SHARD, _worker["cases"].count)
   cases = [case_of(n) for n in range(start, stop)]
   ids, _ = _worker["tokenizer"].encode([c.prompt for c in cases], TEXT_LENGTH)
   arrays["ids"][start:stop] = ids
@@ -187,7 +164,7 @@ def encode_shard(start: int) -> int:
     arrays["known"][low:high] = np.asarray(_worker["encode"](grey_after_first(video)))
   for array in arrays.values():
     array.flush()
-  (shards.folder / f"done_{start}").touch()
+  _worker["cases"].finish(start)
   return stop - start
 
 
@@ -227,12 +204,16 @@ def clips_of(numbers: range) -> np.ndarray:
 
 
 def make_parts(vae: dict[str, Any]) -> Parts:
-  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return Parts(
-    dit=WanDiT(WanConfig(**DIT, dtype=dtype)),
+    dit=computing(WanConfig(**DIT)),
     vae=WanVAE(WanVAEConfig(**vae)),
     text=UMT5Encoder(UMT5Config(**TEXT)),
   )
+
+
+def computing(config: WanConfig) -> WanDiT:
+  """The network as it is trained: in bfloat16 where the device has it."""
+  return WanDiT(dataclasses.replace(config, dtype=training.compute_dtype(jax.devices()[0])))
 
 
 def load_vae(work: Path) -> tuple[Any, Any]:
@@ -242,170 +223,80 @@ def load_vae(work: Path) -> tuple[Any, Any]:
   return make_parts(config), ocp.StandardCheckpointer().restore((work / "vae_frozen").absolute())
 
 
-class Log:
-  """JSON lines beside the weights, and the loss curve they make."""
-
-  def __init__(self, work: Path, stage: str) -> None:
-    self.path = work / f"{stage}.jsonl"
-
-  def write(self, **row: Any) -> None:
-    with self.path.open("a") as f:
-      f.write(json.dumps(row) + "\n")
-
-  def draw(self) -> None:
-    rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-    rows = [r for r in rows if "loss" in r]
-    if rows:
-      loss_curve(
-        self.path.with_suffix(".png"),
-        [r["step"] for r in rows],
-        {"loss": np.asarray([r["loss"] for r in rows])},
-      )
+def marks_of(parts: Parts, vae: Any, tokenizer: str | Path) -> dict[str, str]:
+  """What tells the VAE and the tokenizer of a folder or of a bundle from others."""
+  return encoded.marks(dataclasses.asdict(parts.vae.config), vae, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-  """A stage of the training: where it writes, what it optimises, on which batches, how long.
-
-  data: whatever else decides the result, compared on resume. rows: leading axis of the arrays that
-  are spread over the devices. watch: called with (step, state) every `every` steps, gives rows for
-  the log.
-  """
-
-  stage: str
-  work: Path
-  loss: Any
-  settings: training.TrainSettings
-  batch_of: Callable[[int], dict[str, Any]]
-  seed: int
-  rows: int
-  data: dict[str, Any]
-  minutes: float = 1e9
-  save_seconds: float = 120.0
-  watch: Callable[[int, training.TrainState], Iterable[dict[str, Any]]] | None = None
-  every: int = 2_000
-
-  def described(self) -> dict[str, Any]:
-    described = {**dataclasses.asdict(self.settings), "seed": self.seed, **self.data}
-    return json.loads(json.dumps(described))
+def encoded_cases(work: Path, count: int, parts: Parts) -> encoded.Encoded:
+  return encoded.Encoded(work / "latents", count, latent_shape(parts), TEXT_LENGTH)
 
 
-def restored(
-  manager: ocp.CheckpointManager, step: int, like: training.TrainState
-) -> training.TrainState:
-  state: Any = manager.restore(step, args=ocp.args.StandardRestore(like))
-  return state
+def fit(stage: fitting.Stage, params: Any) -> training.TrainState:
+  """`fitting.fit` with a bar and a picture."""
 
-
-def resumed(
-  plan: Plan, manager: ocp.CheckpointManager, state: training.TrainState
-) -> training.TrainState:
-  """The newest checkpoint of the same training, or `state` where there is none."""
-  record = plan.work / f"{plan.stage}_settings.json"
-  wanted = plan.described()
-  step = manager.latest_step()
-  if step is None:
-    record.write_text(json.dumps(wanted))
-    return state
-  before = json.loads(record.read_text())
-  differ = [
-    f"{key}={before.get(key)} (now {wanted.get(key)})"
-    for key in sorted({*before, *wanted})
-    if before.get(key) != wanted.get(key)
-  ]
-  if differ:
-    raise SystemExit(
-      f"{manager.directory} was trained with {', '.join(differ)}: give the same settings, or "
-      "another --work."
+  def show(rows: list[dict[str, Any]]) -> None:
+    losses = [row for row in rows if "loss" in row]
+    if not losses:
+      return
+    bands = np.array([row.get("bands", [None] * len(BANDS)) for row in losses], float)
+    scored = sorted({row["task"] for row in rows if "task" in row})
+    plots.training_curves(
+      stage.log.with_suffix(".png"),
+      [row["step"] for row in losses],
+      {
+        "loss": np.array([row["loss"] for row in losses]),
+        **{
+          name: band for name, band in zip(BANDS, bands.T, strict=True) if np.isfinite(band).any()
+        },
+      },
+      {
+        task: [(row["step"], row["score"]) for row in rows if row.get("task") == task]
+        for task in scored
+      },
     )
-  return restored(manager, step, state)
+
+  with console.progress(stage.settings.steps, stage.name, "step") as advance:
+    return fitting.fit(stage, params, advance=advance, show=show)
 
 
-def fit(plan: Plan, params: Any) -> training.TrainState:
-  """Trains from the last checkpoint to `settings.steps`, or until `minutes` are over.
-
-  Batches are spread over all devices; the next one is read while the devices work. A loss that is
-  not finite ends the training with the last good checkpoint kept.
-  """
-  folder = (plan.work / f"{plan.stage}_state").absolute()
-  manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-  mesh = make_mesh(seed=jax.device_count())
-  everywhere, spread = (NamedSharding(mesh, spec) for spec in (P(), P("seed")))
-  state = resumed(plan, manager, jax.device_put(training.begin(params, plan.settings), everywhere))
-  step = training.make_step(plan.loss, plan.settings, plan.seed)
-  log, began, mark = Log(plan.work, plan.stage), time.time(), time.time()
-  first, total = int(state.step), plan.settings.steps
-
-  def placed(number: int) -> dict[str, Any]:
-    return {
-      name: jax.device_put(value, spread if len(value) == plan.rows else everywhere)
-      for name, value in plan.batch_of(number).items()
-    }
-
-  bar = tqdm(total=total, initial=first, desc=plan.stage, unit="step", mininterval=5)
-  with ThreadPoolExecutor(1) as reader:
-    coming = reader.submit(placed, first)
-    for number in range(first, total):
-      batch = coming.result()
-      state, metrics = step(state, batch)
-      last = number + 1 == total or time.time() - began > 60 * plan.minutes
-      if not last:
-        coming = reader.submit(placed, number + 1)
-      if not metrics["finite"]:
-        manager.wait_until_finished()
-        raise SystemExit(
-          f"{plan.stage}: the loss is not finite at step {number}; the last good checkpoint is "
-          f"{manager.latest_step()} in {folder}. Give another --work and a lower --learning-rate."
-        )
-      bar.update()
-      if number % 50 == 49 or last:
-        row = {k: np.asarray(v).tolist() for k, v in metrics.items()}
-        seconds = time.time() - began
-        speed = (number + 1 - first) / seconds
-        log.write(step=number + 1, seconds=round(seconds, 1), per_second=round(speed, 2), **row)
-        bar.set_postfix(loss=f"{row['loss']:.4f}")
-      if time.time() - mark > plan.save_seconds or last:
-        manager.save(number + 1, args=ocp.args.StandardSave(state))
-        mark = time.time()
-      if plan.watch is not None and (number % plan.every == plan.every - 1 or last):
-        for row in plan.watch(number + 1, state):
-          log.write(step=number + 1, **row)
-        log.draw()
-      if last:
-        break
-  bar.close()
-  manager.close()
-  log.draw()
-  return state
+def prepare_clips(options: argparse.Namespace) -> np.ndarray:
+  """The VAE's training clips, memory-mapped, and a tokenizer beside them; process 0 makes both."""
+  path, words = options.work / "clips.npy", options.work / "tokenizer.json"
+  count, part = options.vae_cases, options.work / "clips.part.npy"
+  if jax.process_index() == 0 and not path.exists():
+    clips = np.lib.format.open_memmap(
+      part, mode="w+", dtype=np.uint8, shape=(count, FRAMES, SIZE, SIZE, 3)
+    )
+    ranges = [range(s, min(s + 100, count)) for s in range(0, count, 100)]
+    with (
+      ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+      console.progress(count, "clips", "clip") as advance,
+    ):
+      for numbers, made in zip(ranges, pool.map(clips_of, ranges), strict=True):
+        clips[numbers.start : numbers.stop] = made
+        advance(len(numbers))
+    clips.flush()
+    os.replace(part, path)
+  if jax.process_index() == 0 and not words.exists():
+    words.write_text(train_word_tokenizer(all_prompts(options.prompt_cases)))
+  distributed.meet("clips")
+  clips = np.load(path, mmap_mode="r")
+  if len(clips) != count:
+    raise ValueError(
+      f"{path} holds {len(clips)} clips and --vae-cases={count}: give the same, or another --work."
+    )
+  return clips
 
 
 def stage_vae(options: argparse.Namespace) -> None:
-  work: Path = options.work
-  count = options.vae_cases
-  path = work / "clips.npy"
-  if not path.exists():
-    work.mkdir(parents=True, exist_ok=True)
-    clips = np.lib.format.open_memmap(
-      work / "clips.part.npy", mode="w+", dtype=np.uint8, shape=(count, FRAMES, SIZE, SIZE, 3)
-    )
-    ranges = [range(s, min(s + 100, count)) for s in range(0, count, 100)]
-    with ProcessPoolExecutor(
-      options.workers, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-      for numbers, part in tqdm(
-        zip(ranges, pool.map(clips_of, ranges), strict=True), total=len(ranges), desc="clips"
-      ):
-        clips[numbers.start : numbers.stop] = part
-    clips.flush()
-    os.replace(work / "clips.part.npy", path)
-  if not (work / "tokenizer.json").exists():
-    (work / "tokenizer.json").write_text(train_word_tokenizer(all_prompts(options.prompt_cases)))
-  clips = np.load(path, mmap_mode="r")
+  clips = prepare_clips(options)
   parts = make_parts(VAE)
 
   def batch_of(number: int) -> dict[str, Any]:
     # Windows train four times as fast; whole clips at the end teach the long history.
-    window, count = (9, 8) if number < 0.8 * options.steps else (FRAMES, 4)
+    early = number < 0.8 * options.steps
+    window, count = (9, CLIPS_AT_ONCE[0]) if early else (FRAMES, CLIPS_AT_ONCE[1])
     rng = np.random.default_rng([11, number])
     rows, low = rng.integers(len(clips), size=count), rng.integers(FRAMES - window + 1)
     return {"video": signed(np.stack([clips[r, low : low + window] for r in rows]))}
@@ -418,88 +309,44 @@ def stage_vae(options: argparse.Namespace) -> None:
     )
   settings = training.TrainSettings(
     steps=options.steps,
-    batch=8,
+    batch=CLIPS_AT_ONCE[0],
     learning_rate=options.learning_rate,
     warmup=100,
     weight_decay=0.0,
     ema=0.995,
   )
-  plan = Plan(
-    stage="vae",
-    work=work,
+  stage = fitting.Stage(
+    name="vae",
+    folder=options.work,
     loss=training.vae_loss(parts.vae, 1e-5),
     settings=settings,
     batch_of=batch_of,
     seed=0,
-    rows=8,
-    data={"clips": count, "shares": SHARES, "init": options.init},
+    rows=math.gcd(*CLIPS_AT_ONCE),
+    data={
+      "clips": len(clips),
+      "shares": SHARES,
+      "scenes": SCENES,
+      "vae": VAE,
+      "init": begun_from(options),
+    },
     minutes=options.minutes,
   )
-  freeze_vae(work, parts, fit(plan, params).ema, clips)
+  trained = fit(stage, params).ema
+  if jax.process_index() == 0:
+    freeze_vae(options.work, parts, trained, clips)
 
 
-def stage_decoder(options: argparse.Namespace) -> None:
-  """Trains the decoder on, over all trained tasks; the encoder, so every latent, stays as it is."""
-  work: Path = options.work
-  parts, frozen = load_vae(work)
-  names = [name for name, task in tasks.TASKS.items() if not task.held_out]
-
-  def clip(number: int) -> np.ndarray:
-    task = tasks.load(names[number % len(names)], size=SIZE, frames=FRAMES)
-    return task.generate("train", number).frames
-
-  def batch_of(number: int) -> dict[str, Any]:
-    return {"video": signed(np.stack([clip(4 * number + i) for i in range(4)]))}
-
-  def loss(params: Any, batch: Any, key: Any) -> Any:
-    whole = {"params": {**frozen, "decoder": params}}
-    latents = parts.vae.apply(whole, batch["video"], method="encode_moments")[0]
-    again = parts.vae.apply(whole, jax.lax.stop_gradient(latents), method="decode_values")
-    wrong = again - batch["video"]
-    return jnp.mean(jnp.abs(wrong)) + jnp.mean(jnp.square(wrong)), {}
-
-  settings = training.TrainSettings(
-    steps=options.steps, batch=4, learning_rate=1e-3, warmup=20, weight_decay=0.0, ema=0.99
-  )
-  plan = Plan(
-    stage="decoder",
-    work=work,
-    loss=loss,
-    settings=settings,
-    batch_of=batch_of,
-    seed=2,
-    rows=4,
-    data={},
-    minutes=options.minutes,
-  )
-  state = fit(plan, frozen["decoder"])
-  clips = np.stack([clip(n) for n in range(512)])
-  freeze_vae(work, parts, {**frozen, "decoder": state.ema}, clips, keep_scale=True)
-
-
-def freeze_vae(
-  work: Path, parts: Any, params: Any, clips: np.ndarray, keep_scale: bool = False
-) -> None:
+def freeze_vae(work: Path, parts: Parts, params: Any, clips: np.ndarray) -> None:
   """Measures the latents, writes the frozen VAE, fits the preview and says how close they are."""
   moments = jax.jit(lambda v: parts.vae.apply({"params": params}, v, method="encode_moments")[0])
   values = np.concatenate(
     [np.asarray(moments(signed(clips[i : i + 32]))) for i in range(0, 512, 32)]
   )
-  config = parts.vae.config
-  if keep_scale:
-    mean, std = np.asarray(config.mean), np.asarray(config.std)
-  else:
-    mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
+  mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
   config = {**VAE, "mean": [float(x) for x in mean], "std": [float(x) for x in std]}
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save((work / "vae_frozen").absolute(), params, force=True)
   (work / "vae_config.json").write_text(json.dumps(config))
-  latents = (values - mean) / std
-  preview = fit_preview(latents, clips[:512])
-  np.savez(
-    work / "preview.npz",
-    **{"/".join(str(k.key) for k in p): v for p, v in jax.tree_util.tree_leaves_with_path(preview)},
-  )
+  save_vae(work, params, fit_preview((values - mean) / std, clips[:512]))
   decode = jax.jit(lambda z: parts.vae.apply({"params": params}, z, method="decode_values"))
   again = np.concatenate(
     [np.asarray(decode(jnp.asarray(values[i : i + 32]))) for i in range(0, 128, 32)]
@@ -508,22 +355,30 @@ def freeze_vae(
   print(json.dumps({"vae_psnr": float(10 * np.log10(4 / np.mean(wrong**2)))}))
 
 
+def save_vae(work: Path, params: Any, preview: Any) -> None:
+  """Writes the frozen VAE and its preview."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save((work / "vae_frozen").absolute(), params, force=True)
+  leaves = jax.tree_util.tree_leaves_with_path(preview)
+  np.savez(work / "preview.npz", **{"/".join(str(k.key) for k in p): v for p, v in leaves})
+
+
 def stage_encode(options: argparse.Namespace) -> None:
-  parts, _ = load_vae(options.work)
-  shards = Shards(options.work / "latents", options.cases, latent_shape(parts))
-  shards.open("create")
-  missing = shards.missing()
-  with ProcessPoolExecutor(
-    options.workers,
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=start_worker,
-    initargs=(str(options.work), options.cases, latent_shape(parts)),
-  ) as pool:
-    bar = tqdm(
-      total=options.cases, initial=options.cases - len(missing) * SHARD, desc="encode", unit="case"
-    )
-    for done in pool.map(encode_shard, missing):
-      bar.update(done)
+  parts, vae = load_vae(options.work)
+  cases = encoded_cases(options.work, options.cases, parts)
+  cases.create(marks_of(parts, vae, options.work / "tokenizer.json"))
+  missing = cases.missing()
+  with (
+    ProcessPoolExecutor(
+      options.workers,
+      mp_context=multiprocessing.get_context("spawn"),
+      initializer=start_worker,
+      initargs=(str(options.work), options.cases),
+    ) as pool,
+    console.progress(len(missing), "encode", "shard") as advance,
+  ):
+    for _ in pool.map(encode_shard, missing):
+      advance(1)
 
 
 def latent_shape(parts: Any) -> tuple[int, int, int, int]:
@@ -535,17 +390,16 @@ def latent_spec(parts: Parts) -> LatentSpec:
   return LatentSpec(channels=parts.vae.config.z_channels, stride=parts.vae.config.stride)
 
 
-def batches(options: argparse.Namespace, parts: Any) -> Callable[[int], dict[str, Any]]:
-  """The batch of every step. Each epoch has an order that depends on its number alone."""
-  data = Shards(options.work / "latents", options.cases, latent_shape(parts)).open("r")
+def batches(
+  options: argparse.Namespace, cases: encoded.Encoded, parts: Parts
+) -> Callable[[int], dict[str, Any]]:
+  """The batch of every step."""
+  data = cases.open()
   empty_ids, empty_mask = Tokenizer(options.work / "tokenizer.json").encode([""], TEXT_LENGTH)
   mask = np.asarray(known_mask(options.batch, latent_spec(parts).grid(FRAMES, SIZE, SIZE)))
-  per_epoch = options.cases // options.batch
 
   def batch_of(number: int) -> dict[str, Any]:
-    epoch, place = divmod(number, per_epoch)
-    order = np.random.default_rng([13, epoch]).permutation(options.cases)
-    rows = np.sort(order[place * options.batch : (place + 1) * options.batch])
+    rows = encoded.rows_of(number, options.batch, options.cases)
     ids = data["ids"][rows].astype(np.int32)
     return {
       "latents": data["latents"][rows],
@@ -560,10 +414,13 @@ def batches(options: argparse.Namespace, parts: Any) -> Callable[[int], dict[str
   return batch_of
 
 
-def dit_plan(
-  options: argparse.Namespace, parts: Any, stage: str, low: float = 0.0, high: float = 1.0
-) -> Plan:
-  """Flow matching on the encoded cases, over the part low..high of the training sigmas' u."""
+def dit_stage(
+  options: argparse.Namespace, parts: Parts, name: str, low: float = 0.0, high: float = 1.0
+) -> fitting.Stage:
+  """Flow matching on the encoded cases, over the part low..high of the training sigmas' u.
+
+  ValueError: the latents of --work were made with another VAE or tokenizer than it has.
+  """
   settings = training.TrainSettings(
     steps=options.steps,
     batch=options.batch,
@@ -572,62 +429,97 @@ def dit_plan(
     low=low,
     high=high,
   )
-  return Plan(
-    stage=stage,
-    work=options.work,
+  cases = encoded_cases(options.work, options.cases, parts)
+  made_by = cases.made_by()
+  own_parts, vae = load_vae(options.work)
+  own = marks_of(own_parts, vae, options.work / "tokenizer.json")
+  encoded.check(made_by, own, str(options.work), "encode the cases again, in another --work")
+  return fitting.Stage(
+    name=name,
+    folder=options.work,
     loss=training.flow_loss(parts, settings),
     settings=settings,
-    batch_of=batches(options, parts),
+    batch_of=batches(options, cases, parts),
     seed=1,
     rows=options.batch,
-    data={"cases": options.cases, "shares": SHARES, "dit": DIT, "init": options.init},
+    data={
+      "cases": options.cases,
+      "shares": SHARES,
+      "dit": DIT,
+      "text": TEXT,
+      "made_by": made_by,
+      "init": begun_from(options),
+    },
     minutes=options.minutes,
     every=options.score_every,
   )
 
 
+def begun_from(options: argparse.Namespace) -> str | None:
+  """The checksum of the bundle of --init."""
+  return checksum(checkpoint.find(options.init) / "bundle.json") if options.init else None
+
+
 def stage_dit(options: argparse.Namespace) -> None:
   work: Path = options.work
   parts, _ = load_vae(work)
+  stage = dit_stage(options, parts, "dit")
   shape = latent_shape(parts)
-  params = grown_from(options.init, parts, shape, work) if options.init else begin_dit(parts, shape)
+  params = grown_from(options, parts, shape, stage) if options.init else begin_dit(parts, shape)
 
-  def watch(step: int, state: training.TrainState) -> Iterable[dict[str, Any]]:
-    return scores(bundle_of(work, parts, state.ema), list(SHARES), options)
+  def watch(step: int, weights: Any) -> Iterable[dict[str, Any]]:
+    return scores(bundle_of(work, parts, weights), options)
 
-  plan = dit_plan(options, parts, "dit")
-  fit(dataclasses.replace(plan, watch=watch) if options.score_every else plan, params)
+  fit(dataclasses.replace(stage, watch=watch) if options.score_every else stage, params)
 
 
 def stage_experts(options: argparse.Namespace) -> None:
   """The DiT of --init continued twice, above and below a sigma; everything else is shared."""
   bundle = checkpoint.load(options.init)
+  parts = dataclasses.replace(bundle.parts, dit=computing(bundle.parts.dit.config))
   u = EXPERTS_FROM / (options.shift - (options.shift - 1) * EXPERTS_FROM)
   trained = []
   for name, low, high in (("high", u, 1.0), ("low", 0.0, u)):
-    plan = dit_plan(options, bundle.parts, f"dit_{name}", low, high)
+    stage = dit_stage(options, parts, f"dit_{name}", low, high)
+    check_init(options, bundle, stage)
 
-    def loss(dit: Any, batch: Any, key: Any, whole: Any = plan.loss) -> Any:
+    def loss(dit: Any, batch: Any, key: Any, whole: Any = stage.loss) -> Any:
       return whole({"dit": dit, "text": bundle.text}, batch, key)
 
-    trained.append(fit(dataclasses.replace(plan, loss=loss), bundle.params[0]).ema)
+    trained.append(fit(dataclasses.replace(stage, loss=loss), bundle.params[0]).ema)
   card = dataclasses.replace(bundle.card, name="mini_experts", boundary=EXPERTS_FROM)
   experts = dataclasses.replace(bundle, params=tuple(trained), card=card)
-  checkpoint.save(experts, options.out, dtype="bfloat16", shared_with=options.init)
+  if jax.process_index() == 0:
+    checkpoint.save(experts, options.out, dtype="bfloat16", shared_with=options.init)
 
 
-def grown_from(name: str, parts: Any, shape: tuple[int, ...], work: Path) -> Any:
-  """The weights of a bundle, with more layers, and its words in the places of our tokenizer."""
-  bundle, params = checkpoint.load(name), begin_dit(parts, shape)
+def check_init(options: argparse.Namespace, bundle: ModelBundle, stage: fitting.Stage) -> None:
+  """ValueError where the bundle of --init saw latents or words of another kind."""
+  encoded.check(
+    stage.data["made_by"],
+    marks_of(bundle.parts, bundle.vae, bundle.card.tokenizer),
+    f"--init {options.init}",
+    "encode the cases with its VAE and tokenizer, or, for the stage dit, say --other-vae to have "
+    "its DiT learn the new ones",
+  )
+
+
+def grown_from(
+  options: argparse.Namespace, parts: Parts, shape: tuple[int, ...], stage: fitting.Stage
+) -> Any:
+  """The weights of --init, with more layers, and its words in the places of our tokenizer."""
+  bundle, params = checkpoint.load(options.init), begin_dit(parts, shape)
+  if not options.other_vae:
+    check_init(options, bundle, stage)
   before, now = (
     json.loads(Path(path).read_text())["model"]["vocab"]
-    for path in (bundle.card.tokenizer, work / "tokenizer.json")
+    for path in (bundle.card.tokenizer, options.work / "tokenizer.json")
   )
   kept = [word for word in now if word in before]
   embedding = params["text"]["token_embedding"]
   dit, text = bundle.params[0], bundle.text
   if dit is None or text is None:
-    raise SystemExit(f"--init {name}: the bundle has no DiT or no text encoder.")
+    raise ValueError(f"--init {options.init}: the bundle has no DiT or no text encoder.")
   embedding = embedding.at[np.asarray([now[w] for w in kept])].set(
     text["token_embedding"][np.asarray([before[w] for w in kept])]
   )
@@ -656,15 +548,9 @@ def begin_dit(parts: Any, shape: tuple[int, ...]) -> Any:
 def trained_bundle(work: Path) -> ModelBundle:
   """The bundle of the newest weights of a training that may still be running."""
   parts, _ = load_vae(work)
-  manager = ocp.CheckpointManager((work / "dit_state").absolute())
-  step = manager.latest_step()
-  if step is None:
-    raise SystemExit(f"{work}/dit_state holds no checkpoint: run the stage 'dit' first.")
-  described = json.loads((work / "dit_settings.json").read_text())
-  names = {field.name for field in dataclasses.fields(training.TrainSettings)}
-  settings = training.TrainSettings(**{k: v for k, v in described.items() if k in names})
-  state = training.begin(begin_dit(parts, latent_shape(parts)), settings)
-  return bundle_of(work, parts, restored(manager, step, state).ema)
+  return bundle_of(
+    work, parts, fitting.newest("dit", work, begin_dit(parts, latent_shape(parts))).ema
+  )
 
 
 def bundle_of(work: Path, parts: Parts, weights: Any) -> ModelBundle:
@@ -694,10 +580,8 @@ def bundle_of(work: Path, parts: Parts, weights: Any) -> ModelBundle:
   )
 
 
-def scores(
-  bundle: ModelBundle, names: Sequence[str], options: argparse.Namespace
-) -> Iterable[dict[str, Any]]:
-  """One row per task: scores of unseen cases, with guidance, beside the static clip."""
+def scores(bundle: ModelBundle, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
+  """One row per task: marks of unseen cases, with guidance, beside the static clip."""
   grid = bundle.card.latents.grid(FRAMES, SIZE, SIZE)
   schedule = schedules.build(
     steps=options.score_steps,
@@ -705,36 +589,31 @@ def scores(
     guidance=options.guidance,
     freq_dim=bundle.parts.dit.config.freq_dim,
   )
-  for name in names:
+  for name in SHARES:
     task = tasks.load(name, size=SIZE, frames=FRAMES)
-    cases = [task.generate("id", i) for i in range(options.score_cases)]
+    cases = watched_cases(task, options.score_cases)
     cond = conditioning.encode(
       bundle, [c.prompt for c in cases], np.stack([c.first_frame for c in cases]), frames=FRAMES
     )
     noise = runs.make_noise([0] * len(cases), (*grid, bundle.card.latents.channels))
     latents, _, _ = sampler.denoise(bundle, noise, cond, schedule)
-    frames = decode(bundle, latents)
-    reached = [task.score(f, c.metadata) for f, c in zip(frames, cases, strict=True)]
-    still = [np.repeat(c.first_frame[None], FRAMES, 0) for c in cases]
-    row = {
-      "score": [s.value for s in reached],
-      "static": [task.score(f, c.metadata).value for f, c in zip(still, cases, strict=True)],
-      "strict": [s.strict for s in reached],
-      "right": [
-        task.parse(f, c.metadata) in c.metadata["answers"]
-        for f, c in zip(frames, cases, strict=True)
-      ],
-      "preservation": [s.preservation for s in reached],
-      "process": [s.process for s in reached],
-    }
-    means = {key: round(float(np.mean(values)), 3) for key, values in row.items()}
-    yield {"task": name, **means, "cases": len(cases)}
+    own, still = (
+      baselines.mean(
+        [baselines.mark(task, f, c.metadata) for f, c in zip(clips, cases, strict=True)]
+      )
+      for clips in (
+        decode(bundle, latents),
+        [baselines.still(c.first_frame, FRAMES) for c in cases],
+      )
+    )
+    names = ("score", "strict", "right", "preservation", "process")
+    row = {key: round(getattr(own, key), 3) for key in names}
+    yield {"task": name, **row, "static": round(still.score, 3), "cases": len(cases)}
 
 
-def stage_score(options: argparse.Namespace) -> None:
-  bundle = checkpoint.load(options.bundle) if options.bundle else trained_bundle(options.work)
-  for row in scores(bundle, options.tasks or list(SHARES), options):
-    print(json.dumps(row), flush=True)
+def watched_cases(task: tasks.Task, count: int) -> list[tasks.Case]:
+  """Unseen cases, none of which `evaluate` asks: what was watched is no test any more."""
+  return evaluate.cases_of(task, "id", count, "both", first=WATCHED_FROM)
 
 
 def stage_bundle(options: argparse.Namespace) -> None:
@@ -743,27 +622,30 @@ def stage_bundle(options: argparse.Namespace) -> None:
 
 STAGES = {
   "vae": stage_vae,
-  "decoder": stage_decoder,
   "encode": stage_encode,
   "dit": stage_dit,
-  "score": stage_score,
   "bundle": stage_bundle,
   "experts": stage_experts,
 }
 
 
-def main() -> None:
+TOGETHER = ("vae", "dit", "experts")  # stages that several processes may share
+
+
+def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("stage", choices=STAGES)
-  parser.add_argument("--work", type=Path, help="where the state of the training lives")
-  parser.add_argument("--bundle", help="score: a bundle instead of the training in --work")
+  parser.add_argument("--work", type=Path, required=True, help="where the training lives")
   parser.add_argument("--init", help="vae, dit, experts: begin with the weights of this bundle")
+  parser.add_argument(
+    "--other-vae", action="store_true", help="dit: --init saw latents of another VAE or other words"
+  )
   parser.add_argument("--out", type=Path, help="bundle, experts: where the bundle is written")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   parser.add_argument(
-    "--minutes", type=float, default=1e9, help="stop with a checkpoint after so many"
+    "--minutes", type=float, default=math.inf, help="stop with a checkpoint after so many"
   )
   parser.add_argument("--steps", type=int, default=8_000)
   parser.add_argument("--batch", type=int, default=16)
@@ -777,18 +659,22 @@ def main() -> None:
   parser.add_argument("--score-every", type=int, default=2_000, help="steps; 0 = never")
   parser.add_argument("--score-cases", type=int, default=32)
   parser.add_argument("--score-steps", type=int, default=20)
-  parser.add_argument("--tasks", nargs="*", choices=list(tasks.TASKS))
   options = parser.parse_args()
   if options.stage == "experts" and not options.init:
     parser.error("--init is needed: the bundle whose DiT is continued as two experts.")
   if options.stage in ("bundle", "experts") and not options.out:
     parser.error("--out is needed: the folder of the new bundle.")
-  if options.work is None and not (options.stage == "score" and options.bundle):
-    parser.error("--work is needed: the folder of the training.")
-  if options.work is not None:
+  try:
+    _, processes = distributed.initialize()
+    if processes > 1 and options.stage not in TOGETHER:
+      raise ValueError(f"{options.stage} takes one process, there are {processes}: start one.")
     options.work.mkdir(parents=True, exist_ok=True)
-  STAGES[options.stage](options)
+    STAGES[options.stage](options)
+  except (ValueError, OSError, FloatingPointError) as error:
+    print(f"train_mini: {error}", file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError) else 2
+  return 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

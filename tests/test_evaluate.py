@@ -116,6 +116,7 @@ def test_ambiguous_cases_say_whether_seeds_differ_and_how_candidates_fall(done):
   assert len(found["steps"]["candidates"]) == 2
   for candidates in found["steps"]["candidates"]:
     assert candidates is None or 1 <= candidates["estimate"] <= 2
+  assert found["steps"]["truth"]["estimate"] == pytest.approx(1.06, abs=0.1)
 
 
 def test_the_terminal_shows_the_tables(done, capsys):
@@ -129,6 +130,8 @@ def test_the_terminal_shows_the_tables(done, capsys):
     "truth",
     "pick",
     "mean",
+    "candidates that x0 shows at sigma",
+    "draw at 1.00",
     "report: file:",
   ):
     assert word in said
@@ -377,10 +380,12 @@ def test_candidates_fall_from_k_to_one():
     "entropy": [[1.0, None, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]],
     "visible": [[2, 0, 2, 2], [1, 1, 1, 1]],
     "mass": [[1.0, None, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
+    "truth": [0.0, 0.0, 1.0, 1.0],
   }
   found = scoring.along_steps(watched)
   assert [one["estimate"] for one in found["candidates"]] == [2.0, 1.0]
   assert found["drawn"] == [0.75, 1.0]
+  assert found["truth"]["estimate"] == 1.5
   assert found["by_k"]["2"]["cases"] == 2
 
 

@@ -65,7 +65,8 @@ FLOORS = (
     "store",
     "runs",
     "sweep",
-    "training",
+    "training encoded",
+    "fitting",
     "plan",
   ),
   (
@@ -115,7 +116,7 @@ HOMES = {
   "torch": ("convert.reader",),
   "safetensors": ("convert.reader",),
   "huggingface_hub": ("convert.hub",),
-  "orbax": ("checkpoint",),
+  "orbax": ("checkpoint", "fitting"),
   "tensorstore": ("arrays", "leaves"),
   "pyarrow": ("tables",),
   "tokenizers": ("tokenizer",),

@@ -39,7 +39,7 @@ def test_spread_keeps_both_ends():
   assert plots.spread(81, 5) == [0, 20, 40, 60, 80]
 
 
-def test_curves_and_loss_curve(tmp_path):
+def test_curves_and_training_curves(tmp_path):
   sigma = np.linspace(1, 0.1, 10)
   runs = np.random.default_rng(0).random((10, 3))
   plots.curves(
@@ -50,7 +50,12 @@ def test_curves_and_loss_curve(tmp_path):
     y_name="share",
     falling=True,
   )
-  plots.loss_curve(tmp_path / "b.png", range(1, 101), {"loss": 1 / np.arange(1, 101)})
-  for name in ("a.png", "b.png"):
-    picture = media.read_image(tmp_path / name)
-    assert picture.shape[0] > 300 and len(np.unique(picture)) > 20
+  loss = 1 / np.arange(1, 101)
+  losses = {"loss": loss, "a band": np.where(loss > 0.05, loss, np.nan)}
+  plots.training_curves(tmp_path / "b.png", range(1, 101), losses, {})
+  plots.training_curves(
+    tmp_path / "c.png", range(1, 101), losses, {"maze": [(50, 0.1), (100, 0.8)]}
+  )
+  pictures = [media.read_image(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+  assert all(p.shape[0] > 300 and len(np.unique(p)) > 20 for p in pictures)
+  assert pictures[2].shape[0] == 2 * pictures[1].shape[0]  # scores have a panel of their own

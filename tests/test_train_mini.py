@@ -1,86 +1,134 @@
-"""The training script: killed and resumed equals undisturbed, a NaN and other settings are told."""
+"""The training script: its stages in miniature, and what it refuses."""
 
+import argparse
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_videoreason.training import TrainSettings
+from jax_videoreason import checkpoint, encoded, evaluate, fitting, tasks
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_mini.py"
-SETTINGS = TrainSettings(steps=8, batch=4, learning_rate=0.1, warmup=1)
-PARAMS = {"slope": jnp.zeros(2)}
 
 
 @pytest.fixture(scope="module")
 def script():
   spec = importlib.util.spec_from_file_location("train_mini", SCRIPT)
+  assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
 
 
-def batch_of(number):
-  rng = np.random.default_rng(number)
-  x = rng.normal(size=(4, 2)).astype(np.float32)
-  return {"x": x, "y": x @ np.array([1.0, -2.0], np.float32)}
+@pytest.fixture
+def call(script, monkeypatch, capsys):
+  def run(*words):
+    monkeypatch.setattr(sys, "argv", ["train_mini.py", *map(str, words)])
+    code = script.main()
+    return code, capsys.readouterr().err.strip()
+
+  return run
 
 
-def loss(params, batch, key):
-  return jnp.mean((batch["x"] @ params["slope"] - batch["y"]) ** 2), {}
+@pytest.fixture(scope="module")
+def begun(script, tmp_path_factory):
+  """A folder as the stages vae and encode leave it, of the VAE and the words that ship, with random
+  latents of 8 cases."""
+  work = tmp_path_factory.mktemp("work")
+  bundle = checkpoint.load("mini", parts=("vae", "text", "preview"))
+  config = bundle.parts.vae.config
+  described = {**script.VAE, "mean": config.mean, "std": config.std}
+  (work / "vae_config.json").write_text(json.dumps(described))
+  script.save_vae(work, bundle.vae, bundle.preview)
+  shutil.copy(bundle.card.tokenizer, work / "tokenizer.json")
+  parts, vae = script.load_vae(work)
+  cases = script.encoded_cases(work, 8, parts)
+  cases.create(script.marks_of(parts, vae, work / "tokenizer.json"))
+  rng = np.random.default_rng(0)
+  for name, array in cases.open(write=True).items():
+    array[:] = rng.integers(1, 9, array.shape) if name == "ids" else rng.normal(size=array.shape)
+    array.flush()
+  cases.finish(0)
+  return work
 
 
-def plan(script, work, **changes):
-  work.mkdir(exist_ok=True)
-  given = {
-    "stage": "line",
-    "work": work,
-    "loss": loss,
-    "settings": SETTINGS,
-    "batch_of": batch_of,
-    "seed": 0,
-    "rows": 4,
-    "data": {"cases": 10},
-    "save_seconds": 0.0,
-  }
-  return script.Plan(**(given | changes))
+DIT = ("--steps=2", "--cases=8", "--batch=2", "--score-every=0")
 
 
-class Killed(Exception):
-  pass
+@pytest.fixture
+def work(begun, tmp_path):
+  return Path(shutil.copytree(begun, tmp_path / "work"))
 
 
-def test_a_killed_training_resumes_as_if_it_had_not_been(script, tmp_path):
-  whole = script.fit(plan(script, tmp_path / "whole"), PARAMS)
-
-  def killed_at_five(number):
-    if number == 5:
-      raise Killed
-    return batch_of(number)
-
-  with pytest.raises(Killed):
-    script.fit(plan(script, tmp_path / "parts", batch_of=killed_at_five), PARAMS)
-  again = script.fit(plan(script, tmp_path / "parts"), PARAMS)
-  assert int(again.step) == 8
-  np.testing.assert_array_equal(again.params["slope"], whole.params["slope"])
-  np.testing.assert_array_equal(again.ema["slope"], whole.ema["slope"])
-  assert json.loads((tmp_path / "whole" / "line.jsonl").read_text())["step"] == 8
-  assert (tmp_path / "whole" / "line.png").exists()
+def test_dit_trains_from_the_shipped_weights_and_becomes_a_bundle(call, work, tmp_path):
+  assert call("dit", "--work", work, "--init=mini", *DIT)[0] == 0
+  (row,) = fitting.read_log(work / "dit.jsonl")
+  assert row["step"] == 2 and np.isfinite(row["loss"])
+  assert (work / "dit.png").is_file()
+  assert call("bundle", "--work", work, "--out", tmp_path / "new")[0] == 0
+  new, old = (checkpoint.describe(name) for name in (tmp_path / "new", "mini"))
+  assert new.leaves["vae"] == old.leaves["vae"]
+  assert new.leaves["dit_0"].keys() == old.leaves["dit_0"].keys()
+  assert new.modules.dit.config == old.modules.dit.config
 
 
-def test_a_loss_that_is_not_finite_ends_at_the_last_good_checkpoint(script, tmp_path):
-  def poisoned(number):
-    batch = batch_of(number)
-    return batch if number < 3 else {**batch, "y": np.full(4, np.nan, np.float32)}
+@pytest.mark.parametrize("stage", ["dit", "experts"])
+def test_a_bundle_of_another_vae_is_refused(call, work, tmp_path, stage):
+  config = json.loads((work / "vae_config.json").read_text())
+  config["mean"][0] += 1
+  (work / "vae_config.json").write_text(json.dumps(config))
+  code, said = call(stage, "--work", work, "--init=mini", "--out", tmp_path / "x", *DIT)
+  assert code == 2
+  assert f"the vae of {work} is not what the latents were made with: encode" in said
+  assert not list(work.glob("*_state"))
 
-  with pytest.raises(SystemExit, match="not finite at step 3; the last good checkpoint is 3 in"):
-    script.fit(plan(script, tmp_path / "bad", batch_of=poisoned), PARAMS)
+
+@pytest.mark.parametrize("stage", ["dit", "experts"])
+def test_a_bundle_whose_dit_saw_other_words_is_refused_unless_asked_for(
+  call, script, work, tmp_path, stage
+):
+  words = json.loads((work / "tokenizer.json").read_text())
+  (work / "tokenizer.json").write_text(json.dumps(words, indent=2))
+  parts, vae = script.load_vae(work)
+  marks = script.marks_of(parts, vae, work / "tokenizer.json")
+  (work / "latents" / encoded.MADE_BY).write_text(json.dumps(marks))
+  asked = (stage, "--work", work, "--init=mini", "--out", tmp_path / "x", *DIT)
+  code, said = call(*asked)
+  assert code == 2
+  assert "the tokenizer of --init mini is not what the latents were made with" in said
+  if stage == "dit":
+    assert call(*asked, "--other-vae")[0] == 0
 
 
-def test_a_state_of_other_settings_is_refused_by_name(script, tmp_path):
-  script.fit(plan(script, tmp_path / "work"), PARAMS)
-  with pytest.raises(SystemExit, match=r"trained with cases=10 \(now 12\): give the same"):
-    script.fit(plan(script, tmp_path / "work", data={"cases": 12}), PARAMS)
+def test_a_state_begun_from_other_weights_is_refused(call, work):
+  assert call("dit", "--work", work, "--init=mini", *DIT)[0] == 0
+  code, said = call("dit", "--work", work, *DIT)
+  assert code == 2 and "init='" in said and "there and None here" in said
+
+
+def test_watched_cases_are_none_that_an_evaluation_asks(script):
+  for name in script.SHARES:
+    task = tasks.load(name, size=script.SIZE, frames=script.FRAMES)
+    watched = {case.index for case in script.watched_cases(task, 8)}
+    asked = {case.index for case in evaluate.cases_of(task, "id", 32, "both")}
+    assert len(watched) == 8 and not watched & asked
+  assert script.WATCHED_FROM >= evaluate.TRIES * 2_000
+
+
+def test_the_experts_compute_as_the_device_does(script, monkeypatch):
+  config = checkpoint.describe("mini").modules.dit.config
+  assert script.computing(config).config.dtype == "float32"
+  monkeypatch.setattr(script.training, "compute_dtype", lambda device: "bfloat16")
+  assert script.computing(config).config.dtype == "bfloat16"
+
+
+def test_clips_of_another_number_are_refused(script, tmp_path):
+  np.save(tmp_path / "clips.npy", np.zeros((3, 1), np.uint8))
+  (tmp_path / "tokenizer.json").touch()
+  options = argparse.Namespace(work=tmp_path, vae_cases=4)
+  with pytest.raises(ValueError, match="holds 3 clips and --vae-cases=4: give the same"):
+    script.prepare_clips(options)

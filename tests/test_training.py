@@ -1,6 +1,7 @@
 """Training: the loss falls, resumed equals undisturbed, a NaN changes nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,19 @@ def test_an_expert_is_trained_on_its_own_sigmas():
   )
   assert rows.shape == (358, 2, 16) and abs(sigma.min() - 0.9) < 1e-2 and sigma.max() == 1.0
   np.testing.assert_array_equal(rows[-1, 0], np.float32(schedules.sinusoid(np.array(1000.0), 16)))
+
+
+@pytest.mark.parametrize(
+  ("device", "wanted"),
+  [
+    ({"platform": "cpu"}, "float32"),
+    ({"platform": "tpu"}, "bfloat16"),
+    ({"platform": "gpu", "compute_capability": "7.5"}, "float32"),
+    ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16"),
+  ],
+)
+def test_bfloat16_where_the_device_has_it(device, wanted):
+  assert training.compute_dtype(SimpleNamespace(**device)) == wanted
 
 
 def test_a_deepened_network_computes_what_it_computed_and_its_new_layers_can_learn(problem):

@@ -476,13 +476,13 @@ def test_a_second_call_only_makes_what_lacks(own_cases, own_videos, tmp_path, mo
 def test_videos_of_other_settings_are_refused(own_cases, own_videos, capsys):
   words = [f"--data={own_cases}", f"--out={own_videos}"]
   assert call("generate", *words, "--config.steps=3") == 2
-  assert "videos of other settings (steps=2 there and 3 here)" in capsys.readouterr().err
+  assert "another set of videos (steps=2 there and 3 here)" in capsys.readouterr().err
 
 
 def test_videos_of_unknown_settings_are_refused(own_cases, tmp_path, capsys):
   (tmp_path / "mini" / "id").mkdir(parents=True)
   assert call("generate", f"--data={own_cases}", "--config.steps=2", f"--out={tmp_path}") == 2
-  assert "nobody knows with which settings" in capsys.readouterr().err
+  assert "nobody knows how what is there was made" in capsys.readouterr().err
 
 
 def test_videos_of_other_data_are_refused(own_cases, own_videos, tmp_path, capsys):

@@ -14,6 +14,7 @@ tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/,
 import sys
 from typing import Any
 
+import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import baselines, cli, console, evaluate, scorecard, scoring, settings
@@ -27,6 +28,9 @@ SHORT = {
   scoring.VAE: "truth by VAE",
   baselines.TRUTH: "truth",
 }
+
+
+POINTS = 6  # steps whose candidates are shown
 
 
 def define(flags: FlagValues) -> None:
@@ -63,7 +67,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-  """Scores with intervals, the scores of the other clips, and whether seeds differ."""
+  """Scores with intervals, the scores of the other clips, whether seeds differ, and how many
+  candidates x0 shows along the steps."""
   mean = "mean"
   blocks = (
     {**result["tasks"], mean: result["mean"]} if len(result["tasks"]) > 1 else result["tasks"]
@@ -100,6 +105,28 @@ def show(result: dict[str, Any]) -> None:
       ("task", "k", "entropy", "if even", "log2 k", "unreadable", "wrong"),
       rows,
     )
+  watched = {
+    name: found
+    for name, block in result["tasks"].items()
+    if (found := block["ambiguity"]) is not None and "steps" in found
+  }
+  if watched:
+    sigma = next(iter(watched.values()))["steps"]["sigma"]
+    at = sorted({round(i) for i in np.linspace(0, len(sigma) - 1, POINTS)})
+    console.table(
+      "the same cases: candidates that x0 shows at sigma (2^entropy where any is drawn), and truth",
+      ("task", "k", *(f"{sigma[i]:.2f}" for i in at), "truth", f"draw at {sigma[0]:.2f}"),
+      [
+        (
+          name,
+          f"{found['k']:.1f}",
+          *(number(found["steps"]["candidates"][i]) for i in at),
+          number(found["steps"]["truth"]),
+          f"{found['steps']['drawn'][0]:.0%}",
+        )
+        for name, found in watched.items()
+      ],
+    )
   for note in sorted(notes(result)):
     console.say(note)
 
@@ -109,6 +136,11 @@ def interval(found: dict[str, Any]) -> str:
   if found["low"] is None:
     return f"{found['estimate']:.2f}"
   return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def number(found: dict[str, Any] | None) -> str:
+  """An estimate alone; a dash where there was nothing to see."""
+  return "-" if found is None else f"{found['estimate']:.2f}"
 
 
 def spread(found: dict[str, Any]) -> tuple[str, str, str]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from einops import reduce
 
-from jax_videoreason import media
-from jax_videoreason.folders import checksum, disk, plain, read_json, remove, write_json
+from jax_videoreason import folders, media
+from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
@@ -22,39 +22,9 @@ ASKED, RECORDS, STEPS, MANIFEST = "generation.json", "records", "steps", "manife
 
 
 def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
-  """Makes the folder ready: new, or begun by a call with the same settings.
-
-  Raises:
-    ValueError: it holds videos of other settings, or of unknown ones, and not `redo`.
-  """
-  wanted = plain(asked)
-  with disk(folder):
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-  if redo:
-    for name in there:
-      if name in (ASKED, RECORDS, STEPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS):
-        remove(folder / name)
-  elif ASKED in there:
-    before = read_json(folder / ASKED)
-    other = [
-      f"{key}={before.get(key)!r} there and {wanted.get(key)!r} here"
-      for key in sorted(before.keys() | wanted.keys())
-      if before.get(key) != wanted.get(key)
-    ]
-    if other:
-      raise ValueError(
-        f"{folder} holds videos of other settings ({'; '.join(other)}): choose another --out or "
-        "--name, or give --redo to replace them."
-      )
-    return
-  elif there:
-    raise ValueError(
-      f"{folder} is not empty (it has {there[0]}) and has no {ASKED}, so nobody knows with which "
-      "settings its videos were made: choose another --out or --name, or give --redo."
-    )
-  with disk(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / ASKED, wanted)
+  """Makes the folder of a model ready, as `folders.begin` does."""
+  owned = (ASKED, RECORDS, STEPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
+  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
 
 
 def place(folder: Path, sample: Sample) -> Path:

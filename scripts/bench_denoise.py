@@ -9,6 +9,7 @@ that median; order within a pair alternates. Nothing is timed before it is compi
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason import load, runs, sampler, schedules
+from jax_videoreason.decode import preview
 from jax_videoreason.interventions import identity
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
@@ -32,14 +34,21 @@ TRACED = TapSpec()
 NORMS = TapSpec(sites=("resid_post",), reduce=("norm",))
 
 
+def seconds(call: Callable[[], Any]) -> float:
+  """What one call takes."""
+  began = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - began
+
+
+def median(values: np.ndarray) -> tuple[float, list[float]]:
+  """The median and its 95% bootstrap interval."""
+  draws = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
+  return float(np.median(values)), [float(end) for end in np.percentile(draws, [2.5, 97.5])]
+
+
 def pairs(with_it: Callable[[], Any], without: Callable[[], Any], count: int) -> dict[str, Any]:
   """Median ratio of times over interleaved pairs, with its interval, and the medians in ms."""
-
-  def seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
-
   seconds(with_it), seconds(without)
   times = []
   for number in range(count):
@@ -51,12 +60,10 @@ def pairs(with_it: Callable[[], Any], without: Callable[[], Any], count: int) ->
       b = seconds(without)
     times.append((a, b))
   table = np.asarray(times)
-  ratios = table[:, 0] / table[:, 1]
-  draws = np.random.default_rng(0).choice(ratios, (2000, count))
-  low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+  ratio, interval = median(table[:, 0] / table[:, 1])
   return {
-    "ratio": round(float(np.median(ratios)), 4),
-    "interval": [round(float(low), 4), round(float(high), 4)],
+    "ratio": round(ratio, 4),
+    "interval": [round(end, 4) for end in interval],
     "pairs": count,
     "with_ms": round(1e3 * float(np.median(table[:, 0])), 2),
     "without_ms": round(1e3 * float(np.median(table[:, 1])), 2),
@@ -77,7 +84,7 @@ def say(question: str, **row: Any) -> None:
 
 def mini_problem(count: int, steps: int) -> tuple[ModelBundle, Noise, Conditioning, Any]:
   """Random conditioning of the shape of mini's: timings do not depend on the values."""
-  bundle = load("mini", parts=("dit",))
+  bundle = load("mini", parts=("dit", "preview"))
   grid = bundle.card.latents.grid(17, 32, 32)
   config = bundle.parts.dit.config
   rng = np.random.default_rng(0)
@@ -122,6 +129,26 @@ def measure_identity(options: argparse.Namespace) -> None:
     options.pairs,
   )
   say("all sites open with an identity", wanted="at most 1.05", **row)
+
+
+def measure_run(options: argparse.Namespace) -> None:
+  """Seconds per run of mini: 25 guided steps of 8 runs, and the x0 of every step as pictures."""
+  count, steps = 8, 25
+  bundle, *problem = mini_problem(count, steps)
+
+  def call() -> Any:
+    return preview(bundle, sampler.denoise(bundle, *problem)[1].x0)
+
+  seconds(call)
+  spent, interval = median(np.array([seconds(call) for _ in range(options.pairs)]) / count)
+  say(
+    f"seconds per run of mini, {steps} guided steps in a batch of {count}, with x0 previews",
+    wanted="at most 1.0",
+    seconds=round(spent, 3),
+    interval=[round(end, 3) for end in interval],
+    batches=options.pairs,
+    cores=len(os.sched_getaffinity(0)),
+  )
 
 
 def abstract_problem(steps: int, layers: int) -> tuple[Any, ...]:
@@ -186,13 +213,13 @@ def measure_compile(options: argparse.Namespace) -> None:
     ("50 steps against 10", 1.15, (50, 40), (10, 40)),
     ("40 layers against 4", 1.3, (50, 40), (50, 4)),
   ):
-    seconds = []
+    spent = []
     for _ in range(options.compiles):
       jax.clear_caches()
       a = compile_seconds(abstract_problem(*long))
       jax.clear_caches()
-      seconds.append((a, compile_seconds(abstract_problem(*short))))
-    table = np.asarray(seconds)
+      spent.append((a, compile_seconds(abstract_problem(*short))))
+    table = np.asarray(spent)
     say(
       f"compile time, {name}",
       wanted=f"at most {wanted}",
@@ -209,15 +236,16 @@ def measure_start(options: argparse.Namespace) -> None:
     ("import", 3.0, ["-c", "import jax_videoreason"]),
     ("--help", 1.5, ["-m", "jax_videoreason", "--help"]),
   ):
-    seconds = []
+    spent = []
     for _ in range(5):
       began = time.perf_counter()
       subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=root)
-      seconds.append(time.perf_counter() - began)
-    say(f"seconds of {name}", wanted=f"under {wanted}", seconds=round(float(np.median(seconds)), 3))
+      spent.append(time.perf_counter() - began)
+    say(f"seconds of {name}", wanted=f"under {wanted}", seconds=round(float(np.median(spent)), 3))
 
 
 QUESTIONS = {
+  "run": measure_run,
   "trace": measure_trace,
   "taps": measure_taps,
   "identity": measure_identity,

@@ -1,6 +1,11 @@
 """A training: killed and resumed equals undisturbed, a NaN and other settings are told."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ import pytest
 from jax_videoreason import fitting
 from jax_videoreason.training import TrainSettings
 
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = TrainSettings(steps=8, batch=4, learning_rate=0.1, warmup=1)
 PARAMS = {"slope": jnp.zeros(2)}
 
@@ -189,3 +195,52 @@ def test_minutes_end_a_training_with_a_checkpoint_that_goes_on(whole, tmp_path):
 def test_the_newest_checkpoint_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="line_state holds no checkpoint: train the stage 'line'"):
     fitting.newest("line", tmp_path, PARAMS)
+
+
+PROCESS = """
+import pathlib, sys
+import jax
+sys.path[:0] = [{tests!r}, {root!r}]
+from jax_videoreason import distributed
+distributed.initialize()
+import test_fitting as t
+folder = pathlib.Path(sys.argv[1])
+seen = []
+watch = lambda step, ema: seen.append(step) or [{{"task": "maze", "score": float(len(ema))}}]
+early = t.fitting.fit(t.stage(folder, watch=watch, minutes=0.0, look=3), t.PARAMS)
+assert int(early.step) == 3
+state = t.fitting.fit(t.stage(folder, watch=watch, look=2), t.PARAMS)
+assert bool(seen) == (jax.process_index() == 0)
+print(jax.process_count(), jax.device_count(), *state.params["slope"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_folder_train_as_one(whole, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  code = PROCESS.format(tests=str(ROOT / "tests"), root=str(ROOT))
+  several = {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PLATFORMS": "cpu",
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, str(tmp_path)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env={**os.environ, **several, "JAX_PROCESS_ID": str(number), "XLA_FLAGS": ""},
+    )
+    for number in range(2)
+  ]
+  said = [process.communicate(timeout=300)[0] for process in processes]
+  for process, text in zip(processes, said, strict=True):
+    assert process.returncode == 0, text
+    count, devices, *slope = text.splitlines()[-1].split()
+    assert (count, devices) == ("2", "2")
+    np.testing.assert_allclose(np.array(slope, float), whole[1].params["slope"], rtol=1e-5)
+  rows = fitting.read_log(tmp_path / "line.jsonl")
+  assert [row["step"] for row in rows if "loss" in row] == [3, 4, 6, 8]

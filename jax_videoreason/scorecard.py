@@ -169,7 +169,8 @@ def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None
   total = len(steps["candidates"])
   highs = [c["high"] if c["high"] is not None else c["estimate"] for _, c in points]
-  top = max(1.2 * ambiguity["k"], *highs)
+  truth = steps["truth"]["estimate"]
+  top = max(1.2 * ambiguity["k"], truth, *highs)
 
   def at(i: int, value: float) -> str:
     return f"{(i + 0.5) / total * 100:.2f},{98 - 96 * value / top:.2f}"
@@ -180,7 +181,8 @@ def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:
     "line": " ".join(at(i, c["estimate"]) for i, c in points),
     "band": " ".join(edge),
     "k": 98 - 96 * ambiguity["k"] / top,
-    "one": 98 - 96 / top,
+    "truth": 98 - 96 * truth / top,
+    "read": truth,
     "first": points[0][1]["estimate"],
     "last": points[-1][1]["estimate"],
     "sigma": [steps["sigma"][0], steps["sigma"][-1]],

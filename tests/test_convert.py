@@ -163,7 +163,9 @@ class Killed(BaseException):
   """Stands for a kill: no handler catches it."""
 
 
-@pytest.mark.parametrize(("after", "torn"), [(1, False), (2, True), (9, False), (60, True), (70, False)])
+@pytest.mark.parametrize(
+  ("after", "torn"), [(1, False), (2, True), (9, False), (60, True), (70, False)]
+)
 def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch, after, torn):
   """Killed between a chunk and its line in the journal, the worst moment there is.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason import media, product, sampler, settings, store, tasks
+from jax_videoreason import factors, media, sampler, settings, store, tasks
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -21,7 +21,7 @@ TRACE = "trace.zarr"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
-  """Where a stored run is left: before `step`. said: the edit in words, as `product` reads it."""
+  """Where a stored run is left: before `step`. said: the edit in words, as `factors` reads it."""
 
   run: store.Run
   chosen: SampleSettings
@@ -33,7 +33,7 @@ class Branch:
     return sampler.state_at(self.prefix(TapSpec(), self.step + 1), schedule, self.step)
 
   def edit(self, sizes: Sizes, schedule: Schedule) -> Intervention | None:
-    return product.edit_for(self.said, sizes, schedule, len(self.chosen.seeds))
+    return factors.edit_for(self.said, sizes, schedule, len(self.chosen.seeds))
 
   def prefix(self, taps: TapSpec, steps: int) -> Trace:
     """The first rows of the stored trace, with the taps that `taps` keeps of them."""
@@ -102,7 +102,7 @@ def parse(words: str | None, step: int) -> dict[str, Any]:
   if words is None:
     return {"edit": "none"}
   name, _, rest = words.partition(":")
-  known = product.EDITS
+  known = factors.EDITS
   if name not in known:
     raise ValueError(f"--intervene={words}: no edit {name!r}; {settings.nearest(name, known)}")
   said: dict[str, Any] = {"edit": name}
@@ -111,7 +111,7 @@ def parse(words: str | None, step: int) -> dict[str, Any]:
     if key not in known[name]:
       wanted = settings.nearest(key, known[name])
       raise ValueError(f"--intervene={words}: {name} takes no {key!r}; {wanted}")
-    said[key] = span(words, key, text) if key in product.PLACES else value_of(key, text)
+    said[key] = span(words, key, text) if key in factors.PLACES else value_of(key, text)
   if "steps" in known[name]:
     said.setdefault("steps", (step, step + 1))
     if said["steps"][0] < step:

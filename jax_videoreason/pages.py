@@ -6,21 +6,51 @@ panels and figures.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_videoreason import plots, stats
-from jax_videoreason.experiments import results
+from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
 from jax_videoreason.folders import atomic, disk, read_json
 from jax_videoreason.report import environment, flat, inline
 
-ALONG_STEPS = ("step", "injected", "observed")
+# Axes of the figures whose name is not that of the axis; those along the steps also show sigma.
+ALONG_STEPS = {
+  "step": "step",
+  "injected": "step of the noise",
+  "observed": "step observed",
+  "lens_step": "step",
+  "probed": "step",
+}
+NAMES = {
+  "latent_frame": "latent frame",
+  "edited": "edited steps",
+  "place": "place, share of the steps",
+  "rank": "channel, by variance",
+}
 MOST_COLUMNS = 9  # frames of a film strip
-SHOWN_FIGURES = 4  # of each study on the page of all claims
+NAME_WIDTH = 34  # letters of a line beside an axis
+# What the table of claims shows of each study; of another study its first figures.
+SHOWN = {
+  "chain_of_steps": ("strip-0", "right", "entropy"),
+  "noise": ("step_drop", "sensitivity", "cka_x0"),
+  "layer_maps": ("contrast", "lens_agrees", "cka_last"),
+  "layer_swap": ("flip", "pull_first"),
+  "ensemble": ("gain",),
+  "frames": ("drop",),
+  "probes": ("perception", "reasoning", "selectivity-maze_ next cell"),
+  "early": ("success", "early_readout"),
+  "behaviours": ("score", "memory_selectivity"),
+  "controls": ("sensitivity",),
+}
+SHOWN_FIGURES = 3
+ON_ONE_SCALE = ("norm_map_over_median",)
 
 
 def render(folder: str | Path) -> Path:
@@ -54,14 +84,12 @@ def render(folder: str | Path) -> Path:
 
 def said(claim: Mapping[str, Any]) -> dict[str, Any]:
   """A claim of result.json with the words that tables show."""
-  bounds = [f"above {claim['above']:g}" if claim["above"] is not None else ""]
-  bounds += [f"below {claim['below']:g}" if claim["below"] is not None else ""]
   estimate, low, high = claim["estimate"], claim["low"], claim["high"]
-  ours = "no number" if estimate is None else f"{estimate:.2f}"
+  ours = "" if estimate is None else f"{estimate:.2f}"
   ours += "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
   return {
     **claim,
-    "region": " and ".join(filter(None, bounds)),
+    "region": claims.region_of(claim),
     "ours": ours,
     "kind": claim["verdict"].replace(" ", "-").replace("'", ""),
   }
@@ -92,6 +120,8 @@ def draw(folder: Path, result: Result, name: str, is_effect: bool) -> list[dict[
   if "rgb" in axes:
     return strips(folder, result, name, title)
   numeric, texts = free_axes(result, name)
+  if not numeric and texts and "case" in axes:
+    return list(compared(folder, result, name, texts, title))
   if not 1 <= len(numeric) <= 2:
     return []
   value = averaged(result, name, [*texts, *numeric])
@@ -107,30 +137,70 @@ def draw(folder: Path, result: Result, name: str, is_effect: bool) -> list[dict[
     if np.isfinite(value).any():
       series = dict(zip(names, rows, strict=True))
       if len(numeric) == 1:
-        curve(path, result, series, numeric)
+        curve(path, result, series, numeric, full)
       else:
         heat(path, result, series, numeric, is_effect)
       made.append({"path": path, "title": full, "wide": len(numeric) == 2 and len(names) > 1})
   return made
 
 
+def compared(
+  folder: Path, result: Result, name: str, texts: Sequence[str], title: str
+) -> Iterator[dict[str, Any]]:
+  """A dot with its interval for every place of a value whose axes are texts, two places or more."""
+  value = averaged(result, name, texts)
+  labels = [[str(point) for point in result.points[axis]] for axis in texts]
+  column = value.reshape(len(value), -1)
+  names = [
+    ", ".join(f"{axis} {label}" if label.isdigit() else label for axis, label in places)
+    for places in (zip(texts, row, strict=True) for row in itertools.product(*labels))
+  ]
+  if len(names) < 2 or not np.isfinite(column).any():
+    return
+  path = folder / f"{name}.png"
+  middle, low, high = by_place(column)
+  rows = {n: (middle[i], low[i], high[i]) for i, n in enumerate(names) if np.isfinite(middle[i])}
+  plots.intervals(path, rows, x_name=title)
+  yield {"path": path, "title": title, "wide": False}
+
+
 def labels_of(result: Result, axis: str, size: int) -> list[Any]:
   return list(result.points.get(axis, range(size)))
 
 
-def curve(path: Path, result: Result, rows: Mapping[str, np.ndarray], axes: Sequence[str]) -> None:
+def has_sigma(result: Result, axis: str) -> bool:
+  return axis in ALONG_STEPS and "sigma" in result.points
+
+
+def named(result: Result, axis: str) -> str:
+  """The name of an axis, as the figures show it."""
+  name = ALONG_STEPS.get(axis) or NAMES.get(axis) or axis
+  return f"{name} (sigma)" if has_sigma(result, axis) else name
+
+
+def ticks(result: Result, axis: str, size: int, join: str) -> list[str]:
+  """The labels of an axis; steps with their sigma."""
+  labels = labels_of(result, axis, size)
+  if not has_sigma(result, axis):
+    return [str(label) for label in labels]
+  return [f"{step}{join}({result.points['sigma'][int(step)]:.2f})" for step in labels]
+
+
+def curve(
+  path: Path, result: Result, rows: Mapping[str, np.ndarray], axes: Sequence[str], title: str
+) -> None:
   """Curves over one axis, along the steps against sigma."""
   axis = axes[0]
   x: Any = labels_of(result, axis, next(iter(rows.values())).shape[1])
-  along = axis in ALONG_STEPS and "sigma" in result.points
+  along = has_sigma(result, axis)
   if along:
     x = [result.points["sigma"][int(step)] for step in x]
   plots.bands(
     path,
     np.asarray(x, float),
     {name: by_place(value) for name, value in rows.items()},
-    x_name="sigma" if along else axis,
-    y_name="",
+    x_name="sigma" if along else named(result, axis),
+    y_name=textwrap.fill(title, NAME_WIDTH),
     falling=along,
   )
 
@@ -158,7 +228,10 @@ def heat(
 ) -> None:
   """Mean maps, the first numeric axis downward."""
   shape = next(iter(rows.values())).shape[1:]
-  y, x = (labels_of(result, axis, size) for axis, size in zip(axes, shape, strict=True))
+  y, x = (
+    ticks(result, axis, size, join)
+    for axis, size, join in zip(axes, shape, (" ", "\n"), strict=True)
+  )
   means = {}
   for name, value in rows.items():
     known = np.isfinite(value)
@@ -171,7 +244,8 @@ def heat(
     marked = {
       n: stats.max_statistic(np.nan_to_num(v), seed=seed).significant for n, v in rows.items()
     }
-  plots.heat_maps(path, means, x=x, y=y, x_name=axes[1], y_name=axes[0], marked=marked)
+  y_name, x_name = (named(result, axis) for axis in axes)
+  plots.heat_maps(path, means, x=x, y=y, x_name=x_name, y_name=y_name, marked=marked)
 
 
 def is_whole(value: np.ndarray) -> bool:
@@ -215,8 +289,9 @@ def maps_of_tokens(folder: Path, result: Result, name: str, title: str) -> list[
     pictures[shown],
     rows=[rows[i] for i in shown],
     columns=columns,
-    row_name=row,
-    column_name=column,
+    row_name=named(result, row),
+    column_name=named(result, column),
+    shared=name in ON_ONE_SCALE,
   )
   return [{"path": path, "title": title, "wide": True}]
 
@@ -261,33 +336,96 @@ def in_words(column: np.ndarray) -> str:
 
 
 def render_claims(out: str | Path) -> Path:
-  """Draws the page of claims.json, with the first figures of every study; returns its path."""
+  """Draws report.html and claims.md, with figures/, of claims.json; returns the path of the page.
+
+  claims.md and figures/ are made to be copied into a repository as they are.
+  """
   out = Path(out)
   table = read_json(out / "claims.json")
-  studies = []
-  for path in sorted(out.glob("*/result.json")):
-    record = read_json(path)
-    figures = [
-      figure
-      for name in record["axes"]
-      for figure in sorted((path.parent / "figures").glob(f"{name}*.png"))[:1]
-    ][:SHOWN_FIGURES]
-    studies.append(
-      {
-        "name": record["experiment"],
-        "question": record["question"],
-        "page": f"{path.parent.name}/report.html",
-        "figures": [inline(figure, "image/png") for figure in figures],
-      }
-    )
+  figures = out / "figures"
+  with disk(figures):
+    shutil.rmtree(figures, ignore_errors=True)
+    figures.mkdir()
+  studies = [study_of(path, figures) for path in sorted(out.glob("*/result.json"))]
   page = (
     environment()
     .get_template("claims.html.j2")
     .render(
-      claims=[said(claim) for claim in table["claims"]], model=table["model"], studies=studies
+      claims=[said(claim) for claim in table["claims"]],
+      model=table["model"],
+      made=how_made(studies),
+      studies=[
+        {**s, "figures": [{**f, "src": inline(f["path"], "image/png")} for f in s["figures"]]}
+        for s in studies
+      ],
     )
   )
   path = out / "report.html"
   with atomic(path) as part:
     part.write_text(page, encoding="utf-8")
+  with atomic(out / "claims.md") as part:
+    part.write_text(document(table, studies), encoding="utf-8")
   return path
+
+
+def study_of(path: Path, figures: Path) -> dict[str, Any]:
+  """What the table of claims shows of a result.json; its chosen figures are copied to `figures`."""
+  record, manifest = read_json(path), read_json(path.parent / "manifest.json")
+  drawn = path.parent / "figures"
+  wanted = SHOWN.get(record["experiment"], tuple(record["axes"]))
+  found = []
+  for name in wanted:
+    own = sorted(p for p in drawn.glob("*.png") if p.stem == name or p.stem.startswith(f"{name}-"))
+    found += own[:1]
+  shown = []
+  for figure in found[:SHOWN_FIGURES]:
+    copy = figures / f"{path.parent.name}-{figure.name.replace(' ', '_')}"
+    shutil.copyfile(figure, copy)
+    title = record["titles"].get(figure.stem.partition("-")[0], figure.stem)
+    shown.append({"path": copy, "title": title})
+  return {
+    "name": path.parent.name,
+    "record": record,
+    "manifest": manifest,
+    "page": f"{path.parent.name}/report.html",
+    "figures": shown,
+  }
+
+
+def how_made(studies: Sequence[Mapping[str, Any]]) -> str:
+  """Command, dates, device, network evaluations and time of all studies, in a sentence."""
+  manifests = [study["manifest"] for study in studies]
+  if not manifests:
+    return "No study has a result."
+  words = dict.fromkeys(" ".join(manifest["command"]) for manifest in manifests)
+  days = sorted({manifest["written"][:10] for manifest in manifests})
+  when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+  work = sum(s["record"]["evaluations"] + s["record"]["reused"] for s in studies)
+  seconds = sum(s["record"]["seconds"] for s in studies)
+  return (
+    f"Made by `{'`, `'.join(words)}` on {when} ({manifests[0]['device']}, "
+    f"jax_videoreason {manifests[0]['versions']['jax_videoreason']}): {work:,} network "
+    f"evaluations, {seconds / 60:.0f} minutes."
+  )
+
+
+def document(table: Mapping[str, Any], studies: Sequence[Mapping[str, Any]]) -> str:
+  """The table of claims as Markdown, with the figures beside it."""
+  lines = [
+    f"# Claims about how video models reason, held against {table['model']}",
+    "",
+    how_made(studies),
+    "",
+    *claims.READING,
+    "",
+    claims.markdown(table["claims"]).rstrip(),
+  ]
+  for study in studies:
+    record = study["record"]
+    lines += ["", f"## {study['name']}", "", f"**{record['question']}** {record['method']}", ""]
+    lines += [f"*Limits.* {record['limits']}", ""] if record["limits"] else []
+    lines += [f"- {note}" for note in (*record["notes"], *record["broken"])]
+    lines += [""] if record["notes"] or record["broken"] else []
+    for figure in study["figures"]:
+      lines += [f"![{figure['title']}](figures/{figure['path'].name})", "", figure["title"], ""]
+  return "\n".join(lines).rstrip() + "\n"

@@ -137,6 +137,27 @@ def bands(
   _save(figure, path, dpi=120)
 
 
+def intervals(
+  path: str | Path,
+  rows: Mapping[str, tuple[float, float, float]],
+  *,
+  x_name: str,
+) -> None:
+  """Draws each row's (estimate, low, high) as a dot with its interval, names at the left."""
+  figure, axes = _panel("", x_name, "")
+  figure.set_size_inches(6.4, 1.0 + 0.24 * len(rows))
+  places = np.arange(len(rows))
+  for place, (middle, low, high) in zip(places, rows.values(), strict=True):
+    axes.plot([low, high], [place, place], color=BLUE, linewidth=2, alpha=0.5)
+    axes.plot([middle], [place], color=BLUE, marker="o", markersize=5)
+  axes.axvline(0, color=MUTED, linewidth=0.8)
+  axes.set_yticks(places, list(rows), parse_math=False)
+  axes.set_ylim(len(rows) - 0.5, -0.5)
+  axes.grid(axis="y", visible=False)
+  axes.grid(axis="x", color=RULE, linewidth=0.8)
+  _save(figure, path, dpi=120)
+
+
 def heat_maps(
   path: str | Path,
   panels: Mapping[str, np.ndarray],
@@ -171,8 +192,9 @@ def heat_maps(
       rows, columns = np.nonzero(marked[name])
       axes.plot(columns, rows, linestyle="", marker="o", markersize=2.5, color=INK)
     axes.set_title(name, loc="left", fontsize=9, color=INK, parse_math=False)
-    for ticks, labels in ((axes.set_xticks, x), (axes.set_yticks, y)):
-      shown = spread(len(labels), 7)
+    for ticks, labels, most in ((axes.set_xticks, x, 4), (axes.set_yticks, y, 7)):
+      room = most if any("\n" in str(label) for label in labels) else 7
+      shown = spread(len(labels), room)
       ticks(shown, [str(labels[i]) for i in shown])
     axes.tick_params(colors=MUTED, labelsize=7, length=2)
     axes.set_xlabel(x_name, color=INK, fontsize=8)
@@ -194,12 +216,14 @@ def picture_grid(
   column_name: str,
   title: str = "",
   cell: int = 64,
+  shared: bool = False,
 ) -> None:
-  """Draws pictures in a grid: rows columns y x (each with its own grey scale) or rows columns y x
-  3 (colours, uint8)."""
+  """Draws pictures in a grid: rows columns y x (each with its own grey scale, or all with one where
+  `shared`) or rows columns y x 3 (colours, uint8)."""
   shown = np.asarray(pictures)
   if shown.shape[-1] != 3 or shown.dtype != np.uint8:
-    low, high = (f(shown, axis=(-2, -1), keepdims=True) for f in (np.min, np.max))
+    over = None if shared else (-2, -1)
+    low, high = (f(shown, axis=over, keepdims=True) for f in (np.min, np.max))
     grey = 255 * (shown - low) / np.where(high > low, high - low, 1.0)
     shown = repeat(grey.astype(np.uint8), "... y x -> ... y x c", c=3)
   tiles = scale(shown, cell)

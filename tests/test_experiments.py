@@ -28,6 +28,13 @@ from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
 
 STEPS = 10
+MANIFEST = {
+  "config": {"steps": 10},
+  "command": ["videoreason", "run", "all"],
+  "device": "cpu",
+  "written": "2026-01-02T03:04:05+00:00",
+  "versions": {"jax_videoreason": "1.0"},
+}
 
 
 def by_name(findings):
@@ -218,6 +225,13 @@ def test_verdicts_follow_the_interval_and_the_smallest_effect_of_interest():
   assert unsure.needed > 40
   assert finding(np.full(12, 0.3)).verdict == "can't tell"
   assert finding(np.full(12, 0.3), exact=True).verdict == "holds"
+  by_largest = {"by": lambda rows: rows.mean(-1), "above": 0.5}
+  never = finding(np.zeros(8), share=True, **by_largest)  # 0 of 8 does not exclude a third
+  assert never.verdict == "does not hold"
+  assert 0.3 < never.high < 0.4
+  assert finding(np.zeros(8), **by_largest).note == (
+    "all 8 cases are equal: resampling shows no spread"
+  )
   few = finding([0.5, 0.6, 0.7])
   assert few.verdict == "can't tell"
   assert few.note is not None
@@ -325,6 +339,8 @@ def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_pa
     )
     (tmp_path / name).mkdir()
     results.save(tmp_path / name, found, record)
+    write_json(tmp_path / name / "manifest.json", MANIFEST)
+    pages.render(tmp_path / name)
   rows = claims.write(tmp_path, {"probes": "no cases"})
   assert [row["number"] for row in rows] == [1, 3, 3, 10, None]
   assert [row["verdict"] for row in rows if row["number"] in (1, 10)] == ["not run here"] * 2
@@ -335,11 +351,27 @@ def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_pa
     assert f" {hours} on gpu:141GB" in row["note"]  # what plan prints
     cli.parse(cli_vbvr, command.split()[2:] + more.split())
   assert rows[-1]["note"] == "no cases"
-  text = (tmp_path / "claims.md").read_text()
-  assert "| 3 | noise |" in text
   page = pages.render_claims(tmp_path).read_text()
   assert "not run here" in page
   assert "http" not in page.replace("http://www.w3.org", "")
+  text = (tmp_path / "claims.md").read_text()
+  assert "| 3 | noise |" in text
+  assert "Made by `videoreason run all` on 2026-01-02 (cpu, jax_videoreason 1.0)" in text
+  shown = set(re.findall(r"\]\(figures/(.+?)\)", text))
+  assert shown == {path.name for path in (tmp_path / "figures").iterdir()}
+  assert shown == {"noise-moved.png", "early-moved.png"}
+  assert cli.main(["report", str(tmp_path)]) == 0  # what failed is still told
+  assert claims.read_json(tmp_path / "claims.json")["failed"] == {"probes": "no cases"}
+
+
+def test_the_table_shows_a_claim_once_that_only_one_study_could_ask(tmp_path):
+  for name, of in (("one", "moved[point=1]"), ("two", "moved[point=9]")):
+    claim = Claim(says="noise moves x", of=of, statistic="m", above=0.0, number=14)
+    found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
+    (tmp_path / name).mkdir()
+    results.save(tmp_path / name, found, record)
+  rows = [row for row in claims.write(tmp_path) if row["number"] == 14]
+  assert [(row["experiment"], row["verdict"]) for row in rows] == [("one", "holds")]
 
 
 def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):
@@ -348,8 +380,7 @@ def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):
   )
   found, record, _ = perform(study, toy.setting(toy.read_late), toy.cases(8))
   results.save(tmp_path, found, record)
-  manifest = {"config": {"steps": 10}, "command": ["videoreason", "run"], "device": "cpu"}
-  write_json(tmp_path / "manifest.json", {**manifest, "written": "now"})
+  write_json(tmp_path / "manifest.json", MANIFEST)
   page = pages.render(tmp_path).read_text()
   for said in ("Does noise move the score?", "noise moves x", "holds", "A test.", "0 in 1 of 1"):
     assert said in page

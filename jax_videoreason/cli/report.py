@@ -1,13 +1,16 @@
 """Draws the report of a run, an evaluation or an experiment again: report.html and the film strips.
 
 videoreason report runs/demo
+
+Of the folder of `run all`: every study's page, the table of claims and claims.md with its figures.
 """
 
 from pathlib import Path
 
 from absl.flags import FlagValues
 
-from jax_videoreason import cli, console, evaluate, pages, report, scorecard
+from jax_videoreason import cli, console, evaluate, folders, pages, report, scorecard
+from jax_videoreason.experiments import claims
 
 WORDS = 1
 
@@ -20,7 +23,20 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no folder given: videoreason report DIR, the --out of a run.")
   folder = Path(words[0])
+  if any(folder.glob("*/result.json")) and not (folder / "result.json").exists():
+    everything(folder)
+    return
   kinds = {evaluate.ASKED: scorecard, "arrays.zarr": pages}
   found = [draws for name, draws in kinds.items() if (folder / name).exists()]
   (found[0] if found else report).render(folder)
   console.say(f"report: {(folder.resolve() / 'report.html').as_uri()}")
+
+
+def everything(folder: Path) -> None:
+  """Draws what `run all` left: the studies that have a result, and the table over them."""
+  for path in sorted(folder.glob("*/result.json")):
+    pages.render(path.parent)
+  table = folder / "claims.json"
+  failed = folders.read_json(table).get("failed", {}) if table.exists() else {}
+  claims.write(folder, failed)
+  console.say(f"report: {pages.render_claims(folder).resolve().as_uri()}")

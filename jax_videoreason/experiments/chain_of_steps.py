@@ -3,7 +3,7 @@
 import numpy as np
 
 from jax_videoreason.experiments.base import experiment
-from jax_videoreason.experiments.context import Context
+from jax_videoreason.experiments.context import Context, title
 from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import Claim, Result
 
@@ -66,6 +66,7 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   overlaid = np.array([case.task in OVERLAID for case in ctx.cases])
   several = found["several"]
   k = np.array([float(case.metadata["k"]) for case in ctx.cases])
+  shown = ctx.by_seed()[0][:strips]
   values = {
     **found,
     "multi_path": np.where(overlaid, np.nan, several),
@@ -73,12 +74,13 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
     "several_plain": np.where(k == 1, several, np.nan),
     "several_ambiguous": np.where(k > 1, several, np.nan),
     "right_answers": k,
-    "strip": ctx.setting.decode(np.asarray(trace.x0)[:, :strips]).swapaxes(0, 1),
+    "strip": ctx.setting.decode(np.asarray(trace.x0)[:, shown]).swapaxes(0, 1),
   }
   axes: dict[str, tuple[str, ...]]
   axes = {name: ("step", "run") if np.ndim(v) == 2 else ("run",) for name, v in values.items()}
   axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
-  return Result(values=values, axes=axes, points=ctx.points, titles=TITLES)
+  points = ctx.points | {"strip": [title(ctx.cases[run]) for run in shown]}
+  return Result(values=values, axes=axes, points=points, titles=TITLES)
 
 
 TITLES = {
@@ -103,5 +105,5 @@ TITLES = {
   "commitment": "Step of commitment, share of all steps",
   "commitment_sigma": "Sigma at commitment",
   "first_hit": "First step with a right answer, share of all steps",
-  "strip": "x0 at every step",
+  "strip": "The video that x0 shows at every step",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import plan
-from jax_videoreason.folders import atomic, read_json, write_json
+from jax_videoreason.folders import read_json, write_json
 from jax_videoreason.vbvr import jobs
 
 CARD = "gpu:141GB"  # for which the cost of what is not run here is said
@@ -23,6 +23,13 @@ NOT_HERE: tuple[dict[str, Any], ...] = (
     "ensemble": jobs.PAPER,
   },
 )
+READING = (
+  "A claim *holds* where the whole 95% interval of our measure lies within its region (the",
+  "smallest effect of interest, declared before the data), *does not hold* where it lies outside;",
+  "otherwise the data *can't tell*, and the number of cases that would settle it is given where",
+  "there is one. What needs other weights is *not run here*: a small model's number is never set",
+  "beside the paper's score.",
+)
 BLANK = {
   "above": None,
   "below": None,
@@ -36,7 +43,7 @@ BLANK = {
 
 
 def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-  """Writes claims.json and claims.md over the results in `out`'s folders; returns the rows.
+  """Writes claims.json over the results in `out`'s folders; returns the rows.
 
   failed: name of a study -> why it has no result. What one study could not ask and another could,
   such as of a model without an expert switch, stands there once.
@@ -58,9 +65,7 @@ def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict
   ]
   rows.sort(key=lambda row: (row["number"] is None, row["number"] or 0))
   model = next((record["model"] for record in records.values()), None)
-  write_json(out / "claims.json", {"model": model, "claims": rows})
-  with atomic(out / "claims.md") as part:
-    part.write_text(markdown(rows), encoding="utf-8")
+  write_json(out / "claims.json", {"model": model, "claims": rows, "failed": dict(failed or {})})
   return rows
 
 
@@ -78,16 +83,26 @@ def not_here(*, ensemble: str, **row: Any) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
   """The table for a document."""
-  lines = ["| # | claim | paper | measured as | ours | verdict |", "|---|---|---|---|---|---|"]
+  head = ("#", "claim", "paper", "measured as", "holds if", "ours", "verdict", "study")
+  lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for row in rows:
     ours = "" if row["estimate"] is None else f"{row['estimate']:.2f}"
     if row["low"] is not None:
       ours += f" [{row['low']:.2f}, {row['high']:.2f}]"
-    verdict = row["verdict"]
+    verdict = f"**{row['verdict']}**"
     if row["needed"]:
-      verdict += f" (about {row['needed']} cases would settle it)"
+      verdict += f" (about {row['needed']:,} cases would settle it)"
     if row["note"]:
       verdict += f": {row['note']}"
-    cells = (row["number"] or "", row["says"], row["paper"], row["statistic"], ours, verdict)
+    region = region_of(row)
+    cells = (row["number"] or "", row["says"], row["paper"], row["statistic"], region, ours)
+    cells = (*cells, verdict, row["experiment"] or "")
     lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
   return "\n".join(lines) + "\n"
+
+
+def region_of(row: Mapping[str, Any]) -> str:
+  """Such as "above 0.5"."""
+  bounds = [f"above {row['above']:g}" if row["above"] is not None else ""]
+  bounds += [f"below {row['below']:g}" if row["below"] is not None else ""]
+  return " and ".join(filter(None, bounds))

@@ -128,7 +128,9 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "lens_agrees": np.stack([answer.answer == final[None] for answer in read]).mean(0),
     "lens_right": np.stack([answer.right for answer in read]).astype(float),
     "norm_map": picture(norm[last, :, 0], shape),
-    "norm_map_over_median": picture(norm[last, :, 0] / np.median(norm[last, :, 0]), shape),
+    "norm_map_over_median": picture(
+      norm[last, :, 0] / np.median(norm[last, :, 0], axis=-1, keepdims=True), shape
+    ),
     "update_map": picture(update[last, :, 0], shape),
     "channel_map": rearrange(of_channel, "l (f y x) p -> f l p y x", f=shape[0], y=shape[1])[
       middle
@@ -225,7 +227,7 @@ TITLES = {
   "lens_agrees": "Layer lens: share of runs and steps with the final answer",
   "lens_right": "Layer lens: share of runs with a right answer",
   "norm_map": "Token norms at the last step, first run (each picture on its own scale)",
-  "norm_map_over_median": "The same divided by the median of all layers",
+  "norm_map_over_median": "The same divided by the median of its layer (all on one scale)",
   "update_map": "Token norms of the layers' updates",
   "channel_map": "Channels of most variance, middle latent frame at the last step, first run",
   "pca_map": "Three main components as colours",

@@ -49,6 +49,7 @@ def kept_steps(sizes: Sizes, edited: Any) -> list[int]:
       by=best_layer,
       statistic="share of runs with the counterpart's answer, at the layer where it is largest",
       above=0.5,
+      share=True,
       paper="complete reversal at layer 20 (or 21) of 40",
     ),
     Claim(

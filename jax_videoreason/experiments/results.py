@@ -23,7 +23,8 @@ class Claim:
   "drop[arm=step,mode=renoise]"; several are handed to `by` side by side. statistic: what is
   computed, in words, with its unit. above, below: the smallest effect of interest: the claim holds
   where the whole 95% interval lies above `above` and below `below`. by: another summary than the
-  mean over cases, (draws N ...) -> (draws). share: the value is a rate in 0..1. exact: the value
+  mean over cases, (draws N ...) -> (draws). share: the value (or what `by`
+  makes of it) is a rate in 0..1. exact: the value
   is one number by construction, so cases that are all equal are an interval of no width.
   number: of the claim in the paper's list; None = a claim of others. paper: what the paper found.
   """
@@ -147,15 +148,19 @@ def judge(claim: Claim, result: Result) -> Finding:
       claim=claim, estimate=none, low=none, high=none, verdict="can't tell", cases=0, note=lost
     )
   values = values[good]
-  if claim.share:
+  if claim.share and claim.by is None:
     found = stats.share(values, seed=SEED)
   else:
     found = stats.bootstrap(values, seed=SEED, statistic=claim.by)
   if np.ndim(found.estimate):
     raise ValueError(f"claim {claim.says!r}: {claim.of} is a map, wanted one number per case.")
   estimate, low, high = (float(x) for x in (found.estimate, found.low, found.high))
-  if claim.exact and len(values) >= stats.LEAST and (values == values[:1]).all():
+  same = len(values) >= stats.LEAST and bool((values == values[:1]).all())
+  if claim.exact and same:
     low = high = estimate
+  elif claim.by is not None and same:  # resampling shows no spread, which is not that there is none
+    bounds = stats.share(np.full(len(values), estimate), seed=SEED) if claim.share else None
+    low, high = (none, none) if bounds is None else (float(bounds.low), float(bounds.high))
   floor = -np.inf if claim.above is None else claim.above
   ceiling = np.inf if claim.below is None else claim.below
   if low > floor and high < ceiling:
@@ -164,7 +169,9 @@ def judge(claim: Claim, result: Result) -> Finding:
     verdict = "does not hold"
   else:
     verdict = "can't tell"
-  note = "; ".join(text for text in (found.note, lost) if text) or None
+  alike = f"all {len(values)} cases are equal: resampling shows no spread"
+  own = alike if same and not np.isfinite(low) else found.note
+  note = "; ".join(text for text in (own, lost) if text) or None
   needed = None
   if verdict == "can't tell" and np.isfinite(low):
     edge = min(abs(estimate - end) for end in (floor, ceiling))

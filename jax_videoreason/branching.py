@@ -21,7 +21,7 @@ TRACE = "trace.zarr"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
-  """Where a stored run is left: before `step`. said: the edit in words, as `factors` reads it."""
+  """Where a stored run is left: before `step`. said: the edit in words, as a sweep reads it."""
 
   run: store.Run
   chosen: SampleSettings

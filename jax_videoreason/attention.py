@@ -1,19 +1,20 @@
 """Attention over all tokens: query blocks in plain XLA on CPU, cuDNN on GPU, splash on TPU.
 
 `choose` says which, by device, dtype and sizes; `implementation=` overrides it. On a mesh whose
-axes `fsdp` and `context` hold the tokens, each device keeps its queries and gathers all keys and
-values. Splash is the Pallas kernel that ships with JAX.
+axes `fsdp` and `context` hold the tokens, each device keeps its queries, and keys and values reach
+them by one of two routes: all are gathered, or blocks of them go round a ring. `choose_route` says
+which, by their bytes; `by_route` overrides it. Splash is the Pallas kernel that ships with JAX.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
@@ -22,24 +23,44 @@ from jax_videoreason.axes import Array
 from jax_videoreason.sharding import RULES, ambient, token_shards
 
 Implementation = Literal["xla", "cudnn", "splash"]
+Route = Literal["gather", "ring"]
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+ROUTES = ("gather", "ring")
 
 BLOCK_BYTES = 32 * 2**20  # scores of one query block in float32; what is below is computed at once
 REFUSED_BYTES = 8 * 2**30  # scores of the whole call, above which an accelerator refuses plain XLA
+GATHERED_BYTES = 4 * 2**30  # keys and values of a layer on one device, above which they go round
 SPLASH_BLOCK = 512  # queries and keys of a tile
 LANES = 128  # tokens and head width of splash are multiples of it
+MASKED = -0.7 * float(np.finfo(np.float32).max)  # the score of a key that does not count; finite
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+# part of the key of every compiled program, so none is reused for another platform or route
+_platform = jax.make_user_context(None)
+_route = jax.make_user_context(None)
 
 
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
+def compiling_for(platform: str) -> AbstractContextManager[Any]:
   """What is traced inside is for a "cpu", "gpu" or "tpu" that need not be here."""
-  token = _platform.set(platform)
-  try:
-    yield
-  finally:
-    _platform.reset(token)
+  return _platform(platform)
+
+
+def by_route(route: Route | None) -> AbstractContextManager[Any]:
+  """What is traced inside moves keys and values by this route; None = `choose_route`."""
+  if route is not None and route not in ROUTES:
+    raise ValueError(f"route={route!r}, wanted 'gather' or 'ring'.")
+  return _route(route)
+
+
+def choose_route(platform: str, keys: Sequence[int], itemsize: int) -> Route:
+  """How keys and values reach the queries of other devices; keys: (..., X, N, K), all of them.
+
+  They are gathered where they take at most 4 GiB of a device, which is one collective a layer and
+  the larger matmuls; above, they go round a ring, which holds two blocks of them, whatever X is.
+  On a GPU they are always gathered: JAX hands cuDNN's sums out in bfloat16, too coarse to join
+  blocks by.
+  """
+  gathered = 2 * math.prod(keys) * itemsize
+  return "ring" if gathered > GATHERED_BYTES and platform != "gpu" else "gather"
 
 
 def choose(platform: str, dtype: jnp.dtype, queries: Sequence[int], keys: int) -> Implementation:
@@ -92,15 +113,20 @@ def attend(
     wanted = ", ".join(repr(name) for name in IMPLEMENTATIONS)
     raise ValueError(f"attention implementation {implementation!r}, wanted one of {wanted}.")
   local = functools.partial(_attend, implementation=implementation, keys=keys)
-  on_tpu = (_platform.get() or jax.default_backend()) == "tpu"
-  if spread is None or ambient() is None or not (token_shards() > 1 or on_tpu):
+  shards = token_shards()
+  if spread is None or ambient() is None or not (shards > 1 or _platform_now() == "tpu"):
     return local(q, k, v)
   mine = PartitionSpec(None, "seed", RULES["t"], None, None)
   whole = mine if spread == "qkv" else PartitionSpec(None, "seed", None, None, None)
 
   def gathered(q: Array, k: Array, v: Array) -> Array:
-    if spread == "qkv":
-      k, v = (jax.lax.all_gather(a, RULES["t"], axis=2, tiled=True) for a in (k, v))
+    if spread == "q" or shards == 1:
+      return local(q, k, v)
+    everywhere = (*k.shape[:-3], k.shape[-3] * shards, *k.shape[-2:])
+    route = _route.value or choose_route(_platform_now(), everywhere, k.dtype.itemsize)
+    if route == "ring":
+      return _ring(q, k, v, shards, implementation=implementation, keys=keys)
+    k, v = (jax.lax.all_gather(a, RULES["t"], axis=2, tiled=True) for a in (k, v))
     return local(q, k, v)
 
   # a Pallas call says nothing of how it varies over the mesh
@@ -109,49 +135,112 @@ def attend(
   )
 
 
+def _platform_now() -> str:
+  return _platform.value or jax.default_backend()
+
+
 def _attend(
   q: Array, k: Array, v: Array, *, implementation: Implementation | None, keys: int | None
 ) -> Array:
   """`attend` on one device."""
-  platform = _platform.get() or jax.default_backend()
-  t, x = q.shape[-3], k.shape[-3]
+  platform, x = _platform_now(), k.shape[-3]
   chosen = implementation or choose(platform, q.dtype, q.shape, x)
   count = None if keys is None or keys == x else keys
   if chosen == "cudnn":
     return _cudnn(q, k, v, count)
   if chosen == "splash":
-    return _splash(q, k, v, x if count is None else count, interpret=platform != "tpu")
+    return _splash(q, k, v, count, sums=False, interpret=platform != "tpu")[0]
   _check_plain(platform, q.shape, x)
-  scores = _scores(q.shape, x)
+  return _plain(q, k, v, count, q.dtype)[0]
+
+
+def _ring(
+  q: Array,
+  k: Array,
+  v: Array,
+  shards: int,
+  *,
+  implementation: Implementation | None,
+  keys: int | None,
+) -> Array:
+  """`attend` over keys and values of which each of `shards` devices brings an equal block.
+
+  Blocks go from device to device, and what a device made of those it saw is joined by the
+  logarithms of their sums, in float32. So a device holds two blocks, the one it reads and the one
+  that arrives. (The backward pass keeps every block; splash has none here.)
+  """
+  platform, x = _platform_now(), k.shape[-3]
+  chosen = implementation or choose(platform, q.dtype, q.shape, x * shards)
+  if chosen == "cudnn":
+    raise ValueError(
+      "route='ring' with cuDNN, whose sums come in bfloat16: use route='gather', or fewer tokens."
+    )
+  if chosen == "xla":
+    _check_plain(platform, q.shape, x * shards)
+  place = jax.lax.axis_index(RULES["t"])
+  onward = [(i, (i + 1) % shards) for i in range(shards)]
+
+  def hop(carry: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
+    k, v, out, total = carry
+    arriving = [jax.lax.ppermute(a, RULES["t"], onward) for a in (k, v)]
+    count = None
+    if keys is not None and keys != x * shards:
+      count = jnp.clip(keys - (place - number) % shards * x, 0, x)
+    if chosen == "splash":
+      part, own = _splash(q, k, v, count, sums=True, interpret=platform != "tpu")
+    else:
+      part, own = _plain(q, k, v, count, jnp.dtype(jnp.float32))
+    joined = jnp.logaddexp(total, own)
+    old, new = (jnp.exp(some - joined)[..., None] for some in (total, own))
+    return (*arriving, old * out + new * part.astype(jnp.float32), joined), None
+
+  nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED)
+  (_, _, out, _), _ = jax.lax.scan(hop, (k, v, *nothing), jnp.arange(shards))
+  return out.astype(q.dtype)
+
+
+def _plain(
+  q: Array, k: Array, v: Array, count: Array | int | None, dtype: jnp.dtype
+) -> tuple[Array, Array]:
+  """(attention in `dtype`, log of the sum of exp of the scores, ... T N); at once or in blocks."""
+  scores = _scores(q.shape, k.shape[-3])
   if scores <= BLOCK_BYTES:
-    return _dense(q, k, v, count)
-  return _in_blocks(q, k, v, max(1, t * BLOCK_BYTES // scores), count)
+    return _dense(q, k, v, count, dtype)
+  return _in_blocks(q, k, v, max(1, q.shape[-3] * BLOCK_BYTES // scores), count, dtype)
 
 
-def _dense(q: Array, k: Array, v: Array, count: int | None) -> Array:
+def _dense(
+  q: Array, k: Array, v: Array, count: Array | int | None, dtype: jnp.dtype
+) -> tuple[Array, Array]:
   """All scores at once."""
   scores = jnp.einsum(
     "...tnk,...xnk->...ntx", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
   )
   if count is not None:
-    scores = jnp.where(jnp.arange(k.shape[-3]) < count, scores, -jnp.inf)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-  total = rearrange(weights.sum(axis=-1), "... n t -> ... t n 1")
+    scores = jnp.where(jnp.arange(k.shape[-3]) < count, scores, MASKED)
+  most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.exp(scores - most)
+  total = weights.sum(axis=-1, keepdims=True)
   out = jnp.einsum(
     "...ntx,...xnk->...tnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  return (out / total).astype(q.dtype)
+  by_token = "... n t one -> ... t n one"
+  made = (out / rearrange(total, by_token)).astype(dtype)
+  return made, rearrange(most + jnp.log(total), by_token)[..., 0]
 
 
-def _in_blocks(q: Array, k: Array, v: Array, block: int, count: int | None) -> Array:
+def _in_blocks(
+  q: Array, k: Array, v: Array, block: int, count: Array | int | None, dtype: jnp.dtype
+) -> tuple[Array, Array]:
   """The same, `block` queries at a time; scores are computed again in the backward pass."""
   t = q.shape[-3]
   blocks = -(-t // block)
   block = -(-t // blocks)
   padded = _pad_tokens(q, blocks * block)
   cut = rearrange(padded, "... (c t) n k -> c ... t n k", c=blocks)
-  out = jax.lax.map(jax.checkpoint(lambda part: _dense(part, k, v, count)), cut)
-  return rearrange(out, "c ... t n k -> ... (c t) n k")[..., :t, :, :]
+  out, sums = jax.lax.map(jax.checkpoint(lambda part: _dense(part, k, v, count, dtype)), cut)
+  out = rearrange(out, "c ... t n k -> ... (c t) n k")[..., :t, :, :]
+  return out, rearrange(sums, "c ... t n -> ... (c t) n")[..., :t, :]
 
 
 def _cudnn(q: Array, k: Array, v: Array, count: int | None) -> Array:
@@ -162,8 +251,13 @@ def _cudnn(q: Array, k: Array, v: Array, count: int | None) -> Array:
   return out.reshape((*lead, *out.shape[1:]))
 
 
-def _splash(q: Array, k: Array, v: Array, count: int, *, interpret: bool) -> Array:
-  """Tiles of `SPLASH_BLOCK`; tokens are padded to whole tiles, the keys that are no keys masked."""
+def _splash(
+  q: Array, k: Array, v: Array, count: Array | int | None, *, sums: bool, interpret: bool
+) -> tuple[Array, Any]:
+  """As `_plain`, in tiles of `SPLASH_BLOCK`; without `sums`, which cost memory, None is there.
+
+  Tokens are padded to whole tiles, the keys that are no keys masked.
+  """
   lead, (t, n, width), x = q.shape[:-3], q.shape[-3:], k.shape[-3]
   tile_q, tile_x = (min(SPLASH_BLOCK, -(-size // LANES) * LANES) for size in (t, x))
   whole_q, whole_x = -(-t // tile_q) * tile_q, -(-x // tile_x) * tile_x
@@ -171,22 +265,25 @@ def _splash(q: Array, k: Array, v: Array, count: int, *, interpret: bool) -> Arr
   kernel = splash.make_splash_mha_single_device(
     mask,
     block_sizes=splash.BlockSizes(block_q=tile_q, block_kv=tile_x, block_kv_compute=tile_x),
+    save_residuals=sums,
     interpret=interpret,
   )
   ids = None
-  if count != whole_x:
-    ids = splash.SegmentIds(
-      q=jnp.zeros(whole_q, jnp.int32), kv=(jnp.arange(whole_x) >= count).astype(jnp.int32)
-    )
+  if count is not None or x != whole_x:
+    absent = jnp.arange(whole_x) >= (x if count is None else count)
+    ids = splash.SegmentIds(q=jnp.zeros(whole_q, jnp.int32), kv=absent.astype(jnp.int32))
   q = _pad_tokens(q * width**-0.5, whole_q)
   k, v = _pad_tokens(k, whole_x), _pad_tokens(v, whole_x)
 
   def heads_first(a: Array) -> Array:
     return rearrange(a.reshape((-1, *a.shape[-3:])), "b t n k -> b n t k")
 
-  out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*map(heads_first, (q, k, v)), ids)
-  out = rearrange(out, "b n t k -> b t n k")[:, :t].astype(v.dtype)
-  return out.reshape((*lead, t, n, width))
+  made: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*map(heads_first, (q, k, v)), ids)
+  out, logs = (made[0], made[1][0]) if sums else (made, None)
+  out = rearrange(out, "b n t k -> b t n k")[:, :t].astype(v.dtype).reshape((*lead, t, n, width))
+  if logs is not None:
+    logs = rearrange(logs, "b n t -> b t n")[:, :t].reshape((*lead, t, n))
+  return out, logs
 
 
 def _pad_tokens(a: Array, size: int) -> Array:

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 
 from jax_videoreason import framing
 from jax_videoreason.axes import Array, Params
+from jax_videoreason.distributed import fetch
 from jax_videoreason.structs import Conditioning, ModelBundle
 from jax_videoreason.tiling import Place, Tiling, join, named, places
 from jax_videoreason.tokenizer import Tokenizer
@@ -212,7 +213,7 @@ def _known(
     _, high, wide = bundle.card.latents.stride
     where = places(tiling, *grid[1:])
     cut = [[_pixels(unique, place, high, wide) for place in line] for line in where]
-    made = [[np.array(latents_of(tile)) for tile in line] for line in cut]
+    made = [[np.array(fetch(latents_of(tile))) for tile in line] for line in cut]
     latents = jnp.asarray(join(tiling, where, made, (1, 1)))
   absent = [(0, 0), (0, grid[0] - latents.shape[1]), (0, 0), (0, 0), (0, 0)]
   return jnp.pad(latents, absent)[rearrange(place, "... -> (...)")]

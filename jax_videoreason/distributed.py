@@ -9,9 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_videoreason.axes import Array
 
 HEARTBEAT_SECONDS = 20  # without a sign of life from a process, the others end
+SHUTDOWN_SECONDS = 24 * 3600  # so long those that are done wait for the one that writes the report
 NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -51,7 +56,11 @@ def initialize() -> tuple[int, int]:
   """
   arguments = wanted(os.environ)
   if arguments is not None and not jax.distributed.is_initialized():
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+    jax.distributed.initialize(
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+      **arguments,
+    )
   return jax.process_index(), jax.process_count()
 
 
@@ -59,3 +68,24 @@ def meet(place: str) -> None:
   """Returns when every process has come to `place`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(place)
+
+
+def put(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
+  """x, which every process holds whole, on a mesh; each keeps the parts of its devices."""
+  place = NamedSharding(mesh, spec)
+  if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or place.is_fully_addressable:
+    return jax.device_put(x, place)
+  # device_put takes no typed keys to the devices of another process
+  data = jax.device_put(np.asarray(jax.random.key_data(x)), place)
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+
+def fetch(tree: Any) -> Any:
+  """The arrays of a tree in numpy, whole on every process; all of them must call it."""
+
+  def whole(x: Array) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+  return jax.tree.map(whole, tree)

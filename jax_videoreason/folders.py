@@ -124,7 +124,7 @@ def beside(path: str | Path) -> Iterator[Path]:
   Else it is removed.
   """
   path = Path(path)
-  part = path.with_name(f"{PART}{path.name}")
+  part = part_of(path)
   try:
     with disk(path):
       remove(part)
@@ -134,6 +134,11 @@ def beside(path: str | Path) -> Iterator[Path]:
   finally:
     with contextlib.suppress(OSError):
       remove(part)
+
+
+def part_of(path: Path) -> Path:
+  """Where `beside` has a file or a folder filled."""
+  return path.with_name(f"{PART}{path.name}")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import checkpoint, conditioning, schedules
+from jax_videoreason import checkpoint, conditioning, distributed, schedules
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
 
@@ -33,15 +33,17 @@ def encode(
   if shown is not None and bundle.parts.dit.config.clip_width is not None:
     clips = [conditioning.image_tokens(bundle, pictures) for pictures in shown]
   encoded = [
-    conditioning.encode(
-      bundle,
-      prompts,
-      first_frames,
-      frames=chosen.frames,
-      negative_prompt=chosen.negative_prompt,
-      guided=chosen.guided,
-      tiles=chosen.tiles,
-      clip=clip,
+    _everywhere(
+      conditioning.encode(
+        bundle,
+        prompts,
+        first_frames,
+        frames=chosen.frames,
+        negative_prompt=chosen.negative_prompt,
+        guided=chosen.guided,
+        tiles=chosen.tiles,
+        clip=clip,
+      )
     )
     for (prompts, first_frames), clip in zip(groups, clips, strict=True)
   ]
@@ -49,6 +51,11 @@ def encode(
   bundle = checkpoint.load(chosen.checkpoint, parts=("vae", "preview"))
   loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)
   return dataclasses.replace(bundle, params=loaded.params), encoded
+
+
+def _everywhere(cond: Conditioning) -> Conditioning:
+  """It on this process alone, where it was made on the devices of several."""
+  return cond if cond.text.is_fully_addressable else distributed.fetch(cond)
 
 
 def schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:

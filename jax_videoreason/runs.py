@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import sampler
+from jax_videoreason import attention, distributed, sampler
 from jax_videoreason.axes import Array
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
@@ -72,8 +72,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
   """A Noise, Conditioning or State with its R axis laid on the mesh axis `seed`."""
 
   def put(x: Array, axis: int) -> Array:
-    spec = PartitionSpec(*([None] * axis), "seed")
-    return jax.device_put(x, NamedSharding(mesh, spec))
+    return distributed.put(x, mesh, PartitionSpec(*([None] * axis), "seed"))
 
   return _by_run(tree, put)
 
@@ -117,12 +116,15 @@ def run(
   on_piece: OnPiece | None = None,
   guidance: sampler.Guidance = "parallel",
   state: State | None = None,
+  route: attention.Route | None = None,
 ) -> np.ndarray:
   """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
 
   Each finished piece is handed to `on_piece` and let go, so memory holds one batch and one piece.
   One executable serves all. With a mesh, R is padded to a multiple of its `seed` axis, and tokens
-  lie on `fsdp` and `context`. guidance: as `sampler.denoise` takes it.
+  lie on `fsdp` and `context`; it may span the devices of several processes, all of which call this
+  with the same arguments and get the same. guidance: as `sampler.denoise` takes it. route: how keys
+  and values reach the queries of other devices; None = `attention.choose_route`.
 
   state: of all R runs before the first row of `schedule`, which may be a piece; None = the start of
   their noise. `taps.steps` are rows of `schedule`; a piece of it brings those that lie inside, and
@@ -147,6 +149,8 @@ def run(
       f"edits and taps with an R axis leave no room to fill {total} runs up on a mesh with "
       f"seed={seats}: give a multiple of {seats} runs."
     )
+  if mesh is not None:  # what denoises lies on it; the rest of the bundle may lie anywhere
+    bundle = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
   finals = []
   for group in groups:
     count = len(np.unique(group))
@@ -160,8 +164,12 @@ def run(
       here: State = sampler.start(some_noise, schedule.solver)
     else:
       here = take(state, padded)
+      here = here if mesh is None else place(here, mesh)
     for rows in pieces(len(schedule), piece):
-      with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      with contextlib.ExitStack() as around:
+        around.enter_context(attention.by_route(route))
+        if mesh is not None:
+          around.enter_context(jax.set_mesh(mesh))
         _, trace, here = sampler.denoise(
           bundle,
           some_noise,
@@ -173,9 +181,9 @@ def run(
           guidance=guidance,
         )
       if on_piece is not None:
-        host = jax.tree.map(np.asarray, trace)
+        host = distributed.fetch(trace)
         on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
-    finals.append(np.asarray(here.latents)[:count])
+    finals.append(distributed.fetch(here.latents)[:count])
   return np.concatenate(finals)
 
 

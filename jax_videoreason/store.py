@@ -43,12 +43,14 @@ import numpy as np
 from jax_videoreason import arrays, media
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
+  STAGE,
   atomic,
   beside,
   checksum,
   damaged,
   disk,
   name_of,
+  part_of,
   plain,
   read_json,
   whole,
@@ -74,8 +76,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint",
 # Writing
 
 
-def run_folder(out: str | Path, *, redo: bool = False) -> AbstractContextManager[Path]:
-  """A folder to fill (`folders.whole`); `redo` replaces the files of the run that lies there."""
+def run_folder(
+  out: str | Path, *, redo: bool = False, first: bool = True
+) -> AbstractContextManager[Path]:
+  """A folder to fill (`folders.whole`); `redo` replaces the files of the run that lies there.
+
+  first: False for the other processes that fill it, of which the first makes and moves it.
+  """
+  if not first:
+    return contextlib.nullcontext(Path(out) / STAGE)
   return whole(out, owned=OWNED.fullmatch, redo=redo)
 
 
@@ -156,11 +165,13 @@ class TraceWriter:
   steps: int
   runs: int
   taps: TapSpec
+  process: tuple[int, int] = (0, 1)
 
   def write(self, piece: Trace, *, at_step: int = 0, at_run: int = 0) -> None:
     """Writes the rows of `piece` from step `at_step` and run `at_run` of the whole trace.
 
-    Tap rows go to the steps of the writer's `taps` that lie inside the piece.
+    Tap rows go to the steps of the writer's `taps` that lie inside the piece. Of several processes
+    each writes its share of the steps, so no two write one chunk; all must be given the piece.
     """
     count, batch = np.shape(piece.finite)
     steps = slice(at_step, at_step + count)
@@ -170,12 +181,13 @@ class TraceWriter:
         f"the piece ends at step {steps.stop} and run {runs.stop}, the trace has {self.steps} "
         f"steps and {self.runs} runs: create it with the sizes of the whole."
       )
-    self._put("sigma", ("step",), (self.steps,), piece.sigma, (steps,))
-    self._put("finite", ("step", "run"), (self.steps, self.runs), piece.finite, (steps, runs))
+    if self.process[0] == 0:  # one chunk each
+      self._put("sigma", ("step",), (self.steps,), piece.sigma, (steps,))
+      self._put("finite", ("step", "run"), (self.steps, self.runs), piece.finite, (steps, runs))
     for name, value in (("latents", piece.latents), ("x0", piece.x0)):
       if value is not None:
         shape = (self.steps, self.runs, *np.shape(value)[2:])
-        self._put(name, LATENT_AXES, shape, value, (steps, runs))
+        self._put_rows(name, LATENT_AXES, shape, value, (steps, runs))
     kept = range(self.steps) if self.taps.steps is None else self.taps.steps
     inside = [row for row, step in enumerate(kept) if steps.start <= step < steps.stop]
     for name, value in piece.taps.items():
@@ -190,7 +202,7 @@ class TraceWriter:
         reduction = name.rpartition("/")[2]
         rest = (f"{reduction}_{axis}" for axis in range(len(shape) - 4))
         layers = range(shape[1]) if self.taps.layers is None else self.taps.layers
-        self._put(
+        self._put_rows(
           f"taps/{name}",
           (*TAP_AXES, *rest),
           (len(kept), *shape[1:3], self.runs, *shape[4:]),
@@ -229,6 +241,22 @@ class TraceWriter:
       decoded_by=decoded_by,
     )
 
+  def _put_rows(
+    self,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    value: Any,
+    where: tuple[slice, ...],
+    **attributes: Any,
+  ) -> None:
+    """`_put` of this process's share of the first axis, whose chunks are one row."""
+    number, count = self.process
+    low, high = (len(value) * part // count for part in (number, number + 1))
+    if low < high:
+      rows = slice(where[0].start + low, where[0].start + high)
+      self._put(name, axes, shape, value[low:high], (rows, *where[1:]), **attributes)
+
   def _put(
     self,
     name: str,
@@ -244,18 +272,27 @@ class TraceWriter:
 
 @contextlib.contextmanager
 def create_trace(
-  folder: str | Path, *, steps: int, runs: int, taps: TapSpec | None = None
+  folder: str | Path,
+  *,
+  steps: int,
+  runs: int,
+  taps: TapSpec | None = None,
+  process: tuple[int, int] = (0, 1),
 ) -> Iterator[TraceWriter]:
   """Yields a writer for `trace.zarr` in `folder`, which appears there when the block ends well.
 
   steps, runs: S and R of the whole; pieces may come in any order.
   taps: what was asked for, with `steps` as rows of the whole schedule.
+  process: (number, count) of those that write together; the first one makes the folder they write
+  to and moves it when its block ends, so they must meet after it began and before it ends.
   """
-  path = Path(folder) / "trace.zarr"
-  with beside(path) as part:
-    with disk(path):
-      arrays.group(part)
-    yield TraceWriter(path=part, steps=steps, runs=runs, taps=TapSpec() if taps is None else taps)
+  path, first = Path(folder) / "trace.zarr", process[0] == 0
+  spec = TapSpec() if taps is None else taps
+  with beside(path) if first else contextlib.nullcontext(part_of(path)) as part:
+    if first:
+      with disk(path):
+        arrays.group(part)
+    yield TraceWriter(path=part, steps=steps, runs=runs, taps=spec, process=process)
 
 
 # Answers

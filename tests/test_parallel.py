@@ -292,6 +292,100 @@ def test_keys_that_do_not_count_change_nothing(limit, monkeypatch):
   np.testing.assert_allclose(attention.attend(q, k, v, keys=19), wanted, atol=2e-6)
 
 
+# Keys and values that go round a ring
+
+
+def sharded(route, keys, implementation=None, shape=(1, 2, 2)):
+  """attend over tokens on a mesh; a function of q, k, v on it, and the mesh."""
+  mesh = sharding.make_mesh(*shape)
+
+  def attended(q, k, v):
+    with attention.by_route(route):
+      return attention.attend(q, k, v, keys=keys, spread="qkv", implementation=implementation)
+
+  return attended, mesh
+
+
+def on_mesh(attended, mesh, *arrays):
+  with jax.set_mesh(mesh):
+    return jax.jit(attended)(*arrays)
+
+
+# 20 tokens on 4 devices, of which the last holds some, or no key that counts
+@pytest.mark.parametrize(("keys", "limit"), [(None, attention.BLOCK_BYTES), (18, 400), (13, 400)])
+def test_a_ring_equals_one_device(keys, limit, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK_BYTES", limit)
+  q, k, v = draw(20, 20, width=8)
+  wanted = attention.attend(q, k[:, :, :keys], v[:, :, :keys])
+  ours = on_mesh(*sharded("ring", keys), q, k, v)
+  np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_a_ring_of_runs_and_tokens_equals_one_device_with_large_scores():
+  q, k, v = draw(20, 20, width=8)
+  wanted = attention.attend(q * 30, k[:, :, :15], v[:, :, :15])
+  ours = on_mesh(*sharded("ring", 15, shape=(2, 1, 2)), q * 30, k, v)
+  np.testing.assert_allclose(ours, wanted, atol=3e-5)  # scores near 100 are known to 1e-5
+
+
+def test_gradients_go_round_the_ring():
+  q, k, v = draw(20, 20, width=8)
+
+  def gradient(attended):
+    return jax.grad(lambda *qkv: jnp.sum(jnp.sin(attended(*qkv))), argnums=(0, 1, 2))
+
+  plain = gradient(functools.partial(attention.attend, keys=18))(q, k, v)
+  attended, mesh = sharded("ring", 18)
+  for ours, wanted in zip(on_mesh(gradient(attended), mesh, q, k, v), plain, strict=True):
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_a_ring_of_splash_equals_one_device():
+  q, k, v = draw(260, 260)
+  wanted = attention.attend(q, k[:, :, :190], v[:, :, :190])  # the third device: some; last: none
+  ours = on_mesh(*sharded("ring", 190, "splash"), q, k, v)
+  np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_a_ring_never_holds_all_keys():
+  shape = jax.ShapeDtypeStruct((2, 1, 8192, 2, 8), jnp.float32)
+
+  def compiled(route):
+    attended, mesh = sharded(route, 8190)
+    place = jax.NamedSharding(mesh, jax.P(None, "seed", ("fsdp", "context")))
+    own = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+    with jax.set_mesh(mesh):
+      return jax.jit(attended).lower(own, own, own).compile()
+
+  ring, gather = compiled("ring"), compiled("gather")
+  assert "collective-permute" in ring.as_text()
+  assert "all-gather" not in ring.as_text()
+  assert "all-gather" in gather.as_text()
+  assert "collective-permute" not in gather.as_text()
+
+
+def test_the_route_is_chosen_by_the_bytes_on_a_device():
+  wan = (2, 1, 32760, 40, 128)  # of the 14B model at 480p, both branches
+  long = (2, 1, 75600 * 2, 40, 128)
+  for platform in ("cpu", "tpu"):
+    assert attention.choose_route(platform, wan, 2) == "gather"
+    assert attention.choose_route(platform, long, 2) == "ring"
+  assert attention.choose_route("gpu", long, 2) == "gather"
+
+
+def test_a_route_that_can_not_be_is_refused():
+  with pytest.raises(ValueError, match="route='tree', wanted 'gather' or 'ring'"):
+    attention.by_route("tree")
+  attended, mesh = sharded("ring", None, "cudnn")
+  with pytest.raises(ValueError, match="route='ring' with cuDNN"):
+    on_mesh(attended, mesh, *draw(20, 20, width=8))
+
+
+def test_a_ring_equals_one_device_with_edits_and_taps(edited):
+  problem, wanted = edited
+  agree(traced(*problem, mesh=sharding.make_mesh(1, 2, 2), route="ring"), wanted)
+
+
 def test_attention_is_chosen_by_device():
   half, full = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
   large, small = (2, 1, 32760, 40, 128), (2, 1, 80, 4, 128)

@@ -13,9 +13,13 @@ or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts 
 --from takes up a stored run before --step, as its own manifest says, and leaves a whole run folder
 again; the edit (noise_at, ablate, ensemble_runs) acts at that step, or where its keys say
 (steps=12:15,frames=2,layers=4:8). Exact for Euler; another solver restarts there.
+
+One model may need many devices: --mesh fsdp=2,context=2 lays weights and tokens on them. Started
+once on every host (docs/pods.md), the mesh spans the devices of all, and one folder comes of it.
 """
 
 import dataclasses
+import math
 import sys
 import time
 import warnings
@@ -26,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl.flags import DEFINE_enum, DEFINE_integer, DEFINE_string, FlagValues
+from jax.sharding import Mesh
 
 from jax_videoreason import (
   answers,
@@ -33,6 +38,7 @@ from jax_videoreason import (
   checkpoint,
   cli,
   console,
+  distributed,
   framing,
   media,
   prepare,
@@ -40,9 +46,11 @@ from jax_videoreason import (
   runs,
   sampler,
   settings,
+  sharding,
   store,
   tasks,
 )
+from jax_videoreason.attention import ROUTES, Route
 from jax_videoreason.branching import Branch
 from jax_videoreason.decode import decode
 from jax_videoreason.settings import SampleSettings
@@ -79,6 +87,10 @@ def define(flags: FlagValues) -> None:
   DEFINE_enum("fit", "exact", FITS, "what is done with one of another size", flag_values=flags)
   DEFINE_string("prompt", None, "what should happen; may be empty", flag_values=flags)
   DEFINE_string("seeds", None, "seed numbers, as 0,1,2; instead of the config's", flag_values=flags)
+  DEFINE_string("mesh", None, "all devices, as seed=2,fsdp=4,context=2", flag_values=flags)
+  DEFINE_enum(
+    "route", None, ROUTES, "of keys and values on a mesh; None = by their size", flag_values=flags
+  )
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
 
   DEFINE_string("from", None, "a stored run (or its trace.zarr) to take up", flag_values=flags)
@@ -88,8 +100,9 @@ def define(flags: FlagValues) -> None:
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
+  mesh = mesh_of(flags.mesh, distributed.initialize()[1])
   if flags["from"].value is not None:
-    branch_off(flags)
+    branch_off(flags, mesh)
     return
   if flags.step is not None or flags.intervene is not None:
     raise cli.UsageError("--step and --intervene belong to --from: give the stored run.")
@@ -103,12 +116,29 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags.image is not None:
     image, shown, chosen = fitted(flags.image, chosen, flags.fit)
   question = Question(prompt=flags.prompt, first_frame=image, shown=shown)
-  with store.run_folder(flags.out, redo=flags.redo) as folder:
-    record(folder, chosen, [question], noise=noise)
+  with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
+    record(folder, chosen, [question], noise=noise, mesh=mesh, route=flags.route)
   finish(flags.out)
 
 
-def branch_off(flags: FlagValues) -> None:
+def mesh_of(axes: str | None, processes: int) -> Mesh | None:
+  """The mesh that --mesh says; None = one device.
+
+  ValueError: several processes without one, or one that leaves devices of some out.
+  """
+  if axes is None and processes == 1:
+    return None
+  there = jax.device_count()
+  sizes = None if axes is None else sharding.axes_of(axes)
+  if sizes is None or (processes > 1 and math.prod(sizes.values()) != there):
+    raise ValueError(
+      f"--mesh={axes} for {processes} processes with {there} devices in all, wanted a mesh of all "
+      f"of them, as --mesh fsdp={there}."
+    )
+  return sharding.make_mesh(**sizes)
+
+
+def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
   """Takes up a stored run and writes the branch as a run folder of its own."""
   cli.required(flags, "step", "out")
   given = [f"--{name}" for name in ASKED if flags[name].value is not None]
@@ -123,8 +153,15 @@ def branch_off(flags: FlagValues) -> None:
       "is close to the stored run, not equal.",
       stacklevel=2,
     )
-  with store.run_folder(flags.out, redo=flags.redo) as folder:
-    record(folder, branch.chosen, questions_of(branch), branch=branch)
+  with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
+    record(
+      folder,
+      branch.chosen,
+      questions_of(branch),
+      branch=branch,
+      mesh=mesh,
+      route=flags.route,
+    )
   finish(flags.out)
 
 
@@ -203,19 +240,24 @@ def record(
   *,
   noise: np.ndarray | None = None,
   branch: Branch | None = None,
+  mesh: Mesh | None = None,
+  route: Route | None = None,
 ) -> AnswerTrace | None:
   """Asks every question with every seed and writes the data of the run folder.
 
   Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn. branch:
   the stored run whose steps before `branch.step` are taken over.
-  Returns the answers, None where no question is a case of a task.
+  mesh, route: as `runs.run` takes them. Where the mesh spans several processes, all call this with
+  one folder: each writes its share of the trace, the first one what comes after.
+  Returns the answers, None where no question is a case of a task, and on all processes but the
+  first.
   """
   began = time.monotonic()
   seeds = list(chosen.seeds)
   of_run = [question for question in questions for _ in seeds]
   given = [([q.prompt for q in of_run], first_frames(of_run))]
   shown = [q.shown for q in of_run if q.shown is not None]
-  bundle, (cond,) = prepare.encode(chosen, given, shown=[shown] if shown else None)
+  bundle, (cond,) = prepare.encode(chosen, given, mesh=mesh, shown=[shown] if shown else None)
   card = bundle.card
   grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
   schedule = prepare.schedule(chosen, bundle)
@@ -233,7 +275,10 @@ def record(
     edit = branch.edit(sizes, schedule)
     steps = None if spec.steps is None else tuple(s - begin for s in spec.steps if s >= begin)
     rest = dataclasses.replace(spec, steps=steps)
-  with store.create_trace(folder, steps=chosen.steps, runs=len(of_run), taps=spec) as writer:
+  process = jax.process_index(), jax.process_count()
+  size = {"steps": chosen.steps, "runs": len(of_run)}
+  with store.create_trace(folder, **size, taps=spec, process=process) as writer:
+    distributed.meet("trace begun")
     if branch is not None and begin:
       writer.write(branch.prefix(spec, begin))
       finite[:begin] = branch.run.finite[:begin]
@@ -260,9 +305,14 @@ def record(
         rest,
         batch=chosen.batch if edit is None else None,
         piece=chosen.piece,
+        mesh=mesh,
+        route=route,
         on_piece=on_piece,
         state=state,
       )
+    distributed.meet("trace written")
+    if process[0] > 0:
+      return None
     warn_broken(finite)
     with console.progress(len(shown) + 1, "decode", "step") as advance:
       frames = []
@@ -286,6 +336,8 @@ def record(
     config=dataclasses.asdict(chosen),
     command=["videoreason", *sys.argv[1:]],
     device=jax.devices()[0].device_kind,
+    mesh=None if mesh is None else dict(mesh.shape),
+    processes=process[1],
     model=card.name,
     sources=dict(card.sources),
     seconds=round(time.monotonic() - began, 1),
@@ -358,11 +410,13 @@ def describe(question: Question, seed: int) -> Mapping[str, Any]:
 
 
 def finish(out: str) -> None:
-  """Draws the report of the run that now lies in `out` and says where to look.
+  """Draws the report of the run that now lies in `out` and says where to look; one process does.
 
   Raises:
     ValueError: it could not be drawn; what was computed stays.
   """
+  if not console.speaks():
+    return
   place = Path(out).resolve()
   try:
     page = report.render(place)

@@ -258,10 +258,16 @@ class _Part:
     for group in groups:
       target = nest({path: 0 for path in group})
       args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-      yield from leaves_of(self._restore(target, args)).items()
+      yield from leaves_of(self._restore(target, args, alone=True)).items()
 
-  def _restore(self, target: Any, args: Any) -> Any:
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  def _restore(self, target: Any, args: Any, *, alone: bool = False) -> Any:
+    """alone: other processes read other leaves, so this one must not wait for them."""
+    me = jax.process_index()
+    among = ocp.options.MultiprocessingOptions(
+      primary_host=me if alone else 0, active_processes={me} if alone else None
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=among)
+    reader = ocp.Checkpointer(handler, multiprocessing_options=among)
     try:
       return reader.restore(
         self.folder.resolve(),
@@ -273,7 +279,7 @@ class _Part:
       paths = list(leaves_of(target))
       if len(paths) > 1:
         for path in paths:  # once more, leaf by leaf, to name the one at fault
-          self._restore(_pick(target, path), _pick(args, path))
+          self._restore(_pick(target, path), _pick(args, path), alone=alone)
       fault = f"leaf {self.name}/{paths[0]}" if len(paths) == 1 else f"part {self.name}"
       raise ValueError(
         f"{fault} cannot be read from {self.folder} ({type(error).__name__}): copy the bundle "

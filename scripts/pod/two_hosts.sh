@@ -2,6 +2,7 @@
 # Two processes on this machine stand in for two hosts, with two forced CPU devices each.
 #
 #   scripts/pod/two_hosts.sh sweep --config seeds_mini:cases=2,seeds=2 --out runs/two
+#   scripts/pod/two_hosts.sh sample --mesh fsdp=2,context=2 --image ... --prompt ... --out runs/one
 set -euo pipefail
 
 export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2

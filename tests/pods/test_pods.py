@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jax_videoreason import plan
 from jax_videoreason.cli.plan import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +49,11 @@ print(json.dumps({
 
 @functools.cache
 def planned(config: str, on: str, runs: int = 1) -> dict:
-  """The plan of a batch, from a process of its own: libtpu must not see this one's devices."""
+  """The plan of a batch, from a process of its own: libtpu must not see this one's devices.
+
+  cpu_seconds: processor time of tracing and compiling, which other work does not lengthen as it
+  does that of the clock (compile_seconds); two cores share it.
+  """
   done = subprocess.run(
     [sys.executable, "-c", CODE, config, on, str(runs)],
     cwd=ROOT,
@@ -71,7 +76,8 @@ def test_a14b_at_480p_with_guidance_and_a_full_trace_fits(on, count):
   assert found["T"] % count  # what the devices cannot share evenly
   assert found["compiled"]
   assert found["fits"]
-  assert found["compile_seconds"] < 180
+  assert found["cpu_seconds"] < 180
+  assert found["gib"] < plan.SPARE * found["told"]
   assert found["collectives"]["all-gather"] > 0
 
 
@@ -83,7 +89,6 @@ def test_a14b_at_720p_fits_on_64_chips():
 
 
 def test_fifty_steps_compile_as_fast_as_ten():
-  """Processor time, which other work on the machine does not lengthen as it does the clock's."""
   ten, fifty = (planned(f"wan22_i2v_a14b:480p,steps={n}", "v5p:2x2x4") for n in (10, 50))
   assert fifty["cpu_seconds"] <= 1.1 * ten["cpu_seconds"]
 

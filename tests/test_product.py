@@ -382,6 +382,7 @@ def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
     assert ours.column(name).tolist() == wanted.column(name).tolist()
   np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
   assert "2 of 2 units" in said[0][0]
+  assert "share 1 of 2" in said[0][1] and "4/4" in said[0][1]
   assert "units" not in said[1][0]  # only the first process speaks
 
 

@@ -341,10 +341,19 @@ def test_status_says_how_far_it_is(tmp_path):
   for unit in range(2):
     path = tmp_path / "units" / f"{unit:05}.json"
     said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "seconds": {"compute": 2.0, "read": 0.1}}))
+    path.write_text(json.dumps({**said, "seconds": {"compute": 2.0, "read": 3.0}}))
   found = sweep.status(tmp_path)
   assert (found.done, found.units, found.finished, found.working) == (2, UNITS, False, False)
-  assert found.seconds == 2.0 * (UNITS - 2)
+  assert found.left == [2, 3, 4, 5]
+  assert found.seconds == 3.0 * len(found.left)  # the slower of the two that overlap
+
+
+def test_looking_writes_nothing(whole):
+  (whole / "lock").unlink()
+  before = sorted(whole.rglob("*"))
+  assert not sweep.status(whole).working
+  assert open_sweep(whole).finished
+  assert sorted(whole.rglob("*")) == before
 
 
 def test_units_are_shared_between_processes(whole, tmp_path):

@@ -128,6 +128,12 @@ class Product:
     """(number of the case, seed) of the runs of a unit."""
     return [(int(case), seed) for case in self.cases_in(unit) for seed in self.chosen.seeds]
 
+  def spread(self) -> list[tuple[int, int]]:
+    """As many runs as a unit has, evenly over all cases and seeds."""
+    seeds = self.chosen.seeds
+    some = np.linspace(0, len(self.cases) * len(seeds) - 1, self.width).round().astype(int)
+    return [(int(n) // len(seeds), seeds[n % len(seeds)]) for n in some]
+
   def asked(self) -> dict[str, Any]:
     """What two calls must share for one to go on where the other stopped."""
     settings = dataclasses.asdict(self.chosen)

@@ -110,10 +110,10 @@ def compute(bench: Bench, unit: int) -> Made:
 
 def _denoise(bench: Bench, unit: int) -> Made:
   product = bench.product
-  return _sample(bench, product.runs_in(unit), product.varied.edits[product.edit_of(unit)])
+  return sample(bench, product.runs_in(unit), product.varied.edits[product.edit_of(unit)])
 
 
-def _sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, Any]) -> Made:
+def sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, Any]) -> Made:
   """Denoises runs (number of the case, seed) with an edit."""
   product, chosen = bench.product, bench.product.chosen
   spec = bench.bundle.card.latents
@@ -165,20 +165,17 @@ Readers = Mapping[str, Reader]  # by the name of the task
 
 
 def choose_readers(bench: Bench) -> Readers:
-  """The readers that the settings name; "auto" tries them on as many runs as a unit has.
+  """The readers that the settings name; "auto" tries them on `Product.spread`, not edited.
 
-  These are spread evenly over all cases, and not edited. A task of which none is looked at is read
-  by the VAE.
+  A task of which no run is looked at is read by the VAE.
   """
   product, wanted = bench.product, bench.product.varied.reader
   if wanted in ("preview", "mixed") and bench.bundle.preview is None:
     raise ValueError(f"{bench.bundle.card.name} has no preview: give --config.reader=vae.")
   if wanted != "auto" or bench.bundle.preview is None:
     return {name: Reader(by="vae" if wanted == "auto" else wanted) for name in product.tasks}
-  seeds = product.chosen.seeds
-  spread = np.linspace(0, len(product.cases) * len(seeds) - 1, product.width).round().astype(int)
-  asked = [(int(n) // len(seeds), seeds[n % len(seeds)]) for n in spread]
-  made = _sample(bench, asked, {"edit": "none"})
+  asked = product.spread()
+  made = sample(bench, asked, {"edit": "none"})
   steps = np.unique(np.linspace(0, len(made.x0) - 1, LOOKED_AT).round().astype(int))
   cases, x0 = [product.cases[case] for case, _ in asked], made.x0[steps]
   said = {by: answers_at(bench, dict.fromkeys(product.tasks, Reader(by=by)), cases, x0)

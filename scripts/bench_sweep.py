@@ -1,15 +1,22 @@
-"""What a sweep costs beside the bare sampler: one JSON line.
+"""What a sweep costs beside the bare sampler: one JSON line a question.
 
-  python scripts/bench_sweep.py                               64 runs, 3 pairs
+  python scripts/bench_sweep.py                               128 runs, 3 pairs, both questions
   python scripts/bench_sweep.py --config seeds_mini --pairs 1    all 1,024 runs
-  python scripts/bench_sweep.py --config seeds_mini:cases=1,reader=preview
+  python scripts/bench_sweep.py whole --config seeds_mini:cases=2,reader=preview
+  python scripts/bench_sweep.py parts
 
-`throughput` is seconds of the bare sampler (the same runs, batches as large as a unit, nothing
-kept, decoded or written) over seconds of the whole sweep: encoding, settling the readers, decoding,
-scoring, writing, table and manifest. Median over interleaved pairs in this process, with its 95%
-bootstrap interval; compiled before. `readers`: how answers at every step were read. `compute_s` and
-`read_s`: of the units of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps
-beyond that of the bare sampler (Linux).
+`whole`: `throughput` is seconds of the bare sampler (the same runs, batches as large as a unit,
+nothing kept, decoded or written) over seconds of the whole sweep: encoding, settling the readers,
+decoding, scoring, writing, table and manifest. Median over interleaved pairs in this process, with
+its 95% bootstrap interval; compiled before. `steady`: the same from the end of the first unit to
+the end of the last, without what a sweep does once; in CPU seconds, which other work on the machine
+hardly moves. `readers`: how answers at every step were read. `compute_s` and `read_s`: of the units
+of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps beyond that of the bare
+sampler (Linux).
+
+`parts`: CPU seconds of one run of the bare sampler, of reading its answers at every step by each
+reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
+has, spread over all tasks.
 """
 
 import argparse
@@ -17,15 +24,17 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from bench_denoise import BARE, pairs, say
+from bench_denoise import BARE, ask, pairs, say
 
-from jax_videoreason import cli, evaluate, factors, product, runs, settings, sweep
+from jax_videoreason import baselines, cli, evaluate, factors, product, runs, settings, sweep
+from jax_videoreason.decode import decode
 from jax_videoreason.folders import read_json
 
 WARM = "cases=1"  # of each task; of the same width as what is measured
@@ -37,16 +46,16 @@ def multiplied(name: str) -> factors.Product:
   return factors.multiply(settings.from_config(config), factors.varied(own))
 
 
-def bare(bench: product.Bench) -> None:
-  """All runs of a product through the sampler, a unit at a time."""
-  of = bench.product
-  spec, chosen = bench.bundle.card.latents, of.chosen
-  grid = (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels)
-  for unit in range(of.units):
-    asked = of.runs_in(unit)
-    seeds = [of.cases[case].index * evaluate.STRIDE + seed for case, seed in asked]
-    cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
-    runs.run(bench.bundle, runs.make_noise(seeds, grid), cond, bench.schedule, taps=BARE)
+def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> None:
+  """Runs (number of the case, seed) through the sampler, together; nothing is kept."""
+  of, spec = bench.product, bench.bundle.card.latents
+  chosen = of.chosen
+  noise = runs.make_noise(
+    [of.cases[case].index * evaluate.STRIDE + seed for case, seed in asked],
+    (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
+  )
+  cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
+  runs.run(bench.bundle, noise, cond, bench.schedule, taps=BARE)
 
 
 def peak(call: Callable[[], Any], seen: list[float]) -> None:
@@ -59,10 +68,46 @@ def peak(call: Callable[[], Any], seen: list[float]) -> None:
     seen.append(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def cpu(call: Callable[[], Any], count: int) -> float:
+  """CPU seconds of a call, the least of two after one that compiles, for each of `count`."""
+  taken = []
+  for _ in range(3):
+    began = time.process_time()
+    jax.block_until_ready(call())
+    taken.append(time.process_time() - began)
+  return round(min(taken[1:]) / count, 4)
+
+
+def measure_parts(options: argparse.Namespace) -> None:
+  of = multiplied(options.config)
+  bench, asked = product.ready(of), of.spread()
+  cases = [of.cases[case] for case, _ in asked]
+  made = product.sample(bench, asked, {"edit": "none"})
+
+  def score() -> None:
+    for case, video in zip(cases, decode(bench.bundle, made.final), strict=True):
+      baselines.mark(of.tasks[case.task], video, case.metadata)
+
+  def answers(by: str) -> float:
+    readers = dict.fromkeys(of.tasks, product.Reader(by=by))
+    return cpu(lambda: product.answers_at(bench, readers, cases, made.x0), of.width)
+
+  say(
+    "CPU seconds of a run",
+    sampler=cpu(lambda: sampled(bench, asked), of.width),
+    **{f"steps_by_{by}": answers(by) for by in factors.READERS if by != "auto"},
+    final=cpu(score, of.width),
+    steps=of.chosen.steps,
+    tasks=list(of.tasks),
+  )
+
+
+def measure_whole(options: argparse.Namespace) -> None:
   of = multiplied(options.config)
   name, colon, rest = options.config.partition(":")
   small = multiplied(f"{name}:{rest},{WARM}" if colon else f"{name}:{WARM}")
+  if of.units < 2:
+    raise SystemExit(f"one unit of {of.width} runs, wanted two or more: give more cases.")
   if small.width != of.width:
     raise SystemExit(f"units of {of.width} runs, with {WARM} of {small.width}: give more seeds.")
   rounds = [small, *[of] * options.pairs]  # the first one compiles and is not counted
@@ -71,37 +116,58 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as scratch:
     out = Path(scratch) / "sweep"
     bench = product.ready(of)
+    sweep_cpu: list[float] = []  # seconds a run, after the first unit
 
     def whole(round_: factors.Product) -> None:
       shutil.rmtree(out, ignore_errors=True)
-      product.perform(out, round_, devices=jax.local_devices()[:1])
+      ends: list[float] = []
+      product.perform(
+        out,
+        round_,
+        devices=jax.local_devices()[:1],
+        advance=lambda runs: ends.append(time.process_time()),
+      )
+      if len(ends) > 1:
+        sweep_cpu.append((ends[-1] - ends[0]) / (round_.width * (len(ends) - 1)))
+
+    bare_cpu: list[float] = []  # seconds a run
+
+    def bare(round_: factors.Product) -> None:
+      began = time.process_time()
+      for unit in range(round_.units):
+        sampled(dataclasses.replace(bench, product=round_), round_.runs_in(unit))
+      bare_cpu.append((time.process_time() - began) / (round_.units * round_.width))
 
     row = pairs(
-      lambda: peak(lambda: bare(dataclasses.replace(bench, product=next(plain))), memory[0]),
+      lambda: peak(lambda: bare(next(plain)), memory[0]),
       lambda: peak(lambda: whole(next(swept)), memory[1]),
       options.pairs,
     )
     readers = {task: said["by"] for task, said in read_json(out / sweep.SETTLED).items()}
     seconds = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
-  return {
-    "runs": of.units * of.width,
-    "unit": of.width,
-    "throughput": row.pop("ratio"),
+  say(
+    "throughput of a sweep over the bare sampler",
+    wanted="at least 0.9, at most 300 MB",
+    runs=of.units * of.width,
+    unit=of.width,
+    throughput=row.pop("ratio"),
     **row,
-    "readers": readers,
-    "compute_s": round(sum(s["compute"] for s in seconds), 1),
-    "read_s": round(sum(s["read"] for s in seconds), 1),
-    "extra_mb": round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
-  }
+    steady=round(float(np.median(bare_cpu[1:]) / np.median(sweep_cpu[-options.pairs :])), 4),
+    readers=readers,
+    compute_s=round(sum(s["compute"] for s in seconds), 1),
+    read_s=round(sum(s["read"] for s in seconds), 1),
+    extra_mb=round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
+  )
+
+
+QUESTIONS = {"whole": measure_whole, "parts": measure_parts}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", default="seeds_mini:cases=1")
+  parser.add_argument("--config", default="seeds_mini:cases=2")
   parser.add_argument("--pairs", type=int, default=3)
-  options = parser.parse_args()
-  said = measure(options)
-  say("throughput of a sweep over the bare sampler", wanted="at least 0.9, 300 MB", **said)
+  ask(parser, QUESTIONS)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,11 @@ def plan(
   files = lora.assign(asked.given, sum(part.startswith("dit") for part in source.parts))
   for part, found in source.parts.items():
     kind = part.split("_")[0]
-    shapes = kinds.abstract(found, kind)
+    try:
+      shapes = kinds.abstract(found, kind)
+    except Faults as error:
+      faults += error.faults
+      continue
     try:
       made = moves(found.tensors, found.table, shapes, found.ignore)
     except Faults as error:

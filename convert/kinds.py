@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from einops import EinopsError
+
 from jax_videoreason.models import FAMILIES, wan21_vae, wan22_vae
 from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
@@ -345,8 +347,14 @@ READERS: dict[str, Callable[..., Found]] = {
 
 
 def abstract(found: Found, kind: str) -> Any:
-  """The parameter tree of a part as shapes."""
-  return FAMILIES[FAMILY].parts[kind].abstract(found.config)
+  """The parameter tree of a part as shapes. Faults: its sizes fit no model."""
+  try:
+    return FAMILIES[FAMILY].parts[kind].abstract(found.config)
+  except (EinopsError, ValueError, TypeError) as error:
+    first = str(error).strip().splitlines()[0]
+    raise Faults(
+      [f"{found.place}: the tensors make no whole model ({first}): a shard may be missing."]
+    ) from error
 
 
 def _shapes(place: Path, tensors: Mapping[str, Header]) -> Callable[[str, int], tuple[int, ...]]:

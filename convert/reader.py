@@ -79,7 +79,7 @@ class Settings:
     value = self.values.get(key, default)
     if not _is_number(value) or value <= 0:
       raise self.fault(key, value, "a number over 0")
-    return value
+    return float(value)
 
   def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
     """A list of them; the default where the key is absent."""

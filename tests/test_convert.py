@@ -395,6 +395,17 @@ def test_keys_missing_extra_and_of_a_wrong_shape(source, published, refused):
   assert "head.head.bias is I8, wanted one of F64" in refused(source)
 
 
+@pytest.mark.parametrize("stem", ["encoder.downsamples.", "encoder.downsamples.2."])
+def test_a_vae_without_one_of_its_stages(tmp_path, refused, stem):
+  dit = dataclasses.replace(DIT, in_channels=48, out_channels=48, image_input="overwrite")
+  shards(tmp_path / "5b", tensors("dit", dit, wan.table("original"), 6), 1)
+  given = tensors("vae", VAE22, vae.table(VAE22, "original"), 7)
+  left = {key: value for key, value in given.items() if not key.startswith(stem)}
+  save_file(left, tmp_path / "5b" / "Wan2.2_VAE.safetensors")
+  said = refused(tmp_path / "5b", "--parts=dit,vae")
+  assert "Wan2.2_VAE.safetensors: the " in said and "a shard may be missing" in said
+
+
 def test_an_index_that_contradicts_its_shards(source, refused):
   index = source / "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
   said = json.loads(index.read_text())

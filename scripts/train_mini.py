@@ -71,6 +71,7 @@ SHARES = {
 EXPERTS_FROM = 0.9  # sigma at which the high-noise expert gives way to the low-noise one
 CLIPS_AT_ONCE = (8, 4)  # a batch of the VAE: windows, then whole clips
 SCENES = 0.25  # share of the VAE's clips that show moving shapes of no task
+ASKED = 32  # cases of each task that `evaluate` asks by itself
 WATCHED_FROM = 100_000  # index of the first watched case: `evaluate` asks those from 0 on
 BANDS = [f"sigma {a:g} to {b:g}" for a, b in zip(training.BANDS, training.BANDS[1:], strict=False)]
 VAE = {
@@ -612,8 +613,11 @@ def scores(bundle: ModelBundle, options: argparse.Namespace) -> Iterable[dict[st
 
 
 def watched_cases(task: tasks.Task, count: int) -> list[tasks.Case]:
-  """Unseen cases, none of which `evaluate` asks: what was watched is no test any more."""
-  return evaluate.cases_of(task, "id", count, "both", first=WATCHED_FROM)
+  """Unseen cases of no problem that `evaluate` asks unless told to ask more: what was watched is no
+  test any more."""
+  asked = {case.metadata["hash"] for case in evaluate.cases_of(task, "id", ASKED, "both")}
+  drawn = evaluate.cases_of(task, "id", 4 * count, "both", first=WATCHED_FROM)
+  return [case for case in drawn if case.metadata["hash"] not in asked][:count]
 
 
 def stage_bundle(options: argparse.Namespace) -> None:

@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jax_videoreason import checkpoint, encoded, evaluate, fitting, tasks
+from jax_videoreason import checkpoint, cli, encoded, evaluate, fitting, tasks
+from jax_videoreason.folders import checksum
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_mini.py"
 
@@ -22,6 +24,19 @@ def script():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture
+def stages(script, monkeypatch) -> list[fitting.Stage]:
+  """The stages that a call would train; the weights they begin with are taken for the result."""
+  found = []
+
+  def fit(stage, params):
+    found.append(stage)
+    return SimpleNamespace(ema=params)
+
+  monkeypatch.setattr(script, "fit", fit)
+  return found
 
 
 @pytest.fixture
@@ -64,6 +79,7 @@ def work(begun, tmp_path):
   return Path(shutil.copytree(begun, tmp_path / "work"))
 
 
+@pytest.mark.slow
 def test_dit_trains_from_the_shipped_weights_and_becomes_a_bundle(call, work, tmp_path):
   assert call("dit", "--work", work, "--init=mini", *DIT)[0] == 0
   (row,) = fitting.read_log(work / "dit.jsonl")
@@ -89,10 +105,10 @@ def test_a_bundle_of_another_vae_is_refused(call, work, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["dit", "experts"])
 def test_a_bundle_whose_dit_saw_other_words_is_refused_unless_asked_for(
-  call, script, work, tmp_path, stage
+  call, script, work, tmp_path, stages, stage
 ):
-  words = json.loads((work / "tokenizer.json").read_text())
-  (work / "tokenizer.json").write_text(json.dumps(words, indent=2))
+  words = (work / "tokenizer.json").read_text()
+  (work / "tokenizer.json").write_text(words + "\n")
   parts, vae = script.load_vae(work)
   marks = script.marks_of(parts, vae, work / "tokenizer.json")
   (work / "latents" / encoded.MADE_BY).write_text(json.dumps(marks))
@@ -101,21 +117,45 @@ def test_a_bundle_whose_dit_saw_other_words_is_refused_unless_asked_for(
   assert code == 2
   assert "the tokenizer of --init mini is not what the latents were made with" in said
   if stage == "dit":
+    assert not stages
     assert call(*asked, "--other-vae")[0] == 0
+  assert len(stages) == (1 if stage == "dit" else 0)
 
 
-def test_a_state_begun_from_other_weights_is_refused(call, work):
-  assert call("dit", "--work", work, "--init=mini", *DIT)[0] == 0
-  code, said = call("dit", "--work", work, *DIT)
-  assert code == 2 and "init='" in said and "there and None here" in said
+def test_what_decides_the_result_is_compared_on_resume(call, work, stages):
+  for words in (("--init=mini",), ()):
+    assert call("dit", "--work", work, *words, *DIT)[0] == 0
+  ours, fresh = (dict(stage.data) for stage in stages)
+  assert ours.pop("init") == checksum(checkpoint.find("mini") / "bundle.json")
+  assert fresh.pop("init") is None
+  assert ours == fresh
+  assert set(ours) == {"cases", "shares", "dit", "text", "made_by"}
+  assert ours["made_by"] == json.loads((work / "latents" / encoded.MADE_BY).read_text())
+
+
+def test_experts_are_the_network_continued_above_and_below_a_sigma(call, work, stages, tmp_path):
+  out = tmp_path / "experts"
+  assert call("experts", "--work", work, "--init=mini", "--out", out, *DIT)[0] == 0
+  high, low = (stage.settings for stage in stages)
+  assert (high.high, low.low, high.low) == (1.0, 0.0, low.high)
+  sigma = high.shift * high.low / (1 + (high.shift - 1) * high.low)
+  assert sigma == pytest.approx(0.9)
+  made, shared = checkpoint.describe(out), checkpoint.describe("mini")
+  assert made.card.boundary == 0.9
+  assert made.leaves["dit_0"] == made.leaves["dit_1"] == shared.leaves["dit_0"]
+  assert made.folders["vae"].resolve() == shared.folders["vae"].resolve()
 
 
 def test_watched_cases_are_none_that_an_evaluation_asks(script):
+  flags, _ = cli.parse(importlib.import_module("jax_videoreason.cli.evaluate"), [])
+  assert flags.cases == script.ASKED
   for name in script.SHARES:
     task = tasks.load(name, size=script.SIZE, frames=script.FRAMES)
-    watched = {case.index for case in script.watched_cases(task, 8)}
-    asked = {case.index for case in evaluate.cases_of(task, "id", 32, "both")}
-    assert len(watched) == 8 and not watched & asked
+    watched = script.watched_cases(task, 16)
+    asked = evaluate.cases_of(task, "id", flags.cases, "both")
+    assert len(watched) == 16
+    for key in ("hash", "index"):
+      assert not {c.metadata[key] for c in watched} & {c.metadata[key] for c in asked}
   assert script.WATCHED_FROM >= evaluate.TRIES * 2_000
 
 

@@ -97,6 +97,14 @@ def test_a_killed_training_resumes_as_if_it_had_not_been(whole, tmp_path, kill, 
   assert without_time(tmp_path) == without_time(whole[0])
 
 
+def test_every_step_draws_noise_of_its_own(tmp_path):
+  def drawn(params, batch, key):
+    return jax.random.normal(key) + 0.0 * params["slope"].sum(), {}
+
+  fitting.fit(stage(tmp_path, loss=drawn, save_seconds=1e9), PARAMS)
+  assert len({row["loss"] for row in fitting.read_log(tmp_path / "line.jsonl")}) == 8
+
+
 def test_a_finished_training_is_only_read(whole):
   before = (whole[0] / "line.jsonl").read_text()
   again = fitting.fit(stage(whole[0], batch_of=killed_at(8)), PARAMS)

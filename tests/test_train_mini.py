@@ -28,14 +28,18 @@ def script():
 
 @pytest.fixture
 def stages(script, monkeypatch) -> list[fitting.Stage]:
-  """The stages that a call would train; the weights they begin with are taken for the result."""
+  """The stages that a call would train; the weights they begin with are taken for the result, and
+  fresh ones are those that ship, which takes no compilation."""
   found = []
+  ships = checkpoint.load("mini", parts=("dit", "text"))
 
   def fit(stage, params):
     found.append(stage)
     return SimpleNamespace(ema=params)
 
   monkeypatch.setattr(script, "fit", fit)
+  fresh = {"dit": ships.params[0], "text": ships.text}
+  monkeypatch.setattr(script, "begin_dit", lambda parts, shape: fresh)
   return found
 
 

@@ -254,10 +254,10 @@ def test_injected_noise_is_drawn_from_the_key_of_the_run(bundle, inputs):
 
 def test_unipc_forgets_a_run_whose_latents_were_edited(bundle, inputs):
   noise, cond = inputs
-  schedule = tiny_schedule(5, solver="unipc")
+  schedule = tiny_schedule(solver="unipc")
   sizes = sampler.sizes_of(bundle, noise, cond, schedule)
   rng = np.random.default_rng(1)
-  injected = jnp.asarray(rng.normal(size=(5, 4, *GRID)), jnp.float32)
+  injected = jnp.asarray(rng.normal(size=(4, 4, *GRID)), jnp.float32)
   at = interventions.where(sizes, steps=2)
   edit = interventions.noise_at(identity(sizes), at, mode="replace")
   edited, _, _ = denoise(bundle, replace(noise, injected=injected), cond, schedule, edit)
@@ -278,7 +278,7 @@ def test_averaged_guesses_make_the_runs_one_at_the_end(bundle, inputs):
 
 
 def test_given_cells_of_ti2v_never_move():
-  bundle, (noise, cond) = tiny_bundle("overwrite"), tiny_inputs(2, "overwrite")
+  bundle, (noise, cond) = tiny_bundle("overwrite"), tiny_inputs(3, "overwrite")
   latents, trace, _ = denoise(bundle, noise, cond, tiny_schedule())
   np.testing.assert_array_equal(latents[:, 0], cond.known[:, 0])
   np.testing.assert_array_equal(trace.latents[:, :, 0], np.stack([cond.known[:, 0]] * 4))

@@ -28,6 +28,7 @@ from . import clip, umt5, vae, wan
 from .engine import Faults, Move, moves_back, nest, same_bits
 from .reader import DTYPES, headers, read
 
+INDEX = "model_index.json"
 SHARD_BYTES = 5 * 10**9
 CLIP_PREFIX = "vision_model."  # before every key of a published image tower
 THETA = 10_000.0  # of the rotary positions; diffusers knows no other
@@ -181,6 +182,11 @@ def write(
   out = Path(os.path.abspath(out))
   if out.exists() and not redo:
     raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
+  if out.exists() and not (out / INDEX).is_file():
+    raise ValueError(
+      f"{out} has no {INDEX}, and --redo replaces folders of diffusers alone: remove it, or choose "
+      "another --out."
+    )
   spare(out, checkpoint.describe(bundle).folders.values())
   made = parts(bundle)
   checkpoint.check_space(out, sum(part.nbytes for part in made))
@@ -362,7 +368,7 @@ def _compare(place: Path, part: Part) -> None:
 
 
 def _write_rest(folder: Path, described: checkpoint.Described, names: list[str]) -> None:
-  """model_index.json, the scheduler and the tokenizer."""
+  """The index, the scheduler and the tokenizer."""
   modules, card = described.modules, described.card
   config = modules.dit.config
   index: dict[str, Any] = {
@@ -393,7 +399,7 @@ def _write_rest(folder: Path, described: checkpoint.Described, names: list[str])
     _write_json(folder / "image_processor" / "preprocessor_config.json", _processor(side))
   (folder / "scheduler").mkdir()
   _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-  _write_json(folder / "model_index.json", index)
+  _write_json(folder / INDEX, index)
 
 
 def _processor(side: int) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class LeafWriter:
   ):
     """leaves: part -> path -> shape and dtype; a leaf under "blocks" is stacked over layers.
 
-    plan: what tells this conversion from another. redo: replace the destination, and drop another
-    plan that was begun there.
+    plan: what tells this conversion from another. redo: replace a bundle that is there, and drop
+    another plan that was begun there.
     ValueError: the destination exists, another plan was begun there, or the disk is too small.
     """
     self.path = Path(os.path.abspath(path))
@@ -154,6 +154,11 @@ class LeafWriter:
   def _refuse_existing(self) -> None:
     if self.path.exists() and not self.redo:
       raise ValueError(f"{self.path} exists already: remove it, or give --redo to replace it.")
+    if self.path.exists() and not (self.path / checkpoint.DESCRIPTION).is_file():
+      raise ValueError(
+        f"{self.path} has no {checkpoint.DESCRIPTION}, and --redo replaces bundles alone: remove "
+        "it, or choose another --out."
+      )
 
   def _locked(self) -> TextIO:
     """The journal, which no other process has open; ValueError where one does."""

@@ -714,6 +714,14 @@ class ModulePickle:
   dump, dumps, load = pickle.dump, pickle.dumps, pickle.load
 
 
+def test_redo_replaces_nothing_but_a_bundle(single, tmp_path, refused):
+  (tmp_path / "home").mkdir()
+  (tmp_path / "home" / "mine.txt").write_text("")
+  said = refused(single, "--redo", out=tmp_path / "home")
+  assert "home has no bundle.json, and --redo replaces bundles alone" in said
+  assert os.listdir(tmp_path) == ["home"] and (tmp_path / "home" / "mine.txt").exists()
+
+
 def test_redo_never_deletes_what_is_read(single, refused):
   said = refused(single, "--redo", out=single.parent)
   assert "which is read: choose another --out." in said

@@ -115,6 +115,9 @@ def test_a_destination_that_exists_is_kept_unless_redone(converted, tmp_path, re
   out.mkdir()
   (out / "mine.txt").write_text("")
   assert "exists already" in refused(converted, out=out)
+  assert "has no model_index.json, and --redo replaces" in refused(converted, "--redo", out=out)
+  assert (out / "mine.txt").exists()
+  (out / "model_index.json").write_text("{}")
   words = ["convert", str(converted), "--out", str(out), "--to=diffusers", "--redo"]
   assert cli.main(words) == 0
   assert not (out / "mine.txt").exists()

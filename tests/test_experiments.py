@@ -17,13 +17,14 @@ from jax_videoreason.experiments import (
   Result,
   claims,
   experiment,
+  judge_again,
   perform,
   results,
 )
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks
 from jax_videoreason.experiments.noise import noise, peak
-from jax_videoreason.folders import write_json
+from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
 
@@ -219,6 +220,9 @@ def test_verdicts_follow_the_interval_and_the_smallest_effect_of_interest():
   assert finding(0.3 + spread).verdict == "holds"
   assert finding(-0.3 + spread).verdict == "does not hold"
   assert finding(0.3 + spread, below=0.2).verdict == "does not hold"
+  mostly = finding(np.r_[np.zeros(7), 1.0, 1.0], above=0.3)  # the side that crosses counts
+  assert mostly.needed is not None
+  assert mostly.needed > 9
   unsure = finding(0.12 + 4 * spread)
   assert unsure.verdict == "can't tell"
   assert unsure.needed is not None
@@ -278,6 +282,24 @@ def test_a_result_survives_the_disk(tmp_path):
   assert (back.axes, dict(back.points)) == (dict(result.axes), dict(result.points))
 
 
+def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
+  values = {"several": np.ones(9), "corrected": np.zeros(9), "commitment": np.linspace(0, 0.1, 9)}
+  found = Result(values=values, axes=dict.fromkeys(values, ("case",)))
+  record = {"experiment": "chain_of_steps", "control": None, "claims": []}
+  results.save(tmp_path, found, record)
+  write_json(tmp_path / "manifest.json", {**MANIFEST, "files": {}})
+  judge_again(tmp_path)
+  claims_now = results.load(tmp_path)[1]["claims"]
+  assert [claim["verdict"] for claim in claims_now] == [
+    "holds", "can't tell", "does not hold", "holds"
+  ]  # fmt: skip
+  manifest = read_json(tmp_path / "manifest.json")
+  assert manifest["files"] == {"result.json": checksum(tmp_path / "result.json")}
+  results.save(tmp_path, found, {**record, "experiment": "mine"})
+  judge_again(tmp_path)  # its claims are not known here
+  assert results.load(tmp_path)[1]["claims"] == []
+
+
 # docs/new_experiment.md
 
 
@@ -318,7 +340,37 @@ def test_run_takes_presets_options_and_names_what_it_does_not_know():
       cli.parse(run, words)
 
 
+def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
+  places = [place for place, _, _ in run.every_study(["--preset", "full"])]
+  assert places == [*EXPERIMENTS, "controls_mini_experts"]
+  (_, study, more) = run.every_study([])[-1]
+  flags, _ = cli.parse(run, [study.name, *more, "--out=x"])
+  assert flags.config.checkpoint == "mini_experts"
+  assert flags.config.experiment.settings == ("as is", "switch earlier", "switch later")
+  for words in (["--checkpoint=mine"], ["--config=vbvr_wan22"]):
+    assert [place for place, _, _ in run.every_study(words)] == [*EXPERIMENTS]
+
+
+def test_a_study_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+  done = []
+
+  def one(study, config, out, *, redo):
+    if study.name == "noise":
+      raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    done.append(out.name)
+
+  monkeypatch.setattr(run, "one", one)
+  with pytest.raises(ValueError, match="1 studies failed: noise; the rest is in"):
+    run.every([], tmp_path)
+  assert done == [name for name in (*EXPERIMENTS, "controls_mini_experts") if name != "noise"]
+  assert "RESOURCE_EXHAUSTED: out of memory" in (tmp_path / "claims.md").read_text()
+
+
 def test_every_preset_fits_its_experiment():
+  flags, _ = cli.parse(run, ["ensemble", "--preset=paper", "--out=x"])
+  assert (flags.config.steps, flags.config.seeds) == (50, 3)
+  with pytest.raises(ValueError, match=r"wanted quick or full \(and paper for ensemble\)"):
+    cli.parse(run, ["noise", "--preset=paper", "--out=x"])
   for name, study in EXPERIMENTS.items():
     for preset in run.PRESETS:
       flags, _ = cli.parse(run, [name, f"--preset={preset}", "--out=x"])
@@ -361,7 +413,7 @@ def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_pa
   assert shown == {path.name for path in (tmp_path / "figures").iterdir()}
   assert shown == {"noise-moved.png", "early-moved.png"}
   assert cli.main(["report", str(tmp_path)]) == 0  # what failed is still told
-  assert claims.read_json(tmp_path / "claims.json")["failed"] == {"probes": "no cases"}
+  assert read_json(tmp_path / "claims.json")["failed"] == {"probes": "no cases"}
 
 
 def test_the_table_shows_a_claim_once_that_only_one_study_could_ask(tmp_path):

@@ -766,3 +766,18 @@ def test_runs_on_four_devices_are_mixed_as_on_one(at_site, value):
   np.testing.assert_array_equal(at_site(sharded, edit), at_site(value, edit))
   edit = ensemble_runs(room(), where(SIZES), (0, 1, 2), what="attn", keep="all")
   np.testing.assert_allclose(at_site(sharded, edit), at_site(value, edit), atol=1e-6)
+
+
+def test_each_group_of_an_ensemble_may_have_its_own_weights():
+  sizes = Sizes(S=2, R=4, G=1, L=2, F=2, H=2, W=2, C=2, T=8, D=4)
+  weights = np.array([[[0.9, 0.1], [0.5, 0.5]], [[0.2, 0.8], [0.7, 0.3]]])
+  groups = ([0, 2], [1, 3])  # (0, 1) and (2, 3)
+  edit = ensemble_runs(identity(sizes), where(sizes), groups, what="out", weights=weights)
+  mix = np.asarray(edit.mix_out)
+  np.testing.assert_allclose(mix[:, 0, :2], weights[:, 0])
+  np.testing.assert_allclose(mix[:, 2, 2:], weights[:, 1])
+  np.testing.assert_array_equal(mix[:, [1, 3]], np.broadcast_to(np.eye(4)[[1, 3]], (2, 2, 4)))
+  with pytest.raises(ValueError, match=r"weights are \(2, 3, 2\), wanted n = \(2,\), \(2, 2\) or"):
+    ensemble_runs(
+      identity(sizes), where(sizes), groups, what="out", weights=np.full((2, 3, 2), 0.5)
+    )

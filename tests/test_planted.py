@@ -7,7 +7,7 @@ import pytest
 import toy
 from jax_videoreason import probes as linear
 from jax_videoreason.experiments import EXPERIMENTS, perform
-from jax_videoreason.experiments.ensemble import ensemble, medoid
+from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
 from jax_videoreason.experiments.readings import majority
 
 
@@ -78,16 +78,33 @@ def test_layer_maps_finds_no_layer_where_all_of_them_give_the_answer():
   assert said["later layers consolidate: the answer read from them is the final one"] != "holds"
 
 
+# frames
+
+
+def test_frames_finds_that_a_shorter_video_loses_the_answer():
+  fewer = {"fewer": (2,)}
+  found, record, findings = run("frames", toy.setting(toy.needs_frames), **fewer)
+  assert found.axes["drop"] == ("frames", "case", "seed")
+  assert (found.values["clean"] == 1).all()
+  assert (found.values["drop"] == 1).all()
+  assert verdicts(findings)["fewer frames change little"] != "holds"
+  assert is_zero(record)
+  same, _, _ = run("frames", toy.setting(toy.truth), **fewer)
+  assert np.abs(same.values["drop"]).max() == 0
+
+
 # ensemble
 
 
 def test_ensemble_finds_that_a_vote_of_seeds_helps_where_seeds_err_alone():
   seeds = tuple(range(7))
-  options = {"kinds": ("out",), "steps": (10,), "more_steps": 1}
+  options = {"kinds": ("out", "out close"), "steps": (10,), "more_steps": 1}
   found, record, _ = run("ensemble", toy.setting(toy.leaning, seeds=seeds), 32, **options)
   assert found.axes["gain"] == ("kind", "steps", "case")
-  assert found.values["gain"].shape == (1, 1, 32)
-  assert found.values["gain"].mean() > 0.05
+  assert found.values["gain"].shape == (2, 1, 32)
+  assert (found.values["gain"].mean((1, 2)) > 0.05).all()
+  assert (found.values["moved"][0] != found.values["moved"][1]).any()  # other weights
+  assert found.notes[0].startswith("Cost in network evaluations, one seed = 1: the ensemble 7.00")
   assert found.values["oracle_gain"].mean() >= found.values["vote_gain"].mean() > 0.05
   assert is_zero(record)
   assert record["evaluations"] == record["planned"]
@@ -106,6 +123,15 @@ def test_an_ensemble_of_one_seed_is_refused():
     perform(ensemble, toy.setting(), toy.cases(2))
 
 
+def test_the_kinds_of_an_ensemble_are_read_word_by_word():
+  assert parsed("update") == ("update", "middle", False)
+  assert parsed("update late close") == ("update", "late", True)
+  assert parsed("latents close") == ("latents", "middle", True)
+  for kind in ("updat", "out early", "update far", "update early late"):
+    with pytest.raises(ValueError, match=f"no kind '{kind}': wanted one of resid, update, attn"):
+      parsed(kind)
+
+
 def test_majority_and_medoid():
   said = np.array([["a", None], ["b", "x"], ["b", None]], object)
   assert majority(said).tolist() == [1, 1]
@@ -118,7 +144,9 @@ def test_majority_and_medoid():
 
 
 def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():
-  found, _, _ = run("early", toy.setting(toy.leaning, seeds=tuple(range(7))), 32)
+  found, record, _ = run("early", toy.setting(toy.leaning, seeds=tuple(range(7))), 32)
+  assert is_zero(record)
+  assert record["evaluations"] == record["planned"]
   assert found.values["early_gain"].mean() > 0.05
   assert found.values["late_minus_early"].shape == (32,)
   np.testing.assert_array_equal(found.values["late_minus_early"], 0)
@@ -146,6 +174,21 @@ def test_behaviours_finds_correction_and_its_absence():
   assert (still.values["action_after"] == 0).all()
 
 
+def test_behaviours_finds_what_is_hidden_from_the_layer_that_remembers_it():
+  found, _, _ = run("behaviours", toy.setting(toy.truth, carrier=2), 24, stride=9)
+  first = found.values["memory_accuracy"][0].mean((1, 2))  # by layer
+  assert (first[2:] == 1).all()
+  assert (first[:2] < 0.8).all()
+  assert found.values["memory"].mean() > 0.2
+  says = "working memory: a hidden object can be read from the hidden states while it is hidden"
+  lost, _, findings = run("behaviours", toy.setting(toy.of_the_noise, carrier=None), 24, stride=9)
+  assert lost.values["memory"].mean() < 0.2
+  assert verdicts(findings)[says] != "holds"
+  few, _, findings = run("behaviours", toy.setting(toy.truth), 4)
+  assert few.notes == ["Too few hidden objects for a probe of memory."]
+  assert verdicts(findings)[says] == "not run here"
+
+
 # controls
 
 
@@ -155,8 +198,11 @@ def test_controls_finds_where_new_noise_changes_the_video():
   assert found.axes["sensitivity"] == ("setting", "place", "case", "seed")
   assert is_zero(record)
   assert record["evaluations"] == record["planned"]
-  calm, _, _ = run("controls", toy.setting(toy.truth), settings=("as is",), places=4)
+  np.testing.assert_array_equal(found.values["one_network"], found.values["sensitivity"][0])
+  calm, _, findings = run("controls", toy.setting(toy.truth), settings=("as is",), places=4)
   assert np.abs(calm.values["sensitivity"]).max() < 1e-5
+  moves = verdicts(findings)["the peak of sensitivity does not move with the expert switch"]
+  assert moves == "not run here"
 
 
 def test_controls_refuses_an_expert_that_is_not_there():
@@ -184,6 +230,17 @@ def test_probes_find_the_layer_from_which_the_picture_can_be_read():
     "first_reasoning",
     "perception_lead",
   }
+
+
+def test_too_few_cases_for_a_probe_are_refused():
+  with pytest.raises(ValueError, match="4 cases of sides are too few for any probe"):
+    run("probes", toy.setting(), 4)
+
+
+@pytest.mark.parametrize("name", ["layer_maps", "probes"])
+def test_a_site_outside_the_model_is_refused(name):
+  with pytest.raises(ValueError, match="no site 'resid_mid'"):
+    run(name, toy.setting(), 2, site="resid_mid")
 
 
 def test_probes_find_nothing_in_noise_and_nothing_for_shuffled_labels():

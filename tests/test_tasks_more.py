@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, draw, rotate
+from jax_videoreason.tasks import base, draw, occlusion, rotate
 
 
 def test_the_nine_tasks_and_the_two_held_out_ones():
@@ -234,3 +234,17 @@ def test_bounce_an_error_of_a_cell_costs_and_uneven_speed_costs_more():
   score = task.score(uneven, case.metadata)
   assert score.final == 1
   assert score.process < 0.4
+
+
+def test_occlusion_says_what_is_hidden_when():
+  task = occlusion.Occlusion(size=32, frames=17)
+  case = task.generate("id", 3)
+  things = task.hidden(case.metadata["problem"])
+  assert [name for name, _, _ in things] == [
+    s["colour"] for s in case.metadata["problem"]["squares"]
+  ]
+  for _, (y0, x0, y1, x1), frames in things:
+    assert 3 <= frames.sum() <= 4
+    seen = case.frames[:, y0:y1, x0:x1]
+    covered = (seen == seen[frames][0, 0, 0]).all(axis=(1, 2, 3))  # one colour, the curtain's
+    np.testing.assert_array_equal(covered, frames)

@@ -55,6 +55,11 @@ def read_late(latents, sigma, memory):
   return jnp.where(sigma > 0.55, memory, seen[None])
 
 
+def needs_frames(latents, sigma, memory):
+  """The picture where the video has all its frames; a shorter one stays dark."""
+  return memory if latents.shape[1] >= F else -1 + 0 * memory
+
+
 def both_then_one(latents, sigma, memory):
   """Both sides lit, the wrong one brighter, while sigma is above .55; then the picture."""
   return jnp.where(sigma > 0.55, 0.7 - 0.3 * memory, memory)
@@ -149,18 +154,23 @@ class ToyDiT:
     return velocity(h), buffers
 
 
+@dataclasses.dataclass(frozen=True)
 class Sides:
-  """The task; a case is right when its lit side stays lit. Cases have a counterpart."""
+  """The task; a case is right when its lit side stays lit. Cases have a counterpart.
 
+  Its left side counts as hidden after the first frame.
+  """
+
+  frames: int = F
   name = "sides"
   held_out = False
 
   def generate(self, split, index, side=None):
     side = SIDES[index % 2] if side is None else side
-    picture = pixels(np.repeat(lit(side)[None, ..., None], F, axis=0))
+    picture = pixels(np.repeat(lit(side)[None, ..., None], self.frames, axis=0))
     metadata = {
       "task": "sides", "split": split, "index": index, "answers": [side], "answer": side, "k": 1,
-      "hash": f"{index}{side}", "frames": F, "problem": {"side": side},
+      "hash": f"{index}{side}", "frames": self.frames, "problem": {"side": side},
     }  # fmt: skip
     return Case(
       task="sides", split=split, index=index, first_frame=picture[0], prompt="", frames=picture,
@@ -173,6 +183,9 @@ class Sides:
   def counterpart(self, case):
     other = SIDES[1 - SIDES.index(case.metadata["answer"])]
     return self.generate(case.split, case.index, other)
+
+  def hidden(self, problem):
+    return [(problem["side"], (0, 0, H, W // 2), np.arange(self.frames) > 0)]
 
   def halves(self, frames):
     x = (frames[-1, ..., 0].astype(float) - 128) / 100
@@ -200,9 +213,9 @@ def pixels(x):
 def encode(chosen, cases):
   count = len(cases)
   first = np.stack([lit(case.metadata["answer"]) for case in cases])
-  known = np.zeros((count, F, H, W, C), np.float32)
+  known = np.zeros((count, chosen.frames, H, W, C), np.float32)
   known[:, 0] = first[..., None]
-  mask = jnp.zeros((count, F, H, W, 4)).at[:, 0].set(1.0)
+  mask = jnp.zeros((count, chosen.frames, H, W, 4)).at[:, 0].set(1.0)
   return Conditioning(text=jnp.zeros((1, count, 2, 3)), known=jnp.asarray(known), known_mask=mask)
 
 
@@ -220,7 +233,7 @@ def setting(rule: Callable = truth, carrier: int | None = 2, *, steps=10, seeds=
   )  # fmt: skip
   return Setting(
     bundle=bundle, chosen=chosen, encode=encode, decode=pixels,
-    load_task=lambda name, chosen: cast(Task, Sides()),
+    load_task=lambda name, chosen: cast(Task, Sides(chosen.frames)),
   )  # fmt: skip
 
 

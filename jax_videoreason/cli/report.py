@@ -3,6 +3,7 @@
 videoreason report runs/demo
 
 Of the folder of `run all`: every study's page, the table of claims and claims.md with its figures.
+Verdicts are taken again from the stored arrays.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from jax_videoreason import cli, console, evaluate, folders, pages, report, scorecard
-from jax_videoreason.experiments import claims
+from jax_videoreason.experiments import claims, judge_again
 
 WORDS = 1
 
@@ -27,6 +28,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
     everything(folder)
     return
   kinds = {evaluate.ASKED: scorecard, "arrays.zarr": pages}
+  if (folder / "result.json").exists():
+    judge_again(folder)
   found = [draws for name, draws in kinds.items() if (folder / name).exists()]
   (found[0] if found else report).render(folder)
   console.say(f"report: {(folder.resolve() / 'report.html').as_uri()}")
@@ -35,6 +38,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
 def everything(folder: Path) -> None:
   """Draws what `run all` left: the studies that have a result, and the table over them."""
   for path in sorted(folder.glob("*/result.json")):
+    judge_again(path.parent)
     pages.render(path.parent)
   table = folder / "claims.json"
   failed = folders.read_json(table).get("failed", {}) if table.exists() else {}

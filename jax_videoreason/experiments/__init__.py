@@ -1,8 +1,10 @@
 """The studies that ship, by name, and what a new one needs."""
 
 import importlib
+from pathlib import Path
 
-from jax_videoreason.experiments.base import Study, experiment, perform
+from jax_videoreason.experiments import results
+from jax_videoreason.experiments.base import Study, experiment, perform, verdicts
 from jax_videoreason.experiments.behaviours import behaviours
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks, Context, Setting
@@ -15,6 +17,7 @@ from jax_videoreason.experiments.layer_swap import layer_swap
 from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
+from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.settings import nearest
 
 EXPERIMENTS: dict[str, Study] = {
@@ -50,6 +53,24 @@ def find(name: str) -> Study:
   return study
 
 
+def judge_again(folder: str | Path) -> None:
+  """Takes the verdicts of a stored result anew, from its arrays and the claims as declared now.
+
+  Nothing is computed by a model. A study that does not ship keeps what it has.
+  """
+  folder = Path(folder)
+  result, record = results.load(folder)
+  study = EXPERIMENTS.get(record["experiment"])
+  if study is None:
+    return
+  claims = [results.describe(f) for f in verdicts(study, result, record["control"])]
+  if claims != record["claims"]:
+    write_json(folder / "result.json", {**record, "claims": claims})
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"]["result.json"] = checksum(folder / "result.json")
+    write_json(folder / "manifest.json", manifest)
+
+
 __all__ = [
   "EXPERIMENTS",
   "Chunks",
@@ -61,5 +82,6 @@ __all__ = [
   "Study",
   "experiment",
   "find",
+  "judge_again",
   "perform",
 ]

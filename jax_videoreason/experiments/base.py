@@ -191,10 +191,7 @@ def perform(
   result = dataclasses.replace(result, points=points)
   if study.finish is not None:
     result = study.finish(result, **given)
-  findings = [results.judge(claim, result) for claim in study.claims]
-  broken_control = {name: value for name, value in (control or {}).items() if value != 0}
-  if broken_control:
-    findings = [_doubt(finding, broken_control) for finding in findings]
+  findings = verdicts(study, result, control)
   say(
     f"{study.name}: {tally.evaluations:,} evaluations, {tally.saved:,} saved by shared prefixes, "
     f"{tally.reused:,} reused, {len(programs)} programs compiled"
@@ -221,6 +218,13 @@ def perform(
     "claims": [results.describe(finding) for finding in findings],
   }
   return result, record, findings
+
+
+def verdicts(study: Study, result: Result, control: Mapping[str, float] | None) -> list[Finding]:
+  """Every claim of a study held against its result; all in doubt where the control is not 0."""
+  findings = [results.judge(claim, result) for claim in study.claims]
+  broken = {name: value for name, value in (control or {}).items() if value != 0}
+  return [_doubt(finding, broken) for finding in findings] if broken else findings
 
 
 def _context(

@@ -174,9 +174,11 @@ def judge(claim: Claim, result: Result) -> Finding:
   note = "; ".join(text for text in (own, lost) if text) or None
   needed = None
   if verdict == "can't tell" and np.isfinite(low):
-    edge = min(abs(estimate - end) for end in (floor, ceiling))
-    if edge > 0:
-      needed = int(np.ceil(len(values) * ((high - low) / 2 / edge) ** 2)) + 1
+    end = min((floor, ceiling), key=lambda end: abs(estimate - end))
+    half = high - estimate if end > estimate else estimate - low
+    if end != estimate:
+      wanted = len(values) * (half / (end - estimate)) ** 2
+      needed = max(int(np.ceil(wanted)), len(values)) + 1
   return Finding(
     claim=claim,
     estimate=estimate,

@@ -6,8 +6,10 @@ import pytest
 
 import toy
 from jax_videoreason import probes as linear
-from jax_videoreason.experiments import EXPERIMENTS, perform
+from jax_videoreason.experiments import EXPERIMENTS, Result, perform
+from jax_videoreason.experiments.behaviours import with_memory
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
+from jax_videoreason.experiments.probes import fit
 from jax_videoreason.experiments.readings import majority
 
 
@@ -175,18 +177,28 @@ def test_behaviours_finds_correction_and_its_absence():
 
 
 def test_behaviours_finds_what_is_hidden_from_the_layer_that_remembers_it():
-  found, _, _ = run("behaviours", toy.setting(toy.truth, carrier=2), 24, stride=9)
+  found, _, _ = run("behaviours", toy.setting(toy.truth, carrier=2), 16, stride=9)
   first = found.values["memory_accuracy"][0].mean((1, 2))  # by layer
   assert (first[2:] == 1).all()
   assert (first[:2] < 0.8).all()
   assert found.values["memory"].mean() > 0.2
   says = "working memory: a hidden object can be read from the hidden states while it is hidden"
-  lost, _, findings = run("behaviours", toy.setting(toy.of_the_noise, carrier=None), 24, stride=9)
+  lost, _, findings = run("behaviours", toy.setting(toy.of_the_noise, carrier=None), 16, stride=9)
   assert lost.values["memory"].mean() < 0.2
   assert verdicts(findings)[says] != "holds"
-  few, _, findings = run("behaviours", toy.setting(toy.truth), 4)
-  assert few.notes == ["Too few hidden objects for a probe of memory."]
-  assert verdicts(findings)[says] == "not run here"
+
+
+def test_too_few_hidden_objects_are_said_instead_of_probed():
+  four = Result(
+    values={"features": np.zeros((4, 1, 1, 2, 3, 5)), "colours": np.full((4, 1, 1), "red")},
+    axes={
+      "features": ("case", "seed", "object", "probed", "layer", "column"),
+      "colours": ("case", "seed", "object"),
+    },
+  )
+  found = with_memory(four)
+  assert found.notes == ["Too few hidden objects for a probe of memory."]
+  assert not found.values
 
 
 # controls
@@ -233,8 +245,17 @@ def test_probes_find_the_layer_from_which_the_picture_can_be_read():
 
 
 def test_too_few_cases_for_a_probe_are_refused():
+  cases, targets = [f"sides id {i}" for i in range(4)], ["sides: side", "sides: answer"]
+  four = Result(
+    values={"features": np.zeros((1, 1, 4, 1, 3)), "labels": np.full((2, 4, 1), "left")},
+    axes={
+      "features": ("step", "layer", "case", "seed", "feature"),
+      "labels": ("target", "case", "seed"),
+    },
+    points={"target": targets, "case": cases},
+  )
   with pytest.raises(ValueError, match="4 cases of sides are too few for any probe"):
-    run("probes", toy.setting(), 4)
+    fit(four)
 
 
 @pytest.mark.parametrize("name", ["layer_maps", "probes"])

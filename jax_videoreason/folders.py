@@ -64,12 +64,20 @@ def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -
 
 
 def begin(
-  folder: Path, file: str, asked: Mapping[str, Any], *, owned: Iterable[str], what: str, redo: bool
+  folder: Path,
+  file: str,
+  asked: Mapping[str, Any],
+  *,
+  owned: Iterable[str],
+  what: str,
+  redo: bool,
+  ignored: Iterable[str] = (),
 ) -> None:
   """Makes `folder` ready to be filled piece by piece: new, or begun by a call that asked the same.
 
   file: the name under which `asked` is kept there. owned: the names that `redo` removes; all others
-  are left alone. what: of which kind the content is, such as "evaluation".
+  are left alone. what: of which kind the content is, such as "evaluation". ignored: names that do
+  not count as content.
 
   Raises:
     ValueError: `folder` is a file, holds something else, or what was asked otherwise.
@@ -79,7 +87,8 @@ def begin(
     raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
   asked = plain(asked)
   with disk(folder):
-    there = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+    names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    there = sorted(names - set(ignored))
     for name in set(there) & set(owned) if redo else ():
       remove(folder / name)
   if file in there and not redo:

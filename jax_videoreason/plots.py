@@ -248,6 +248,29 @@ def picture_grid(
   _save(figure, path, dpi=100)
 
 
+def bars(
+  path: str | Path,
+  names: Sequence[str],
+  values: Sequence[float] | np.ndarray,
+  *,
+  x_name: str,
+  title: str = "",
+) -> None:
+  """Draws a bar for each name, from the top down."""
+  figure = Figure(figsize=(6.4, 1.1 + 0.22 * len(names)), facecolor="white", layout="constrained")
+  axes = figure.add_subplot()
+  places = np.arange(len(names))
+  axes.barh(places, values, color=BLUE, height=0.7)
+  axes.set_yticks(places, names, parse_math=False)
+  axes.invert_yaxis()
+  axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK, parse_math=False)
+  axes.set_xlabel(x_name, color=INK, fontsize=9)
+  axes.tick_params(colors=MUTED, labelsize=8, length=3)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  _save(figure, path, dpi=120)
+
+
 def training_curves(
   path: str | Path,
   steps: Sequence[int] | np.ndarray,

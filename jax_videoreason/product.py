@@ -1,6 +1,5 @@
 """The units of a product: run through the one sampler, read into rows, carried out as a sweep."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -352,27 +351,33 @@ def perform(
     read=shop.read,
     devices={"kind": used[0].device_kind, "count": len(used)},
   )
-  with sweep.held(out) if number == 0 else contextlib.nullcontext():
-    if number == 0:
-      sweep.begin(out, product.asked(), redo=redo)
-    meet("begun")
+
+  def do() -> None:
     if count > 1 and sweep.faults(out, range(work.units), work.width):
       _ = shop.bench  # processes load together, also those that have nothing left to do
     sweep.carry_out(out, work, mine=lambda unit: unit % count == number, advance=advance)
-    meet("done")
-    if number == 0:
-      sweep.finish(
-        out,
-        work,
-        config=dataclasses.asdict(product.chosen),
-        varied=dataclasses.asdict(product.varied),
-        command=command,
-        device=used[0].device_kind,
-        processes=count,
-        model=checkpoint.describe(product.chosen.checkpoint).card.name,
-        evaluations=factors.evaluations(product),
-      )
-    meet("finished")
+
+  def finish() -> None:
+    sweep.finish(
+      out,
+      work,
+      config=dataclasses.asdict(product.chosen),
+      varied=dataclasses.asdict(product.varied),
+      command=command,
+      device=used[0].device_kind,
+      processes=count,
+      model=checkpoint.describe(product.chosen.checkpoint).card.name,
+      evaluations=factors.evaluations(product),
+    )
+
+  sweep.share(
+    [out],
+    process,
+    meet,
+    begin=lambda: sweep.begin(out, product.asked(), redo=redo),
+    do=do,
+    finish=finish,
+  )
 
 
 def _text(answer: Answer | None) -> str | None:

@@ -17,6 +17,7 @@ from jax_videoreason.axes import Array
 
 PCA_COLUMNS, PCA_ITERATIONS = 8, 4
 CKA_WIDTH, GRAM_WIDTH = 128, 256
+TOP_CHANNELS = 6
 
 einsum = functools.partial(
   jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -94,6 +95,16 @@ def channel_moments(value: Array, inputs: Inputs) -> Array:
   del inputs
   x = value.astype(jnp.float32)
   return jnp.stack([x.mean(axis=2), x.var(axis=2)], axis=2)
+
+
+def top_channels(value: Array, inputs: Inputs) -> Array:
+  """G R (T + 1) K: the K = 6 channels that vary most over the tokens, their numbers after them."""
+  del inputs
+  count = min(TOP_CHANNELS, value.shape[-1])
+  _, chosen = jax.lax.top_k(value.astype(jnp.float32).var(axis=2), count)
+  chosen = rearrange(chosen, "g r k -> g r 1 k")
+  kept = jnp.take_along_axis(value, chosen, axis=3)
+  return jnp.concatenate([kept.astype(jnp.float32), chosen.astype(jnp.float32)], axis=2)
 
 
 def region_mean(value: Array, inputs: Inputs) -> Array:
@@ -208,6 +219,7 @@ REDUCTIONS: dict[str, Reduction] = {
   "norm": Reduction(apply=norm, costly=False),
   "frame_norm": Reduction(apply=frame_norm, costly=False),
   "channel_moments": Reduction(apply=channel_moments),
+  "top_channels": Reduction(apply=top_channels),
   "region_mean": Reduction(apply=region_mean, needs="regions", state=True),
   "project": Reduction(apply=project, needs="directions"),
   "gram": Reduction(apply=gram, needs="targets"),

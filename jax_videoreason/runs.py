@@ -182,7 +182,7 @@ def run(
         )
       if on_piece is not None:
         host = distributed.fetch(trace)
-        on_piece(_runs_of(host, taps, count), rows, slice(int(group[0]), int(group[0]) + count))
+        on_piece(first_runs(host, count), rows, slice(int(group[0]), int(group[0]) + count))
     finals.append(distributed.fetch(here.latents)[:count])
   return np.concatenate(finals)
 
@@ -239,8 +239,8 @@ def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:
   return dataclasses.replace(taps, steps=inside)
 
 
-def _runs_of(trace: Trace, taps: TapSpec, count: int) -> Trace:
-  """The first `count` runs of a trace: what padding added is dropped."""
+def first_runs(trace: Trace, count: int) -> Trace:
+  """The first `count` runs of a trace."""
   return Trace(
     sigma=trace.sigma,
     finite=trace.finite[:, :count],

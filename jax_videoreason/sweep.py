@@ -87,11 +87,39 @@ class Work:
 # Doing
 
 
+def share(
+  folders: Sequence[str | Path],
+  process: tuple[int, int],
+  meet: Callable[[str], Any],
+  *,
+  begin: Callable[[], Any],
+  do: Callable[[], Any],
+  finish: Callable[[], Any],
+) -> None:
+  """What several processes of one command do together in some folders.
+
+  The first one, process = (0, count), holds the folders, begins them, and finishes them when all
+  have done their share. meet: returns when every process has come to that place.
+  """
+  first = process[0] == 0
+  with contextlib.ExitStack() as stack:
+    if first:
+      for folder in folders:
+        stack.enter_context(held(folder))
+      begin()
+    meet("begun")
+    do()
+    meet("done")
+    if first:
+      finish()
+    meet("finished")
+
+
 @contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
   """Holds the folder, which is made where it is lacking; a dead process holds nothing.
 
-  ValueError: another sweep works in it.
+  ValueError: another command works in it.
   """
   folder = Path(folder)
   if folder.exists() and not folder.is_dir():
@@ -104,8 +132,8 @@ def held(folder: str | Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise ValueError(
-        f"another sweep works in {folder}: wait for it (videoreason sweep --status {folder}), or "
-        "choose another --out."
+        f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep --status` "
+        "says how far it is), or choose another --out."
       ) from error
     yield
 

@@ -1,6 +1,7 @@
 """Tiny models made in memory, and the lists that several test files go through."""
 
 import dataclasses
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,10 @@ def relative(a, b) -> float:
 def replace(value, **changes):
   """dataclasses.replace, under a shorter name."""
   return dataclasses.replace(value, **changes)
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+import helpers
 from jax_videoreason import (
   checkpoint,
   cli,
@@ -363,17 +364,9 @@ def two(out: Path, number: int, port: int) -> subprocess.Popen:
   )
 
 
-def free_port() -> int:
-  import socket
-
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    return found.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
-  port = free_port()
+  port = helpers.free_port()
   both = [two(tmp_path / "two", number, port) for number in range(2)]
   said = [process.communicate(timeout=300) for process in both]
   assert [process.returncode for process in both] == [0, 0], said
@@ -388,7 +381,7 @@ def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
 
 @pytest.mark.slow
 def test_when_a_process_dies_the_other_ends_soon_and_the_restart_goes_on(done, tmp_path):
-  port, out = free_port(), tmp_path / "dies"
+  port, out = helpers.free_port(), tmp_path / "dies"
   first, second = (two(out, number, port) for number in range(2))
   while not (out / "sweep.json").exists():
     assert first.poll() is None

@@ -64,6 +64,9 @@ def definition(name, a):
     return np.sqrt((length**2).reshape(G, R, F, T // F).sum(-1))
   if name == "channel_moments":
     return np.stack([x.mean(2), x.var(2)], axis=2)
+  if name == "top_channels":
+    most = np.argsort(-x.var(2), axis=-1)[:, :, None, :6]
+    return np.concatenate([np.take_along_axis(x, most, axis=3), most], axis=2)
   if name == "region_mean":
     first = a["regions"][:, :1] / a["regions"][:, :1].sum(-1, keepdims=True)
     mean = np.einsum("rpt,grtd->grpd", first, x)

@@ -288,7 +288,7 @@ def test_the_second_of_two_sweeps_in_one_folder_is_refused(whole, tmp_path):
   process = start(folder, 0.3)
   while not (folder / "units").exists():
     time.sleep(0.01)
-  with pytest.raises(ValueError, match=r"another sweep works in .*both: wait for it"):
+  with pytest.raises(ValueError, match=r"another command works in .*both: wait for it"):
     carry_out(folder)
   assert sweep.status(folder).working
   assert process.wait(timeout=60) == 0

@@ -12,12 +12,14 @@ our own scorers read, without the EvalKit. generate --dry-run says what it will 
 score go on where they stopped when the same command is given again.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl.flags import (
   DEFINE_bool,
   DEFINE_enum,
@@ -27,14 +29,16 @@ from absl.flags import (
   DEFINE_string,
   FlagValues,
 )
+from jax.sharding import Mesh
 
-from jax_videoreason import cli, console, folders, plan, settings
+from jax_videoreason import cli, console, distributed, folders, plan, settings, sharding
 from jax_videoreason.vbvr import (
   audit,
   baselines,
   evalkit,
   generate,
   jobs,
+  maps,
   page,
   samples,
   scores,
@@ -55,6 +59,12 @@ def define(flags: FlagValues) -> None:
   DEFINE_string("out", None, "folder to write", flag_values=flags)
   DEFINE_bool("redo", False, "do it again and replace what is in --out", flag_values=flags)
   DEFINE_bool("dry-run", False, "generate: say what it will cost, and stop", flag_values=flags)
+  DEFINE_string(
+    "mesh",
+    None,
+    "generate: of the devices of each process, as fsdp=2,context=2; without it one device",
+    flag_values=flags,
+  )
   DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
   DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
   DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
@@ -97,6 +107,12 @@ def define_generate(flags: FlagValues) -> None:
     flag_values=flags,
   )
   DEFINE_list("keep-steps", [], "generate: steps kept as step_000.mp4", flag_values=flags)
+  DEFINE_list(
+    "token-layers",
+    [],
+    "generate: as 0,10,20,30,39, maps of the tokens after these layers at the steps kept",
+    flag_values=flags,
+  )
   DEFINE_string("part", "1/1", "generate: 2/4 makes the second of four parts", flag_values=flags)
 
 
@@ -117,13 +133,15 @@ def main(flags: FlagValues, words: list[str]) -> None:
 
 
 def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
-  cli.required(flags, "data", *([] if flags["dry-run"].value else ["out"]))
+  dry = bool(flags["dry-run"].value)
+  cli.required(flags, "data", *([] if dry else ["out"]))
+  process = (0, 1) if dry else distributed.initialize()
   data, chosen, job = asked(flags)
   cost = plan.totals(jobs.work(chosen, data, job), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
-  if flags["dry-run"].value:
+  if dry:
     return
-  total = len(data.samples) * len(job.seeds) * chosen.steps // job.part[1]
+  total = len(data.samples) * len(job.seeds) * chosen.steps // (job.part[1] * process[1])
   with console.progress(total, "denoise", "step") as advance:
     made = generate.generate(
       flags.out,
@@ -132,6 +150,10 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
       job,
       command=["videoreason", *sys.argv[1:]],
       redo=flags.redo,
+      process=process,
+      meet=distributed.meet,
+      mesh=mesh_of(flags.mesh),
+      draw=maps.draw,
       advance=advance,
     )
   for folder in made:
@@ -149,10 +171,11 @@ def run_score(flags: FlagValues, _: Sequence[str]) -> None:
       return
   cli.required(flags, "data", "videos", "out")
   data, systems = load(flags), scores.systems_of(flags.videos)
+  kit = toolkit(flags, data)
   clips = [name for name in flags.beside if name]
   made = write_clips(Path(flags.out) / scores.CLIPS, data, clips)
   systems |= {folder.name: folder for folder in made}
-  scored(flags, data, systems)
+  scored(flags, data, systems, kit)
   for name, result in table_of(flags.out, systems)[0].items():
     for key in result["missing"]:
       console.say(f"{name}: {key} has no video.")
@@ -186,9 +209,10 @@ def run_baselines(flags: FlagValues, _: Sequence[str]) -> None:
 def run_audit(flags: FlagValues, _: Sequence[str]) -> None:
   cli.required(flags, "data", "out")
   out, data = Path(flags.out), load(flags)
+  kit = toolkit(flags, data)
   made = write_clips(out / scores.CLIPS, data, audit.CLIPS)
   systems = {folder.name: folder for folder in made}
-  scored(flags, data, systems)
+  scored(flags, data, systems, kit)
   found = audit.audit(table_of(out, systems)[1]["by_task"])
   folders.write_json(out / "audit.json", folders.plain(found))
   console.table(
@@ -209,7 +233,7 @@ COMMANDS: dict[str, tuple[Callable[[FlagValues, Sequence[str]], None], tuple[str
     (
       *DATA,
       *("config", "checkpoint", "redo", "seeds", "name", "max-area", "frames", "ensemble"),
-      *("keep-steps", "part", "dry-run"),
+      *("keep-steps", "token-layers", "mesh", "part", "dry-run"),
     ),
   ),
   "score": (run_score, (*DATA, *KIT, "videos", "beside")),
@@ -226,7 +250,8 @@ def load(flags: FlagValues) -> samples.Data:
   """The data of the flags; says which tasks of the benchmark are not there."""
   data = samples.load(flags.data, splits=flags.split, names=flags.tasks, cases=flags.cases)
   if data.absent and not flags.tasks:
-    console.say(f"{len(data.absent)} tasks of the benchmark are not there: {missed(data)}.")
+    missed = samples.listing(data.absent)
+    console.say(f"{len(data.absent)} tasks of the benchmark are not there: {missed}.")
   return data
 
 
@@ -240,14 +265,11 @@ def asked(flags: FlagValues) -> tuple[samples.Data, settings.SampleSettings, job
     max_area=flags["max-area"].value,
     frames=flags.frames,
     ensemble=flags.ensemble,
-    steps=tuple(numbers("keep-steps", flags["keep-steps"].value or [])),
+    steps=tuple(sorted(numbers("keep-steps", flags["keep-steps"].value or []))),
+    layers=tuple(sorted(numbers("token-layers", flags["token-layers"].value or []))),
     part=part(flags.part),
   )
   return data, chosen, job
-
-
-def missed(data: samples.Data) -> str:
-  return samples.listing(data.absent)
 
 
 def numbers(name: str, words: Sequence[str]) -> list[int]:
@@ -269,6 +291,14 @@ def part(text: str) -> tuple[int, int]:
   return int(first) - 1, int(count)
 
 
+def mesh_of(text: str | None) -> Mesh | None:
+  """The mesh of "fsdp=2,context=2" over devices of this process."""
+  if text is None:
+    return None
+  sizes = sharding.axes_of(text)
+  return sharding.make_mesh(**sizes, devices=jax.local_devices()[: math.prod(sizes.values())])
+
+
 def environment(flags: FlagValues) -> Path:
   return Path(flags.environment) if flags.environment else evalkit.default_environment()
 
@@ -280,14 +310,23 @@ def write_clips(
     return baselines.write(out, data, names, redo=redo, advance=advance)
 
 
-def scored(flags: FlagValues, data: samples.Data, systems: Mapping[str, Path]) -> None:
+def toolkit(flags: FlagValues, data: samples.Data) -> evalkit.EvalKit | None:
+  """The EvalKit, if the data needs it; whatever is wrong with either is said before any work."""
+  if not scores.scorable(data):
+    return None
+  cli.required(flags, "evalkit")
+  return evalkit.open_evalkit(
+    flags.evalkit, environment(flags), other=bool(flags["other-evalkit"].value)
+  )
+
+
+def scored(
+  flags: FlagValues,
+  data: samples.Data,
+  systems: Mapping[str, Path],
+  kit: evalkit.EvalKit | None,
+) -> None:
   """Scores into --out."""
-  kit = None
-  if any(not sample.own for sample in data.samples):
-    cli.required(flags, "evalkit")
-    kit = evalkit.open_evalkit(
-      flags.evalkit, environment(flags), other=bool(flags["other-evalkit"].value)
-    )
   with console.progress(len(systems) * len(data.samples), "score", "sample") as advance:
     scores.score(
       flags.out,
@@ -380,5 +419,5 @@ def differs(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
   def ends(of: Mapping[str, Any]) -> str:
     return "-" if of["low"] is None else f"{of['low']:+.3f} to {of['high']:+.3f}"
 
-  p = "-" if found["p"] is None else f"{found['p']:.3f}"
-  return f"{found['estimate']:+.3f}", ends(found), ends(found["over_samples"]), p
+  intervals = ends(found), ends(found["over_samples"])
+  return f"{found['estimate']:+.3f}", *intervals, table.chance(found["p"])

@@ -5,13 +5,16 @@ settings, never by the machine. Text encoder and transformer are never resident 
 encoded in rounds that fit into host memory, and then denoised.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason import (
   answers,
@@ -24,21 +27,24 @@ from jax_videoreason import (
   runs,
   sampler,
   store,
+  sweep,
   tasks,
 )
 from jax_videoreason.decode import decode
-from jax_videoreason.folders import checksum, disk, plain, remove
+from jax_videoreason.folders import checksum, disk, plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Trace
 from jax_videoreason.taps import TapSpec
-from jax_videoreason.vbvr import layout, videos
+from jax_videoreason.vbvr import layout, tokens, videos
 from jax_videoreason.vbvr.jobs import MEMBERS, PAPER, Job, Shape, Unit, deviations, folder_of, units
 from jax_videoreason.vbvr.samples import Data, Sample
+from jax_videoreason.vbvr.tokens import Tokens
 
 ROUND_BYTES = 16 * 10**9  # conditioning that is held in host memory
 
 Advance = Callable[[int], Any]
+Draw = Callable[[Path, Tokens], Any]
 
 
 def generate(
@@ -49,25 +55,28 @@ def generate(
   *,
   command: Sequence[str] = (),
   redo: bool = False,
+  process: tuple[int, int] = (0, 1),
+  meet: Callable[[str], Any] = lambda place: None,
+  mesh: Mesh | None = None,
+  draw: Draw = lambda folder, tokens: None,
   advance: Advance = lambda count: None,
 ) -> list[Path]:
   """Makes the videos that are not there yet, and returns the folders of the models.
 
-  advance: told of network evaluations of one branch, `len(data.samples) * seeds * steps` in all
-  (those of the ensemble's other members are not counted).
+  process: (number, count) of this process; process p makes the units p, p + count, ... meet:
+  returns when every process has come to that place. mesh: of the devices of this process, None =
+  one device. draw: told of the folder and the tokens of each sample where `job.layers` asks for
+  them. advance: told of network evaluations of one branch, `len(data.samples) * seeds * steps` in
+  all (those of the ensemble's other members are not counted).
 
   Raises:
-    ValueError: a folder holds videos of other settings or data; settings that the model refuses.
+    ValueError: a folder holds videos of other settings or data, or another command works in it;
+      settings that the model refuses.
     OSError: a folder can't be written.
   """
-  if chosen.taps.sites:
-    raise ValueError("vbvr generate keeps no taps: use `videoreason sample`, or leave taps empty.")
-  if any(step >= chosen.steps for step in job.steps):
-    raise ValueError(f"--keep-steps={job.steps}, wanted steps below {chosen.steps}.")
-  if job.ensemble == PAPER and chosen.steps < 2:
-    raise ValueError(f"steps={chosen.steps}, wanted 2 or more: the ensemble acts on the first one.")
   found = checkpoint.describe(chosen.checkpoint)
-  name = job.name or found.card.name
+  check(chosen, job, found, redo=redo, mesh=mesh)
+  name = job.name or found.card.name + ("-ensemble" if job.ensemble == PAPER else "")
   asked = {
     **_settings(chosen),
     "weights": checksum(found.folder / "bundle.json"),
@@ -76,33 +85,80 @@ def generate(
     "frames": job.frames,
     "ensemble": job.ensemble,
   }
-  experts = 1 if found.card.boundary is None else 2
   folders = {seed: folder_of(Path(out), name, seed) for seed in job.seeds}
-  for seed, folder in folders.items():
-    said = deviations(chosen, data, job, seed, experts)
-    videos.begin(folder, {**asked, "seed": seed, "deviations": said}, redo=redo)
   everything = units(data, found.card.latents, job, chosen.batch)
-  mine = everything[job.part[0] :: job.part[1]]
-  left = [unit for unit in mine if not _done(folders[unit.seed], unit)]
-  advance(sum(len(u.samples) for u in mine if _done(folders[u.seed], u)) * chosen.steps)
-  for some in rounds(left, found):
-    encoded = encode(chosen, some)
-    bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae"))
-    for unit in some:
-      make(folders[unit.seed], bundle, chosen, job, unit, encoded.pop(0), advance)
-    del bundle
-  for seed, folder in folders.items():
-    if all(_done(folder, unit) for unit in everything if unit.seed == seed):
-      store.write_manifest(
-        folder,
-        config=dataclasses.asdict(chosen),
-        command=command,
-        device=jax.devices()[0].device_kind,
-        model=name,
-        seed=seed,
-        data=data.mark,
-      )
+  number, count = process
+  here = everything[job.part[0] :: job.part[1]]
+  turns = [rounds(here[first::count], found) for first in range(count)]
+
+  def begin() -> None:
+    for seed, folder in folders.items():
+      said = deviations(chosen, data, job, seed, found.card)
+      videos.begin(folder, {**asked, "seed": seed, "deviations": said}, redo=redo)
+
+  def do() -> None:
+    for turn in range(max(map(len, turns))):
+      some = turns[number][turn] if turn < len(turns[number]) else []
+      left = [unit for unit in some if not _done(folders[unit.seed], unit, job)]
+      advance(sum(len(unit.samples) for unit in some if unit not in left) * chosen.steps)
+      if not left and count == 1:
+        continue  # several processes load together, also those that have nothing left to do
+      encoded = encode(chosen, left, mesh)
+      bundle = load(chosen, mesh)
+      for unit in left:
+        cond = encoded.pop(0)
+        make(folders[unit.seed], bundle, chosen, job, unit, cond, mesh, draw, advance)
+      del bundle  # before the text encoder of the next turn is loaded
+
+  def finish() -> None:
+    for seed, folder in folders.items():
+      if all(_done(folder, unit, job) for unit in everything if unit.seed == seed):
+        store.write_manifest(
+          folder,
+          config=dataclasses.asdict(chosen),
+          command=command,
+          device=jax.devices()[0].device_kind,
+          processes=count,
+          model=name,
+          seed=seed,
+          data=data.mark,
+        )
+
+  # Parts of several commands share a folder, so none of them holds it.
+  held = list(folders.values()) if job.part == (0, 1) else []
+  sweep.share(held, process, meet, begin=begin, do=do, finish=finish)
   return list(folders.values())
+
+
+def check(
+  chosen: SampleSettings, job: Job, found: checkpoint.Described, *, redo: bool, mesh: Mesh | None
+) -> None:
+  """ValueError: settings that contradict each other or the model."""
+  if chosen.taps.sites:
+    raise ValueError("vbvr generate keeps no taps: use --token-layers, or `videoreason sample`.")
+  if any(step >= chosen.steps for step in job.steps):
+    raise ValueError(f"--keep-steps={_list(job.steps)}, wanted steps below {chosen.steps}.")
+  layers = found.modules.dit.config.layers
+  if any(layer >= layers for layer in job.layers):
+    raise ValueError(f"--token-layers={_list(job.layers)}, wanted layers below {layers}.")
+  if job.layers and not job.steps:
+    raise ValueError("--token-layers draws maps of the steps kept: give --keep-steps too.")
+  if job.ensemble == PAPER and chosen.steps < 2:
+    raise ValueError(f"steps={chosen.steps}, wanted 2 or more: the ensemble acts on the first one.")
+  if job.ensemble == PAPER and mesh is not None and mesh.shape["seed"] > 1:
+    raise ValueError(
+      f"--ensemble mixes the runs of a sample on a mesh with seed={mesh.shape['seed']}: give a "
+      "--mesh of fsdp and context."
+    )
+  if redo and job.part != (0, 1):
+    raise ValueError(
+      f"--redo would remove the videos of the other parts than {job.part[0] + 1}/{job.part[1]}: "
+      "remove the folder first, then start the parts without --redo."
+    )
+
+
+def _list(numbers: Sequence[int]) -> str:
+  return ",".join(map(str, numbers))
 
 
 def _settings(chosen: SampleSettings) -> dict[str, Any]:
@@ -113,8 +169,31 @@ def _settings(chosen: SampleSettings) -> dict[str, Any]:
   return plain(settings)
 
 
-def _done(folder: Path, unit: Unit) -> bool:
-  return all(videos.record_of(folder, sample) is not None for sample in unit.samples)
+def _done(folder: Path, unit: Unit, job: Job) -> bool:
+  return all(_whole(folder, sample, job) for sample in unit.samples)
+
+
+def _whole(folder: Path, sample: Sample, job: Job) -> bool:
+  """Whether the video of a sample is there with everything that was to be kept of it."""
+  record = videos.record_of(folder, sample)
+  if record is None:
+    return False
+  kept = [step_file(folder, sample, step) for step in job.steps]
+  if job.layers:
+    kept.append(folder / videos.MAPS / sample.key / tokens.FILE)
+    if record.get("maps") != maps_of(job):
+      return False
+  return all(path.is_file() for path in kept)
+
+
+def maps_of(job: Job) -> dict[str, list[int]]:
+  """Of what the tokens are kept, as the record of a video says it."""
+  return {"layers": list(job.layers), "steps": list(job.steps)}
+
+
+def step_file(folder: Path, sample: Sample, step: int) -> Path:
+  """Where the guess of the video at a step lies, named as the official tools name it."""
+  return folder / videos.STEPS / sample.key / f"step_{step:03d}.mp4"
 
 
 def rounds(left: Sequence[Unit], found: checkpoint.Described) -> list[list[Unit]]:
@@ -136,9 +215,16 @@ def rounds(left: Sequence[Unit], found: checkpoint.Described) -> list[list[Unit]
   return groups
 
 
-def encode(chosen: SampleSettings, some: Sequence[Unit]) -> list[Conditioning]:
+def load(chosen: SampleSettings, mesh: Mesh | None) -> ModelBundle:
+  """What denoises and decodes; the transformer lies on the mesh."""
+  bundle = checkpoint.load(chosen.checkpoint, parts=("vae",))
+  loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)
+  return dataclasses.replace(bundle, params=loaded.params)
+
+
+def encode(chosen: SampleSettings, some: Sequence[Unit], mesh: Mesh | None) -> list[Conditioning]:
   """The conditioning of each unit, in host memory."""
-  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"))
+  bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh)
   encoded = []
   for unit in some:
     first = np.stack([first_frame(s, unit.shape, bundle.card.numerics) for s in unit.samples])
@@ -173,6 +259,8 @@ def make(
   job: Job,
   unit: Unit,
   cond: Conditioning,
+  mesh: Mesh | None,
+  draw: Draw,
   advance: Advance,
 ) -> None:
   """Denoises one unit and writes its videos with their records."""
@@ -184,29 +272,40 @@ def make(
   kept = sorted({*job.steps, *read})
   x0 = np.empty((len(kept), len(unit.samples), *grid), np.float32)
   finite = np.ones(len(unit.samples), bool)
+  seen: list[dict[str, np.ndarray]] = []
 
   def on_piece(trace: Trace, at: slice, part: slice) -> None:
     finite[part] &= np.asarray(trace.finite).all(0)
     for row, step in enumerate(kept):
       if trace.x0 is not None and at.start <= step < at.stop:
         x0[row, part] = trace.x0[step - at.start]
+    if job.layers:
+      seen.append(tokens.of_piece(trace.taps, at.start, job.steps))
     advance((at.stop - at.start) * (part.stop - part.start))
 
-  taps = TapSpec(latents=False, x0=bool(kept))
-  if job.ensemble == PAPER:
-    final = ensemble(bundle, noise, cond, schedule, taps, chosen.piece, unit.seed, on_piece)
-  else:
-    final = runs.run(
-      bundle, noise, cond, schedule, taps=taps, piece=chosen.piece, on_piece=on_piece
-    )
+  taps = tokens.taps(job.layers, x0=bool(kept))
+  denoise = functools.partial(ensemble, seed=unit.seed) if job.ensemble == PAPER else runs.run
+  final = denoise(
+    bundle, noise, cond, schedule, taps=taps, piece=chosen.piece, mesh=mesh, on_piece=on_piece
+  )
   sigma = np.asarray(schedule.sigma)
-  made = decode(bundle, final, tiles=chosen.tiles)
+  made = decode(bundle, final, tiles=chosen.tiles, mesh=mesh)
   for row, (sample, frames) in enumerate(zip(unit.samples, made, strict=True)):
-    if videos.record_of(folder, sample) is not None:
+    if _whole(folder, sample, job):
       continue  # made in another unit, before the data or the batch were chosen otherwise
-    guesses = decode(bundle, x0[:, row], tiles=chosen.tiles) if kept else np.empty(0)
-    if job.steps:
-      write_steps(folder, sample, {s: guesses[kept.index(s)] for s in job.steps})
+    guesses = decode(bundle, x0[:, row], tiles=chosen.tiles, mesh=mesh) if kept else np.empty(0)
+    write_steps(folder, sample, {s: guesses[kept.index(s)] for s in job.steps})
+    if job.layers:
+      found = tokens.of_run(
+        seen,
+        row,
+        latents.tokens(grid[:3]),
+        layers=job.layers,
+        steps=job.steps,
+        sigma=sigma[:-1],
+      )
+      draw(folder / videos.MAPS / sample.key, found)
+      tokens.write(folder / videos.MAPS / sample.key / tokens.FILE, found)
     said = read_answers(sample, guesses, sigma[kept]) if sample.own and finite[row] else None
     videos.put(
       folder,
@@ -216,6 +315,7 @@ def make(
       made=dataclasses.asdict(shape),
       finite=bool(finite[row]),
       answers=said,
+      maps=maps_of(job) if job.layers else None,
     )
 
 
@@ -224,9 +324,11 @@ def ensemble(
   noise: Noise,
   cond: Conditioning,
   schedule: Schedule,
+  *,
+  seed: int,
   taps: TapSpec,
   piece: int,
-  seed: int,
+  mesh: Mesh | None,
   on_piece: runs.OnPiece,
 ) -> np.ndarray:
   """R F H W C: the training-free ensemble, as far as it is known.
@@ -238,27 +340,29 @@ def ensemble(
   many = runs.make_noise(
     [seed + member for member in range(MEMBERS) for _ in range(count)], noise.grid
   )
-  rows = np.tile(np.arange(count), MEMBERS)
-  wide = runs.take(cond, rows)
+  wide = runs.take(cond, np.tile(np.arange(count), MEMBERS))
   sizes = sampler.sizes_of(bundle, many, wide, schedule)
   members = [np.arange(count) + member * count for member in range(MEMBERS)]
   at = interventions.where(sizes, steps=0, layers=slice(sizes.L // 2, sizes.L * 3 // 4))
   edit = interventions.ensemble_runs(interventions.identity(sizes), at, members, keep="first")
   start = sampler.start(many, schedule.solver)
-  _, trace, state = sampler.denoise(bundle, many, wide, schedule[0:1], edit, taps, start)
-  host = jax.tree.map(np.asarray, trace)
-  first = dataclasses.replace(
-    host,
-    finite=host.finite[:, :count],
-    x0=None if host.x0 is None else host.x0[:, :count],
+  if mesh is not None:
+    many, wide, start = (runs.place(tree, mesh) for tree in (many, wide, start))
+    edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    _, trace, state = sampler.denoise(bundle, many, wide, schedule[0:1], edit, taps, start)
+  on_piece(runs.first_runs(jax.tree.map(np.asarray, trace), count), slice(0, 1), slice(0, count))
+  return runs.run(
+    bundle,
+    noise,
+    cond,
+    schedule[1:],
+    taps=taps,
+    piece=piece,
+    mesh=mesh,
+    on_piece=lambda trace, rows, part: on_piece(trace, slice(rows.start + 1, rows.stop + 1), part),
+    state=runs.take(state, np.arange(count)),
   )
-  on_piece(first, slice(0, 1), slice(0, count))
-  state = runs.take(state, np.arange(count))
-  for at_steps in runs.pieces(len(schedule) - 1, piece):
-    place = slice(at_steps.start + 1, at_steps.stop + 1)
-    _, trace, state = sampler.denoise(bundle, noise, cond, schedule[place], None, taps, state)
-    on_piece(jax.tree.map(np.asarray, trace), place, slice(0, count))
-  return np.asarray(state.latents)
 
 
 def read_answers(sample: Sample, guesses: np.ndarray, sigma: np.ndarray) -> Mapping[str, Any]:
@@ -278,10 +382,9 @@ def read_answers(sample: Sample, guesses: np.ndarray, sigma: np.ndarray) -> Mapp
 
 
 def write_steps(folder: Path, sample: Sample, guesses: Mapping[int, np.ndarray]) -> None:
-  """Writes steps/SPLIT/TASK/00000/step_000.mp4, as the official tools name them."""
-  place = folder / videos.STEPS / sample.key
-  with disk(place):
-    remove(place)
-    place.mkdir(parents=True)
+  """Writes the guesses of the video at some steps."""
   for step, frames in guesses.items():
-    media.write_mp4(place / f"step_{step:03d}.mp4", frames, fps=layout.FPS)
+    path = step_file(folder, sample, step)
+    with disk(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    media.write_mp4(path, frames, fps=layout.FPS)

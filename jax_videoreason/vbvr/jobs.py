@@ -2,6 +2,7 @@
 the official run."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from jax_videoreason import framing, plan
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import LatentSpec
+from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import suite
 from jax_videoreason.vbvr.samples import OWN, Data, Sample
 
@@ -26,6 +27,9 @@ OFFICIAL: dict[str, Any] = {
   "tiles": "diffsynth",
 }
 OFFICIAL_BOUNDARY = 0.875  # of a model with two experts
+# sha256 of Wan's stock negative prompt (`configs.common.NEGATIVE_PROMPT`)
+OFFICIAL_NEGATIVE = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+STACKS = {"official": "Wan's own code", "diffusers": "diffusers"}  # other numerics
 BATCH_TOKENS = 32_768  # tokens that are denoised together where the settings do not say
 MEMBERS = 3  # runs of the ensemble
 NONE, PAPER = "none", "paper"
@@ -38,7 +42,8 @@ class Job:
   name: of the folder; None = the model's. seeds: each has a folder of its own.
   max_area: pixels of a frame at most, frames: of every video; None = as the benchmark has them.
   ensemble: NONE or PAPER. steps: denoising steps whose guess of the video is kept as step_000.mp4.
-  part: (i, n), every n-th unit from the i-th on, counted from 0, for n machines at once.
+  layers: after which the tokens are looked at, with maps of these steps.
+  part: (i, n), every n-th unit from the i-th on, counted from 0, for n commands at once.
   """
 
   name: str | None = None
@@ -47,6 +52,7 @@ class Job:
   frames: int | None = None
   ensemble: str = NONE
   steps: tuple[int, ...] = ()
+  layers: tuple[int, ...] = ()
   part: tuple[int, int] = (0, 1)
 
 
@@ -159,9 +165,9 @@ def official(ensemble: str = NONE) -> list[plan.Work]:
   return by_shape(model, chosen, [(LONGEST, 1)] * videos, job)
 
 
-def deviations(chosen: SampleSettings, data: Data, job: Job, seed: int, experts: int) -> list[str]:
+def deviations(chosen: SampleSettings, data: Data, job: Job, seed: int, card: Card) -> list[str]:
   """How the settings differ from those of the official run, a few words each; none for own tasks
-  but for a smaller size or another frame count."""
+  but for a smaller size or another frame count. card: of the model."""
   said = []
   if job.max_area is not None:
     said.append(f"frames of at most {job.max_area} pixels, official those of the first frame")
@@ -170,15 +176,20 @@ def deviations(chosen: SampleSettings, data: Data, job: Job, seed: int, experts:
   if data.name == OWN:
     return said
   wanted = dict(OFFICIAL)
-  if experts == 2:
+  if card.boundary is not None:
     wanted["boundary"] = OFFICIAL_BOUNDARY
+    if chosen.boundary is None:
+      chosen = dataclasses.replace(chosen, boundary=card.boundary)
   for key, value in wanted.items():
     own = getattr(chosen, key)
     own = own[:1] if key == "guidance" and len(set(own)) == 1 else own
     if own != value:
       said.append(f"{key} {_bare(own)}, official {_bare(value)}")
-  if not chosen.negative_prompt:
-    said.append("no negative prompt, official that of Wan")
+  if hashlib.sha256(chosen.negative_prompt.encode()).hexdigest() != OFFICIAL_NEGATIVE:
+    own = "another" if chosen.negative_prompt else "no"
+    said.append(f"{own} negative prompt, official that of Wan")
+  if card.numerics in STACKS:
+    said.append(f"arithmetic of {STACKS[card.numerics]}, official that of DiffSynth")
   if seed != OFFICIAL_SEED:
     said.append(f"seed {seed}, official {OFFICIAL_SEED}")
   if job.ensemble != NONE:

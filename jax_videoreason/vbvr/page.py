@@ -37,6 +37,7 @@ def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, An
     ),
     "tasks": tasks(made, systems),
     "number": table.number,
+    "chance": table.chance,
   }
 
 

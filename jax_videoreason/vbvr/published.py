@@ -43,15 +43,3 @@ def _rows(table: str) -> dict[str, Scores]:
 
 
 BENCH = _rows(_TABLE)
-
-# VBVR-Pro-Bench (August 2026): another scorer, so its numbers are of another kind.
-PRO = _rows(
-  """
-VBVR-Pro-Wan2.2-14B | .670
-VBVR-Wan2.2 | .517
-SeedDance 2.0 | .499
-Veo 3.1 | .309
-Wan2.2-I2V-A14B | .182
-Wan2.2-TI2V-5B | .094
-"""
-)

@@ -59,6 +59,11 @@ class Sample:
     """Whether it is a case of a task of ours, which our scorers read."""
     return is_own(self.metadata)
 
+  @property
+  def pro(self) -> bool:
+    """Whether it is of VBVR-Pro-Bench, whose scorer needs metadata.json."""
+    return bool(self.metadata) and not self.own
+
   def first(self) -> np.ndarray:
     """first_frame, uint8 height width 3."""
     path = self.folder / "first_frame.png"
@@ -364,7 +369,7 @@ def _data(root: Path, samples: Sequence[Sample], part: bool) -> Data:
   elif len(official) < len(samples):
     name = MIXED
   else:
-    name = PRO if all(s.metadata for s in official) else BENCH
+    name = PRO if all(s.pro for s in official) else BENCH
   there = {s.task for s in samples}
   splits = {s.split for s in official}
   absent = [t for t, (split, _) in suite.OFFICIAL.items() if split in splits and t not in there]

@@ -77,22 +77,15 @@ def score(
   advance: told of every sample.
 
   Raises:
-    ValueError: videos that are missing, that the data does not ask for, that were made for other
-      data or changed since; samples whose evaluator raised or hung; a ground truth that does not
-      decode. OSError: `out` can't be written.
+    ValueError: samples that the EvalKit can't score (`scorable`); videos that are missing, that the
+      data does not ask for, that were made for other data or changed since; samples whose evaluator
+      raised or hung; a ground truth that does not decode. OSError: `out` can't be written.
   """
   out = Path(out)
-  official = [sample for sample in data.samples if not sample.own]
-  if official and kit is None:
+  if scorable(data) and kit is None:
     raise ValueError(
       f"{data.root} holds samples of {data.name}, which the official EvalKit scores: give its "
       "folder as --evalkit."
-    )
-  unlisted = [sample.key for sample in official if sample.picture is not None]
-  if unlisted:
-    raise ValueError(
-      f"{listing(unlisted)}: the EvalKit reads first_frame.png and final_frame.png from their "
-      "folders, VBVR-Bench.json is not enough: download the folders too."
     )
   for name in (PROBLEMS, CLIPS):
     if name in systems:
@@ -115,6 +108,28 @@ def score(
       )
     write_json(out / name / RESULT, plain(result))
   return results
+
+
+def scorable(data: Data) -> bool:
+  """Whether the data needs the EvalKit; our own scorers read cases of our own tasks.
+
+  Raises ValueError for samples that the EvalKit can't score.
+  """
+  official = [sample for sample in data.samples if not sample.own]
+  pro = [sample.key for sample in official if sample.pro]
+  if pro:
+    raise ValueError(
+      f"{listing(pro)}: metadata.json is there, so these samples are of VBVR-Pro-Bench, which the "
+      "EvalKit would score by the rules of VBVR-Bench: give the videos to run_evaluation_video.py "
+      "of Video-Reason/VBVR-Pro-Bench, or remove metadata.json if they are of VBVR-Bench."
+    )
+  unlisted = [sample.key for sample in official if sample.picture is not None]
+  if unlisted:
+    raise ValueError(
+      f"{listing(unlisted)}: the EvalKit reads first_frame.png and final_frame.png from their "
+      "folders, VBVR-Bench.json is not enough: download the folders too."
+    )
+  return bool(official)
 
 
 def missing(folder: Path, data: Data) -> list[str]:

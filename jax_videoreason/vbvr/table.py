@@ -97,11 +97,8 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
   order = list(baselines.CLIPS)
   systems.sort(key=lambda s: -1 if s.baseline is None else order.index(s.baseline))
   shared = {key: results[0][key] for key in ("benchmark", "data", "evalkit", "version", "tasks")}
-  return systems, {**shared, "samples": results[0]["expected"], "whole": _whole(results)}
-
-
-def _whole(results: Sequence[Mapping[str, Any]]) -> bool:
-  return all(result["whole"] for result in results)
+  whole = all(result["whole"] for result in results)
+  return systems, {**shared, "samples": results[0]["expected"], "whole": whole}
 
 
 def _joined(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> System:
@@ -139,10 +136,7 @@ def _joined(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Sy
 def table(systems: Sequence[System], shared: Mapping[str, Any]) -> dict[str, Any]:
   """All numbers of the table, as JSON can say them."""
   truth = next((s for s in systems if s.baseline == baselines.TRUTH), None)
-  rows = {
-    samples.BENCH: published.BENCH,
-    samples.PRO: published.PRO,
-  }.get(shared["benchmark"], {})
+  rows = published.BENCH if shared["benchmark"] == samples.BENCH else {}
   return {
     **shared,
     "systems": [said(system, truth) for system in systems],
@@ -261,6 +255,13 @@ def number(found: Mapping[str, Any] | None) -> str:
   if found["low"] is None:
     return f"{found['estimate']:.3f}"
   return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def chance(p: float | None) -> str:
+  """A p-value; never "0.000"."""
+  if p is None:
+    return "-"
+  return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
 def remarks(row: Mapping[str, Any]) -> str:

@@ -15,16 +15,18 @@ from einops import reduce
 
 from jax_videoreason import folders, media
 from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
+from jax_videoreason.sweep import LOCK
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
-ASKED, RECORDS, STEPS, MANIFEST = "generation.json", "records", "steps", "manifest.json"
+ASKED, MANIFEST = "generation.json", "manifest.json"
+RECORDS, STEPS, MAPS = "records", "steps", "feature_maps"
 
 
 def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
   """Makes the folder of a model ready, as `folders.begin` does."""
-  owned = (ASKED, RECORDS, STEPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
-  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
+  owned = (ASKED, RECORDS, STEPS, MAPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
+  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo, ignored=(LOCK,))
 
 
 def place(folder: Path, sample: Sample) -> Path:

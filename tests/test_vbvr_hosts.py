@@ -1,0 +1,226 @@
+"""`vbvr generate` by several processes, commands and devices: shared work, and what stops it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import helpers
+from jax_videoreason import cli, media, settings, sweep
+from jax_videoreason.vbvr import generate, jobs, samples, videos
+
+STEPS = "--config.steps=2"
+SETTINGS = settings.from_config(
+  {"checkpoint": "mini", "frames": 17, "height": 32, "width": 32, "steps": 2, "batch": 1}
+)
+
+
+def call(*words) -> int:
+  return cli.main(["vbvr", *map(str, words)])
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory) -> Path:
+  """Five cases of one task of ours."""
+  root = tmp_path_factory.mktemp("hosts") / "cases"
+  words = ["tasks", "export", "--tasks=pick", "--size=32", "--cases=5", f"--out={root}"]
+  assert cli.main(words) == 0
+  return root
+
+
+@pytest.fixture
+def stubs(monkeypatch) -> dict[str, list]:
+  """What generate loads and makes is noted; videos are stills, made without a model."""
+  noted = {"loads": [], "made": []}
+
+  def make(folder, bundle, chosen, job, unit, *_):
+    for sample in unit.samples:
+      noted["made"].append(sample.index)
+      videos.put(folder, sample, np.stack([sample.first()] * sample.frames))
+
+  monkeypatch.setattr(generate, "encode", lambda chosen, some, mesh: [None] * len(some))
+  monkeypatch.setattr(generate, "load", lambda chosen, mesh: noted["loads"].append(1))
+  monkeypatch.setattr(generate, "make", make)
+  return noted
+
+
+def test_processes_share_the_units_and_load_together(cases, stubs, tmp_path, monkeypatch):
+  monkeypatch.setattr(generate, "ROUND_BYTES", 1)  # a round for every unit
+  data, places = samples.load(cases), []
+  shares = []
+  for number in range(2):
+    stubs["loads"].clear(), stubs["made"].clear()
+    generate.generate(tmp_path, SETTINGS, data, jobs.Job(), process=(number, 2), meet=places.append)
+    shares.append((list(stubs["made"]), len(stubs["loads"])))
+  # of five units; the process with less to do loads as often, for loading is a meeting
+  assert shares == [([0, 2, 4], 3), ([1, 3], 3)]
+  assert places == ["begun", "done", "finished"] * 2
+  assert not (tmp_path / "mini" / "manifest.json").exists()  # the second process writes none
+
+
+def test_the_first_process_writes_the_manifest_when_all_is_there(cases, stubs, tmp_path):
+  data = samples.load(cases)
+  others = {"done": lambda: generate.generate(tmp_path, SETTINGS, data, jobs.Job(), process=(1, 2))}
+  generate.generate(
+    tmp_path,
+    SETTINGS,
+    data,
+    jobs.Job(),
+    process=(0, 2),
+    meet=lambda place: others.pop(place, lambda: None)(),
+  )
+  manifest = json.loads((tmp_path / "mini" / "manifest.json").read_text())
+  assert manifest["processes"] == 2 and manifest["seed"] == 1
+
+
+def test_a_second_command_in_the_same_folder_is_refused(cases, stubs, tmp_path, capsys):
+  with sweep.held(tmp_path / "mini"):
+    assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}") == 2
+    assert f"another command works in {tmp_path / 'mini'}" in capsys.readouterr().err
+    # parts are several commands on purpose
+    assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}", "--part=2/2") == 0
+  assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}", "--part=1/2") == 0
+  assert sorted(stubs["made"]) == [0, 1, 2, 3, 4]
+
+
+def test_redo_never_removes_the_videos_of_other_parts(cases, stubs, tmp_path, capsys):
+  words = [f"--data={cases}", STEPS, f"--out={tmp_path}", "--part=1/2"]
+  assert call("generate", *words) == 0
+  assert call("generate", *words, "--redo") == 2
+  assert "--redo would remove the videos of the other parts than 1/2" in capsys.readouterr().err
+
+
+def test_steps_asked_for_later_are_made_later(cases, stubs, tmp_path):
+  words = [f"--data={cases}", STEPS, f"--out={tmp_path}"]
+  assert call("generate", *words) == 0
+  stubs["made"].clear()
+  assert call("generate", *words) == 0 and stubs["made"] == []
+  assert call("generate", *words, "--keep-steps=1") == 0
+  assert sorted(stubs["made"]) == [0, 1, 2, 3, 4]
+
+
+# The real command
+
+
+def two(cases: Path, out: Path, number: int, port: int) -> subprocess.Popen:
+  """One of two processes; each sample is a unit."""
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": str(number),
+  }
+  words = ["vbvr", "generate", f"--data={cases}", STEPS, "--config.batch=1", f"--out={out}"]
+  return subprocess.Popen(
+    [sys.executable, "-m", "jax_videoreason", *words],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+
+
+@pytest.fixture(scope="session")
+def alone(cases, tmp_path_factory) -> Path:
+  """The videos of one process on one device, all in one batch, with maps of the tokens."""
+  out = tmp_path_factory.mktemp("alone")
+  words = [f"--data={cases}", STEPS, "--keep-steps=1", "--token-layers=0,11", f"--out={out}"]
+  assert call("generate", *words) == 0
+  return out / "mini"
+
+
+def same(folder: Path, wanted: Path, cases: Path) -> None:
+  """Both have all videos: the same answers at every step, pixels within what batches change."""
+  for sample in samples.load(cases).samples:
+    ours, theirs = (videos.record_of(place, sample) for place in (folder, wanted))
+    assert ours is not None and theirs is not None
+    assert ours["answers"]["answer"] == theirs["answers"]["answer"]
+    of = [media.read_mp4(videos.place(place, sample))[0].astype(int) for place in (folder, wanted)]
+    assert np.abs(of[0] - of[1]).mean() < 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_videos_of_one(cases, alone, tmp_path):
+  port = helpers.free_port()
+  both = [two(cases, tmp_path, number, port) for number in range(2)]
+  said = [process.communicate(timeout=400) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  same(tmp_path / "mini", alone, cases)
+  assert json.loads((tmp_path / "mini" / "manifest.json").read_text())["processes"] == 2
+  assert "videos:" in said[0][0] and "videos:" not in said[1][0]  # only the first process speaks
+
+
+@pytest.mark.slow
+def test_when_a_process_dies_the_other_ends_soon_and_the_restart_goes_on(cases, alone, tmp_path):
+  port = helpers.free_port()
+  first, second = (two(cases, tmp_path, number, port) for number in range(2))
+  while not (tmp_path / "mini" / "generation.json").exists():
+    assert first.poll() is None
+    time.sleep(0.1)
+  second.send_signal(signal.SIGKILL)
+  second.communicate()
+  began = time.monotonic()
+  _, said = first.communicate(timeout=200)
+  assert time.monotonic() - began < 120
+  assert first.returncode != 0 and said.strip()
+  assert not (tmp_path / "mini" / "manifest.json").exists()
+  words = [f"--data={cases}", STEPS, "--config.batch=1", f"--out={tmp_path}"]
+  assert call("generate", *words) == 0
+  same(tmp_path / "mini", alone, cases)
+
+
+@pytest.fixture
+def few(cases, tmp_path) -> Path:
+  """Two of the cases."""
+  for number in range(2):
+    place = f"pick/{number:05d}"
+    shutil.copytree(cases / place, tmp_path / "few" / place)
+  return tmp_path / "few"
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_make_the_videos_of_one(few, alone, tmp_path):
+  words = [f"--data={few}", STEPS, f"--out={tmp_path / 'mesh'}", "--mesh=fsdp=2,context=2"]
+  assert call("generate", *words) == 0
+  same(tmp_path / "mesh" / "mini", alone, few)
+
+
+@pytest.mark.slow
+def test_an_ensemble_on_a_mesh_is_that_of_one_device(few, tmp_path):
+  words = [f"--data={few}", STEPS, "--ensemble=paper"]
+  assert call("generate", *words, f"--out={tmp_path / 'mesh'}", "--mesh=fsdp=2,context=2") == 0
+  assert call("generate", *words, f"--out={tmp_path / 'one'}") == 0
+  same(*(tmp_path / name / "mini-ensemble" for name in ("mesh", "one")), few)
+
+
+@pytest.mark.slow
+def test_maps_of_the_tokens_lie_beside_the_videos(alone):
+  place = alone / "feature_maps" / "id" / "pick" / "00000"
+  assert (place / "tokens.npz").is_file()
+  assert (place / "step_0001" / "L11_pca.png").is_file()
+  assert (alone / "steps" / "id" / "pick" / "00000" / "step_001.mp4").is_file()
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--token-layers=0"], "give --keep-steps too"),
+    (["--keep-steps=1", "--token-layers=0,12"], "--token-layers=0,12, wanted layers below 12"),
+    (["--mesh=wide=2"], "'wide=2', wanted axes of seed, fsdp, context"),
+    (["--mesh=fsdp=64"], "takes 64 devices"),
+    (["--mesh=seed=2", "--ensemble=paper"], "give a --mesh of fsdp and context"),
+  ],
+)
+def test_what_cannot_be_made_is_refused(cases, tmp_path, capsys, words, said):
+  assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}", *words) == 2
+  assert said in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

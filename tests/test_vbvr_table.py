@@ -1,0 +1,153 @@
+"""The table of scores: paired, with intervals, of the same samples and scorers, escaped, marked."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_videoreason import cli
+from jax_videoreason.vbvr import published, scores, suite, table
+
+
+def call(*words) -> int:
+  return cli.main(["vbvr", *map(str, words)])
+
+
+def test_published_rows_are_the_means_of_their_parts():
+  for row in published.BENCH.values():
+    if "in-domain" in row:
+      assert row["overall"] == pytest.approx(
+        (row["in-domain"] + row["out-of-domain"]) / 2, abs=2e-3
+      )
+      for split, domain in suite.SPLITS.items():
+        parts = [row[f"{domain} {f}"] for s, f in suite.OFFICIAL.values() if s == split]
+        assert row[domain] == pytest.approx(np.mean(parts), abs=0.03)
+
+
+def system(name, values, *, baseline=None, seed=None, noise=0.0, **more) -> dict:
+  """A result.json of 20 tasks of 5 samples; values: the score of every sample of a task."""
+  rows = []
+  names = suite.official("In-Domain_50")[:10] + suite.official("Out-of-Domain_50")[:10]
+  rng = np.random.default_rng(0)
+  for task, value in zip(names, values, strict=True):
+    split, faculty = suite.OFFICIAL[task]
+    for index in range(5):
+      rows.append(
+        {
+          "key": f"{split}/{task}/{index:05d}", "split": split, "domain": suite.SPLITS[split],
+          "task": task, "index": index, "faculty": faculty, "prompt": "p", "broken": False,
+          "score": float(value + noise * rng.uniform(-1, 1)), "error": None,
+        }
+      )  # fmt: skip
+  return {
+    "format": scores.FORMAT, "name": name, "model": name.partition("-seed")[0], "seed": seed,
+    "baseline": baseline, "deviations": [], "settings": {"steps": 50, "seed": seed},
+    "benchmark": "VBVR-Bench", "data": "d", "tasks": 20, "whole": False, "expected": 100,
+    "missing": [], "errors": [], "broken": [], "version": "0",
+    "evalkit": {"entry": "run_evaluation.py", "commit": "275472f", "digest": "x", "versions": {}},
+    "summary": {}, "samples": rows, **more,
+  }  # fmt: skip
+
+
+def written(root: Path, *results: dict) -> list[Path]:
+  for result in results:
+    (root / result["name"]).mkdir()
+    (root / result["name"] / "result.json").write_text(json.dumps(result))
+  return [root / result["name"] for result in results]
+
+
+def test_differences_are_paired_and_intervals_cover_tasks_and_samples(tmp_path):
+  base = np.linspace(0.1, 0.9, 20)
+  gain = np.where(np.arange(20) % 2, 0.3, -0.1)  # of every second task
+  places = written(
+    tmp_path,
+    system("plain", base),
+    system("better", base + 0.05),
+    system("mixed", base + gain, noise=0.01),
+    system("truth", np.ones(20), baseline="truth"),
+  )
+  made = table.table(*table.load(places))
+  of = {(d["a"], d["b"]): d["scores"]["overall"] for d in made["differences"]}
+  steady = of["plain", "better"]
+  assert steady["estimate"] == pytest.approx(-0.05)
+  assert steady["p"] < 0.001
+  mixed = of["plain", "mixed"]
+  assert mixed["estimate"] == pytest.approx(-0.1, abs=0.01)
+  assert mixed["low"] < mixed["over_samples"]["low"] < mixed["over_samples"]["high"] < mixed["high"]
+  assert ("plain", "truth") in of and ("truth", "plain") not in of
+  row = made["systems"][0]["scores"]
+  assert row["overall"]["estimate"] == pytest.approx(0.5)
+  assert row["overall"]["of_truth"] == pytest.approx(0.5)
+  assert row["overall"]["tasks"] == 20 and row["overall"]["samples"] == 100
+  assert {c for c in row} <= set(published.COLUMNS)
+
+
+@pytest.mark.parametrize(
+  ("p", "said"), [(None, "-"), (0.0001, "<0.001"), (0.001, "0.001"), (0.25, "0.250")]
+)
+def test_a_p_value_is_never_said_to_be_zero(p, said):
+  assert table.chance(p) == said
+
+
+def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):
+  places = written(
+    tmp_path,
+    system("wan", np.full(20, 0.2), seed=1),
+    system("wan-seed2", np.full(20, 0.6), seed=2),
+  )
+  (row,) = table.table(*table.load([tmp_path]))["systems"]
+  assert (row["name"], row["seeds"]) == ("wan", [1, 2])
+  assert row["scores"]["overall"]["estimate"] == pytest.approx(0.4)
+  assert row["scores"]["overall"]["samples"] == 100
+  assert len(table.find(places)) == 2
+
+
+@pytest.mark.parametrize(
+  ("changed", "said"),
+  [
+    ({"data": "other"}, "scored with other data than"),
+    ({"evalkit": None}, "another EvalKit or other packages"),
+    ({"format": 0}, "of another version"),
+  ],
+)
+def test_scores_of_different_things_share_no_table(tmp_path, changed, said):
+  written(tmp_path, system("a", np.ones(20)), system("b", np.ones(20), **changed))
+  with pytest.raises(ValueError, match=said):
+    table.load([tmp_path])
+
+
+def test_published_rows_are_marked_everywhere(tmp_path, capsys):
+  place = written(tmp_path, system("wan_2", np.linspace(0, 1, 20)))[0]
+  out = tmp_path / "table"
+  assert call("table", place, f"--out={out}") == 0
+  assert "published, of all 500 samples; not computed here" in capsys.readouterr().out
+  latex = (out / "table.tex").read_text()
+  assert r"Sora 2$^\dagger$ & .546 & .569" in latex
+  assert r"wan\_2 & .500" in latex and "As published" in latex
+  page = (out / "report.html").read_text()
+  assert page.count("published</span>") == len(published.BENCH)
+  for line in re.findall(r"^.* & .*\\\\$", latex, re.MULTILINE):
+    assert line.count("&") == len(published.COLUMNS)
+
+
+def test_prompts_and_names_are_escaped(tmp_path):
+  result = system("<b>bold</b>", np.ones(20))
+  for row in result["samples"]:
+    row["prompt"] = "<script>alert(1)</script>"
+  result["name"] = "x"
+  place = written(tmp_path, result)[0]
+  renamed = json.loads((place / "result.json").read_text())
+  renamed["name"] = "<b>bold</b>"
+  (place / "result.json").write_text(json.dumps(renamed))
+  assert call("table", place, f"--out={tmp_path / 'table'}") == 0
+  page = (tmp_path / "table" / "report.html").read_text()
+  assert "<script>" not in page and "<b>bold" not in page
+  assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_table_of_nothing_is_refused(tmp_path, capsys):
+  assert call("table", tmp_path) == 2
+  assert "holds no result.json" in capsys.readouterr().err
+  assert call("table") == 2

@@ -37,7 +37,7 @@ from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Trace
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.vbvr import layout, tokens, videos
-from jax_videoreason.vbvr.jobs import MEMBERS, PAPER, Job, Shape, Unit, deviations, folder_of, units
+from jax_videoreason.vbvr.jobs import MEMBERS, PAPER, Job, Unit, deviations, folder_of, units
 from jax_videoreason.vbvr.samples import Data, Sample
 from jax_videoreason.vbvr.tokens import Tokens
 
@@ -226,30 +226,24 @@ def encode(chosen: SampleSettings, some: Sequence[Unit], mesh: Mesh | None) -> l
   """The conditioning of each unit, in host memory."""
   bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh)
   encoded = []
+  image_input, tower = bundle.parts.dit.config.image_input, bundle.parts.dit.config.clip_width
+  stack = bundle.card.numerics
   for unit in some:
-    first = np.stack([first_frame(s, unit.shape, bundle.card.numerics) for s in unit.samples])
+    pictures = [sample.first() for sample in unit.samples]
+    first = [framing.stretched(p, unit.shape.height, unit.shape.width, stack) for p in pictures]
+    shown = [framing.shown_to_clip(*pair, stack) for pair in zip(pictures, first, strict=True)]
     cond = conditioning.encode(
       bundle,
       [sample.prompt for sample in unit.samples],
-      None if bundle.parts.dit.config.image_input == "none" else first,
+      None if image_input == "none" else np.stack(first),
       frames=unit.shape.frames,
       negative_prompt=chosen.negative_prompt,
       guided=chosen.guided,
       tiles=chosen.tiles,
+      clip=None if tower is None else conditioning.image_tokens(bundle, shown),
     )
     encoded.append(jax.tree.map(np.asarray, cond))
   return encoded
-
-
-def first_frame(sample: Sample, shape: Shape, stack: str) -> np.ndarray:
-  """first_frame at the size of the model; as it is where that is its own size."""
-  image = sample.first()
-  if image.shape[:2] == (shape.height, shape.width):
-    return image
-  made = framing.stretched(image, shape.height, shape.width, stack)
-  if made.dtype == np.uint8:
-    return made
-  return np.round(127.5 * (np.clip(made, -1, 1) + 1)).astype(np.uint8)
 
 
 def make(

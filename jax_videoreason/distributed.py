@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -73,7 +74,7 @@ def meet(place: str) -> None:
 def put(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
   """x, which every process holds whole, on a mesh; each keeps the parts of its devices."""
   place = NamedSharding(mesh, spec)
-  if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or place.is_fully_addressable:
+  if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or place.is_fully_addressable:
     return jax.device_put(x, place)
   # device_put takes no typed keys to the devices of another process
   data = jax.device_put(np.asarray(jax.random.key_data(x)), place)

@@ -135,7 +135,7 @@ def mesh_of(axes: str | None, processes: int) -> Mesh | None:
       f"--mesh={axes} for {processes} processes with {there} devices in all, wanted a mesh of all "
       f"of them, as --mesh fsdp={there}."
     )
-  return sharding.make_mesh(**sizes)
+  return sharding.make_mesh(sizes["seed"], sizes["fsdp"], sizes["context"])
 
 
 def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:

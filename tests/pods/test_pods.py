@@ -110,4 +110,4 @@ def test_a_slice_that_is_none_is_said_in_a_sentence():
 def test_what_does_not_fit_is_said_by_the_compiler():
   found = planned("wan22_i2v_a14b:480p,steps=1", "v5e:2x2")
   assert not found["fits"]
-  assert found["refused"].startswith("Used ")
+  assert "exceeds available HBM (15.75G)" in found["refused"]

@@ -44,7 +44,7 @@ SHOWN = {
   "layer_swap": ("flip", "pull_first"),
   "ensemble": ("gain",),
   "frames": ("drop",),
-  "probes": ("perception", "reasoning", "selectivity-maze_ next cell"),
+  "probes": ("perception", "reasoning", "selectivity"),
   "early": ("success", "early_readout"),
   "behaviours": ("score", "memory_selectivity"),
   "controls": ("sensitivity",),

@@ -19,6 +19,7 @@ INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW = "#56B4E9", "#E69F00"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
+PANELS = 4
 
 
 def film_strip(
@@ -169,7 +170,7 @@ def heat_maps(
   marked: Mapping[str, np.ndarray] | None = None,
   title: str = "",
 ) -> None:
-  """Draws maps (rows y, columns x) side by side on one scale.
+  """Draws maps (rows y, columns x) side by side on one scale, `PANELS` to a row.
 
   marked: bool maps of the same shapes, cells that stand out and get a dot. Where values of both
   signs occur the scale is even about 0; NaN is left white.
@@ -182,8 +183,15 @@ def heat_maps(
     low, high = -max(-low, high), max(-low, high)
   count = len(panels)
   wide, tall = min(4.2, 1.6 + 0.16 * len(x)), min(4.6, 1.3 + 0.16 * len(y))
-  figure = Figure(figsize=(wide * count + 0.9, tall + 0.4), facecolor="white", layout="constrained")
-  each = figure.subplots(1, count, squeeze=False)[0]
+  across = min(count, PANELS)
+  down = -(-count // across)
+  size = (wide * across + 0.9, (tall + 0.4) * down)
+  figure = Figure(figsize=size, facecolor="white", layout="constrained")
+  grid = figure.subplots(down, across, squeeze=False)
+  each = list(grid.ravel())
+  for empty in each[count:]:
+    empty.set_axis_off()
+  each = each[:count]
   picture = None
   for axes, (name, value) in zip(each, panels.items(), strict=True):
     colours = "RdBu_r" if signed else "viridis"
@@ -198,7 +206,8 @@ def heat_maps(
       ticks(shown, [str(labels[i]) for i in shown])
     axes.tick_params(colors=MUTED, labelsize=7, length=2)
     axes.set_xlabel(x_name, color=INK, fontsize=8)
-  each[0].set_ylabel(y_name, color=INK, fontsize=8)
+  for first in grid[:, 0]:
+    first.set_ylabel(y_name, color=INK, fontsize=8)
   if title:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold", color=INK)
   if picture is not None:

@@ -4,7 +4,7 @@ seeds, to filter by task, success and flips. Opens offline."""
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from einops import rearrange
@@ -13,6 +13,8 @@ from jax_videoreason import media
 from jax_videoreason.folders import atomic
 from jax_videoreason.report import environment, inline
 from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
+
+T = TypeVar("T")
 
 MOST_CARDS = 400  # of a page; the table on disk has all
 OUTCOMES = {"all": "every seed right", "some": "some seeds right", "none": "no seed right"}
@@ -38,7 +40,7 @@ def contents(sweep: Sweep) -> dict[str, Any]:
   kinds: dict[tuple[str, str], list[list[Row]]] = {}
   for rows in groups.values():
     kinds.setdefault((rows[0]["task"], rows[0]["edit"]), []).append(rows)
-  shown = list(groups.values())[:MOST_CARDS]
+  shown = spread(list(kinds.values()), MOST_CARDS)
   return {
     "name": sweep.path.resolve().name,
     "asked": sweep.asked,
@@ -55,6 +57,15 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     "broken": [row for row in sweep.rows if row["broken_at"] is not None],
     "events": sweep.events,
   }
+
+
+def spread(kinds: Sequence[Sequence[T]], most: int) -> list[T]:
+  """At most `most` members, as many of each kind as there is room for; kind by kind, in order."""
+  places = sorted(
+    (place, kind) for kind, members in enumerate(kinds) for place in range(len(members))
+  )
+  chosen = sorted((kind, place) for place, kind in places[:most])
+  return [kinds[kind][place] for kind, place in chosen]
 
 
 def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:

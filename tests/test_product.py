@@ -76,6 +76,12 @@ def made(edits=None, **changes) -> factors.Product:
 # What it leaves
 
 
+def test_a_page_with_too_many_cases_has_some_of_every_kind():
+  kinds = [["a0", "a1", "a2"], ["b0"], ["c0", "c1", "c2"]]
+  assert gallery.spread(kinds, 5) == ["a0", "a1", "b0", "c0", "c1"]
+  assert gallery.spread(kinds, 100) == ["a0", "a1", "a2", "b0", "c0", "c1", "c2"]
+
+
 def test_a_row_per_case_seed_and_edit(done):
   found = open_sweep(done)
   assert found.finished

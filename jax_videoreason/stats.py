@@ -6,7 +6,7 @@ are averaged before: they are not independent. Every other axis is carried along
 single number. All random numbers come from the explicit `seed`, and one resampling serves all
 cells, so what cells have in common stays.
 
-Sources: Efron 1987 (BCa); Hesterberg 2015, The American Statistician 69(4) (the percentile interval
+Sources: Clopper and Pearson 1934 (the exact interval of a share); Efron 1987 (BCa); Hesterberg 2015, The American Statistician 69(4) (the percentile interval
 widened for few cases); Westfall and Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no
 p-value of 0).
 """
@@ -18,8 +18,10 @@ from statistics import NormalDist
 import numpy as np
 from einops import rearrange
 from numpy.typing import ArrayLike
+from scipy.special import betaincinv
 
 LEAST = 8  # cases an interval needs: with fewer, resampling knows too little of the spread
+LEAST_MOVING = 6  # of them off the commonest value: what so few show may be missing by chance
 DRAWS = 10_000
 CELLS = 2**24  # numbers held at once while resampling
 NORMAL = NormalDist()
@@ -127,9 +129,9 @@ def bootstrap(
       method,
     )
     low, high = low.reshape(estimate.shape), high.reshape(estimate.shape)
-  still = np.broadcast_to((x == x[:1]).all(0), shape)
+  still = (x == x[:1]).all(0) if statistic is None else np.full(estimate.shape, (x == x[:1]).all())
   note = None
-  if statistic is None and still.any():
+  if still.any():
     low, high = np.where(still, np.nan, low), np.where(still, np.nan, high)
     where = "" if still.ndim == 0 else f" in {int(still.sum())} of {still.size} cells"
     note = f"all {count} cases are equal{where}: resampling shows no spread"
@@ -137,10 +139,10 @@ def bootstrap(
 
 
 def share(hits: ArrayLike, *, seed: int, level: float = 0.95, draws: int = DRAWS) -> Interval:
-  """The share of cases that succeed, with its interval: `bootstrap`, and where all cases agree the
-  exact binomial bound (of N successes in N cases, a share down to (a/2)^(1/N) is not excluded).
+  """The share of cases that succeed, with its exact binomial interval.
 
-  hits: N ..., 0 or 1 (bool), or the share of a case's seeds in 0..1.
+  hits: N ..., 0 or 1 (bool), or the share of a case's seeds in 0..1. A cell with such shares gets
+  the wider of the exact interval, of its mean among N cases, and `bootstrap`.
   """
   x = _cases(hits)
   if x.min() < 0 or x.max() > 1:
@@ -148,12 +150,37 @@ def share(hits: ArrayLike, *, seed: int, level: float = 0.95, draws: int = DRAWS
   found = bootstrap(x, seed=seed, level=level, draws=draws)
   if found.cases < LEAST:
     return found
-  edge = ((1 - level) / 2) ** (1 / found.cases)
-  ones, zeros = (x == 1).all(0), (x == 0).all(0)
-  low = np.where(ones, edge, np.where(zeros, 0.0, found.low))
-  high = np.where(ones, 1.0, np.where(zeros, 1 - edge, found.high))
-  note = found.note if np.isnan(low).any() else None
-  return dataclasses.replace(found, low=low, high=high, note=note)
+  low, high = binomial(found.estimate, found.cases, level=level)
+  whole = ((x == 0) | (x == 1)).all(0)
+  low = np.where(whole, low, np.fmin(low, found.low))
+  high = np.where(whole, high, np.fmax(high, found.high))
+  return dataclasses.replace(found, low=low, high=high, note=None)
+
+
+def binomial(
+  estimate: ArrayLike, cases: int, *, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+  """The exact interval (Clopper and Pearson) of shares among so many cases: (low, high).
+
+  Both grow with the share. A share of a broken number of cases gets the interval between those of
+  its neighbours: a mean of shares spreads no more than one of zeros and ones.
+  """
+  hits = np.asarray(estimate, np.float64) * cases
+  near = np.round(hits)
+  hits = np.clip(np.where(np.abs(hits - near) < 1e-9 * cases, near, hits), 0, cases)
+  tail = (1 - level) / 2
+  some, lacking = hits > 0, hits < cases
+  low = betaincinv(np.where(some, hits, 1), cases - np.where(some, hits, 1) + 1, tail)
+  high = betaincinv(np.where(lacking, hits, 0) + 1, cases - np.where(lacking, hits, 0), 1 - tail)
+  return np.where(some, low, 0.0), np.where(lacking, high, 1.0)
+
+
+def moving(values: ArrayLike) -> tuple[int, np.ndarray]:
+  """(how many cases differ from the commonest case, that case); values: N ..."""
+  x = _cases(values)
+  rows, counts = np.unique(x.reshape(len(x), -1), axis=0, return_counts=True)
+  most = int(counts.argmax())
+  return len(x) - int(counts[most]), rows[most].reshape(x.shape[1:])
 
 
 def paired(

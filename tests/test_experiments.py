@@ -242,6 +242,28 @@ def test_verdicts_follow_the_interval_and_the_smallest_effect_of_interest():
   assert "needs at least" in few.note
 
 
+def test_a_few_cases_that_move_decide_nothing():
+  one = finding(np.r_[np.zeros(15), -0.5], above=0.02)
+  assert one.high < 0.02  # a gain of one case in ten is missing in 16 cases once in five times
+  assert (one.verdict, one.note) == ("can't tell", "only 1 of 16 cases differ from 0")
+  assert one.needed is not None
+  assert one.needed >= 96
+  both = Result(
+    values={"gain": np.r_[np.zeros(15), -0.5], "vote": np.r_[0.5, 0.5, 0.5, np.zeros(13)]},
+    axes={"gain": ("case",), "vote": ("case",)},
+  )
+  beats = Claim(
+    says="s", of=("gain", "vote"), statistic="m", above=0.02,
+    by=lambda rows: (rows[..., 0] - rows[..., 1]).mean(-1),
+  )  # fmt: skip
+  found = results.judge(beats, both)
+  assert (found.verdict, found.note) == ("can't tell", "only 4 of 16 cases differ from (0, 0)")
+  assert finding(np.r_[np.zeros(15), -0.5], above=0.02, exact=True).verdict == "does not hold"
+  assert finding(np.r_[np.zeros(69), 1.0], above=0.06, share=True).verdict == "can't tell"
+  assert finding(np.r_[np.zeros(69), 1.0], above=0.08, share=True).verdict == "does not hold"
+  assert finding(np.r_[np.zeros(10), np.full(6, -0.5)], above=0.02).verdict == "does not hold"
+
+
 def test_a_peak_is_not_told_from_a_coarse_grid():
   curve = np.array([9.0, 1, 2, 5, 2, 1, 0])
   rows = np.tile(curve, (2, 10, 1))

@@ -128,6 +128,7 @@ HOMES = {
   "rich": ("console",),
   "tqdm": ("console",),
   "optax": ("training", "probes"),
+  "scipy": ("stats",),
   "absl": ("cli.", "configs."),
   "ml_collections": ("cli.", "configs."),
   "diffusers": (),

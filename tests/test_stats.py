@@ -44,6 +44,30 @@ def test_twenty_of_twenty_successes_do_not_prove_a_share_of_one():
   assert stats.share(np.zeros(20), seed=0).high == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
+def test_the_interval_of_a_share_is_the_exact_one_and_grows_with_it():
+  rows = np.arange(71)
+  found = stats.share(rows[:70, None] < rows, seed=0, draws=DRAWS)  # k of 70 in column k
+  assert found.high[1] == pytest.approx(0.077, abs=5e-4)
+  assert found.low[1] == pytest.approx(1 - 0.975 ** (1 / 70))
+  assert (np.diff(found.low) > 0).all()
+  assert (np.diff(found.high) > 0).all()
+
+
+def test_shares_of_seeds_get_no_less_than_the_exact_interval_of_their_mean():
+  halves = np.r_[np.full(19, 0.0), 0.5]
+  found = stats.share(halves, seed=0, draws=DRAWS)
+  none, one = (stats.share(np.r_[np.zeros(19), last], seed=0, draws=DRAWS) for last in (0, 1))
+  assert none.high < found.high < one.high
+  steady = stats.share(np.full(20, 0.5), seed=0, draws=DRAWS)  # resampled, it has no width
+  coins = stats.share(np.arange(20) % 2, seed=0, draws=DRAWS)
+  assert (steady.low, steady.high) == (coins.low, coins.high)
+
+
+def test_cases_off_the_commonest_one_are_counted():
+  count, commonest = stats.moving([[0, 1], [0, 1], [2, 1], [0, 1], [0, 3]])
+  assert (count, commonest.tolist()) == (2, [0, 1])
+
+
 def test_fewer_cases_than_an_interval_needs_give_a_statement():
   found = stats.bootstrap(np.arange(3.0), seed=0)
   assert found.estimate == 1.0
@@ -58,6 +82,9 @@ def test_equal_cases_give_a_statement_instead_of_an_interval_of_no_width():
   mixed = stats.bootstrap(np.stack([np.zeros(30), np.arange(30.0)], axis=1), seed=0, draws=DRAWS)
   assert np.isnan(mixed.low).tolist() == [True, False]
   assert "1 of 2 cells" in str(mixed.note)
+  rows = np.tile([0.3, 3.0], (10, 1))  # ten tasks with the same sum and number
+  ratio = stats.bootstrap(rows, seed=0, statistic=lambda x: x[..., 0].sum(1) / x[..., 1].sum(1))
+  assert str(ratio) == "0.10 (all 10 cases are equal: resampling shows no spread)"
 
 
 def test_the_seed_decides_all():

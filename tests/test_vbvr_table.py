@@ -84,6 +84,14 @@ def test_differences_are_paired_and_intervals_cover_tasks_and_samples(tmp_path):
   assert {c for c in row} <= set(published.COLUMNS)
 
 
+def test_tasks_that_are_all_alike_give_no_interval():
+  rows = system("flat", np.full(20, 0.1))["samples"]
+  found = table.over_tasks(rows)
+  assert found["estimate"] == pytest.approx(0.1)
+  assert (found["low"], found["high"]) == (None, None)
+  assert found["note"] == "all 20 cases are equal: resampling shows no spread"
+
+
 @pytest.mark.parametrize(
   ("p", "said"), [(None, "-"), (0.0001, "<0.001"), (0.001, "0.001"), (0.25, "0.250")]
 )

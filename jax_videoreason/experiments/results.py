@@ -148,6 +148,7 @@ def judge(claim: Claim, result: Result) -> Finding:
       claim=claim, estimate=none, low=none, high=none, verdict="can't tell", cases=0, note=lost
     )
   values = values[good]
+  count = len(values)
   if claim.share and claim.by is None:
     found = stats.share(values, seed=SEED)
   else:
@@ -155,40 +156,53 @@ def judge(claim: Claim, result: Result) -> Finding:
   if np.ndim(found.estimate):
     raise ValueError(f"claim {claim.says!r}: {claim.of} is a map, wanted one number per case.")
   estimate, low, high = (float(x) for x in (found.estimate, found.low, found.high))
-  same = len(values) >= stats.LEAST and bool((values == values[:1]).all())
-  if claim.exact and same:
-    low = high = estimate
-  elif claim.by is not None and same:  # resampling shows no spread, which is not that there is none
-    bounds = stats.share(np.full(len(values), estimate), seed=SEED) if claim.share else None
-    low, high = (none, none) if bounds is None else (float(bounds.low), float(bounds.high))
+  moved, commonest = stats.moving(values)
+  own, few = found.note, False
+  if count >= stats.LEAST:
+    if claim.exact and moved == 0:
+      low, high, own = estimate, estimate, None
+    elif claim.share and claim.by is not None:
+      bounds = stats.binomial(estimate, count)
+      low, high, own = float(np.fmin(low, bounds[0])), float(np.fmax(high, bounds[1])), None
+    elif not claim.share and not claim.exact:
+      few = 0 < moved < stats.LEAST_MOVING
   floor = -np.inf if claim.above is None else claim.above
   ceiling = np.inf if claim.below is None else claim.below
-  if low > floor and high < ceiling:
+  needed = None
+  if few:
+    verdict = "can't tell"
+    own = f"only {moved} of {count} cases differ from {_in_short(commonest)}"
+    needed = int(np.ceil(count * stats.LEAST_MOVING / moved))
+  elif low > floor and high < ceiling:
     verdict = "holds"
   elif high < floor or low > ceiling:
     verdict = "does not hold"
   else:
     verdict = "can't tell"
-  alike = f"all {len(values)} cases are equal: resampling shows no spread"
-  own = alike if same and not np.isfinite(low) else found.note
-  note = "; ".join(text for text in (own, lost) if text) or None
-  needed = None
   if verdict == "can't tell" and np.isfinite(low):
     end = min((floor, ceiling), key=lambda end: abs(estimate - end))
     half = high - estimate if end > estimate else estimate - low
     if end != estimate:
-      wanted = len(values) * (half / (end - estimate)) ** 2
-      needed = max(int(np.ceil(wanted)), len(values)) + 1
+      wanted = count * (half / (end - estimate)) ** 2
+      needed = max(int(np.ceil(wanted)), count, needed or 0) + (not few)
   return Finding(
     claim=claim,
     estimate=estimate,
     low=low,
     high=high,
     verdict=verdict,
-    cases=len(values),
+    cases=count,
     needed=needed,
-    note=note,
+    note="; ".join(text for text in (own, lost) if text) or None,
   )
+
+
+def _in_short(case: np.ndarray) -> str:
+  """The numbers of a case, such as "0" or "(0, 0.5)"; of a map only that it is one."""
+  said = [f"{number:g}" for number in np.ravel(case)]
+  if len(said) > 4:
+    return "one and the same map"
+  return said[0] if len(said) == 1 else f"({', '.join(said)})"
 
 
 def _parts(of: str) -> tuple[str, list[tuple[str, str]]]:

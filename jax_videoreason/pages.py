@@ -61,8 +61,7 @@ def render(folder: str | Path) -> Path:
   figures = folder / "figures"
   with disk(figures):
     figures.mkdir(exist_ok=True)
-  effects = set(record["control"] or ())
-  drawn = [made for name in result.values for made in draw(figures, result, name, name in effects)]
+  drawn = [made for name in result.values for made in draw(figures, result, name)]
   page = (
     environment()
     .get_template("result.html.j2")
@@ -91,6 +90,7 @@ def said(claim: Mapping[str, Any]) -> dict[str, Any]:
     **claim,
     "region": claims.region_of(claim),
     "ours": ours,
+    "today": claim.get("today"),
     "kind": claim["verdict"].replace(" ", "-").replace("'", ""),
   }
 
@@ -111,8 +111,8 @@ def averaged(result: Result, name: str, order: Sequence[str]) -> np.ndarray:
   return np.transpose(value, [0, *(1 + axes.index(axis) for axis in order)])
 
 
-def draw(folder: Path, result: Result, name: str, is_effect: bool) -> list[dict[str, Any]]:
-  """The figures of one value: their path and title. is_effect: 0 is what no edit would give."""
+def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
+  """The figures of one value: their path and title."""
   axes = result.axes[name]
   title = result.titles.get(name, name)
   if axes[-2:] == ("y", "x") or axes[-3:] == ("y", "x", "rgb"):
@@ -139,7 +139,7 @@ def draw(folder: Path, result: Result, name: str, is_effect: bool) -> list[dict[
       if len(numeric) == 1:
         curve(path, result, series, numeric, full)
       else:
-        heat(path, result, series, numeric, is_effect)
+        heat(path, result, series, numeric, signed=name in result.signed)
       made.append({"path": path, "title": full, "wide": len(numeric) == 2 and len(names) > 1})
   return made
 
@@ -224,9 +224,10 @@ def heat(
   result: Result,
   rows: Mapping[str, np.ndarray],
   axes: Sequence[str],
-  is_effect: bool,
+  *,
+  signed: bool,
 ) -> None:
-  """Mean maps, the first numeric axis downward."""
+  """Mean maps, the first numeric axis downward; signed: with dots where they differ from 0."""
   shape = next(iter(rows.values())).shape[1:]
   y, x = (
     ticks(result, axis, size, join)
@@ -237,21 +238,23 @@ def heat(
     known = np.isfinite(value)
     count = np.maximum(known.sum(0), 1)
     means[name] = np.where(known.any(0), np.where(known, value, 0).sum(0) / count, np.nan)
-  marked = None
-  cases = next(iter(rows.values()))
-  if is_effect and len(cases) >= stats.LEAST and all(is_whole(v) for v in rows.values()):
-    seed = results.SEED
-    marked = {
-      n: stats.max_statistic(np.nan_to_num(v), seed=seed).significant for n, v in rows.items()
-    }
+  marked = {name: standing_out(value) for name, value in rows.items()} if signed else None
   y_name, x_name = (named(result, axis) for axis in axes)
   plots.heat_maps(path, means, x=x, y=y, x_name=x_name, y_name=y_name, marked=marked)
 
 
-def is_whole(value: np.ndarray) -> bool:
-  """Whether every case has a number at the same cells."""
+def standing_out(value: np.ndarray) -> np.ndarray:
+  """Cells of a map N ... that differ from 0, by `stats.max_statistic` over the whole map.
+
+  Cases without any number are left out. No cell stands out where fewer than `stats.LEAST` are
+  left, or where they have numbers at different cells.
+  """
   known = np.isfinite(value)
-  return bool((known == known[:1]).all())
+  some = known.reshape(len(value), -1).any(1)
+  value, known = value[some], known[some]
+  if len(value) < stats.LEAST or not (known == known[:1]).all():
+    return np.zeros(value.shape[1:], bool)
+  return stats.max_statistic(np.nan_to_num(value), seed=results.SEED).significant
 
 
 def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str, Any]]:
@@ -346,7 +349,7 @@ def render_claims(out: str | Path) -> Path:
   with disk(figures):
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
-  studies = [study_of(path, figures) for path in sorted(out.glob("*/result.json"))]
+  studies = [study_of(out / name / "result.json", figures) for name in table["studies"]]
   page = (
     environment()
     .get_template("claims.html.j2")

@@ -6,9 +6,9 @@ are averaged before: they are not independent. Every other axis is carried along
 single number. All random numbers come from the explicit `seed`, and one resampling serves all
 cells, so what cells have in common stays.
 
-Sources: Clopper and Pearson 1934 (the exact interval of a share); Efron 1987 (BCa); Hesterberg 2015, The American Statistician 69(4) (the percentile interval
-widened for few cases); Westfall and Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no
-p-value of 0).
+Sources: Clopper and Pearson 1934 (the exact interval of a share); Efron 1987 (BCa); Hesterberg
+2015, The American Statistician 69(4) (the percentile interval widened for few cases); Westfall and
+Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0).
 """
 
 import dataclasses

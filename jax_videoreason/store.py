@@ -139,7 +139,7 @@ def write_manifest(
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": list(command),
     "device": device,
-    "revision": _revision(),
+    "revision": revision(),
     "versions": {
       "jax_videoreason": __version__,
       "python": platform.python_version(),
@@ -475,7 +475,7 @@ def _chunk(axes: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> list
   return chunk
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
   """The git revision of a checkout, with a + where tracked files differ; None when installed."""
   root = Path(__file__).resolve().parent.parent
   if not (root / ".git").exists() or shutil.which("git") is None:

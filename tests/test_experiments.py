@@ -317,9 +317,32 @@ def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
   ]  # fmt: skip
   manifest = read_json(tmp_path / "manifest.json")
   assert manifest["files"] == {"result.json": checksum(tmp_path / "result.json")}
+  assert {claim["today"] for claim in claims_now} == {"declared after this run"}
   results.save(tmp_path, found, {**record, "experiment": "mine"})
   judge_again(tmp_path)  # its claims are not known here
   assert results.load(tmp_path)[1]["claims"] == []
+
+
+def test_a_verdict_taken_again_keeps_what_the_run_declared(tmp_path):
+  values = {"several": np.ones(9), "corrected": np.zeros(9), "commitment": np.linspace(0, 0.1, 9)}
+  found = Result(values=values, axes=dict.fromkeys(values, ("case",)))
+  rows = [results.describe(results.judge(claim, found)) for claim in chain_of_steps.claims]
+  rows[0] = {**rows[0], "above": 0.9}  # was declared stricter
+  rows[1] = {**rows[1], "says": "said then", "verdict": "holds"}
+  record = {"experiment": "chain_of_steps", "control": None, "claims": rows}
+  results.save(tmp_path, found, record)
+  write_json(tmp_path / "manifest.json", {**MANIFEST, "files": {}})
+  judge_again(tmp_path)
+  again = results.load(tmp_path)[1]
+  strict, gone, *same, late = again["claims"]
+  assert (strict["above"], strict["verdict"]) == (0.9, "can't tell")
+  assert strict["today"] == f"declared today with above {chain_of_steps.claims[0].above}"
+  assert (gone["verdict"], gone["today"]) == ("holds", "no longer among the claims")
+  assert [row["today"] for row in same] == [None] * len(same)
+  assert (late["says"], late["today"]) == (chain_of_steps.claims[1].says, "declared after this run")
+  assert again["judged_again"].keys() == {"written", "revision"}
+  judge_again(tmp_path)
+  assert results.load(tmp_path)[1]["claims"] == again["claims"]
 
 
 # docs/new_experiment.md
@@ -446,6 +469,44 @@ def test_the_table_shows_a_claim_once_that_only_one_study_could_ask(tmp_path):
     results.save(tmp_path / name, found, record)
   rows = [row for row in claims.write(tmp_path) if row["number"] == 14]
   assert [(row["experiment"], row["verdict"]) for row in rows] == [("one", "holds")]
+
+
+def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
+  claim = Claim(says="s", of="moved[point=1]", statistic="m", above=0.0)
+  found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
+  for name in ("now", "failed", "before"):
+    (tmp_path / name).mkdir()
+    results.save(tmp_path / name, found, record)
+    write_json(tmp_path / name / "manifest.json", MANIFEST)
+    pages.render(tmp_path / name)
+  claims.write(tmp_path, {"failed": "out of memory"}, ["now", "failed"])
+  pages.render_claims(tmp_path)
+  assert cli.main(["report", str(tmp_path)]) == 0  # keeps the choice
+  rows = [r for r in read_json(tmp_path / "claims.json")["claims"] if r["number"] is None]
+  assert [(r["says"], r["verdict"]) for r in rows] == [
+    ("s", "holds"),
+    ("the claims of failed", "not run here"),
+    ("the claims of before", "not run here"),
+  ]
+  assert [path.name for path in (tmp_path / "figures").iterdir()] == ["now-moved.png"]
+
+
+def test_only_maps_that_are_signed_get_dots(tmp_path, monkeypatch):
+  drawn = {}
+  monkeypatch.setattr(pages.plots, "heat_maps", lambda path, *a, **k: drawn.update({path.stem: k}))
+  rng = np.random.default_rng(0)
+  effect = rng.normal(0, 1, (3, 4, 24))
+  effect[1, 2] += 3
+  effect[..., 20:] = np.nan  # cases of another task
+  values = {"drop": effect, "distance": np.abs(effect)}
+  axes = dict.fromkeys(values, ("step", "layer", "case"))
+  found = Result(values=values, axes=axes, signed=("drop",))
+  for name in values:
+    pages.draw(tmp_path, found, name)
+  assert np.argwhere(drawn["drop"]["marked"][""]).tolist() == [[1, 2]]
+  assert drawn["distance"]["marked"] is None
+  results.save(tmp_path, found, {"experiment": "e"})
+  assert list(results.load(tmp_path)[0].signed) == ["drop"]
 
 
 def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):

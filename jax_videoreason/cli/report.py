@@ -3,7 +3,7 @@
 videoreason report runs/demo
 
 Of the folder of `run all`: every study's page, the table of claims and claims.md with its figures.
-Verdicts are taken again from the stored arrays.
+Verdicts are taken again from the stored arrays, with the regions that the run declared.
 """
 
 from pathlib import Path
@@ -41,6 +41,6 @@ def everything(folder: Path) -> None:
     judge_again(path.parent)
     pages.render(path.parent)
   table = folder / "claims.json"
-  failed = folders.read_json(table).get("failed", {}) if table.exists() else {}
-  claims.write(folder, failed)
+  was = folders.read_json(table) if table.exists() else {}
+  claims.write(folder, was.get("failed"), was.get("studies"))
   console.say(f"report: {pages.render_claims(folder).resolve().as_uri()}")

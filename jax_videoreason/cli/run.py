@@ -101,16 +101,17 @@ def every(words: Sequence[str], out: Path) -> None:
   from jax_videoreason import console, pages
   from jax_videoreason.experiments import claims
 
-  failed = {}
+  failed, asked = {}, []
   module = importlib.import_module(__name__)
   for place, study, more in every_study(words):
+    asked.append(place)
     try:
       flags, _ = cli.parse(module, [study.name, *words, *more])
       one(study, cli.resolved(flags), out / place, redo=flags.redo)
     except (ValueError, RuntimeError, OSError) as error:
       failed[place] = str(error)
       console.say(f"{place}: {error}")
-  rows = claims.write(out, failed)
+  rows = claims.write(out, failed, asked)
   page = pages.render_claims(out)
   console.table(
     "claims",

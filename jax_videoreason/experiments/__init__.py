@@ -1,8 +1,13 @@
 """The studies that ship, by name, and what a new one needs."""
 
+import dataclasses
+import datetime
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from jax_videoreason import store
 from jax_videoreason.experiments import results
 from jax_videoreason.experiments.base import Study, experiment, perform, verdicts
 from jax_videoreason.experiments.behaviours import behaviours
@@ -37,6 +42,9 @@ EXPERIMENTS: dict[str, Study] = {
 }
 
 
+LATE = "declared after this run"
+
+
 def find(name: str) -> Study:
   """A study that ships, or `module:function` of one elsewhere."""
   if name in EXPERIMENTS:
@@ -54,21 +62,63 @@ def find(name: str) -> Study:
 
 
 def judge_again(folder: str | Path) -> None:
-  """Takes the verdicts of a stored result anew, from its arrays and the claims as declared now.
+  """Takes the verdicts of a stored result anew, from its arrays and the claims it was run with.
 
-  Nothing is computed by a model. A study that does not ship keeps what it has.
+  Nothing is computed by a model. What the run declared before its data (value, statistic, region)
+  stays; where the claims of today differ, the row says so under "today". A claim that no longer
+  ships keeps its verdict, as does a study. Where something changed, "judged_again" of the record
+  says when, and by which revision.
   """
   folder = Path(folder)
   result, record = results.load(folder)
   study = EXPERIMENTS.get(record["experiment"])
   if study is None:
     return
-  claims = [results.describe(f) for f in verdicts(study, result, record["control"])]
-  if claims != record["claims"]:
-    write_json(folder / "result.json", {**record, "claims": claims})
+  today = {(claim.number, claim.says): claim for claim in study.claims}
+  rows = []
+  for row in record["claims"]:
+    if row.get("today") == LATE:
+      continue
+    claim = today.pop((row["number"], row["says"]), None)
+    if claim is None:
+      rows.append({**row, "today": "no longer among the claims"})
+      continue
+    declared = as_declared(claim, row)
+    (found,) = verdicts(dataclasses.replace(study, claims=(declared,)), result, record["control"])
+    rows.append({**results.describe(found), "today": differences(declared, claim)})
+  late = dataclasses.replace(study, claims=tuple(today.values()))
+  rows += [
+    {**results.describe(found), "today": LATE}
+    for found in verdicts(late, result, record["control"])
+  ]
+  if rows != [{"today": None, **row} for row in record["claims"]]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    again = {"written": now, "revision": store.revision()}
+    write_json(folder / "result.json", {**record, "claims": rows, "judged_again": again})
     manifest = read_json(folder / "manifest.json")
     manifest["files"]["result.json"] = checksum(folder / "result.json")
     write_json(folder / "manifest.json", manifest)
+
+
+def as_declared(claim: Claim, row: Mapping[str, Any]) -> Claim:
+  """The claim with the value, statistic and region of a row of result.json."""
+  of = row.get("of", claim.of)
+  return dataclasses.replace(
+    claim,
+    of=of if isinstance(of, str) else of[0] if len(of) == 1 else tuple(of),
+    **{f: row[f] for f in ("statistic", "above", "below", "paper")},
+  )
+
+
+def differences(declared: Claim, today: Claim) -> str | None:
+  """What a claim declares otherwise today, such as "declared today with above 0.1"; or None."""
+  told = []
+  for field in ("above", "below", "of", "statistic"):
+    value = getattr(today, field)
+    if value != getattr(declared, field):
+      words = " and ".join(value) if isinstance(value, tuple) else value
+      told.append(f"no {field}" if value is None else f"{field} {words}")
+  return f"declared today with {', '.join(told)}" if told else None
 
 
 __all__ = [

@@ -262,7 +262,12 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
     ctx.tally.broken += told["broken"]
     axes = {name: tuple(names) for name, names in told["axes"].items()}
     return Result(
-      values=kept, axes=axes, points=told["points"], titles=told["titles"], notes=told["notes"]
+      values=kept,
+      axes=axes,
+      points=told["points"],
+      titles=told["titles"],
+      notes=told["notes"],
+      signed=told["signed"],
     )
   tally = ctx.tally
   spent, broken = tally.evaluations + tally.reused, len(tally.broken)
@@ -272,7 +277,7 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
     told = {
       "evaluations": tally.evaluations + tally.reused - spent,
       "broken": tally.broken[broken:],
-      **{f: getattr(found, f) for f in ("axes", "points", "titles", "notes")},
+      **{f: getattr(found, f) for f in ("axes", "points", "titles", "notes", "signed")},
     }
     ctx.chunks.put(key, {**found.values, ".told": np.asarray(json.dumps(plain(told)))})
   return found

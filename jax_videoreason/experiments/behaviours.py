@@ -173,7 +173,8 @@ def with_memory(result: Result) -> Result:
     }
     axes |= dict.fromkeys(kept.keys() - axes.keys(), ("probed", "layer", "case", "seed"))
     axes["memory"] = ("case", "seed")
-  return dataclasses.replace(result, values=kept, axes=axes, notes=notes)
+  signed = ("memory_selectivity",)
+  return dataclasses.replace(result, values=kept, axes=axes, notes=notes, signed=signed)
 
 
 def preservation(ctx: Context, x0: Any) -> np.ndarray:

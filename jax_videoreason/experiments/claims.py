@@ -1,6 +1,6 @@
 """The table of all claims: what was said, what was found, what can't be asked of a small model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ READING = (
   "there is one. What needs other weights is *not run here*: a small model's number is never set",
   "beside the paper's score.",
 )
+OLDER = "its folder holds an older result, which this call did not ask for"
 BLANK = {
   "above": None,
   "below": None,
@@ -42,19 +43,27 @@ BLANK = {
 }
 
 
-def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def write(
+  out: str | Path,
+  failed: Mapping[str, str] | None = None,
+  asked: Collection[str] | None = None,
+) -> list[dict[str, Any]]:
   """Writes claims.json over the results in `out`'s folders; returns the rows.
 
-  failed: name of a study -> why it has no result. What one study could not ask and another could,
-  such as of a model without an expert switch, stands there once.
+  failed: name of a study -> why it has no result. asked: the studies that belong to the table,
+  None = all; an older result of another, or of one that failed, is *not run here*. What one study
+  could not ask and another could, such as of a model without an expert switch, stands there once.
   """
-  out = Path(out)
-  records = {path.parent.name: read_json(path) for path in sorted(out.glob("*/result.json"))}
+  out, failed = Path(out), dict(failed or {})
+  there = sorted(path.parent.name for path in out.glob("*/result.json"))
+  shown = [name for name in there if name not in failed and (asked is None or name in asked)]
+  records = {name: read_json(out / name / "result.json") for name in shown}
   rows = [
     {**claim, "experiment": name} for name, record in records.items() for claim in record["claims"]
   ]
   rows += [not_here(**row) for row in NOT_HERE]
-  for name, reason in (failed or {}).items():
+  older = {name: OLDER for name in there if name not in shown and name not in failed}
+  for name, reason in {**failed, **older}.items():
     lost = {"number": None, "says": f"the claims of {name}", "paper": "", "statistic": ""}
     rows.append({**BLANK, **lost, "verdict": "not run here", "note": reason})
   ran = {(row["number"], row["says"]) for row in rows if row["verdict"] != "not run here"}
@@ -65,7 +74,9 @@ def write(out: str | Path, failed: Mapping[str, str] | None = None) -> list[dict
   ]
   rows.sort(key=lambda row: (row["number"] is None, row["number"] or 0))
   model = next((record["model"] for record in records.values()), None)
-  write_json(out / "claims.json", {"model": model, "claims": rows, "failed": dict(failed or {})})
+  write_json(
+    out / "claims.json", {"model": model, "claims": rows, "failed": failed, "studies": shown}
+  )
   return rows
 
 
@@ -92,8 +103,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     verdict = f"**{row['verdict']}**"
     if row["needed"]:
       verdict += f" (about {row['needed']:,} cases would settle it)"
-    if row["note"]:
-      verdict += f": {row['note']}"
+    said = "; ".join(filter(None, (row["note"], row.get("today"))))
+    if said:
+      verdict += f": {said}"
     region = region_of(row)
     cells = (row["number"] or "", row["says"], row["paper"], row["statistic"], region, ours)
     cells = (*cells, verdict, row["experiment"] or "")

@@ -147,7 +147,14 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     f"Taps of a batch: {tap_bytes(taps, sizes) / 1e6:.0f} MB; all hidden states would be "
     f"{states / 1e6:.0f} MB."
   )
-  return Result(values=values, axes=axes, points=points, titles=TITLES, notes=(note,))
+  return Result(
+    values=values,
+    axes=axes,
+    points=points,
+    titles=TITLES,
+    notes=(note,),
+    signed=("contrast_by_step",),
+  )
 
 
 def token_grid(ctx: Context) -> tuple[int, int]:

@@ -145,7 +145,8 @@ def layer_swap(
     "edited": counts,
     "layer": layers,
   }
-  return Result(values=values, axes=axes, points=points, titles=TITLES)
+  signed = ("pull", "pull_first")
+  return Result(values=values, axes=axes, points=points, titles=TITLES, signed=signed)
 
 
 def objects(ctx: Context) -> np.ndarray:

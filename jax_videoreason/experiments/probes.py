@@ -189,7 +189,9 @@ def fit(result: Result) -> Result:
   }
   axes = {name: AXES[value.ndim] for name, value in values.items()}
   points = {**result.points, "target": names}
-  return Result(values=values, axes=axes, points=points, titles=TITLES, notes=notes)
+  return Result(
+    values=values, axes=axes, points=points, titles=TITLES, notes=notes, signed=("selectivity",)
+  )
 
 
 def kind_of(target: str) -> str:

@@ -71,6 +71,8 @@ class Result:
   becomes "case" and "seed", or "case" where its seeds are one.
   points: axis -> a label for each place: numbers or texts.
   titles: name -> what it is, with its unit, for the figures. notes: what a reader must know.
+  signed: values as likely above 0 as below it where there is no effect (drops, gains,
+  selectivity): their maps are tested for cells that differ from 0.
   """
 
   values: Mapping[str, np.ndarray]
@@ -78,6 +80,7 @@ class Result:
   points: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
   titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: Sequence[str] = ()
+  signed: Sequence[str] = ()
 
   def __post_init__(self):
     for name, value in self.values.items():
@@ -262,6 +265,7 @@ def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
         "points": result.points,
         "titles": result.titles,
         "notes": list(result.notes),
+        "signed": list(result.signed),
         "axes": {name: list(axes) for name, axes in result.axes.items()},
       }
     ),
@@ -279,6 +283,7 @@ def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
     points=record["points"],
     titles=record["titles"],
     notes=record["notes"],
+    signed=record.get("signed", ()),
   )
   return result, record
 
@@ -290,6 +295,7 @@ def describe(finding: Finding) -> dict[str, Any]:
     {
       "number": claim.number,
       "says": claim.says,
+      "of": [claim.of] if isinstance(claim.of, str) else list(claim.of),
       "statistic": claim.statistic,
       "paper": claim.paper,
       "above": claim.above,

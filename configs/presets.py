@@ -2,7 +2,7 @@
 
 Each is a list of cases (per task), seeds, steps and grids; the network evaluations that follow are
 printed before anything runs. With `mini` on 2 cores, `run all` is meant to take about 5 minutes
-(quick, most of it compilation) and 60 (full, about 240,000 evaluations). Answers are read from the
+(quick, most of it compilation) and 60 (full, about 279,000 evaluations). Answers are read from the
 VAE: `chain_of_steps` prints how often mini's preview agrees with it, which is less than .98.
 `paper` is the ensemble as it is described: three seeds, one step of 50, the middle layers.
 """
@@ -43,7 +43,12 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
       "batch": 8,
       "experiment": {"kinds": ("update", "out"), "steps": (1,)},
     },
-    "full": {"seeds": 3, "cases": 4, "batch": 8, "experiment": {}},
+    "full": {
+      "seeds": 3,
+      "cases": 16,
+      "batch": 8,
+      "experiment": {"kinds": ("update", "attn", "resid", "out", "latents"), "steps": (1,)},
+    },
     "paper": {"experiment": {"kinds": ("update", "resid"), "steps": (1,)}},
   },
   "frames": {

@@ -83,6 +83,11 @@ def commit(answer: np.ndarray) -> np.ndarray:
   return first
 
 
+def readable(answer: np.ndarray) -> np.ndarray:
+  """Which answers could be read, bool of the same shape."""
+  return np.vectorize(lambda said: said is not None, otypes=[bool])(answer)
+
+
 def changes(answer: np.ndarray, right: np.ndarray) -> np.ndarray:
   """3 R: all changes, those wrong -> right, those right -> wrong; rows of None are skipped."""
   count = np.zeros((3, answer.shape[1]), int)

@@ -23,7 +23,8 @@ from jax_videoreason.experiments import (
 )
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks
-from jax_videoreason.experiments.noise import noise, peak
+from jax_videoreason.experiments.controls import highest, moved, places_of
+from jax_videoreason.experiments.noise import cos_index, matched_steps, noise, peak, with_index
 from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
@@ -94,6 +95,32 @@ def test_noise_finds_no_drop_where_the_answer_is_read_from_the_picture():
   left_out = verdicts["sensitivity to noise peaks in the middle of the trajectory"]
   assert left_out.verdict == "not run here"
   assert left_out.note == "the options leave out sensitivity[mode=renoise]"
+
+
+def test_both_arms_of_noise_are_put_on_the_same_steps():
+  for count, frames in ((10, 4), (20, 4), (10, 6)):
+    steps = list(range(0, 2 * count, 2))
+    runs = matched_steps(steps, frames, 5)
+    assert [len(set(run)) for run in runs] == [5] * frames  # as many cells as a step has frames
+    np.testing.assert_array_equal(np.bincount(np.concatenate(runs))[::2], frames * 5 / count)
+  assert matched_steps([0, 3], 3, 5) == [[0, 3]] * 3
+  uneven = np.bincount(np.concatenate(matched_steps(list(range(8)), 4, 5)))
+  assert (uneven.min(), uneven.max()) == (2, 3)
+
+
+def test_the_cos_index_has_no_number_where_neither_arm_drops():
+  arms = {"step_arm": [0.6, -0.2], "frame_arm_matched": [0.2, 0.0]}
+  np.testing.assert_allclose(cos_index(np.array([[[0.6, 0.2]], [[0.2, 0.0]]])), [0.75, 1])
+  assert np.isnan(cos_index(np.array([[-0.2, 0.0]])))
+  values = {arm: np.repeat(np.array(drops)[:, None], 8, 1) for arm, drops in arms.items()}
+  found = Result(
+    values=values,
+    axes=dict.fromkeys(values, ("mode", "case")),
+    points={"mode": ["replace", "renoise"], "case": ["maze id 0"] * 8},
+  )
+  notes = with_index(found).notes
+  assert notes[0].startswith("CoS index under replace: all 0.75")
+  assert notes[1].startswith("CoS index under renoise: all has none: neither arm drops")
 
 
 # the machinery
@@ -187,6 +214,46 @@ def test_a_run_that_is_not_finite_is_named_and_left_out():
   assert (findings[0].cases, findings[0].note) == (9, "1 of 10 cases have no number")
 
 
+def test_a_run_that_is_not_finite_keeps_its_name_when_a_study_goes_on(tmp_path, monkeypatch):
+  chunks = Chunks(folder=tmp_path, of="this study")
+  put, kept = Chunks.put, []
+
+  def stops(self, key, value):
+    put(self, key, value)
+    kept.append(key)
+    if len(kept) == 4:  # two points of the control, two of the batch
+      raise KeyboardInterrupt
+
+  study = once_broken()
+  with monkeypatch.context() as patch, pytest.warns(UserWarning, match="is not finite"):
+    patch.setattr(Chunks, "put", stops)
+    with pytest.raises(KeyboardInterrupt):
+      perform(study, toy.setting(), toy.cases(4), chunks=chunks)
+  found, record, _ = perform(study, toy.setting(), toy.cases(4), chunks=chunks)
+  assert record["broken"] == ["sides id 2, seed 0 is not finite from step 3 on"]
+  assert np.isnan(found.values["moved"][:, 2]).all()
+
+
+def once_broken():
+  """A study whose second point breaks the third run."""
+
+  def breaks(ctx):
+    """Does it break?"""
+    base = identity(ctx.sizes, edits=("noise",))
+
+    def at(step):
+      final, _ = ctx.denoise(noise_at(base, where(ctx.sizes, steps=step), mode="add"))
+      if step == 3 and not ctx.control:
+        finite = np.ones((ctx.sizes.S, ctx.sizes.R), bool)
+        finite[3:, 2] = False
+        ctx._note_broken(finite)
+      return final.mean(axis=(1, 2, 3, 4))
+
+    return Result(values={"moved": ctx.map(at, [1, 3])}, axes={"moved": ("point", "run")})
+
+  return experiment(tasks="sides")(breaks)
+
+
 @pytest.mark.parametrize(
   ("change", "said"),
   [
@@ -264,13 +331,31 @@ def test_a_few_cases_that_move_decide_nothing():
   assert finding(np.r_[np.zeros(10), np.full(6, -0.5)], above=0.02).verdict == "does not hold"
 
 
+def curves(curve, places):
+  """2 draws of 10 equal cases: curve and place side by side."""
+  return np.tile(np.stack([curve, places], -1).astype(float), (2, 10, 1, 1))
+
+
+def test_a_peak_is_the_share_of_the_steps_at_its_place():
+  places = np.arange(0, 20, 2) / 20
+  curve = np.array([9.0, 1, 2, 5, 2, 1, 0, 0, 0, 0])
+  np.testing.assert_allclose(peak(curves(curve, places)), 6 / 20)  # the first is another seed
+  assert np.isnan(peak(curves(-np.arange(10), places))).all()  # highest at an edge: no peak
+  assert np.isnan(peak(curves(np.arange(10), places))).all()
+  at = np.array(places_of(20, 9)) / 20
+  both = curves(np.eye(9)[4], at)
+  np.testing.assert_allclose(highest(both), 10 / 20)
+  two_later = np.concatenate([both[..., :1], curves(np.eye(9)[6], at)], -1)
+  np.testing.assert_allclose(moved(two_later), 4 / 20)
+  assert np.isnan(moved(two_later[..., :7, :])).all()  # too coarse to tell a move
+
+
 def test_a_peak_is_not_told_from_a_coarse_grid():
-  curve = np.array([9.0, 1, 2, 5, 2, 1, 0])
-  rows = np.tile(curve, (2, 10, 1))
-  np.testing.assert_allclose(peak(rows), 3 / 6)  # the first place is another seed
-  assert np.isnan(peak(rows[..., :5])).all()
-  coarse = Result(values={"s": rows[0, :, :5]}, axes={"s": ("case", "injected")})
-  claim = Claim(says="s", of="s", by=peak, statistic="place", above=0.4, below=0.6)
+  rows = curves(np.array([9.0, 1, 5, 2, 1]), np.arange(5) / 5)
+  assert np.isnan(peak(rows)).all()
+  values = {"s": rows[0, ..., 0], "at": rows[0, ..., 1]}
+  coarse = Result(values=values, axes=dict.fromkeys(values, ("case", "injected")))
+  claim = Claim(says="s", of=("s", "at"), by=peak, statistic="place", above=0.4, below=0.6)
   assert results.judge(claim, coarse).verdict == "can't tell"
 
 
@@ -305,7 +390,7 @@ def test_a_result_survives_the_disk(tmp_path):
 
 
 def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
-  values = {"several": np.ones(9), "corrected": np.zeros(9), "commitment": np.linspace(0, 0.1, 9)}
+  values = {"several": np.ones(9), "corrected": np.zeros(9), "decided": np.linspace(0, 0.1, 9)}
   found = Result(values=values, axes=dict.fromkeys(values, ("case",)))
   record = {"experiment": "chain_of_steps", "control": None, "claims": []}
   results.save(tmp_path, found, record)
@@ -386,14 +471,17 @@ def test_run_takes_presets_options_and_names_what_it_does_not_know():
 
 
 def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
-  places = [place for place, _, _ in run.every_study(["--preset", "full"])]
+  def studies(*words):
+    return run.every_study(cli.parse(run, ["all", *words])[0])
+
+  places = [place for place, _, _ in studies("--preset", "full")]
   assert places == [*EXPERIMENTS, "controls_mini_experts"]
-  (_, study, more) = run.every_study([])[-1]
+  (_, study, more) = studies()[-1]
   flags, _ = cli.parse(run, [study.name, *more, "--out=x"])
   assert flags.config.checkpoint == "mini_experts"
   assert flags.config.experiment.settings == ("as is", "switch earlier", "switch later")
   for words in (["--checkpoint=mine"], ["--config=vbvr_wan22"]):
-    assert [place for place, _, _ in run.every_study(words)] == [*EXPERIMENTS]
+    assert [place for place, _, _ in studies(*words)] == [*EXPERIMENTS]
 
 
 def test_a_study_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from jax_videoreason import probes as linear
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import with_memory
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
+from jax_videoreason.experiments.layer_swap import flipped
 from jax_videoreason.experiments.probes import fit
 from jax_videoreason.experiments.readings import majority
 
@@ -51,6 +52,33 @@ def test_layer_swap_finds_no_layer_where_the_head_reads_the_picture_itself():
     "swapping one middle layer at the first step turns the answer round"
   ]
   assert left_out == "not run here"
+
+
+def test_layer_swap_asks_for_no_flip_where_a_counterpart_cannot_be_read():
+  options = {"variants": ("stream", "update"), "edited": (10,)}
+  found, record, findings = run("layer_swap", toy.setting(toy.right_is_dark), **options)
+  assert np.isnan(found.values["flip"]).all()
+  said = verdicts(findings)["swapping one middle layer at the first step turns the answer round"]
+  assert said == "not run here"
+  assert is_zero(record)
+  answers = np.array([None, "a", "a", "b", "b", None], object)
+  own = np.array(["a", "a", "a", "a", "a", None], object)
+  other = np.array(["b", "b", "a", "b", None, None], object)
+  nan = np.nan
+  np.testing.assert_array_equal(flipped(answers, own, other), [0, 0, nan, 1, nan, nan])
+
+
+def test_layer_swap_cannot_tell_a_layer_where_the_whole_stream_turns_nothing_round():
+  says = "swapping one middle layer at the first step turns the answer round"
+  options = {"variants": ("stream", "update"), "edited": (1,)}
+  for setting, verdict, flips in (
+    (toy.setting(toy.truth, carrier=2), "can't tell", 0),  # undone by the steps that follow
+    (toy.setting(toy.truth, carrier=2, steps=1), "holds", 1),
+  ):
+    found, _, findings = run("layer_swap", setting, **options)
+    assert found.values["flip"][0].max() == flips
+    assert np.isfinite(found.values["reversal"]).any() == flips
+    assert verdicts(findings)[says] == verdict
 
 
 def test_layer_swap_refuses_what_it_does_not_know():

@@ -60,6 +60,11 @@ def needs_frames(latents, sigma, memory):
   return memory if latents.shape[1] >= F else -1 + 0 * memory
 
 
+def right_is_dark(latents, sigma, memory):
+  """The picture where its left is lit; the others show no side."""
+  return jnp.where(side_of(memory[0])[None] > 0, memory, 0.01 * memory)
+
+
 def both_then_one(latents, sigma, memory):
   """Both sides lit, the wrong one brighter, while sigma is above .55; then the picture."""
   return jnp.where(sigma > 0.55, 0.7 - 0.3 * memory, memory)

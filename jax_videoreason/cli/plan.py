@@ -114,7 +114,7 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
     data, chosen, job = vbvr.asked(flags)
     return vbvr.jobs.work(chosen, data, job)
   if words == [RUN, run.ALL]:
-    return studies(flags.config.words[1:])
+    return studies(flags)
   if words[:1] == [RUN] and len(words) == 2 and "experiment" in flags.config:
     return [study(words[1], cli.resolved(flags))]
   if words in ([], [SWEEP]):
@@ -141,15 +141,14 @@ def whole(config: dict[str, Any]) -> "Work":
   return plan.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
 
 
-def studies(words: Sequence[str]) -> "list[Work]":
-  """Every study that ships, as `run all` with these options carries it out."""
-  from jax_videoreason.experiments import EXPERIMENTS
-
+def studies(flags: FlagValues) -> "list[Work]":
+  """Every study, as `run all` with these options carries it out."""
   module = importlib.import_module(__name__)
   found = []
-  for name in EXPERIMENTS:
-    flags, _ = cli.parse(module, [RUN, name, *words])
-    found.append(study(name, cli.resolved(flags)))
+  for place, asked, more in run.every_study(flags):
+    own, _ = cli.parse(module, [RUN, asked.name, *flags.config.words[1:], *more])
+    work = study(asked.name, cli.resolved(own))
+    found.append(dataclasses.replace(work, name=place))
   return found
 
 
@@ -166,7 +165,8 @@ def study(name: str, config: dict[str, Any]) -> "Work":
   together = size * len(chosen.seeds) * len(asked.roles)
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
   sizes, options = problem.sizes, {**asked.options, **own["experiment"]}
-  evaluations = asked.evaluations(sizes, options, -(-cases // size))
+  switch = problem.model.card.boundary is not None
+  evaluations = asked.evaluations(sizes, options, -(-cases // size), switch=switch)
   return plan.Work(
     name=asked.name,
     problem=dataclasses.replace(problem, taps=asked.tapped(sizes, options)),

@@ -103,7 +103,8 @@ def every(words: Sequence[str], out: Path) -> None:
 
   failed, asked = {}, []
   module = importlib.import_module(__name__)
-  for place, study, more in every_study(words):
+  whole, _ = cli.parse(module, [ALL, *words])
+  for place, study, more in every_study(whole):
     asked.append(place)
     try:
       flags, _ = cli.parse(module, [study.name, *words, *more])
@@ -123,12 +124,11 @@ def every(words: Sequence[str], out: Path) -> None:
     raise ValueError(f"{len(failed)} studies failed: {', '.join(failed)}; the rest is in {out}.")
 
 
-def every_study(words: Sequence[str]) -> list[tuple[str, "Study", list[str]]]:
+def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
   """(folder, study, more words) of all studies, and of those that run on a model beside `mini`."""
   from jax_videoreason.experiments import EXPERIMENTS
 
   found = [(study.name, study, []) for study in EXPERIMENTS.values()]
-  flags, _ = cli.parse(importlib.import_module(__name__), [ALL, *words])
   if cli.resolved(flags)["checkpoint"] == SHIPPED:
     for name, more in _presets().BESIDE.items():
       config = more["config"]
@@ -150,7 +150,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> Non
   batch = asked.pop("batch")
   chosen = settings.from_config(asked)
   made = setting.load(chosen)
-  key = _key(study.name, asked, own, setting.fingerprint(made.bundle))
+  key = _key(study.name, asked, own, setting.fingerprint(chosen))
   if is_done(out, key) and not redo:
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return

@@ -58,13 +58,21 @@ class Study:
   finish: Callable[..., Result] | None
   options: Mapping[str, Any]
 
-  def trajectories(self, sizes: Sizes, options: Mapping[str, Any]) -> float:
-    """Whole trajectories per batch, by the declared cost and the options that it asks for."""
-    return self.cost(sizes, **_asked(self.cost, options))
+  def trajectories(
+    self, sizes: Sizes, options: Mapping[str, Any], *, switch: bool = False
+  ) -> float:
+    """Whole trajectories per batch, by the declared cost and the options that it asks for.
 
-  def evaluations(self, sizes: Sizes, options: Mapping[str, Any], batches: int) -> int:
+    switch: whether the model has two experts.
+    """
+    return self.cost(sizes, **_asked(self.cost, {**options, "switch": switch}))
+
+  def evaluations(
+    self, sizes: Sizes, options: Mapping[str, Any], batches: int, *, switch: bool = False
+  ) -> int:
     """Network evaluations of so many batches, by the declared cost; without the control."""
-    return round(sizes.S * sizes.R * sizes.G * batches * self.trajectories(sizes, options))
+    each = self.trajectories(sizes, options, switch=switch)
+    return round(sizes.S * sizes.R * sizes.G * batches * each)
 
   def tapped(self, sizes: Sizes, options: Mapping[str, Any]) -> TapSpec:
     """The largest taps of a batch."""
@@ -93,7 +101,8 @@ def experiment(
 
   tasks: whose cases it looks at. claims: what is declared before data. runs: what rides together
   for each case and seed, "case" or ("counterpart", "case"). zero: values that the identity control
-  must leave at exactly 0. cost: (sizes, options...) -> whole trajectories per batch.
+  must leave at exactly 0. cost: (sizes, options...) -> whole trajectories per batch; an
+  option `switch` is whether the model has two experts.
   taps: (sizes, options...) -> the largest taps of a batch, for plans.
   finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
   """
@@ -171,7 +180,8 @@ def perform(
 
   with _count_programs() as programs:
     first = context(0, control=bool(study.zero))
-    total = study.evaluations(first.sizes, given, len(groups))
+    switch = setting.bundle.card.boundary is not None
+    total = study.evaluations(first.sizes, given, len(groups), switch=switch)
     say(
       f"{study.name}: {len(cases)} cases x {len(setting.chosen.seeds)} seeds in {len(groups)} "
       f"batches of {first.sizes.R} runs, {first.sizes.S} steps: {total:,} network evaluations"
@@ -259,7 +269,7 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
     told = json.loads(str(kept.pop(".told")))
     ctx.tally.reused += told["evaluations"]
     ctx.tally.advance(told["evaluations"])
-    ctx.tally.broken += told["broken"]
+    ctx.tally.name_broken(told["broken"])
     axes = {name: tuple(names) for name, names in told["axes"].items()}
     return Result(
       values=kept,
@@ -300,7 +310,8 @@ def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:
 
 
 def _largest(result: Result, name: str) -> float:
-  return float(np.nanmax(np.abs(np.asarray(result.values[name], float))))
+  """0 where there is no number, as of answers that can't be read."""
+  return float(np.nanmax(np.abs(np.asarray(result.values[name], float)), initial=0.0))
 
 
 def _doubt(finding: Finding, broken: Mapping[str, float]) -> Finding:

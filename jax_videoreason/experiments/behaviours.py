@@ -45,7 +45,8 @@ def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
       number=11,
       says="answers are corrected more often than spoiled",
       of="net_correction",
-      statistic="share of runs with a flip wrong to right minus right to wrong",
+      statistic="share with a flip wrong to right minus right to wrong, of runs read at two steps "
+      "before the last",
       above=0.0,
       paper="occurs, no rate given",
     ),
@@ -195,8 +196,8 @@ def preservation(ctx: Context, x0: Any) -> np.ndarray:
 TITLES = {
   "enhanced": "Runs that grow without loss",
   "growth_steps": "Steps at which an incomplete answer grows",
-  "corrected": "Runs with a flip wrong to right",
-  "spoiled": "Runs with a flip right to wrong",
+  "corrected": "Runs with a flip wrong to right, of those read at two steps before the last",
+  "spoiled": "Runs with a flip right to wrong, of those read at two steps before the last",
   "net_correction": "Corrected minus spoiled",
   "remembered": "Occlusion: right at the end",
   "remembered_from": "Occlusion: first step at which it is right, share of all",

@@ -17,7 +17,7 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
       number=7,
       says="most cases show several candidate answers at once on the way",
       of="several",
-      statistic="share of cases with two or more visible candidates at some step",
+      statistic="share with two or more visible candidates at some step, of runs that show any",
       above=0.5,
       share=True,
       paper="about 72% of 200 cases",
@@ -26,23 +26,23 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
       number=11,
       says="self-correction: answers flip from wrong to right",
       of="corrected",
-      statistic="share of runs with a flip wrong to right",
+      statistic="share with a flip wrong to right, of runs read at two steps before the last",
       above=0.05,
       share=True,
       paper="occurs, no rate given",
     ),
     Claim(
       says="the decision falls in the middle of the trajectory",
-      of="commitment",
-      statistic="step of commitment, as a share of all steps",
+      of="decided",
+      statistic="step of commitment, share of all steps, of runs that can be read before it",
       above=0.4,
       below=0.6,
       paper="steps 20 to 30 of 50",
     ),
     Claim(
       says="disputed: the plan is fixed in the first steps (2603.30043)",
-      of="commitment",
-      statistic="step of commitment, as a share of all steps",
+      of="decided",
+      statistic="step of commitment, share of all steps, of runs that can be read before it",
       below=0.15,
       paper="first 10 to 15% of the steps, by its follow-up",
     ),
@@ -53,12 +53,18 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
 
   x0 is decoded at every step and its answer parsed; the soft parser counts the candidates that are
   visible and the share of their weight on right answers. Commitment is the first step from which
-  the answer equals the final one and stays. Multi-path: candidates at different places; superposed:
+  the answer equals the final one and stays; beside it stands the first step at which any answer can
+  be read, and the claims about the decision judge only runs that were read before they commit (or
+  commit at step 0). Multi-path: candidates at different places; superposed:
   candidates that exclude each other at one place (rotate, sort_bars, occlusion). Cases with an odd
   number are ambiguous (k right answers).
 
   Limits: a candidate counts as visible from a fixed occupancy of its place. Nothing is edited here,
-  so there is no identity control. Runs whose final answer can't be read have no commitment.
+  so there is no identity control. Runs whose final answer can't be read have no commitment. Where
+  commitment is the first readable step, after step 0, it tells when the picture became legible and
+  not when the answer was made, so it counts for no claim; what is left are runs that changed their
+  answer, or had it from step 0 on. Runs that never show a candidate are not counted as "not
+  several", and runs read at fewer than two steps before the last not as "not corrected".
   """
   _, trace = ctx.denoise()
   said = ctx.read(trace.x0)
@@ -90,18 +96,20 @@ TITLES = {
   "entropy": "Entropy of the candidates (bits)",
   "mass": "Share of the candidates' weight on right answers",
   "score": "Score of x0",
-  "several": "Runs with two or more candidates at some step",
+  "several": "Runs with two or more candidates at some step, of those that show any",
   "multi_path": "Runs with several candidates at different places",
   "superposed": "Runs with several candidates at one place",
   "several_plain": "Several candidates, cases with one right answer",
   "several_ambiguous": "Several candidates, cases with k right answers",
   "most_candidates": "Most candidates at once",
   "right_answers": "Right answers k",
-  "corrected": "Runs with a flip wrong to right",
-  "spoiled": "Runs with a flip right to wrong",
+  "corrected": "Runs with a flip wrong to right, of those read at two steps before the last",
+  "spoiled": "Runs with a flip right to wrong, of those read at two steps before the last",
   "enhanced": "Runs whose incomplete answer grows, nothing taken back",
   "growth_steps": "Steps at which an incomplete answer grows",
   "flips": "Changes of the answer per run",
+  "first_readable": "First step whose answer can be read, share of all steps",
+  "decided": "Step of commitment of runs that can be read before it, share of all steps",
   "commitment": "Step of commitment, share of all steps",
   "commitment_sigma": "Sigma at commitment",
   "first_hit": "First step with a right answer, share of all steps",

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ class Tally:
   saved: int = 0
   reused: int = 0
   broken: list[str] = dataclasses.field(default_factory=list)
+
+  def name_broken(self, texts: Iterable[str]) -> list[str]:
+    """Those of the texts that are new."""
+    new = [text for text in texts if text not in self.broken]
+    self.broken += new
+    return new
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +203,7 @@ class Context:
       seed = seeds[int(run) % len(seeds)]
       text = f"{title(case)}, seed {seed} is not finite from step {step} on"
       self.lost.add(int(run) % pairs)
-      if text not in self.tally.broken:
-        self.tally.broken.append(text)
+      if self.tally.name_broken([text]):
         warnings.warn(f"{text}: it is left out of every number.", stacklevel=4)
 
   def map(self, fn: Callable[[Point], Rows], points: Sequence[Point]) -> Any:
@@ -228,14 +233,19 @@ class Context:
     if found is not None:
       spent = int(found.pop(".evaluations"))
       self.lost.update(int(pair) for pair in found.pop(".lost"))
+      self.tally.name_broken(str(text) for text in found.pop(".broken"))
       self.tally.reused += spent
       self.tally.advance(spent)
       return found
-    before = self.tally.evaluations
+    before, named = self.tally.evaluations, len(self.tally.broken)
     made = fn()
     row = {k: np.asarray(v) for k, v in (made if isinstance(made, dict) else {"": made}).items()}
-    spent = np.asarray(self.tally.evaluations - before)
-    self.chunks.put(key, {**row, ".evaluations": spent, ".lost": np.array(sorted(self.lost), int)})
+    spent = {
+      ".evaluations": np.asarray(self.tally.evaluations - before),
+      ".lost": np.array(sorted(self.lost), int),
+      ".broken": np.array(self.tally.broken[named:], str),
+    }
+    self.chunks.put(key, {**row, **spent})
     return row
 
   def read(self, latents: Any, of: np.ndarray | None = None) -> AnswerTrace:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange, reduce
 
-from jax_videoreason import metrics
+from jax_videoreason import answers, metrics
 from jax_videoreason.edits import BLOCK_UPDATE
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
@@ -45,9 +45,10 @@ def kept_steps(sizes: Sizes, edited: Any) -> list[int]:
     Claim(
       number=9,
       says="swapping one middle layer at the first step turns the answer round",
-      of="flip[variant=update,edited=1]",
+      of="reversal[variant=update,edited=1]",
       by=best_layer,
-      statistic="share of runs with the counterpart's answer, at the layer where it is largest",
+      statistic="share with the counterpart's answer, at the layer where it is largest, of the "
+      "runs that the whole stream turns round",
       above=0.5,
       share=True,
       paper="complete reversal at layer 20 (or 21) of 40",
@@ -87,11 +88,15 @@ def layer_swap(
   stream, the whole residual stream after it; update, what the layer adds; objects, the stream on
   the tokens of the objects alone; attention or mlp, that term alone. Pull: the way that x0 has gone
   from its own clean value to that of the counterpart (0 to 1). Flip: the final answer is the
-  counterpart's. The published description fits each variant; all are shown.
+  counterpart's; asked only where both clean answers can be read and differ, and an edited answer
+  that can't be read is no flip. Reversal: the same, of the runs that `stream` turns round in as
+  many edited steps. The published description fits each variant; all are shown.
 
   Limits: the largest over layers is biased upward; the maps show every layer with one error rate.
-  Each variant is a program of its own. `stream` is the check that the machinery works: after it
-  everything is the counterpart's, whatever the layer.
+  Each variant is a program of its own. `stream` is the positive control and sets the ceiling: after
+  it everything is the counterpart's, whatever the layer, so no layer can do more in so many steps.
+  Where it turns no run round, as one early step of many hardly moves the video, the claim about one
+  layer can't be told.
   """
   sizes = ctx.sizes
   if unknown := [v for v in variants if v not in VARIANTS]:
@@ -106,9 +111,8 @@ def layer_swap(
   def measure(latents: np.ndarray, trace: Any) -> dict[str, np.ndarray]:
     x0, of = np.asarray(trace.x0), clean["x0"]
     pull = np.asarray(metrics.pull(x0[:, own], own=of[:, own], other=of[:, other]))
-    answer = ctx.read(latents[own], own).answer[-1]
-    flip = (answer == clean["other"]) & (clean["other"] != clean["own"])
-    return {"pull": pull[-1], "pull_first": pull[0], "flip": flip.astype(float)}
+    flip = flipped(ctx.read(latents[own], own).answer[-1], clean["own"], clean["other"])
+    return {"pull": pull[-1], "pull_first": pull[0], "flip": flip}
 
   def at(variant: str, base: Intervention, point: tuple[int, int]) -> dict[str, np.ndarray]:
     count, layer = point
@@ -140,6 +144,9 @@ def layer_swap(
   if "stream" in variants:
     stream = values["pull"][variants.index("stream"), 0]
     values["spread_of_stream"], axes["spread_of_stream"] = np.ptp(stream, axis=0), ("run",)
+    turned = values["flip"][variants.index("stream")].max(1, keepdims=True) == 1  # edited 1 run
+    values["reversal"] = np.where(turned, values["flip"], np.nan)
+    axes["reversal"] = axes["flip"]
   points = ctx.points | {
     "variant": list(variants),
     "edited": counts,
@@ -147,6 +154,13 @@ def layer_swap(
   }
   signed = ("pull", "pull_first")
   return Result(values=values, axes=axes, points=points, titles=TITLES, signed=signed)
+
+
+def flipped(answer: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """1 where an edited answer is the counterpart's, else 0; NaN where the clean answers `own` and
+  `other` are equal or one of them can't be read."""
+  asked = answers.readable(own) & answers.readable(other) & (own != other)
+  return np.where(asked, (answer == other).astype(float), np.nan)
 
 
 def objects(ctx: Context) -> np.ndarray:
@@ -163,6 +177,7 @@ def objects(ctx: Context) -> np.ndarray:
 TITLES = {
   "pull": "Pull of the final video to the counterpart, by number of edited steps",
   "pull_first": "Pull of x0 at step 0 to the counterpart",
-  "flip": "Runs whose final answer is the counterpart's",
+  "flip": "Runs whose final answer is the counterpart's, where both clean ones are read and differ",
+  "reversal": "Runs whose final answer is the counterpart's, of those that the stream turns round",
   "spread_of_stream": "Whole stream: largest minus smallest pull over layers",
 }

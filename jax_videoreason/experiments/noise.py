@@ -28,19 +28,41 @@ def ratio(rows: np.ndarray) -> np.ndarray:
 
 
 def cos_index(rows: np.ndarray) -> np.ndarray:
-  """step / (step + frame) of mean drops; a drop below 0 is none, and none of both is .5."""
+  """step / (step + frame) of mean drops; a drop below 0 is none, and NaN where neither drops."""
   step, frame = np.moveaxis(np.maximum(rows.mean(-2), 0), -1, 0)
-  return np.where(step + frame > 1e-6, step / np.maximum(step + frame, 1e-6), 0.5)
+  return np.where(step + frame > 1e-6, step / np.maximum(step + frame, 1e-6), np.nan)
 
 
 def peak(rows: np.ndarray) -> np.ndarray:
-  """Where the mean curve is highest after its first place (0), at which noise is another seed.
+  """Where the mean curve is highest after its first place, at which noise is another seed.
 
-  NaN for a curve of fewer than `LEAST_PLACES`: on a coarse grid its edge looks like its middle.
+  rows: ... N places 2, the curve and the share of the steps of each place. NaN where the highest
+  place is an edge of the grid, so that the peak may lie beyond it, and for a curve of fewer than
+  `LEAST_PLACES`: on a coarse grid its edge looks like its middle.
   """
-  if rows.shape[-1] < LEAST_PLACES:
-    return np.full(rows.shape[:-2], np.nan)
-  return (1 + rows[..., 1:].mean(-2).argmax(-1)) / max(1, rows.shape[-1] - 1)
+  if rows.shape[-2] < LEAST_PLACES:
+    return np.full(rows.shape[:-3], np.nan)
+  return inner_peak(rows[..., 1:, :])
+
+
+def inner_peak(rows: np.ndarray) -> np.ndarray:
+  """The place of the largest mean of ... N places 2 (curve, place); NaN at the first and last."""
+  curve, place = np.moveaxis(rows.mean(-3), -1, 0)
+  best = curve.argmax(-1)
+  found = np.take_along_axis(place, best[..., None], -1)[..., 0]
+  return np.where((best == 0) | (best == curve.shape[-1] - 1), np.nan, found)
+
+
+def matched_steps(steps: Sequence[int], frames: int, cells: int) -> list[list[int]]:
+  """For each of `frames` noised frames, `cells` of the steps, spread over all of them.
+
+  Over all frames every step comes up equally often, or once more where that does not come out even.
+  """
+  cells = min(cells, len(steps))
+  return [
+    [steps[(frame + frames * k) * len(steps) // (frames * cells)] for k in range(cells)]
+    for frame in range(frames)
+  ]
 
 
 def chosen_steps(sizes: Sizes, stride: int) -> list[int]:
@@ -70,13 +92,16 @@ def with_index(result: Result) -> Result:
     both = np.stack(arms, axis=-1)
     good = np.isfinite(both).all(1)
     of = {"all": good, **{name: good & (task == name) for name in dict.fromkeys(task)}}
-    said = [
-      f"{name} {stats.bootstrap(both[some], seed=SEED, statistic=cos_index)}"
-      for name, some in of.items()
-      if some.any()
-    ]
+    said = [f"{name} {index_of(both[some])}" for name, some in of.items() if some.any()]
     notes.append(f"CoS index under {mode}: {'; '.join(said)}.")
   return dataclasses.replace(result, notes=notes)
+
+
+def index_of(both: np.ndarray) -> str:
+  """The CoS index of drops N 2 in words."""
+  if not np.isfinite(cos_index(both)):
+    return "has none: neither arm drops"
+  return str(stats.bootstrap(both, seed=SEED, statistic=cos_index))
 
 
 @experiment(
@@ -102,9 +127,10 @@ def with_index(result: Result) -> Result:
     Claim(
       number=4,
       says="sensitivity to noise peaks in the middle of the trajectory",
-      of="sensitivity[mode=renoise]",
+      of=("sensitivity[mode=renoise]", "injected_at"),
       by=peak,
-      statistic="step of the largest mean 1 - CKA of x0 (the first left out), share of all steps",
+      statistic="step of the largest mean 1 - CKA of x0 (the first left out), share of all steps; "
+      "a largest value at an edge of the grid is no peak",
       above=0.4,
       below=0.6,
       paper="steps 20 to 30, likely of 50",
@@ -138,20 +164,23 @@ def noise(
   """Is the answer broken by noise at one step, or by noise at one frame?
 
   Noise at Step: all latent frames at one step. Noise at Frame: one latent frame at every step.
-  Matched: one latent frame at F evenly spread steps, so that both arms noise F cells (step, frame)
-  with the same mean energy. Modes: replace x by noise; add noise; add noise times sigma; renoise,
+  Matched: one latent frame at F of these steps, spread so that over all frames each comes up as
+  often, so that both arms noise F cells (step, frame) with the same mean energy; a note gives the
+  mean sigma^2 of both. Modes: replace x by noise; add noise; add noise times sigma; renoise,
   which keeps the guess x0 and draws its noise anew, so that x stays on the noise level. Divergence
   is 1 - linear CKA between the noised run and its clean twin (same seed), over latent positions, of
   x, x0 and the residual stream in the middle layer. The prefix before the noise is shared.
 
-  Limits: frame 0 is given to the model and left out of the frame arms. `replace` at step 0 is
-  another seed; at late steps it destroys the picture whatever it shows. x0 is the guess of the step
-  before, so `renoise` at step 0 is `replace`.
+  Limits: frame 0 is given to the model and left out of the frame arms. With fewer noised steps than
+  latent frames the matched arm has fewer cells. The CoS index has no number where neither arm
+  drops, and a sensitivity that is largest at an edge of the grid has no peak. `replace` at step 0
+  is another seed; at late steps it destroys the picture whatever it shows. x0 is the guess of the
+  step before, so `renoise` at step 0 is `replace`.
   """
   sizes, sigma = ctx.sizes, ctx.sigma
   steps = chosen_steps(sizes, stride)
   frames = list(range(1, sizes.F)) if sizes.F > 1 else [0]
-  spread = np.unique(np.linspace(0, sizes.S - 1, min(sizes.F, sizes.S)).round().astype(int))
+  matched = dict(zip(frames, matched_steps(steps, len(frames), sizes.F), strict=True))
   taps = tapped(sizes)
   base = identity(sizes, edits=("noise",))
   final, clean = ctx.resume(None, 0, base, taps)
@@ -174,7 +203,7 @@ def noise(
     mode, frame = point
     return {
       "frame_drop": noised(where(sizes, frames=frame), mode, 0)[0],
-      "matched_drop": noised(where(sizes, frames=frame, steps=spread), mode, 0)[0],
+      "matched_drop": noised(where(sizes, frames=frame, steps=matched[frame]), mode, 0)[0],
     }
 
   def grid(fn: Any, places: list[int]) -> dict[str, np.ndarray]:
@@ -189,6 +218,7 @@ def noise(
   largest = np.maximum(divergence[:, :early].max(2), 1e-6)
   found |= {
     "clean": score,
+    "injected_at": np.repeat(np.array(steps)[:, None] / sizes.S, sizes.R, 1),
     "step_arm": found["step_drop"].mean(1),
     "frame_arm": found["frame_drop"].mean(1),
     "frame_arm_matched": found["matched_drop"].mean(1),
@@ -208,7 +238,9 @@ def noise(
     "observed": list(range(sizes.S)),
     "latent_frame": frames,
   }
-  return Result(values=found, axes=axes, points=points, titles=TITLES)
+  energy = [(sigma[at] ** 2).mean() for at in (steps, np.concatenate(list(matched.values())))]
+  note = "Mean sigma^2 of the noised cells: {:.3f} at a step, {:.3f} at a frame (matched)."
+  return Result(values=found, axes=axes, points=points, titles=TITLES, notes=[note.format(*energy)])
 
 
 def alike(trace: Any, clean: Any) -> dict[str, np.ndarray]:
@@ -232,6 +264,7 @@ def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 GRID = ("mode", "injected", "observed", "run")
 AXES = {
   "clean": ("run",),
+  "injected_at": ("injected", "run"),
   "step_drop": ("mode", "injected", "run"),
   "frame_drop": ("mode", "latent_frame", "run"),
   "matched_drop": ("mode", "latent_frame", "run"),
@@ -241,6 +274,7 @@ AXES = {
 }
 TITLES = {
   "clean": "Score of the clean run",
+  "injected_at": "Step of the noise, share of all steps",
   "step_drop": "Drop of the score, noise at one step",
   "frame_drop": "Drop of the score, noise at one frame in all steps",
   "matched_drop": "Drop of the score, noise at one frame in F steps",

@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from jax_videoreason import checkpoint, conditioning, tasks
 from jax_videoreason.decode import decode, preview
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
+from jax_videoreason.folders import checksum
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import Conditioning, ModelBundle
+from jax_videoreason.structs import Conditioning
 from jax_videoreason.tasks import Case, Task
 
 AGREEMENT = 0.98  # of the answers that the linear preview and the VAE give
 LOOKED_AT = 5  # steps on which they are compared
-HASHED = 1 << 20  # bytes of weights that tell one bundle from another
 
 
 def load(chosen: SampleSettings) -> Setting:
@@ -101,10 +99,6 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
   return (quick if agreement >= AGREEMENT else setting), agreement
 
 
-def fingerprint(bundle: ModelBundle) -> str:
-  """A hash that tells the weights of one bundle from those of another."""
-  digest = hashlib.sha256(bundle.card.name.encode())
-  for params in bundle.params:
-    for leaf in jax.tree.leaves(params)[-1:]:
-      digest.update(np.asarray(leaf).tobytes()[:HASHED])
-  return digest.hexdigest()[:16]
+def fingerprint(chosen: SampleSettings) -> str:
+  """Tells the weights of one bundle from those of another: all leaves of all parts count."""
+  return checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION)

@@ -267,6 +267,24 @@ def test_wrong_calls_are_told_what_is_wanted(change, said):
     perform(make_study(), toy.setting(), **call)
 
 
+@pytest.mark.parametrize(
+  ("name", "options", "said"),
+  [
+    ("noise", {"stride": 0}, "noise: stride=0, wanted 1 or more"),
+    ("frames", {"fewer": ()}, r"frames: fewer=\(\), wanted 1 or more, not empty"),
+    ("controls", {"places": 0}, "controls: places=0, wanted 1 or more"),
+    ("layer_swap", {"edited": (0,)}, r"layer_swap: edited=\(0,\), wanted 1 or more"),
+  ],
+)
+def test_options_that_ask_for_nothing_are_refused_before_anything_is_loaded(name, options, said):
+  study = EXPERIMENTS[name]
+  with pytest.raises(ValueError, match=said):
+    study.check({**study.options, **options})
+  for preset in ("quick", "full"):
+    flags, _ = cli.parse(run, [name, "--preset", preset])
+    study.check(flags.config.experiment.to_dict())
+
+
 def test_an_edit_outside_the_model_is_refused():
   with pytest.raises(ValueError, match="steps=40 does not exist"):
     perform(make_study(), toy.setting(), toy.cases(2), options={"steps": (40,)})

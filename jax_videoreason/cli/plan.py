@@ -160,6 +160,7 @@ def study(name: str, config: dict[str, Any]) -> "Work":
   own = {key: config.pop(key) for key in STUDY_KEYS}
   chosen, asked = settings.from_config(config), find(name)
   setting.check(chosen)
+  asked.check(own["experiment"])
   cases = len(own["tasks"]) * own["cases"]
   size = min(own["batch"] or cases, cases)
   together = size * len(chosen.seeds) * len(asked.roles)

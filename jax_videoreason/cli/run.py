@@ -149,6 +149,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> Non
   asked.pop("words")
   batch = asked.pop("batch")
   chosen = settings.from_config(asked)
+  study.check(own["experiment"])
   made = setting.load(chosen)
   key = _key(study.name, asked, own, setting.fingerprint(chosen))
   if is_done(out, key) and not redo:

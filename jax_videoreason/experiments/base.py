@@ -56,6 +56,7 @@ class Study:
   cost: Callable[..., float]
   taps: Callable[..., TapSpec]
   finish: Callable[..., Result] | None
+  least: Mapping[str, int]
   options: Mapping[str, Any]
 
   def trajectories(
@@ -73,6 +74,18 @@ class Study:
     """Network evaluations of so many batches, by the declared cost; without the control."""
     each = self.trajectories(sizes, options, switch=switch)
     return round(sizes.S * sizes.R * sizes.G * batches * each)
+
+  def check(self, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that is unknown, empty, or holds a number below its least."""
+    unknown = sorted(options.keys() - self.options.keys())
+    if unknown:
+      known = ", ".join(self.options) or "none"
+      raise ValueError(f"{self.name} has no option {unknown[0]!r}; its options: {known}.")
+    for name, least in self.least.items():
+      value = options.get(name, self.options[name])
+      each = value if isinstance(value, tuple | list) else [value]
+      if not each or any(number < least for number in each):
+        raise ValueError(f"{self.name}: {name}={value!r}, wanted {least} or more, not empty.")
 
   def tapped(self, sizes: Sizes, options: Mapping[str, Any]) -> TapSpec:
     """The largest taps of a batch."""
@@ -96,6 +109,7 @@ def experiment(
   cost: Callable[..., float] = lambda sizes: 1,
   taps: Callable[..., TapSpec] = lambda sizes: TapSpec(),
   finish: Callable[..., Result] | None = None,
+  least: Mapping[str, int] | None = None,
 ) -> Callable[[Callable[..., Result]], Study]:
   """Makes a Study of a function (ctx, *, options...) -> Result, called once per batch of cases.
 
@@ -105,6 +119,7 @@ def experiment(
   option `switch` is whether the model has two experts.
   taps: (sizes, options...) -> the largest taps of a batch, for plans.
   finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
+  least: option -> the smallest number that it, or any entry of it, may be.
   """
 
   def make(function: Callable[..., Result]) -> Study:
@@ -126,6 +141,7 @@ def experiment(
       cost=cost,
       taps=taps,
       finish=finish,
+      least=least or {},
       options={p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY},
     )
 
@@ -159,10 +175,7 @@ def perform(
   Raises ValueError for unknown options or no cases.
   """
   given = dict(options or {})
-  unknown = sorted(given.keys() - study.options.keys())
-  if unknown:
-    known = ", ".join(study.options) or "none"
-    raise ValueError(f"{study.name} has no option {unknown[0]!r}; its options: {known}.")
+  study.check(given)
   given = {**study.options, **given}
   if not cases:
     raise ValueError(f"{study.name} got no cases: give at least one.")

@@ -75,6 +75,7 @@ def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
   ),
   taps=tapped,
   finish=lambda result, **options: with_memory(result),
+  least={"stride": 1},
 )
 def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   """How often does the model correct itself, extend its answer, remember, look before it acts?

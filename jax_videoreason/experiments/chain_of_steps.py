@@ -47,6 +47,7 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
       paper="first 10 to 15% of the steps, by its follow-up",
     ),
   ),
+  least={"strips": 0},
 )
 def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   """How does the answer form along the denoising steps, and when is it settled?

@@ -115,6 +115,7 @@ def moved(rows: np.ndarray) -> np.ndarray:
   ),
   zero=("sensitivity",),
   cost=cost,
+  least={"places": 1},
 )
 def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 11) -> Result:
   """Do the measures survive another shift, step count, guidance or expert switch?

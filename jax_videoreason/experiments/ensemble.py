@@ -101,6 +101,7 @@ def closeness(x0: np.ndarray, by_seed: np.ndarray) -> np.ndarray:
   ),
   zero=("gain", "moved"),
   cost=cost,
+  least={"steps": 1, "more_steps": 1},
 )
 def ensemble(
   ctx: Context,

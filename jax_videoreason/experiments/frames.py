@@ -26,6 +26,7 @@ def cost(sizes: Sizes, *, fewer: tuple[int, ...]) -> float:
   ),
   zero=("drop",),
   cost=cost,
+  least={"fewer": 1},
 )
 def frames(ctx: Context, *, fewer: tuple[int, ...] = (13,)) -> Result:
   """How much does the answer suffer when the video has fewer frames?

@@ -68,6 +68,7 @@ def tapped(sizes: Sizes, *, site: str) -> TapSpec:
   ),
   cost=lambda sizes: 1 + 1 / sizes.S,
   taps=tapped,
+  least={"lens_steps": 1},
 )
 def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -> Result:
   """What does every layer hold at every step, and which answer would it give?

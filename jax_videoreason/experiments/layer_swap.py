@@ -72,6 +72,7 @@ def kept_steps(sizes: Sizes, edited: Any) -> list[int]:
   ),
   zero=("pull", "flip", "pull_first"),
   cost=cost,
+  least={"edited": 1, "stride": 1},
 )
 def layer_swap(
   ctx: Context,

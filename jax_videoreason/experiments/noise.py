@@ -157,6 +157,7 @@ def index_of(both: np.ndarray) -> str:
   cost=cost,
   taps=tapped,
   finish=lambda result, **options: with_index(result),
+  least={"stride": 1},
 )
 def noise(
   ctx: Context, *, modes: tuple[str, ...] = NOISE_MODES, gain: float = 1.0, stride: int = 1

@@ -95,6 +95,7 @@ def tapped(sizes: Sizes, *, stride: int, site: str, regions: Any = None) -> TapS
   ),
   taps=tapped,
   finish=lambda result, **options: fit(result),
+  least={"stride": 1},
 )
 def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result:
   """What can be read linearly from the hidden states, at which layer and step?

@@ -12,10 +12,11 @@ import numpy as np
 
 from jax_videoreason import checkpoint, evaluate, interventions, plan
 from jax_videoreason.folders import checksum, plain
-from jax_videoreason.interventions import Intervention
+from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import SITES
 from jax_videoreason.tasks import Case, Task
 
 UNIT = 32  # runs of a unit where nothing is said
@@ -28,7 +29,10 @@ EDITS = {
   "ablate": ("sites", "gate", "steps", "layers"),
   "ensemble_runs": ("what", "keep", "amount", "steps", "layers"),
 }
+NEEDED = {"noise_at": {"mode": NOISE_MODES}, "ablate": {"sites": SITES}}
 PLACES = ("steps", "layers", "frames")
+NUMBERS = ("gain", "gate", "amount")  # gain alone may be one for each step
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,7 @@ def varied(given: Mapping[str, Any]) -> Varied:
     if wrong:
       known = ", ".join(EDITS[kind]) or "none"
       faults.append(f"edits.{name}: {kind} takes no {wrong[0]!r}; it takes: {known}.")
-    for place in PLACES:
-      value = edit.get(place)
-      if value is not None and (len(value) != 2 or not value[0] < value[1]):
-        faults.append(f"edits.{name}.{place}={value!r}, wanted (from, to).")
+    faults += [f"edits.{name}: {fault}" for fault in faults_of(edit)]
   for key, known in (
     ("reader", READERS),
     ("split", evaluate.SPLITS),
@@ -96,6 +97,41 @@ def varied(given: Mapping[str, Any]) -> Varied:
     mesh=given["mesh"],
     reader=given["reader"],
   )
+
+
+def faults_of(said: Mapping[str, Any]) -> list[str]:
+  """What is wrong with the arguments of an edit, whatever the model."""
+  kind = said["edit"]
+  faults = [
+    f"{kind} needs {key}, of {', '.join(known)}."
+    for key, known in NEEDED.get(kind, {}).items()
+    if said.get(key) is None
+  ]
+  for key, value in said.items():
+    several = value if isinstance(value, tuple | list) else (value,)
+    if value is None:
+      continue
+    if key in PLACES and not _is_span(value):
+      faults.append(f"{key}={value!r}, wanted (from, to).")
+    if key in NUMBERS and not all(map(_is_number, several if key == "gain" else (value,))):
+      faults.append(f"{key}={value!r}, wanted a finite number.")
+    if key == "sites" and not all(isinstance(site, str) for site in several):
+      faults.append(f"sites={value!r}, wanted some of {', '.join(SITES)}.")
+  return faults
+
+
+def _is_span(value: Any) -> bool:
+  return (
+    isinstance(value, tuple | list)
+    and len(value) == 2
+    and all(isinstance(index, int) for index in value)
+    and value[0] < value[1]
+  )
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it is one that float32 holds, so not nan."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -282,6 +283,56 @@ def test_faults_of_a_sweep_are_told_at_once():
   assert "edits.b: ablate takes no 'gain'; it takes: sites, gate, steps, layers." in said
   assert "split='test', wanted one of id, ood, heldout" in said
   assert "cases=0, wanted at least 1" in said
+
+
+BAD_EDITS = {
+  "no mode": (
+    {"edit": "noise_at"},
+    "edits.bad: noise_at needs mode, of replace, add, add_sigma, renoise.",
+  ),
+  "no sites": ({"edit": "ablate"}, "edits.bad: ablate needs sites, of resid_pre, attn_out,"),
+  "a gain that is not finite": (
+    {"edit": "noise_at", "mode": "add", "gain": math.nan},
+    "edits.bad: gain=nan, wanted a finite number.",
+  ),
+  "one step of a gain that is not finite": (
+    {"edit": "noise_at", "mode": "add", "gain": (1.0, math.inf, 1.0)},
+    "edits.bad: gain=(1.0, inf, 1.0), wanted a finite number.",
+  ),
+  "a gain over float32": (
+    {"edit": "noise_at", "mode": "add", "gain": 1e39},
+    "edits.bad: gain=1e+39, wanted a finite number.",
+  ),
+  "a gate that is no number": (
+    {"edit": "ablate", "sites": ("attn_out",), "gate": {}},
+    "edits.bad: gate={}, wanted a finite number.",
+  ),
+  "an amount in words": (
+    {"edit": "ensemble_runs", "amount": "half"},
+    "edits.bad: amount='half', wanted a finite number.",
+  ),
+  "a place that is one number": (
+    {"edit": "noise_at", "mode": "add", "steps": 1},
+    "edits.bad: steps=1, wanted (from, to).",
+  ),
+  "sites that are no words": (
+    {"edit": "ablate", "sites": 3},
+    "edits.bad: sites=3, wanted some of resid_pre, attn_out,",
+  ),
+}
+
+
+@pytest.mark.parametrize("fault", list(BAD_EDITS))
+def test_an_edit_with_bad_arguments_is_one_sentence(fault):
+  said, wanted = BAD_EDITS[fault]
+  with pytest.raises(ValueError) as refused:
+    made({"bad": said})
+  assert wanted in str(refused.value)
+
+
+def test_a_gain_may_be_one_for_each_step():
+  said = {"edit": "noise_at", "mode": "add", "gain": (0.5, 0.0, 2.0)}
+  assert factors.faults_of(said) == []
 
 
 def test_an_edit_that_the_model_has_no_place_for_is_told_before_anything_is_run():

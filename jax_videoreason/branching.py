@@ -9,11 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason import factors, media, sampler, settings, store, tasks
+from jax_videoreason import checkpoint, factors, plan, sampler, settings, store, tasks
+from jax_videoreason.folders import checksum
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import Sizes, State, Trace
+from jax_videoreason.structs import State, Trace
 from jax_videoreason.taps import TapSpec
 
 TRACE = "trace.zarr"
@@ -21,19 +22,20 @@ TRACE = "trace.zarr"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
-  """Where a stored run is left: before `step`. said: the edit in words, as a sweep reads it."""
+  """Where a stored run is left: before `step`.
+
+  said: the edit in words, as a sweep reads it. edit: the same of all runs; None = "none".
+  """
 
   run: store.Run
   chosen: SampleSettings
   step: int
   said: Mapping[str, Any]
+  edit: Intervention | None
 
   def state(self, schedule: Schedule) -> State:
     """What the sampler held before the step: exact for Euler, restarted for another solver."""
     return sampler.state_at(self.prefix(TapSpec(), self.step + 1), schedule, self.step)
-
-  def edit(self, sizes: Sizes, schedule: Schedule) -> Intervention | None:
-    return factors.edit_for(self.said, sizes, schedule, len(self.chosen.seeds))
 
   def prefix(self, taps: TapSpec, steps: int) -> Trace:
     """The first rows of the stored trace, with the taps that `taps` keeps of them."""
@@ -57,7 +59,12 @@ class Branch:
 
   def told(self) -> dict[str, Any]:
     """What the manifest of the branch says of it."""
-    return {"from": str(self.run.path), "step": self.step, "intervene": dict(self.said)}
+    return {
+      "from": str(self.run.path),
+      "step": self.step,
+      "intervene": dict(self.said),
+      "of": self.run.manifest.get("branch"),  # how that run was itself a branch
+    }
 
   def case(self, number: int) -> tasks.Case | None:
     """The case of a run; None where it was asked freely."""
@@ -67,21 +74,19 @@ class Branch:
     task = tasks.load(entry["task"], size=self.chosen.height, frames=self.chosen.frames)
     return task.case(entry["metadata"])
 
-  def first_frame(self, number: int) -> np.ndarray | None:
-    path = self.run.first(number)
-    return None if path is None else media.read_image(path)
-
 
 def take_up(
-  place: str | Path, step: int, words: str | None, *, checkpoint: str | None = None
+  place: str | Path, step: int, words: str | None, *, weights: str | None = None
 ) -> Branch:
   """The run folder `place` (or its trace.zarr), left before `step`.
 
   words: such as "noise_at:mode=add_sigma,gain=0.5"; it acts at `step` alone where it names no
-  steps. None = no edit. checkpoint: instead of the one that the run was made by.
+  steps. None = no edit. weights: name or folder of a bundle, instead of the one that made the run.
 
   Raises:
-    ValueError: no run, a step outside, a trace without latents, an unknown edit or key of it.
+    ValueError: no run, a step outside, a trace without latents, a run that was edited there or
+      later, damaged files, other weights than made it and none named, an edit that is unknown or
+      has no place in the model.
   """
   folder = Path(place)
   run = store.open_run(folder.parent if folder.name == TRACE else folder)
@@ -91,10 +96,46 @@ def take_up(
   if run.latents is None or run.x0 is None:
     raise ValueError(f"{folder} holds no latents, from which a branch starts: sample it again.")
   config = dict(run.manifest["config"])
-  if checkpoint is not None:
-    config["checkpoint"] = checkpoint
+  if weights is not None:
+    config["checkpoint"] = weights
   chosen = settings.from_config(config)
-  return Branch(run=run, chosen=chosen, step=step, said=parse(words, step))
+  check_weights(run, chosen.checkpoint, named=weights is not None)
+  check_edits(folder, run.manifest.get("branch"), step)
+  said = parse(words, step)
+  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=len(run.runs))
+  try:
+    edit = factors.edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
+  except ValueError as error:
+    raise ValueError(f"--intervene={words}: {error}") from error
+  run.verify()
+  return Branch(run=run, chosen=chosen, step=step, said=said, edit=edit)
+
+
+def check_edits(folder: Path, told: Mapping[str, Any] | None, step: int) -> None:
+  """ValueError: an edit of the branch `folder`, or of one that it came from, would be left out."""
+  while told is not None:
+    first, stop = told["intervene"].get("steps") or (0, 0)
+    if step < stop:
+      raise ValueError(
+        f"{folder} was edited at the steps {first}..{stop - 1}, which a branch at --step={step} "
+        f"would leave out: give a --step after them, or --from {told['from']}."
+      )
+    told = told["of"]
+
+
+def check_weights(run: store.Run, name: str, *, named: bool) -> None:
+  """ValueError: the bundle is not the one that made the run, and it was not named on purpose."""
+  made = run.manifest.get("weights")
+  if made is None:
+    raise ValueError(
+      f"{run.path} was written by a version that did not keep all that a branch needs: sample it "
+      "again."
+    )
+  if checksum(checkpoint.find(name) / checkpoint.DESCRIPTION) != made and not named:
+    raise ValueError(
+      f"{name} holds other weights than those that made {run.path}: put those back, or give "
+      f"--checkpoint={name} to go on with these."
+    )
 
 
 def parse(words: str | None, step: int) -> dict[str, Any]:
@@ -111,7 +152,12 @@ def parse(words: str | None, step: int) -> dict[str, Any]:
     if key not in known[name]:
       wanted = settings.nearest(key, known[name])
       raise ValueError(f"--intervene={words}: {name} takes no {key!r}; {wanted}")
+    if key in said:
+      raise ValueError(f"--intervene={words}: {key} is given twice, wanted once.")
     said[key] = span(words, key, text) if key in factors.PLACES else value_of(key, text)
+  faults = factors.faults_of(said)
+  if faults:
+    raise ValueError(f"--intervene={words}: {' '.join(faults)}")
   if "steps" in known[name]:
     said.setdefault("steps", (step, step + 1))
     if said["steps"][0] < step:
@@ -139,5 +185,5 @@ def value_of(key: str, text: str) -> Any:
     return tuple(text.split("+"))
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, TypeError, SyntaxError):
     return text

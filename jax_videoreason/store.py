@@ -16,6 +16,8 @@ A run folder holds R runs (one case, seed and edit each) that went through one s
       taps/SITE/REDUCTION   S' L G R ...; attributes `steps`, `layers`, `branches` = what was asked
     answers.json       the answer read from x0 at every step (`AnswerTrace`), for runs of a task
     first_<run>.png    the given first frame          video_<run>.mp4   the final video
+    first_<run>.npy    the same where it is not 8-bit: height width 3 float32 about -1..1
+    shown_<run>.png    the picture that an image tower was shown, where it is another one
     x0_<run>.png, figures/, report.html    drawn from the above by `report.render`, not in the
                        checksums
 
@@ -68,7 +70,7 @@ TAP_AXES = ("step", "layer", "branch", "run")
 DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
 OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
-  r"|(first|x0)_\d+\.png|video_\d+\.mp4"
+  r"|(first|shown|x0)_\d+\.png|first_\d+\.npy|video_\d+\.mp4"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint", "av", "matplotlib")
 
@@ -90,11 +92,7 @@ def run_folder(
 
 def write_final_latents(folder: str | Path, latents: Any) -> None:
   """Writes `final_latents.npy`, R F H W C float32."""
-  array = np.ascontiguousarray(latents, np.float32)
-  header = np.lib.format.header_data_from_array_1_0(array)
-  with atomic(Path(folder) / "final_latents.npy") as part, part.open("wb") as file:
-    np.lib.format.write_array_header_1_0(file, header)
-    file.write(array.data)  # np.save forgets the errno of a full disk
+  _write_npy(Path(folder) / "final_latents.npy", latents)
 
 
 def write_runs(folder: str | Path, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -118,6 +116,19 @@ def write_videos(
     media.write_mp4(Path(folder) / f"video_{run}.mp4", video, fps=fps)
   for run, first in enumerate(() if first_frames is None else first_frames):
     media.write_png(Path(folder) / f"first_{run}.png", first)
+
+
+def write_given(
+  folder: str | Path, run: int, first_frame: np.ndarray | None, shown: np.ndarray | None
+) -> None:
+  """Writes what conditioned a run and `first_<run>.png` does not hold, for `Run.given`.
+
+  first_frame: height width 3, uint8 or float32. shown: a picture uint8 of any size, None = it too.
+  """
+  if first_frame is not None and first_frame.dtype != np.uint8:
+    _write_npy(Path(folder) / f"first_{run}.npy", first_frame)
+  if shown is not None and (first_frame is None or not np.array_equal(shown, first_frame)):
+    media.write_png(Path(folder) / f"shown_{run}.png", shown)
 
 
 def write_manifest(
@@ -352,15 +363,24 @@ class Run:
   @property
   def final_latents(self) -> np.ndarray:
     """R F H W C float32."""
-    path = self.path / "final_latents.npy"
-    try:
-      return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-      raise damaged(path) from error
+    return _read_npy(self.path / "final_latents.npy")
 
   def first(self, run: int) -> Path | None:
     """The given first frame of a run, a PNG."""
     return self._file(f"first_{run}.png")
+
+  def given(self, run: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What conditioned a run, to the bit: first frame, and the picture shown where it is another.
+
+    height width 3, uint8; or the frame float32 about -1..1.
+    """
+    exact, first = self._file(f"first_{run}.npy"), self.first(run)
+    shown = self._file(f"shown_{run}.png")
+    frame = None if first is None else media.read_image(first)
+    return (
+      frame if exact is None else _read_npy(exact),
+      None if shown is None else media.read_image(shown),
+    )
 
   def video(self, run: int) -> Path | None:
     """The final video of a run, an MP4."""
@@ -461,6 +481,22 @@ def open_run(folder: str | Path) -> Run:
 
 
 # Details
+
+
+def _write_npy(path: Path, value: Any) -> None:
+  """Writes an array as float32; np.save forgets the errno of a full disk."""
+  array = np.ascontiguousarray(value, np.float32)
+  header = np.lib.format.header_data_from_array_1_0(array)
+  with atomic(path) as part, part.open("wb") as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(array.data)
+
+
+def _read_npy(path: Path) -> np.ndarray:
+  try:
+    return np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise damaged(path) from error
 
 
 def _chunk(axes: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> list[int]:

@@ -19,6 +19,7 @@ import pytest
 from jax_videoreason import (
   checkpoint,
   cli,
+  folders,
   media,
   open_run,
   report,
@@ -448,7 +449,7 @@ def test_a_branch_without_an_edit_is_the_rest_of_the_run(call, sampled, tmp_path
     np.testing.assert_allclose(again.taps[name][:], taps[:], atol=1e-4)
   assert [run["seed"] for run in again.runs] == [0, 5, 2]
   assert again.manifest["branch"] == {
-    "from": str(sampled), "step": 1, "intervene": {"edit": "none"}
+    "from": str(sampled), "step": 1, "intervene": {"edit": "none"}, "of": None
   }  # fmt: skip
   assert again.manifest["evaluations"] == whole.manifest["evaluations"] * 2 // 3
 
@@ -460,9 +461,8 @@ def test_a_branch_changes_what_comes_after_its_step_alone(call, sampled, tmp_pat
   assert other.x0 is not None and whole.x0 is not None
   np.testing.assert_array_equal(other.x0[0], whole.x0[0])
   assert (np.abs(other.x0[1] - whole.x0[1]).max(axis=(1, 2, 3, 4)) > 0.05).all()
-  assert other.manifest["branch"]["intervene"] == {
-    "edit": "noise_at", "mode": "add_sigma", "gain": 0.5, "steps": [1, 2]
-  }  # fmt: skip
+  said = {"edit": "noise_at", "mode": "add_sigma", "gain": 0.5, "steps": [1, 2]}
+  assert other.manifest["branch"]["intervene"] == said
   assert branched(call, sampled, tmp_path / "third", *words).final_latents == pytest.approx(
     other.final_latents, abs=1e-6
   )
@@ -485,15 +485,98 @@ BAD_BRANCHES = {
   "layer outside": (["--step=1", "--intervene=ablate:sites=attn_out,layers=5"], "layers=5:6"),
   "unknown site": (["--step=1", "--intervene=ablate:sites=attention"], "no site 'attention'"),
   "unknown mode": (["--step=1", "--intervene=noise_at:mode=more"], "no noise mode 'more'"),
+  "unknown site later": (
+    ["--step=1", "--intervene=ablate:sites=attn_out+mlp"],
+    "--intervene=ablate:sites=attn_out+mlp: no site 'mlp'",
+  ),
+  "no mode": (["--step=1", "--intervene=noise_at"], "noise_at: noise_at needs mode, of replace"),
+  "no sites": (["--step=1", "--intervene=ablate:gate=0"], "ablate needs sites, of resid_pre"),
+  "gain that is not finite": (
+    ["--step=1", "--intervene=noise_at:mode=add,gain=nan"],
+    "gain='nan', wanted a finite number",
+  ),
+  "gate that is no number": (
+    ["--step=1", "--intervene=ablate:sites=attn_out,gate={}"],
+    "gate={}, wanted a finite number",
+  ),
+  "gate that is no literal": (
+    ["--step=1", "--intervene=ablate:sites=attn_out,gate={{}}"],
+    "gate='{{}}', wanted a finite number",
+  ),
+  "a key twice": (
+    ["--step=1", "--intervene=noise_at:mode=add,mode=replace"],
+    "mode is given twice, wanted once",
+  ),
   "asked again": (["--step=1", "--prompt=x"], "--prompt has no meaning with --from"),
+  "another config": (["--step=1", "--config=mini"], "--config has no meaning with --from"),
+  "a config in two words": (["--step=1", "--config", "mini"], "--config has no meaning with"),
+  "another key": (["--step=1", "--config.steps=3"], "--config.steps has no meaning with --from"),
+  "a key below": (["--step=1", "--config.taps.sites=()"], "--config.taps.sites has no meaning"),
+  "another fit": (["--step=1", "--fit=exact"], "--fit has no meaning with --from"),
 }
 
 
 @pytest.mark.parametrize("fault", list(BAD_BRANCHES))
-def test_a_bad_branch_is_one_sentence_and_leaves_nothing(refuses, sampled, tmp_path, fault):
+def test_a_bad_branch_is_one_sentence_before_weights_are_loaded(
+  refuses, sampled, tmp_path, monkeypatch, fault
+):
+  monkeypatch.delattr(checkpoint, "load")
   words, said = BAD_BRANCHES[fault]
   assert said in refuses("sample", f"--from={sampled}", *words, f"--out={tmp_path / 'run'}")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_branch_of_a_branch_does_not_lose_an_edit(call, refuses, sampled, tmp_path):
+  edit = "--intervene=noise_at:mode=add,gain=0.5"
+  edited = branched(call, sampled, tmp_path / "edited", "--step=1", edit)
+  later = branched(call, edited.path, tmp_path / "later", "--step=2")
+  np.testing.assert_allclose(later.final_latents, edited.final_latents, atol=1e-5)
+  assert later.manifest["branch"]["of"] == edited.manifest["branch"]
+  for place in (edited.path, later.path):
+    for step in (0, 1):
+      said = refuses("sample", f"--from={place}", f"--step={step}", f"--out={tmp_path / 'lost'}")
+      assert f"{place} was edited at the steps 1..1, which a branch at --step={step}" in said
+      assert f"or --from {sampled}." in said
+
+
+def test_a_branch_notices_other_weights(call, refuses, sampled, bundle_dir, tmp_path):
+  weights = json.loads((sampled / "manifest.json").read_text())["weights"]
+  assert weights == folders.checksum(bundle_dir / "bundle.json")
+  copy = tmp_path / "copy"
+  shutil.copytree(sampled, copy)
+  manifest = json.loads((copy / "manifest.json").read_text())
+
+  def branch_where(changed, *words):
+    (copy / "manifest.json").write_text(json.dumps(changed))
+    return ("sample", f"--from={copy}", "--step=2", f"--out={tmp_path / 'run'}", *words)
+
+  other = {**manifest, "weights": "0" * 64}
+  said = refuses(*branch_where(other))
+  assert f"{bundle_dir} holds other weights than those that made {copy}" in said
+  assert f"--checkpoint={bundle_dir}" in said
+  assert call(*branch_where(other, f"--checkpoint={bundle_dir}"))[0] == 0
+  assert open_run(tmp_path / "run").manifest["weights"] == weights
+  del manifest["weights"]
+  said = refuses(*branch_where(manifest, f"--checkpoint={bundle_dir}", "--redo"))
+  assert "did not keep all that a branch needs: sample it again" in said
+
+
+def test_a_branch_of_damaged_data_is_refused(refuses, sampled, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(sampled, copy)
+  media.write_png(copy / "first_0.png", np.zeros((16, 16, 3), np.uint8))
+  said = refuses("sample", f"--from={copy}", "--step=1", f"--out={tmp_path / 'run'}")
+  assert "first_0.png differs from its checksum" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--redo"]])
+def test_a_branch_never_replaces_the_run_it_reads(refuses, sampled, tmp_path, words):
+  copy = tmp_path / "copy"
+  shutil.copytree(sampled, copy)
+  for read in (copy, copy / "trace.zarr"):
+    said = refuses("sample", f"--from={read}", "--step=1", f"--out={copy}", *words)
+    assert "which is read: choose another --out" in said
+  open_run(copy).verify()
 
 
 def test_a_trace_without_latents_can_not_be_branched(refuses, sampled, tmp_path):

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli, conditioning, framing, media, prepare, settings
+from jax_videoreason import (
+  checkpoint,
+  cli,
+  conditioning,
+  framing,
+  media,
+  open_run,
+  prepare,
+  settings,
+)
 from jax_videoreason.cli import sample
 from jax_videoreason.convert import wan
 from published import CLIP, CONFIG, DIT, clip_original, parts, shards, tensors, write_original
@@ -97,6 +106,29 @@ def test_the_image_tokens_of_a_sample_are_those_of_the_picture(i2v, picture, mon
   wanted, wrong = (other, tokens) if stack == "diffsynth" else (tokens, other)
   np.testing.assert_allclose(cond.clip, wanted, atol=1e-5)
   assert np.abs(np.asarray(cond.clip) - wrong).max() > 1e-3
+
+
+@pytest.mark.parametrize("stack", ["official", "diffusers"])
+def test_a_branch_is_conditioned_as_its_run_was(i2v, picture, tmp_path, stack):
+  """On the frame as it was, not rounded, and on the picture that the image tower was shown."""
+  words = ["sample", f"--checkpoint={i2v / stack}", f"--image={picture[0]}", "--fit=stretch"]
+  words += ["--prompt=sort the bars", "--seeds=0", "--config.steps=2", "--config.solver=euler"]
+  words += ["--config.height=32", "--config.width=32", "--config.frames=5"]
+  assert cli.main([*words, f"--out={tmp_path / 'run'}"]) == 0
+  run = open_run(tmp_path / "run")
+  frame, shown = run.given(0)
+  np.testing.assert_array_equal(frame, framing.stretched(picture[1], 32, 32, stack))
+  np.testing.assert_array_equal(shown, picture[1])
+  assert run.manifest["files"].keys() >= {"shown_0.png"}
+  assert ("first_0.npy" in run.manifest["files"]) == (stack == "official")
+  words = ["sample", f"--from={tmp_path / 'run'}", "--step=0", f"--out={tmp_path / 'branch'}"]
+  assert cli.main(words) == 0
+  branch = open_run(tmp_path / "branch")
+  np.testing.assert_allclose(branch.final_latents, run.final_latents, atol=1e-6)
+  for name in {"first_0.npy", "shown_0.png"} & run.manifest["files"].keys():
+    assert branch.manifest["files"][name] == run.manifest["files"][name]
+  (tmp_path / "run" / "shown_0.png").unlink()
+  assert cli.main([*words, "--redo"]) == cli.BAD_INPUT
 
 
 def test_the_first_frame_of_a_run_is_a_picture(i2v, picture, tmp_path):

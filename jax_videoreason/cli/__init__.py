@@ -198,6 +198,7 @@ def _parse_config(
   from ml_collections import config_flags
 
   name = str(flags[CONFIG].default)
+  named = False
   rest = []
   pending = iter(words)
   for word in pending:
@@ -206,6 +207,7 @@ def _parse_config(
       name = value if equals else next(pending, "")
       if not name:
         raise UsageError("--config wants a path or a shipped name.")
+      named = True
     else:
       rest.append(word)
   config = load_config(name)
@@ -222,6 +224,7 @@ def _parse_config(
   config_flags.DEFINE_config_dict(
     CONFIG, config, flag_values=flags, sys_argv=["videoreason", *rest], lock_config=True
   )
+  flags[CONFIG].using_default_value = not named
   return rest
 
 
@@ -287,6 +290,11 @@ def resolved(flags: "FlagValues") -> dict[str, Any]:
   """The config of a parsed command as a plain mapping, --checkpoint in its place."""
   values = flags.config.to_dict()
   return {**values, "checkpoint": flags.checkpoint} if flags.checkpoint else values
+
+
+def given(flags: "FlagValues") -> list[str]:
+  """The names of the options that were typed, as config or config.steps."""
+  return [name for name in flags if not flags[name].using_default_value]
 
 
 def required(flags: "FlagValues", *names: str) -> None:

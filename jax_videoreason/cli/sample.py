@@ -10,9 +10,10 @@ report.html; jax_videoreason.open_run(DIR) reads them. The image has the size th
 or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts its middle out,
 `area` takes the size of the video from its aspect, with as many pixels as the config has.
 
---from takes up a stored run before --step, as its own manifest says, and leaves a whole run folder
-again; the edit (noise_at, ablate, ensemble_runs) acts at that step, or where its keys say
-(steps=12:15,frames=2,layers=4:8). Exact for Euler; another solver restarts there.
+--from takes up a stored run before --step, as its own manifest says, with the same weights unless
+--checkpoint names others, and leaves a whole run folder again; the edit (noise_at, ablate,
+ensemble_runs) acts at that step, or where its keys say (steps=12:15,frames=2,layers=4:8). Exact for
+Euler; another solver restarts there.
 
 One model may need many devices: --mesh fsdp=2,context=2 lays weights and tokens on them. Started
 once on every host (docs/pods.md), the mesh spans the devices of all, and one folder comes of it.
@@ -39,6 +40,7 @@ from jax_videoreason import (
   cli,
   console,
   distributed,
+  folders,
   framing,
   media,
   prepare,
@@ -58,7 +60,8 @@ from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.taps import check_budget
 
 FPS = 8
-ASKED = ("image", "prompt", "seeds", "noise")  # what a stored run has already been asked
+# what a stored run has already been asked
+ASKED = ("image", "prompt", "seeds", "noise", "fit", cli.CONFIG)
 FITS = ("exact", "stretch", "cover", "area")
 # Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps.
 SHOWN_PIXELS = 1 << 26
@@ -141,12 +144,13 @@ def mesh_of(axes: str | None, processes: int) -> Mesh | None:
 def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
   """Takes up a stored run and writes the branch as a run folder of its own."""
   cli.required(flags, "step", "out")
-  given = [f"--{name}" for name in ASKED if flags[name].value is not None]
+  given = [name for name in cli.given(flags) if name.partition(".")[0] in ASKED]
   if given:
-    raise cli.UsageError(f"{given[0]} has no meaning with --from: the stored run has been asked.")
+    raise cli.UsageError(f"--{given[0]} has no meaning with --from: the stored run has been asked.")
   branch = branching.take_up(
-    str(flags["from"].value), flags.step, flags.intervene, checkpoint=flags.checkpoint
+    str(flags["from"].value), flags.step, flags.intervene, weights=flags.checkpoint
   )
+  folders.spare(Path(flags.out), [branch.run.path])
   if branch.chosen.solver != "euler":
     warnings.warn(
       f"{branch.chosen.solver} forgets its past at step {branch.step}: without an edit the branch "
@@ -167,15 +171,18 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
 
 def questions_of(branch: Branch) -> list[Question]:
   """What the runs of a stored folder were asked, once for all seeds."""
-  each = len(branch.chosen.seeds)
-  return [
-    Question(
-      prompt=branch.run.runs[number]["prompt"],
-      first_frame=branch.first_frame(number),
-      case=branch.case(number),
+  run, asked = branch.run, []
+  for number in range(0, len(run.runs), len(branch.chosen.seeds)):
+    first_frame, shown = run.given(number)
+    asked.append(
+      Question(
+        prompt=run.runs[number]["prompt"],
+        first_frame=first_frame,
+        shown=first_frame if shown is None else shown,
+        case=branch.case(number),
+      )
     )
-    for number in range(0, len(branch.run.runs), each)
-  ]
+  return asked
 
 
 def seed_numbers(text: str) -> list[int]:
@@ -272,7 +279,7 @@ def record(
   begin, state, edit, rest = 0, None, None, spec
   if branch is not None:
     begin, state = branch.step, branch.state(schedule)
-    edit = branch.edit(sizes, schedule)
+    edit = branch.edit
     steps = None if spec.steps is None else tuple(s - begin for s in spec.steps if s >= begin)
     rest = dataclasses.replace(spec, steps=steps)
   process = jax.process_index(), jax.process_count()
@@ -326,6 +333,8 @@ def record(
       advance(1)
   said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
   store.write_final_latents(folder, final)
+  for number, question in enumerate(of_run):
+    store.write_given(folder, number, question.first_frame, question.shown)
   store.write_runs(
     folder, [describe(q, s) for q, s in zip(of_run, seeds * len(questions), strict=True)]
   )
@@ -340,6 +349,7 @@ def record(
     processes=process[1],
     model=card.name,
     sources=dict(card.sources),
+    weights=folders.checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION),
     seconds=round(time.monotonic() - began, 1),
     evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
     **({} if branch is None else {"branch": branch.told()}),

@@ -11,7 +11,7 @@ The folder:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def evaluate(
   begin(out, ASKED, describe(chosen, asked, model), owned=OWNED, what="evaluation", redo=redo)
   if (out / MANIFEST).exists():
     advance(work(chosen, asked))
-    return read_json(out / RESULT)
+    return again(out)
   cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
   left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
   advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
@@ -374,12 +374,49 @@ def watch(
 # All tasks
 
 
+def read_parts(out: Path, names: Iterable[str]) -> dict[str, Any]:
+  """What the finished tasks left, by name."""
+  return {name: read_json(out / PARTS / name / "task.json") for name in names}
+
+
+def numbers(parts: Mapping[str, Any]) -> dict[str, Any]:
+  """What result.json says of every task and of their mean, from the rows that were kept."""
+  return {
+    "tasks": {
+      name: {
+        **scoring.summary(part["rows"], part["watched"]),
+        "shuffled": sum(
+          case["prompt"] != other
+          for case, other in zip(part["cases"], part["shuffled"], strict=True)
+        ),
+      }
+      for name, part in parts.items()
+    },
+    "mean": scoring.over_tasks({name: part["rows"] for name, part in parts.items()}),
+  }
+
+
+def again(out: str | Path) -> dict[str, Any]:
+  """Takes the numbers of a finished evaluation anew from its rows, as they are reckoned now.
+
+  Nothing is computed by a model; result.json is written where they differ. Returns what it says.
+  """
+  out = Path(out)
+  before = read_json(out / RESULT)
+  result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
+  if result != before:
+    write_json(out / RESULT, result)
+  manifest, found = read_json(out / MANIFEST), checksum(out / RESULT)
+  if manifest["files"][RESULT] != found:
+    write_json(out / MANIFEST, {**manifest, "files": {**manifest["files"], RESULT: found}})
+  return result
+
+
 def finish(
   out: Path, chosen: SampleSettings, asked: Plan, command: Sequence[str]
 ) -> dict[str, Any]:
   """result.json, table.parquet and, last, manifest.json, from the finished tasks."""
-  parts = {name: read_json(out / PARTS / name / "task.json") for name in asked.tasks}
-  rows = {name: part["rows"] for name, part in parts.items()}
+  parts = read_parts(out, asked.tasks)
   name = checkpoint.describe(chosen.checkpoint).card.name
   result = plain(
     {
@@ -391,21 +428,11 @@ def finish(
       "seeds": len(chosen.seeds),
       "steps": chosen.steps,
       "level": 0.95,
-      "tasks": {
-        name: {
-          **scoring.summary(rows[name], part["watched"]),
-          "shuffled": sum(
-            case["prompt"] != other
-            for case, other in zip(part["cases"], part["shuffled"], strict=True)
-          ),
-        }
-        for name, part in parts.items()
-      },
-      "mean": scoring.over_tasks(rows),
+      **numbers(parts),
     }
   )
   write_json(out / RESULT, result)
-  tables.write(out / TABLE, [row for some in rows.values() for row in some])
+  tables.write(out / TABLE, [row for part in parts.values() for row in part["rows"]])
   store.write_manifest(
     out,
     config=dataclasses.asdict(chosen),

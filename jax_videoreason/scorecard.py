@@ -146,7 +146,7 @@ def clip(
     "row": row,
     "prompt": metadata["prompt"],
     "answers": [str(answer) for answer in metadata["answers"]],
-    "kind": "none" if row["answer"] is None else "right" if row["right"] else "wrong",
+    "kind": scoring.kind(row),
   }
 
 

@@ -92,27 +92,25 @@ def summary(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str,
 def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str, Any]:
   """Whether seeds differ where several answers are right, and how candidates fall along the steps.
 
-  Entropies are in bits, over the readable answers of a case's seeds, of the cases with two of them
-  or more (`compared`); `even` is what as many answers would show on average if each were drawn from
-  the k right ones evenly (few show less than log2 k).
+  right, wrong, unreadable: shares of the draws, which sum to 1. Entropies are in bits, over the
+  right answers of a case's seeds, of the cases with two of them or more (`compared`): wrong answers
+  differ without end and are no diversity. `even` is what as many draws would show on average if
+  each were drawn from the k right answers evenly (few show less than log2 k).
   """
   cases: dict[int, list[Row]] = {}
   for row in rows:
     cases.setdefault(row["case"], []).append(row)
   seeds = len(next(iter(cases.values())))
   found: dict[str, Any] = {"cases": len(cases), "seeds": seeds}
-  unread = [np.mean([row["answer"] is None for row in own]) for own in cases.values()]
-  wrong = [
-    np.mean([row["answer"] is not None and not row["right"] for row in own])
-    for own in cases.values()
-  ]
   ks = [own[0]["k"] for own in cases.values()]
   found["k"] = float(np.mean(ks))
-  found["unreadable"] = said(stats.share(unread, seed=SEED))
-  found["wrong"] = said(stats.share(wrong, seed=SEED))
+  kinds = [[kind(row) for row in own] for own in cases.values()]
+  for name in ("right", "wrong", "unreadable"):
+    shares = [np.mean([one == name for one in own]) for own in kinds]
+    found[name] = said(stats.share(shares, seed=SEED))
   if seeds > 1:
-    read = [[r["answer"] for r in own if r["answer"] is not None] for own in cases.values()]
-    several = [(answers, k) for answers, k in zip(read, ks, strict=True) if len(answers) > 1]
+    good = [[row["answer"] for row in own if kind(row) == "right"] for own in cases.values()]
+    several = [(answers, k) for answers, k in zip(good, ks, strict=True) if len(answers) > 1]
     found["compared"] = len(several)
     if several:
       spread = [entropy(answers) for answers, _ in several]
@@ -124,10 +122,17 @@ def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[st
   return found
 
 
+def kind(row: Row) -> str:
+  """What the end of a clip is: right, wrong or unreadable."""
+  if row["answer"] is None:
+    return "unreadable"
+  return "right" if row["right"] else "wrong"
+
+
 def entropy(answers: Sequence[Any]) -> float:
-  """Bits of the distribution of the answers that could be read; 0 where none could."""
-  _, counts = np.unique([str(a) for a in answers if a is not None], return_counts=True)
-  share = counts / max(counts.sum(), 1)
+  """Bits of the distribution of one answer or more."""
+  _, counts = np.unique([str(answer) for answer in answers], return_counts=True)
+  share = counts / counts.sum()
   return float(-(share * np.log2(share)).sum() + 0.0)
 
 

@@ -92,10 +92,10 @@ def test_every_video_of_the_model_is_kept(done):
   assert len({row["seed"] for row in rows if row["task"] == "pick"}) == 4  # no noise twice
 
 
-def test_entropy_is_set_beside_even_draws_of_as_many_answers_as_were_read():
-  answers = {0: "aabb", 1: ["a", "b", None, None], 2: ["a", None, None, None]}
+def test_entropy_is_set_beside_even_draws_of_as_many_right_answers():
+  answers = {0: "aabb", 1: ["a", "b", None, "z"], 2: ["a", "y", "z", None]}
   rows = [
-    {"case": case, "answer": answer, "right": answer is not None, "k": 2}
+    {"case": case, "answer": answer, "right": answer in ("a", "b"), "k": 2}
     for case, said in answers.items()
     for answer in said
   ]
@@ -350,10 +350,9 @@ def test_the_lead_over_a_clip_is_paired_by_case():
   assert lead["p"] < 1e-3
 
 
-def test_the_entropy_of_answers_counts_what_could_be_read():
-  assert scoring.entropy(["a", "b", None, "a", "b"]) == 1
-  assert scoring.entropy(["a", "a", None]) == 0
-  assert scoring.entropy([None, None]) == 0
+def test_the_entropy_of_answers_is_in_bits():
+  assert scoring.entropy(["a", "b", "a", "b"]) == 1
+  assert scoring.entropy(["a", "a"]) == 0
 
 
 @pytest.mark.parametrize(("k", "seeds"), [(2, 2), (3, 4), (4, 3)])
@@ -362,13 +361,26 @@ def test_the_entropy_of_even_draws_is_that_of_all_draws(k, seeds):
   assert scoring.even_entropy(k, seeds) == pytest.approx(np.mean(every))
 
 
-def test_blends_and_wrong_answers_are_told_apart():
-  answers = [["a", "b", None, "c"]] * 8
-  right = [[1.0, 1.0, 0.0, 0.0]] * 8
-  found = scoring.summary(rows_of(np.ones((8, 4)), k=2, answers=answers, right=right), None)
+def test_blends_and_wrong_answers_are_told_apart_and_neither_is_diversity():
+  answers = [["a", "a", None, "x", "y"]] * 8
+  right = [[1.0, 1.0, 0.0, 0.0, 0.0]] * 8
+  found = scoring.summary(rows_of(np.ones((8, 5)), k=2, answers=answers, right=right), None)
   several = found["ambiguity"]
-  assert several["unreadable"]["estimate"] == several["wrong"]["estimate"] == 0.25
-  assert several["entropy"]["estimate"] == pytest.approx(np.log2(3))
+  shares = {name: several[name]["estimate"] for name in ("right", "wrong", "unreadable")}
+  assert shares == pytest.approx({"right": 0.4, "wrong": 0.4, "unreadable": 0.2})
+  assert several["entropy"]["estimate"] == 0.0
+  assert several["even"] == scoring.even_entropy(2, 2) == 0.5
+
+
+def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
+  result, manifest = (json.loads((copy / n).read_text()) for n in ("result.json", "manifest.json"))
+  del result["tasks"]["pick"]["ambiguity"]["right"]  # as an earlier version left it
+  (copy / "result.json").write_text(json.dumps(result))
+  assert cli.main(["report", str(copy)]) == 0
+  found = result_of(copy)["tasks"]["pick"]["ambiguity"]
+  assert sum(found[name]["estimate"] for name in ("right", "wrong", "unreadable")) == 1
+  again = json.loads((copy / "manifest.json").read_text())
+  assert again == manifest
 
 
 def test_candidates_fall_from_k_to_one():

@@ -94,15 +94,15 @@ def show(result: dict[str, Any]) -> None:
       name,
       f"{found['k']:.1f}",
       *spread(found),
-      *(interval(found[w]) for w in ("unreadable", "wrong")),
+      *(interval(found[w]) for w in ("right", "wrong", "unreadable")),
     )
     for name, block in result["tasks"].items()
     if (found := block["ambiguity"]) is not None
   ]
   if rows:
     console.table(
-      "cases with k right answers: entropy of the answers over seeds, in bits",
-      ("task", "k", "entropy", "if even", "log2 k", "unreadable", "wrong"),
+      "cases with k right answers: entropy in bits of those that seeds give, and how seeds end",
+      ("task", "k", "compared", "entropy", "if even", "log2 k", "right", "wrong", "unreadable"),
       rows,
     )
   watched = {
@@ -143,11 +143,12 @@ def number(found: dict[str, Any] | None) -> str:
   return "-" if found is None else f"{found['estimate']:.2f}"
 
 
-def spread(found: dict[str, Any]) -> tuple[str, str, str]:
-  """Entropy, that of even draws, log2 k; dashes for one seed."""
+def spread(found: dict[str, Any]) -> tuple[str, str, str, str]:
+  """Cases compared, entropy, that of even draws, log2 k; dashes where no case can be compared."""
   if "entropy" not in found:
-    return "-", "-", "-"
-  return interval(found["entropy"]), f"{found['even']:.2f}", f"{found['log_k']:.2f}"
+    return "-", "-", "-", "-"
+  numbers = interval(found["entropy"]), f"{found['even']:.2f}", f"{found['log_k']:.2f}"
+  return f"{found['compared']} of {found['cases']}", *numbers
 
 
 def notes(result: dict[str, Any]) -> set[str]:

@@ -3,7 +3,8 @@
 videoreason report runs/demo
 
 Of the folder of `run all`: every study's page, the table of claims and claims.md with its figures.
-Verdicts are taken again from the stored arrays, with the regions that the run declared.
+Verdicts are taken again from the stored arrays, with the regions that the run declared, and the
+numbers of an evaluation from its rows.
 """
 
 from pathlib import Path
@@ -28,7 +29,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
     everything(folder)
     return
   kinds = {evaluate.ASKED: scorecard, "arrays.zarr": pages}
-  if (folder / "result.json").exists():
+  if (folder / evaluate.ASKED).exists():
+    evaluate.again(folder)
+  elif (folder / "result.json").exists():
     judge_again(folder)
   found = [draws for name, draws in kinds.items() if (folder / name).exists()]
   (found[0] if found else report).render(folder)

@@ -539,7 +539,7 @@ def test_values_in_a_config_that_cannot_be_meant(source, refused, key, value, wa
     ("image_encoder", "num_attention_heads", 0, "a whole number from 1 up"),
     ("image_encoder", "layer_norm_eps", [], "a number over 0"),
     (".", "boundary_ratio", "high", "a number over 0"),
-    (".", "boundary_ratio", 900, "at most 1"),
+    (".", "boundary_ratio", 900.0, "at most 1"),
   ],
 )
 def test_values_in_the_configs_of_diffusers(diffusers, refused, part, key, value, wanted):

@@ -81,7 +81,9 @@ def test_noise_finds_the_step_from_which_the_answer_lives_in_the_latents():
   assert record["control"] == dict.fromkeys(record["control"], 0.0)
   assert record["evaluations"] == record["planned"]
   assert record["saved"] > 0
-  assert found.notes[0].startswith("CoS index under replace: all 1.00")  # no frame matters
+  assert any(
+    n.startswith("CoS index under replace: all 1.00") for n in found.notes
+  )  # no frame matters
   assert record["programs"] <= 1
 
 
@@ -94,7 +96,7 @@ def test_noise_finds_no_drop_where_the_answer_is_read_from_the_picture():
   assert verdicts["noise at one step destroys the answer"].verdict != "holds"
   left_out = verdicts["sensitivity to noise peaks in the middle of the trajectory"]
   assert left_out.verdict == "not run here"
-  assert left_out.note == "the options leave out sensitivity[mode=renoise]"
+  assert left_out.note == "this model or these options have no sensitivity[mode=renoise]"
 
 
 def test_both_arms_of_noise_are_put_on_the_same_steps():

@@ -86,7 +86,8 @@ FLOORS = (
     "experiments.base experiments.readings experiments.setting",
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
     "experiments.layer_maps experiments.layer_swap experiments.ensemble experiments.probes "
-    "experiments.early experiments.controls",
+    "experiments.early",
+    "experiments.controls",
     "vbvr.jobs",
     "experiments.claims",
     "experiments",

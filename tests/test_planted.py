@@ -95,8 +95,8 @@ def test_layer_maps_finds_the_layer_from_which_the_lens_gives_the_answer():
   found, _, findings = run("layer_maps", toy.setting(toy.truth, carrier=2))
   agrees = found.values["lens_agrees"].mean((1, 2))
   assert agrees.tolist() == [0, 0, 1, 1]
-  said = verdicts(findings)
-  assert said["later layers consolidate: the answer read from them is the final one"] == "holds"
+  [lens] = [f for f in findings if f.claim.says.endswith("read from them is the final one")]
+  assert (lens.estimate, lens.verdict) == (1.0, "can't tell")  # ten equal cases show no spread
   assert (found.values["cka_last"][2:] > found.values["cka_last"][:2] + 0.1).all()
   assert found.values["norm_map"].shape == (4, toy.F, toy.H, toy.W)
 

@@ -262,10 +262,7 @@ class _Part:
 
   def _restore(self, target: Any, args: Any, *, alone: bool = False) -> Any:
     """alone: other processes read other leaves, so this one must not wait for them."""
-    me = jax.process_index()
-    among = ocp.options.MultiprocessingOptions(
-      primary_host=me if alone else 0, active_processes={me} if alone else None
-    )
+    among = _alone() if alone else ocp.options.MultiprocessingOptions()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=among)
     reader = ocp.Checkpointer(handler, multiprocessing_options=among)
     try:
@@ -297,15 +294,40 @@ class _Part:
       )
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """What Orbax must know so that this process waits for no other one."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
 def write_tree(folder: Path, tree: Any, ocdbt: bool = True) -> None:
-  """A tree by Orbax; ocdbt: in one database, else a folder for each leaf."""
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=True)
-  with ocp.Checkpointer(handler) as writer:
-    writer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
+  """A tree of numpy arrays by Orbax, which this process writes alone.
+
+  ocdbt: in one database, else a folder for each leaf.
+  """
+  handler = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=ocdbt, use_zarr3=True, multiprocessing_options=_alone()
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as writer:
+    writer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree), force=True)
   # Orbax notes where it wrote, which says something about this machine and nothing to a reader.
   note = folder / "commit_success.txt"
   if note.is_file():
     note.write_text(f"Checkpoint commit was successful to {folder.name}", encoding="utf-8")
+
+
+def read_tree(folder: Path) -> Any:
+  """A whole tree in numpy, which this process reads alone, whoever wrote it.
+
+  ValueError: there is none.
+  """
+  if not folder.is_dir():
+    raise ValueError(f"{folder} is missing: make it again, or copy it again.")
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+  with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
+    found = reader.metadata(folder.resolve()).item_metadata
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
+    return reader.restore(folder.resolve(), args=ocp.args.PyTreeRestore(restore_args=args))
 
 
 def complete(folder: Path, bundle: ModelBundle, leaves: Mapping[str, Mapping[str, Record]]) -> None:

@@ -9,14 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason.axes import Params
-from jax_videoreason.folders import checksum, read_json, write_json
+from jax_videoreason.folders import atomic, checksum, read_json, write_json
 
 SHARD = 250  # cases
 MADE_BY = "made_by.json"
@@ -62,7 +62,7 @@ class Encoded:
   def create(self, made_by: Mapping[str, str]) -> None:
     """Makes the files, or goes on with those that the same parts began.
 
-    ValueError: others began them.
+    ValueError: others began them, or for another number of cases.
     """
     self.folder.mkdir(parents=True, exist_ok=True)
     if any(self.folder.glob("done_*")) or (self.folder / MADE_BY).exists():
@@ -71,8 +71,11 @@ class Encoded:
       write_json(self.folder / MADE_BY, dict(made_by))
     for name, (shape, dtype) in self.shapes.items():
       path = self.folder / f"{name}.npy"
-      if not path.exists():
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+      if path.exists():
+        self._opened(name, "r")
+      else:
+        with atomic(path) as part:
+          np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
 
   def made_by(self) -> dict[str, str]:
     """The marks of the VAE and the tokenizer; ValueError where they are not known."""
@@ -85,23 +88,27 @@ class Encoded:
 
   def open(self, *, write: bool = False) -> dict[str, np.ndarray]:
     """The memory-mapped arrays. ValueError: they are not there, not whole, or of another size."""
-    arrays = {}
-    for name, (shape, _) in self.shapes.items():
-      path = self.folder / f"{name}.npy"
-      if not path.exists():
-        raise ValueError(f"{path} is missing: run the stage 'encode' first.")
-      array = np.load(path, mmap_mode="r+" if write else "r")
-      if array.shape != shape:
-        raise ValueError(
-          f"{path} holds {array.shape}, wanted {shape}: give the same --cases, or another --work."
-        )
-      arrays[name] = array
+    arrays = {name: self._opened(name, "r+" if write else "r") for name in self.shapes}
     if not write and self.missing():
       raise ValueError(
         f"{self.folder} lacks {len(self.missing())} shards of {SHARD} cases: run the stage "
         "'encode' to its end first."
       )
     return arrays
+
+  def _opened(self, name: str, mode: Literal["r", "r+"]) -> np.ndarray:
+    path, (shape, _) = self.folder / f"{name}.npy", self.shapes[name]
+    if not path.exists():
+      raise ValueError(f"{path} is missing: run the stage 'encode' first.")
+    try:
+      array = np.load(path, mmap_mode=mode)
+    except (ValueError, EOFError) as error:
+      raise ValueError(f"{path} is damaged: remove {self.folder} and encode again.") from error
+    if array.shape != shape:
+      raise ValueError(
+        f"{path} holds {array.shape}, wanted {shape}: give the same --cases, or another --work."
+      )
+    return array
 
   def missing(self) -> list[int]:
     """The first cases of the shards that are not finished."""

@@ -18,9 +18,9 @@ BANDS = (0.0, 0.4, 0.7, 0.9, 1.0)
 
 
 def compute_dtype(device: Any) -> str:
-  """bfloat16 where the device has units for it (TPU, GPU since Ampere), else float32."""
-  capability = getattr(device, "compute_capability", "0")
-  ampere = device.platform == "gpu" and float(capability) >= 8.0
+  """bfloat16 on devices that are known for units of it (TPU, NVIDIA since Ampere), else float32."""
+  major = str(getattr(device, "compute_capability", "")).split(".")[0]  # ROCm says "gfx942"
+  ampere = device.platform == "gpu" and major.isdigit() and int(major) >= 8
   return "bfloat16" if device.platform == "tpu" or ampere else "float32"
 
 

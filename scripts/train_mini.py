@@ -30,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jax_videoreason import (
   baselines,
@@ -50,7 +49,7 @@ from jax_videoreason import (
 )
 from jax_videoreason.conditioning import known_mask
 from jax_videoreason.decode import decode, fit_preview
-from jax_videoreason.folders import checksum
+from jax_videoreason.folders import atomic, beside, checksum, read_json, write_json
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
@@ -219,9 +218,10 @@ def computing(config: WanConfig) -> WanDiT:
 
 def load_vae(work: Path) -> tuple[Any, Any]:
   """The modules with the frozen VAE's normalisation, and the VAE's weights."""
-  config = json.loads((work / "vae_config.json").read_text())
+  config = read_json(work / "vae_config.json")
   config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-  return make_parts(config), ocp.StandardCheckpointer().restore((work / "vae_frozen").absolute())
+  params = jax.tree.map(jnp.asarray, checkpoint.read_tree(work / "vae_frozen"))
+  return make_parts(config), params
 
 
 def marks_of(parts: Parts, vae: Any, tokenizer: str | Path) -> dict[str, str]:
@@ -264,23 +264,24 @@ def fit(stage: fitting.Stage, params: Any) -> training.TrainState:
 def prepare_clips(options: argparse.Namespace) -> np.ndarray:
   """The VAE's training clips, memory-mapped, and a tokenizer beside them; process 0 makes both."""
   path, words = options.work / "clips.npy", options.work / "tokenizer.json"
-  count, part = options.vae_cases, options.work / "clips.part.npy"
+  count = options.vae_cases
   if jax.process_index() == 0 and not path.exists():
-    clips = np.lib.format.open_memmap(
-      part, mode="w+", dtype=np.uint8, shape=(count, FRAMES, SIZE, SIZE, 3)
-    )
     ranges = [range(s, min(s + 100, count)) for s in range(0, count, 100)]
     with (
+      beside(path) as part,
       ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
       console.progress(count, "clips", "clip") as advance,
     ):
+      clips = np.lib.format.open_memmap(
+        part, mode="w+", dtype=np.uint8, shape=(count, FRAMES, SIZE, SIZE, 3)
+      )
       for numbers, made in zip(ranges, pool.map(clips_of, ranges), strict=True):
         clips[numbers.start : numbers.stop] = made
         advance(len(numbers))
-    clips.flush()
-    os.replace(part, path)
+      clips.flush()
   if jax.process_index() == 0 and not words.exists():
-    words.write_text(train_word_tokenizer(all_prompts(options.prompt_cases)))
+    with atomic(words) as part:
+      part.write_text(train_word_tokenizer(all_prompts(options.prompt_cases)))
   distributed.meet("clips")
   clips = np.load(path, mmap_mode="r")
   if len(clips) != count:
@@ -341,16 +342,17 @@ def stage_vae(options: argparse.Namespace) -> None:
 def freeze_vae(work: Path, parts: Parts, params: Any, clips: np.ndarray) -> None:
   """Measures the latents, writes the frozen VAE, fits the preview and says how close they are."""
   moments = jax.jit(lambda v: parts.vae.apply({"params": params}, v, method="encode_moments")[0])
+  clips = clips[:512]
   values = np.concatenate(
-    [np.asarray(moments(signed(clips[i : i + 32]))) for i in range(0, 512, 32)]
+    [np.asarray(moments(signed(clips[i : i + 32]))) for i in range(0, len(clips), 32)]
   )
   mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
   config = {**VAE, "mean": [float(x) for x in mean], "std": [float(x) for x in std]}
-  (work / "vae_config.json").write_text(json.dumps(config))
-  save_vae(work, params, fit_preview((values - mean) / std, clips[:512]))
+  write_json(work / "vae_config.json", config)
+  save_vae(work, params, fit_preview((values - mean) / std, clips))
   decode = jax.jit(lambda z: parts.vae.apply({"params": params}, z, method="decode_values"))
   again = np.concatenate(
-    [np.asarray(decode(jnp.asarray(values[i : i + 32]))) for i in range(0, 128, 32)]
+    [np.asarray(decode(jnp.asarray(values[i : i + 32]))) for i in range(0, len(values[:128]), 32)]
   )
   wrong = np.clip(again, -1, 1) - signed(clips[:128])
   print(json.dumps({"vae_psnr": float(10 * np.log10(4 / np.mean(wrong**2)))}))
@@ -358,10 +360,8 @@ def freeze_vae(work: Path, parts: Parts, params: Any, clips: np.ndarray) -> None
 
 def save_vae(work: Path, params: Any, preview: Any) -> None:
   """Writes the frozen VAE and its preview."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save((work / "vae_frozen").absolute(), params, force=True)
-  leaves = jax.tree_util.tree_leaves_with_path(preview)
-  np.savez(work / "preview.npz", **{"/".join(str(k.key) for k in p): v for p, v in leaves})
+  for name, tree in (("vae_frozen", params), ("preview", preview)):
+    checkpoint.write_tree(work / name, jax.tree.map(np.asarray, tree))
 
 
 def stage_encode(options: argparse.Namespace) -> None:
@@ -420,8 +420,14 @@ def dit_stage(
 ) -> fitting.Stage:
   """Flow matching on the encoded cases, over the part low..high of the training sigmas' u.
 
-  ValueError: the latents of --work were made with another VAE or tokenizer than it has.
+  ValueError: the latents of --work were made with another VAE or tokenizer than it has, or they are
+  fewer than a batch.
   """
+  if options.batch > options.cases:
+    raise ValueError(
+      f"--batch={options.batch} of --cases={options.cases}: no case comes twice in an epoch, give "
+      f"at most --batch={options.cases}."
+    )
   settings = training.TrainSettings(
     steps=options.steps,
     batch=options.batch,
@@ -447,6 +453,7 @@ def dit_stage(
       "cases": options.cases,
       "shares": SHARES,
       "dit": DIT,
+      "dtype": parts.dit.config.dtype,
       "text": TEXT,
       "made_by": made_by,
       "init": begun_from(options),
@@ -463,13 +470,13 @@ def begun_from(options: argparse.Namespace) -> str | None:
 
 def stage_dit(options: argparse.Namespace) -> None:
   work: Path = options.work
-  parts, _ = load_vae(work)
+  parts, vae = load_vae(work)
   stage = dit_stage(options, parts, "dit")
   shape = latent_shape(parts)
   params = grown_from(options, parts, shape, stage) if options.init else begin_dit(parts, shape)
 
   def watch(step: int, weights: Any) -> Iterable[dict[str, Any]]:
-    return scores(bundle_of(work, parts, weights), options)
+    return scores(bundle_of(work, parts, vae, weights), options)
 
   fit(dataclasses.replace(stage, watch=watch) if options.score_every else stage, params)
 
@@ -548,21 +555,13 @@ def begin_dit(parts: Any, shape: tuple[int, ...]) -> Any:
 
 def trained_bundle(work: Path) -> ModelBundle:
   """The bundle of the newest weights of a training that may still be running."""
-  parts, _ = load_vae(work)
-  return bundle_of(
-    work, parts, fitting.newest("dit", work, begin_dit(parts, latent_shape(parts))).ema
-  )
+  parts, vae = load_vae(work)
+  trained = fitting.newest("dit", work, begin_dit(parts, latent_shape(parts))).ema
+  return bundle_of(work, parts, vae, trained)
 
 
-def bundle_of(work: Path, parts: Parts, weights: Any) -> ModelBundle:
+def bundle_of(work: Path, parts: Parts, vae: Any, weights: Any) -> ModelBundle:
   """The bundle of the frozen VAE with these weights, {"dit", "text"}, computing in float32."""
-  preview: dict[str, Any] = {}
-  for name, value in np.load(work / "preview.npz").items():
-    node = preview
-    *path, leaf = name.split("/")
-    for key in path:
-      node = node.setdefault(key, {})
-    node[leaf] = jnp.asarray(value)
   card = Card(
     name="mini",
     family="wan21",
@@ -573,9 +572,9 @@ def bundle_of(work: Path, parts: Parts, weights: Any) -> ModelBundle:
   exact = WanDiT(dataclasses.replace(parts.dit.config, dtype="float32"))
   return ModelBundle(
     params=(weights["dit"],),
-    vae=load_vae(work)[1],
+    vae=vae,
     text=weights["text"],
-    preview=preview,
+    preview=jax.tree.map(jnp.asarray, checkpoint.read_tree(work / "preview")),
     parts=dataclasses.replace(parts, dit=exact),
     card=card,
   )
@@ -672,6 +671,7 @@ def main() -> int:
     _, processes = distributed.initialize()
     if processes > 1 and options.stage not in TOGETHER:
       raise ValueError(f"{options.stage} takes one process, there are {processes}: start one.")
+    distributed.meet("start")  # CPUs wait 30 s for a first meeting, and long for one that follows
     options.work.mkdir(parents=True, exist_ok=True)
     STAGES[options.stage](options)
   except (ValueError, OSError, FloatingPointError) as error:

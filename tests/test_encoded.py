@@ -80,8 +80,34 @@ def test_latents_of_nobody_knows_what_are_refused(cases):
 def test_another_number_of_cases_is_refused(cases):
   cases.create({"vae": "a", "tokenizer": "b"})
   fewer = encoded.Encoded(cases.folder, 10, (2, 1, 1, 4), 5)
-  with pytest.raises(ValueError, match=r"holds \(503, 2, 1, 1, 4\), wanted \(10, .*same --cases"):
-    fewer.open()
+  for asks in (fewer.open, lambda: fewer.create({"vae": "a", "tokenizer": "b"})):
+    with pytest.raises(ValueError, match=r"holds \(503, 2, 1, 1, 4\), wanted \(10, .*same --cases"):
+      asks()
+
+
+def test_a_kill_while_a_file_is_made_leaves_none_that_counts(cases, monkeypatch):
+  def killed(path, mode, dtype, shape):
+    path.write_bytes(b"\x93NUMPY")
+    raise KeyboardInterrupt
+
+  marks = {"vae": "a", "tokenizer": "b"}
+  with monkeypatch.context() as patch:
+    patch.setattr(np.lib.format, "open_memmap", killed)
+    with pytest.raises(KeyboardInterrupt):
+      cases.create(marks)
+  cases.create(marks)
+  assert cases.open(write=True)["latents"].shape == (503, 2, 1, 1, 4)
+
+
+def test_a_file_that_is_cut_short_is_refused(cases):
+  marks = {"vae": "a", "tokenizer": "b"}
+  cases.create(marks)
+  (cases.folder / "known.npy").write_bytes(b"\x93NUMPY")
+  for asks in (cases.open, lambda: cases.create(marks)):
+    with pytest.raises(
+      ValueError, match=r"known\.npy is damaged: remove .*latents and encode again"
+    ):
+      asks()
 
 
 def test_an_epoch_has_every_case_once_and_an_order_of_its_own():

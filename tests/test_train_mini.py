@@ -3,7 +3,10 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +15,10 @@ import numpy as np
 import pytest
 
 from jax_videoreason import checkpoint, cli, encoded, evaluate, fitting, tasks
-from jax_videoreason.folders import checksum
+from jax_videoreason.folders import checksum, differences
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_mini.py"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "train_mini.py"
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +137,22 @@ def test_what_decides_the_result_is_compared_on_resume(call, work, stages):
   assert ours.pop("init") == checksum(checkpoint.find("mini") / "bundle.json")
   assert fresh.pop("init") is None
   assert ours == fresh
-  assert set(ours) == {"cases", "shares", "dit", "text", "made_by"}
+  assert set(ours) == {"cases", "shares", "dit", "dtype", "text", "made_by"}
   assert ours["made_by"] == json.loads((work / "latents" / encoded.MADE_BY).read_text())
+
+
+@pytest.mark.parametrize("stage", ["dit", "experts"])
+def test_a_training_in_another_dtype_is_another_training(
+  call, script, work, tmp_path, stages, monkeypatch, stage
+):
+  asked = (stage, "--work", work, "--init=mini", *DIT)
+  assert call(*asked, "--out", tmp_path / "here")[0] == 0
+  monkeypatch.setattr(script.training, "compute_dtype", lambda device: "bfloat16")
+  assert call(*asked, "--out", tmp_path / "there")[0] == 0
+  half = len(stages) // 2
+  for here, there in zip(stages[:half], stages[half:], strict=True):
+    said = list(differences(there.data, here.data))
+    assert said == ["dtype='bfloat16' there and 'float32' here"]
 
 
 def test_experts_are_the_network_continued_above_and_below_a_sigma(call, work, stages, tmp_path):
@@ -170,9 +188,81 @@ def test_the_experts_compute_as_the_device_does(script, monkeypatch):
   assert script.computing(config).config.dtype == "bfloat16"
 
 
+def test_a_batch_of_more_cases_than_there_are_is_refused(call, work):
+  code, said = call("dit", "--work", work, "--cases=8", "--batch=9")
+  assert code == 2
+  assert "--batch=9 of --cases=8: no case comes twice in an epoch, give at most --batch=8" in said
+
+
+def test_another_number_of_cases_than_was_begun_is_refused_before_anything_is_encoded(call, work):
+  code, said = call("encode", "--work", work, "--cases=600")
+  assert code == 2
+  assert "latents.npy holds (8, " in said and "give the same --cases, or another --work" in said
+
+
 def test_clips_of_another_number_are_refused(script, tmp_path):
   np.save(tmp_path / "clips.npy", np.zeros((3, 1), np.uint8))
   (tmp_path / "tokenizer.json").touch()
   options = argparse.Namespace(work=tmp_path, vae_cases=4)
   with pytest.raises(ValueError, match="holds 3 clips and --vae-cases=4: give the same"):
     script.prepare_clips(options)
+
+
+TINY = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]
+import train_mini
+train_mini.DIT.update(width=32, ffn_width=32, heads=2, layers=1)
+train_mini.SHARES = dict(maze=0.5, pick=0.5)
+sys.argv[0] = "train_mini.py"
+sys.exit(train_mini.main())
+"""
+
+
+def tiny(work: Path, *words: str, processes: int = 1) -> list[str]:
+  """What each of the processes says that carry out a stage of a tiny network together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  several = {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": str(processes),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+  }
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", TINY, words[0], "--work", str(work), *words[1:]],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env={**os.environ, **several, "JAX_PROCESS_ID": str(number)},
+    )
+    for number in range(processes)
+  ]
+  said = [process.communicate(timeout=600)[0] for process in running]
+  assert [process.returncode for process in running] == [0] * processes, said
+  return said
+
+
+@pytest.mark.slow
+def test_two_processes_carry_every_stage_out_to_a_bundle_of_two_experts(tmp_path):
+  work, first, experts = (tmp_path / name for name in ("work", "first", "experts"))
+  two = {"processes": 2}
+  once = ("--cases=4", "--batch=2", "--steps=2")
+  tiny(work, "vae", "--steps=2", "--vae-cases=8", "--prompt-cases=4", "--workers=1", **two)
+  tiny(work, "encode", "--cases=4", "--workers=1")
+  watched = ("--score-every=2", "--score-cases=2", "--score-steps=1")
+  tiny(work, "dit", *once, *watched, **two)
+  assert [row["task"] for row in fitting.read_log(work / "dit.jsonl") if "task" in row] == [
+    "maze",
+    "pick",
+  ]
+  tiny(work, "bundle", "--out", str(first))
+  tiny(work, "experts", *once, "--init", str(first), "--out", str(experts), **two)
+  made, shared = checkpoint.load(experts), checkpoint.load(first)
+  assert made.card.boundary == 0.9
+  high, low = (dit["head"]["kernel"] for dit in made.params)
+  assert high.shape == low.shape == shared.params[0]["head"]["kernel"].shape
+  assert not np.array_equal(high, low)
+  assert checkpoint.describe(experts).folders["vae"].resolve() == (first / "vae").resolve()

@@ -101,6 +101,8 @@ def test_an_expert_is_trained_on_its_own_sigmas():
     ({"platform": "tpu"}, "bfloat16"),
     ({"platform": "gpu", "compute_capability": "7.5"}, "float32"),
     ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16"),
+    ({"platform": "gpu", "compute_capability": "gfx942"}, "float32"),
+    ({"platform": "gpu", "compute_capability": "10.0"}, "bfloat16"),
   ],
 )
 def test_bfloat16_where_the_device_has_it(device, wanted):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import pack, rearrange, unpack
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
@@ -244,11 +244,10 @@ def _in_blocks(
 
 
 def _cudnn(q: Array, k: Array, v: Array, count: int | None) -> Array:
-  lead = q.shape[:-3]
-  q, k, v = (a.reshape((-1, *a.shape[-3:])) for a in (q, k, v))
+  (q, lead), (k, _), (v, _) = (pack([a], "* t n k") for a in (q, k, v))
   lengths = None if count is None else jnp.full(len(k), count, jnp.int32)
   out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
-  return out.reshape((*lead, *out.shape[1:]))
+  return unpack(out, lead, "* t n k")[0]
 
 
 def _splash(
@@ -258,7 +257,7 @@ def _splash(
 
   Tokens are padded to whole tiles, the keys that are no keys masked.
   """
-  lead, (t, n, width), x = q.shape[:-3], q.shape[-3:], k.shape[-3]
+  (t, n, width), x = q.shape[-3:], k.shape[-3]
   tile_q, tile_x = (min(SPLASH_BLOCK, -(-size // LANES) * LANES) for size in (t, x))
   whole_q, whole_x = -(-t // tile_q) * tile_q, -(-x // tile_x) * tile_x
   mask = splash.MultiHeadMask([splash.FullMask((whole_q, whole_x)) for _ in range(n)])
@@ -275,14 +274,14 @@ def _splash(
   q = _pad_tokens(q * width**-0.5, whole_q)
   k, v = _pad_tokens(k, whole_x), _pad_tokens(v, whole_x)
 
-  def heads_first(a: Array) -> Array:
-    return rearrange(a.reshape((-1, *a.shape[-3:])), "b t n k -> b n t k")
-
-  made: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*map(heads_first, (q, k, v)), ids)
+  (q, lead), (k, _), (v, _) = (
+    pack([rearrange(a, "... t n k -> ... n t k")], "* n t k") for a in (q, k, v)
+  )
+  made: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)
   out, logs = (made[0], made[1][0]) if sums else (made, None)
-  out = rearrange(out, "b n t k -> b t n k")[:, :t].astype(v.dtype).reshape((*lead, t, n, width))
+  out = unpack(rearrange(out, "b n t k -> b t n k")[:, :t].astype(v.dtype), lead, "* t n k")[0]
   if logs is not None:
-    logs = rearrange(logs, "b n t -> b t n")[:, :t].reshape((*lead, t, n))
+    logs = unpack(rearrange(logs, "b n t -> b t n")[:, :t], lead, "* t n")[0]
   return out, logs
 
 

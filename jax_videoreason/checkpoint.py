@@ -1,8 +1,8 @@
 """Bundles on disk: `bundle.json` beside one Orbax tree per part, a checksum for every leaf.
 
 A folder holds dit_0/ [dit_1/] vae/ text/ clip/ preview/, which stock Orbax restores, and
-tokenizer.json. A part may lie in another bundle, named by a relative path. The only importer of
-Orbax.
+tokenizer.json. A part may lie in another bundle, named by a relative path. Orbax is
+imported here, and in fitting.py for the states of a training, nowhere else.
 """
 
 import dataclasses

@@ -4,6 +4,8 @@ Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES an
 it. Must come before anything asks for a device.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +64,7 @@ def initialize() -> tuple[int, int]:
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
       **arguments,
     )
+    meet("joined")  # connects them while none is ahead, for the reason that `introduce` gives
   return jax.process_index(), jax.process_count()
 
 
@@ -69,6 +72,28 @@ def meet(place: str) -> None:
   """Returns when every process has come to `place`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(place)
+
+
+def introduce(mesh: Mesh) -> None:
+  """Connects the devices of a mesh over several processes, in every group its axes make.
+
+  A group is connected by its first collective, and on a CPU a process that waits there longer than
+  30 s for another gives up: so it is done where all have just met, not behind a compilation.
+  """
+  if len({device.process_index for device in mesh.devices.flat}) == 1:
+    return
+  names = [name for name, size in mesh.shape.items() if size > 1]
+  groups = [group for n in range(len(names)) for group in itertools.combinations(names, n + 1)]
+
+  def sums(x: Array) -> list[Array]:
+    return [jax.lax.psum(x, group) for group in groups]
+
+  here = PartitionSpec(tuple(names))
+  ones: Any = np.ones(math.prod(mesh.shape.values()), np.int32)
+  ones = put(ones, mesh, here)
+  apart = [PartitionSpec(tuple(n for n in names if n not in group)) for group in groups]
+  spread = jax.shard_map(sums, mesh=mesh, in_specs=here, out_specs=apart)
+  jax.block_until_ready(jax.jit(spread)(ones))
 
 
 def put(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:

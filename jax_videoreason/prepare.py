@@ -1,12 +1,13 @@
 """From settings to what a run needs: the conditioning of its prompts and frames, its schedule."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jax_videoreason import checkpoint, conditioning, distributed, schedules
+from jax_videoreason.axes import Params
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
 
@@ -19,12 +20,15 @@ def encode(
   *,
   shown: Sequence[Sequence[np.ndarray]] | None = None,
   mesh: Mesh | None = None,
+  experts: int | None = None,
 ) -> tuple[ModelBundle, list[Conditioning]]:
   """The bundle ready to denoise and decode, and the conditioning of each group of runs.
 
   groups: (R prompts, first frames R height width 3 or None), each encoded on its own.
   shown: for each group the R pictures, of any size, that an image tower is shown
     (`framing.shown_to_clip`); None = the first frames.
+  experts: of the DiT that may be resident at once, None = all; where it has more, none is loaded,
+    and `runs.run` asks `one_expert` for them.
   The text encoder and the DiT are never resident together; both lie on `mesh`, where one is given.
   """
   bundle = checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh)
@@ -49,8 +53,26 @@ def encode(
   ]
   del bundle
   bundle = checkpoint.load(chosen.checkpoint, parts=("vae", "preview"))
+  return with_experts(chosen, bundle, mesh, experts), encoded
+
+
+def with_experts(
+  chosen: SampleSettings, bundle: ModelBundle, mesh: Mesh | None, experts: int | None = None
+) -> ModelBundle:
+  """The bundle with the DiT of the settings on the mesh; as it is, where `experts` are fewer."""
+  if experts is not None and experts < len(bundle.params):
+    return bundle
   loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)
-  return dataclasses.replace(bundle, params=loaded.params), encoded
+  return dataclasses.replace(bundle, params=loaded.params)
+
+
+def one_expert(
+  chosen: SampleSettings, mesh: Mesh | None
+) -> Callable[[int], tuple[Params | None, ...]]:
+  """What brings one expert of the settings' bundle onto the mesh, as `runs.run` asks for it."""
+  return lambda number: (
+    checkpoint.load(chosen.checkpoint, parts=(f"dit_{number}",), mesh=mesh).params
+  )
 
 
 def _everywhere(cond: Conditioning) -> Conditioning:

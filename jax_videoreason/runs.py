@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason import attention, distributed, sampler
-from jax_videoreason.axes import Array
+from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace
@@ -22,6 +22,8 @@ AFTER_ANOTHER = ("text", "injected")  # fields whose R axis is the second; else 
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
 OnPiece = Callable[[Trace, slice, slice], None]
+# Brings the params of a bundle in which the expert of this number is loaded and no other.
+OneExpert = Callable[[int], tuple[Params | None, ...]]
 
 
 def make_noise(
@@ -117,6 +119,7 @@ def run(
   guidance: sampler.Guidance = "parallel",
   state: State | None = None,
   route: attention.Route | None = None,
+  expert: OneExpert | None = None,
 ) -> np.ndarray:
   """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
 
@@ -129,6 +132,9 @@ def run(
   state: of all R runs before the first row of `schedule`, which may be a piece; None = the start of
   their noise. `taps.steps` are rows of `schedule`; a piece of it brings those that lie inside, and
   compiles for their places in it.
+
+  expert: asked where `bundle` holds no expert. The schedule is cut where it changes experts; each
+  makes its steps of all runs, and is let go before the next one is brought.
 
   Raises ValueError where an edit or a tap relates runs of different batches.
   """
@@ -151,40 +157,52 @@ def run(
     )
   if mesh is not None:  # what denoises lies on it; the rest of the bundle may lie anywhere
     bundle = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
-  finals = []
-  for group in groups:
-    count = len(np.unique(group))
-    padded = np.resize(group, -(-len(group) // seats) * seats)
-    some_noise, some_cond = take(noise, padded), take(cond, padded)
-    if mesh is not None:
-      some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
-      edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
-    sampler.check(bundle, some_noise, some_cond, schedule, edit)
-    if state is None:
-      here: State = sampler.start(some_noise, schedule.solver)
-    else:
-      here = take(state, padded)
-      here = here if mesh is None else place(here, mesh)
-    for rows in pieces(len(schedule), piece):
-      with contextlib.ExitStack() as around:
-        around.enter_context(attention.by_route(route))
-        if mesh is not None:
-          around.enter_context(jax.set_mesh(mesh))
-        _, trace, here = sampler.denoise(
-          bundle,
-          some_noise,
-          some_cond,
-          schedule[rows],
-          edit,
-          _steps_of(taps, rows),
-          here,
-          guidance=guidance,
-        )
-      if on_piece is not None:
-        host = distributed.fetch(trace)
-        on_piece(first_runs(host, count), rows, slice(int(group[0]), int(group[0]) + count))
-    finals.append(distributed.fetch(here.latents)[:count])
-  return np.concatenate(finals)
+    edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
+  bare = expert is not None and not any(params is not None for params in bundle.params)
+  stretches = schedule.by_expert() if bare else [(None, slice(0, len(schedule)))]
+  stand: list[State | None] = [None if state is None else take(state, group) for group in groups]
+  for number, stretch in stretches:
+    if expert is not None and number is not None:
+      # the one before is let go first
+      bundle = dataclasses.replace(bundle, params=(None,) * len(bundle.params))
+      bundle = dataclasses.replace(bundle, params=expert(number))
+    own = schedule[stretch]
+    for index, group in enumerate(groups):
+      count = len(np.unique(group))
+      padded = np.resize(np.arange(len(group)), -(-len(group) // seats) * seats)
+      some_noise, some_cond = take(noise, group[padded]), take(cond, group[padded])
+      if mesh is not None:
+        some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
+      sampler.check(bundle, some_noise, some_cond, own, edit)
+      before = stand[index]
+      if before is None:
+        here: State = sampler.start(some_noise, schedule.solver)
+      else:
+        here = take(before, padded)
+        here = here if mesh is None else place(here, mesh)
+      for rows in pieces(len(own), piece):
+        at = slice(stretch.start + rows.start, stretch.start + rows.stop)
+        with contextlib.ExitStack() as around:
+          around.enter_context(attention.by_route(route))
+          if mesh is not None:
+            around.enter_context(jax.set_mesh(mesh))
+          _, trace, here = sampler.denoise(
+            bundle,
+            some_noise,
+            some_cond,
+            own[rows],
+            edit,
+            _steps_of(taps, at),
+            here,
+            guidance=guidance,
+          )
+        if on_piece is not None:
+          host = distributed.fetch(trace)
+          on_piece(first_runs(host, count), at, slice(int(group[0]), int(group[0]) + count))
+      stand[index] = distributed.fetch(here)
+  return np.concatenate(
+    [s.latents[: len(np.unique(g))] for s, g in zip(stand, groups, strict=True) if s is not None]
+  )
 
 
 def pmap_runs(

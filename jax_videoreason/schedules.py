@@ -3,6 +3,7 @@
 Everything is computed on the host in float64; the leaves are numpy arrays that jit takes as data.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -65,6 +66,21 @@ class Schedule:
       solver=self.solver,
       total=self.total,
     )
+
+  def by_expert(self) -> list[tuple[int, slice]]:
+    """(expert, its steps i:j) of each stretch that one expert makes, together the whole.
+
+    A held step needs no expert and stays with the one before it. `which` may not be traced.
+    """
+    which = np.zeros(len(self), int) if self.which is None else np.asarray(self.which)
+    called = [(int(e), step) for step, e in enumerate(which) if e != HOLD] or [(0, 0)]
+    changes = [new for old, new in itertools.pairwise(called) if old[0] != new[0]]
+    begins = [0, *(step for _, step in changes)]
+    experts = [called[0][0], *(expert for expert, _ in changes)]
+    return [
+      (expert, slice(begin, end))
+      for expert, begin, end in zip(experts, begins, [*begins[1:], len(self)], strict=True)
+    ]
 
   def only(self, start: int | Array, stop: int | Array) -> "Schedule":
     """The same schedule with every step outside start <= s < stop held.

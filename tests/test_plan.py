@@ -197,6 +197,8 @@ def test_the_command_prints_it(capsys):
     (["run", "noise", "--preset=huge"], "wanted quick or full"),
     (["run", "noise", "--config=wan22_i2v_a14b", "--on=gpu:80GB"], "cases are square"),
     (["run", "noise", "--data=cases"], "plan run noise takes no --data"),
+    (["sweep", "--experts=1"], "plan sweep takes no --experts"),
+    (["run", "noise", "--sequential"], "plan run noise takes no --sequential"),
     (["sweep", "--preset=full"], "plan sweep takes no --preset"),
     (["vbvr", "generate", "--on=gpu:80GB"], "--data must be given"),
     (["vbvr", "generate", "--data=nowhere", "--on=gpu:80GB"], "nowhere"),

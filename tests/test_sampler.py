@@ -112,6 +112,65 @@ def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
   assert relative(runs.run(bundle, noise, cond, schedule, batch=3, piece=2), latents) < SAME
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("solver", "devices"), [("euler", 1)])
+def test_one_expert_at_a_time_equals_both(pair, solver, devices):
+  noise, cond = tiny_inputs(4)
+  schedule = tiny_schedule(5, boundary=0.9, solver=solver)
+  assert [e for e, _ in schedule.by_expert()] == [0, 1]
+  taps = TapSpec(sites=("attn_out",), steps=(0, 3))
+  sizes = sampler.sizes_of(pair, noise, cond, schedule)
+  where = interventions.where(sizes, steps=slice(1, 5))
+  edit = interventions.noise_at(identity(sizes), where, mode="replace")
+
+  def traced(bundle, **more):
+    kept = {}
+    final = runs.run(
+      bundle,
+      *(noise, cond, schedule, edit, taps),
+      piece=1,
+      on_piece=lambda trace, steps, part: kept.update({(steps.start, part.start): trace}),
+      **more,
+    )
+    return final, kept
+
+  asked = []
+
+  def expert(number):
+    asked.append(number)
+    return tuple(params if e == number else None for e, params in enumerate(pair.params))
+
+  wanted, by_both = traced(pair)
+  bare = replace(pair, params=(None, None))
+  mesh = None if devices == 1 else sharding.make_mesh(seed=devices)
+  final, by_one = traced(bare, expert=expert, mesh=mesh)
+  assert asked == [0, 1]
+  assert relative(final, wanted) < SAME
+  assert by_one.keys() == by_both.keys()
+  for at, trace in by_one.items():
+    assert trace.finite.all()
+    assert trace.taps.keys() == by_both[at].taps.keys()
+    assert relative(trace.x0, by_both[at].x0) < SAME
+    for name, value in trace.taps.items():
+      assert value.shape == by_both[at].taps[name].shape
+      assert not value.size or relative(value, by_both[at].taps[name]) < SAME
+
+
+def test_each_expert_is_asked_once_for_all_batches(pair):
+  noise, cond = tiny_inputs(3)
+  schedule, asked = tiny_schedule(5, boundary=0.9), []
+
+  def expert(number):
+    asked.append(number)
+    return tuple(params if e == number else None for e, params in enumerate(pair.params))
+
+  final = runs.run(
+    replace(pair, params=(None, None)), noise, cond, schedule, batch=2, expert=expert
+  )
+  assert asked == [0, 1]
+  assert relative(final, runs.run(pair, noise, cond, schedule)) < SAME
+
+
 def test_four_devices_equal_one(bundle, inputs):
   schedule = tiny_schedule()
   latents, _, _ = denoise(bundle, *inputs, schedule)

@@ -1,5 +1,6 @@
 """The grids against published numbers, pieces and holds, and what a schedule refuses."""
 
+import dataclasses
 import math
 
 import chex
@@ -108,6 +109,18 @@ def test_a_piece_keeps_its_place():
   assert piece.time.shape == (4, 2, 256)
   chex.assert_trees_all_equal(whole[2:][1:5], piece)
   chex.assert_trees_all_equal(whole[:], whole)
+
+
+def test_a_schedule_is_cut_where_the_expert_changes():
+  two = build(steps=5, shift=1.0, boundary=0.5)
+  assert two.by_expert() == [(0, slice(0, 3)), (1, slice(3, 5))]
+  assert two[3:].by_expert() == [(1, slice(0, 2))]
+  assert two.only(1, 4).by_expert() == [(0, slice(0, 3)), (1, slice(3, 5))]
+  assert two.only(4, 5).by_expert() == [(1, slice(0, 5))]
+  assert two.only(0, 0).by_expert() == [(0, slice(0, 5))]
+  back = dataclasses.replace(two, which=np.array([0, 1, HOLD, 0, HOLD]))
+  assert back.by_expert() == [(0, slice(0, 1)), (1, slice(1, 3)), (0, slice(3, 5))]
+  assert build(steps=5).by_expert() == [(0, slice(0, 5))]
 
 
 def test_only_holds_the_other_steps():

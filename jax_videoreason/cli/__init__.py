@@ -156,6 +156,16 @@ def define_out(flags: "FlagValues", default: str | None = None) -> None:
   DEFINE_bool("redo", False, "do it again and replace the run in --out", flag_values=flags)
 
 
+def define_room(flags: "FlagValues") -> None:
+  """--sequential and --experts, which take less memory and more time."""
+  from absl.flags import DEFINE_bool, DEFINE_integer
+
+  DEFINE_bool("sequential", False, "guidance branches one after the other", flag_values=flags)
+  DEFINE_integer(
+    "experts", None, "that are loaded at once; None = all", lower_bound=1, flag_values=flags
+  )
+
+
 def define_config(flags: "FlagValues", default: str) -> None:
   """--config, --config.KEY=VALUE and --checkpoint."""
   from absl.flags import DEFINE_string

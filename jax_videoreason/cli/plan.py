@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import cli
 from jax_videoreason.cli import run, sweep
@@ -54,10 +54,7 @@ def define(flags: FlagValues) -> None:
   DEFINE_integer(
     "runs", None, "runs together; None = as the command has them", lower_bound=1, flag_values=flags
   )
-  DEFINE_bool("sequential", False, "guidance branches one after the other", flag_values=flags)
-  DEFINE_integer(
-    "experts", None, "that are loaded at once; None = all", lower_bound=1, flag_values=flags
-  )
+  cli.define_room(flags)
   DEFINE_string("preset", "quick", "run: size of a study, quick or full", flag_values=flags)
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(flags)
 
@@ -99,7 +96,11 @@ def check(flags: FlagValues, words: list[str]) -> None:
   """Refuses options of another command than the one that is planned."""
   of_generate = cli.new_flags()
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(of_generate)
-  of_command = {"preset": words[:1] == [RUN], **dict.fromkeys(of_generate, words == GENERATE)}
+  of_command = {
+    "preset": words[:1] == [RUN],
+    **dict.fromkeys(("sequential", "experts"), not words),
+    **dict.fromkeys(of_generate, words == GENERATE),
+  }
   given = [name for name, known in of_command.items() if flags[name].present and not known]
   if given:
     said = " ".join(["plan", *words])

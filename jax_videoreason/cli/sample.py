@@ -17,6 +17,8 @@ Euler; another solver restarts there.
 
 One model may need many devices: --mesh fsdp=2,context=2 lays weights and tokens on them. Started
 once on every host (docs/pods.md), the mesh spans the devices of all, and one folder comes of it.
+--sequential computes one guidance branch after the other; --experts 1 keeps one expert of a
+two-expert model in memory, and reads the other where the schedule changes to it.
 """
 
 import dataclasses
@@ -94,6 +96,7 @@ def define(flags: FlagValues) -> None:
   DEFINE_enum(
     "route", None, ROUTES, "of keys and values on a mesh; None = by their size", flag_values=flags
   )
+  cli.define_room(flags)
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
 
   DEFINE_string("from", None, "a stored run (or its trace.zarr) to take up", flag_values=flags)
@@ -120,7 +123,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     image, shown, chosen = fitted(flags.image, chosen, flags.fit)
   question = Question(prompt=flags.prompt, first_frame=image, shown=shown)
   with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
-    record(folder, chosen, [question], noise=noise, mesh=mesh, route=flags.route)
+    record(folder, chosen, [question], noise=noise, mesh=mesh, **way(flags))
   finish(flags.out)
 
 
@@ -138,7 +141,9 @@ def mesh_of(axes: str | None, processes: int) -> Mesh | None:
       f"--mesh={axes} for {processes} processes with {there} devices in all, wanted a mesh of all "
       f"of them, as --mesh fsdp={there}."
     )
-  return sharding.make_mesh(sizes["seed"], sizes["fsdp"], sizes["context"])
+  mesh = sharding.make_mesh(sizes["seed"], sizes["fsdp"], sizes["context"])
+  distributed.introduce(mesh)
+  return mesh
 
 
 def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
@@ -164,9 +169,18 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
       questions_of(branch),
       branch=branch,
       mesh=mesh,
-      route=flags.route,
+      **way(flags),
     )
   finish(flags.out)
+
+
+def way(flags: FlagValues) -> dict[str, Any]:
+  """How it is denoised, as `record` takes it; none of it changes a number beyond rounding."""
+  return {
+    "route": flags.route,
+    "guidance": "sequential" if flags.sequential else "parallel",
+    "experts": flags.experts,
+  }
 
 
 def questions_of(branch: Branch) -> list[Question]:
@@ -249,13 +263,16 @@ def record(
   branch: Branch | None = None,
   mesh: Mesh | None = None,
   route: Route | None = None,
+  guidance: sampler.Guidance = "parallel",
+  experts: int | None = None,
 ) -> AnswerTrace | None:
   """Asks every question with every seed and writes the data of the run folder.
 
   Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn. branch:
   the stored run whose steps before `branch.step` are taken over.
-  mesh, route: as `runs.run` takes them. Where the mesh spans several processes, all call this with
-  one folder: each writes its share of the trace, the first one what comes after.
+  mesh, route, guidance: as `runs.run` takes them. Where the mesh spans several processes, all call
+  this with one folder: each writes its share of the trace, the first one what comes after.
+  experts: of the model that may be resident at once, None = all.
   Returns the answers, None where no question is a case of a task, and on all processes but the
   first.
   """
@@ -264,7 +281,9 @@ def record(
   of_run = [question for question in questions for _ in seeds]
   given = [([q.prompt for q in of_run], first_frames(of_run))]
   shown = [q.shown for q in of_run if q.shown is not None]
-  bundle, (cond,) = prepare.encode(chosen, given, mesh=mesh, shown=[shown] if shown else None)
+  bundle, (cond,) = prepare.encode(
+    chosen, given, mesh=mesh, shown=[shown] if shown else None, experts=experts
+  )
   card = bundle.card
   grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
   schedule = prepare.schedule(chosen, bundle)
@@ -314,6 +333,8 @@ def record(
         piece=chosen.piece,
         mesh=mesh,
         route=route,
+        guidance=guidance,
+        expert=prepare.one_expert(chosen, mesh),
         on_piece=on_piece,
         state=state,
       )

@@ -456,8 +456,10 @@ def test_pickles_without_pytorch(source, monkeypatch, refused):
 
 # The command with a pause after every slice, so that a signal finds it in the middle.
 SLOW = """
-import sys, time
+import signal, sys, time
 from jax_videoreason import cli, leaves
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 note = leaves.LeafWriter._note
 

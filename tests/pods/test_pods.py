@@ -57,7 +57,7 @@ def planned(config: str, on: str, runs: int = 1) -> dict:
   done = subprocess.run(
     [sys.executable, "-c", CODE, config, on, str(runs)],
     cwd=ROOT,
-    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": ""},
+    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
     capture_output=True,
     text=True,
     check=False,

@@ -4,7 +4,6 @@ Every slice on the mesh that `plan` proposes. A compilation takes all cores: run
 `.ci/run` runs these in a virtual environment that has libtpu.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -47,7 +46,6 @@ print(json.dumps({
 """
 
 
-@functools.cache
 def planned(config: str, on: str, runs: int = 1) -> dict:
   """The plan of a batch, from a process of its own: libtpu must not see this one's devices.
 
@@ -89,13 +87,14 @@ def test_a14b_at_720p_fits_on_64_chips():
 
 
 def test_fifty_steps_compile_as_fast_as_ten():
-  def seconds(steps: int) -> float:
-    return planned(f"wan22_i2v_a14b:480p,steps={steps}", "v5p:2x2x4")["cpu_seconds"]
-
-  ten, fifty = seconds(10), seconds(50)
-  if fifty > 1.1 * ten:  # the least of two of each, where other work was in the way
-    ten, fifty = min(ten, seconds(10)), min(fifty, seconds(50))
-  assert fifty <= 1.1 * ten
+  """By the least of up to three compilations of each: other work lengthens some."""
+  seconds = {50: [], 10: []}
+  for _ in range(3):
+    for steps, taken in seconds.items():
+      taken.append(planned(f"wan22_i2v_a14b:480p,steps={steps}", "v5p:2x2x4")["cpu_seconds"])
+    if min(seconds[50]) <= 1.1 * min(seconds[10]):
+      break
+  assert min(seconds[50]) <= 1.1 * min(seconds[10]), seconds
 
 
 def test_a_slice_that_is_none_is_said_in_a_sentence():

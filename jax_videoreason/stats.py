@@ -135,6 +135,8 @@ def bootstrap(
     low, high = np.where(still, np.nan, low), np.where(still, np.nan, high)
     where = "" if still.ndim == 0 else f" in {int(still.sum())} of {still.size} cells"
     note = f"all {count} cases are equal{where}: resampling shows no spread"
+  elif not np.isfinite(low).all():
+    note = "some draws of the cases have no number"
   return Interval(estimate=estimate, low=low, high=high, level=level, cases=count, note=note)
 
 

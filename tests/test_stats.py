@@ -87,6 +87,13 @@ def test_equal_cases_give_a_statement_instead_of_an_interval_of_no_width():
   assert str(ratio) == "0.10 (all 10 cases are equal: resampling shows no spread)"
 
 
+def test_a_statistic_that_some_draws_lack_has_no_interval_and_says_so():
+  rare = np.stack([np.eye(1, 9)[0], np.ones(9)], axis=-1)  # a draw without the first case: 0 / 0
+  with np.errstate(invalid="ignore"):
+    found = stats.bootstrap(rare, seed=0, statistic=lambda x: x[..., 0].sum(1) / x[..., 0].sum(1))
+  assert str(found) == "1.00 (some draws of the cases have no number)"
+
+
 def test_the_seed_decides_all():
   values = np.random.default_rng(0).normal(size=(30, 4))
   first, second = (stats.bootstrap(values, seed=7, draws=DRAWS) for _ in range(2))

@@ -74,13 +74,18 @@ def meet(place: str) -> None:
     multihost_utils.sync_global_devices(place)
 
 
+def spans(mesh: Mesh | None) -> bool:
+  """Whether devices of several processes make up a mesh."""
+  return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def introduce(mesh: Mesh) -> None:
   """Connects the devices of a mesh over several processes, in every group its axes make.
 
   A group is connected by its first collective, and on a CPU a process that waits there longer than
   30 s for another gives up: so it is done where all have just met, not behind a compilation.
   """
-  if len({device.process_index for device in mesh.devices.flat}) == 1:
+  if not spans(mesh):
     return
   names = [name for name, size in mesh.shape.items() if size > 1]
   groups = [group for n in range(len(names)) for group in itertools.combinations(names, n + 1)]

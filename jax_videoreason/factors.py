@@ -41,8 +41,8 @@ class Varied:
 
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
-  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process;
-  None = as many runs side by side as divide a unit. reader: what shows x0 at every step: the
+  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process, or
+  of all; None = as many runs side by side as divide a unit. reader: what shows x0: the
   linear preview; "mixed", the preview and the VAE where that is unreadable; the VAE; "auto", for
   each task the quickest of these that agrees with the VAE.
   """

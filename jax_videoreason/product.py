@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +15,7 @@ from jax_videoreason import (
   answers,
   baselines,
   checkpoint,
+  distributed,
   evaluate,
   factors,
   media,
@@ -81,22 +84,45 @@ def ready(product: Product, mesh: Mesh | None = None) -> Bench:
   )
 
 
-def mesh_for(product: Product, devices: Sequence[Any]) -> Mesh | None:
+def mesh_for(
+  product: Product, here: Sequence[Any], everywhere: Sequence[Any] | None = None
+) -> Mesh | None:
   """The mesh of the settings, else as many devices on `seed` as divide a unit; None = one device.
 
-  ValueError: the units do not divide by its seeds, or the devices are fewer.
+  here: the devices of this process. everywhere: those of all processes, None = the same; a mesh of
+  more devices than are here lies on all of them.
+  ValueError: the units do not divide by its seeds, or it takes another number of devices.
   """
-  if product.varied.mesh is not None:
-    axes = sharding.axes_of(product.varied.mesh)
-    if product.width % axes["seed"]:
-      raise ValueError(
-        f"mesh={product.varied.mesh} and units of {product.width} runs, wanted seeds that divide "
-        "them: give another --config.unit."
-      )
-    some = list(devices)[: axes["seed"] * axes["fsdp"] * axes["context"]]
-    return sharding.make_mesh(axes["seed"], axes["fsdp"], axes["context"], devices=some)
-  seats = max(n for n in range(1, len(devices) + 1) if product.width % n == 0)
-  return None if seats == 1 else sharding.make_mesh(seed=seats, devices=list(devices)[:seats])
+  if product.varied.mesh is None:
+    seats = max(n for n in range(1, len(here) + 1) if product.width % n == 0)
+    return None if seats == 1 else sharding.make_mesh(seed=seats, devices=list(here)[:seats])
+  said, everywhere = product.varied.mesh, here if everywhere is None else everywhere
+  axes = sharding.axes_of(said)
+  if product.width % axes["seed"]:
+    raise ValueError(
+      f"mesh={said} and units of {product.width} runs, wanted seeds that divide them: give another "
+      "--config.unit."
+    )
+  wanted = math.prod(axes.values())
+  if wanted > len(here) and wanted != len(everywhere):
+    raise ValueError(
+      f"mesh={said} takes {wanted} devices, wanted at most the {len(here)} of this process"
+      + (f" or all {len(everywhere)}" if len(everywhere) > len(here) else "")
+      + ": give another --config.mesh."
+    )
+  some = list(here)[:wanted] if wanted <= len(here) else list(everywhere)
+  return sharding.make_mesh(**axes, devices=some)
+
+
+def shares(
+  units: int, process: tuple[int, int], mesh: Mesh | None
+) -> tuple[tuple[int, int], range]:
+  """((number, count) of the share of a process, its units): share p has p, p + count, ...
+
+  Processes over which a mesh lies do all units together, as one share.
+  """
+  share = (0, 1) if distributed.spans(mesh) else process
+  return share, range(share[0], units, share[1])
 
 
 def compute(bench: Bench, unit: int) -> Made:
@@ -323,27 +349,26 @@ def perform(
   out: str | Path,
   product: Product,
   *,
+  mesh: Mesh | None,
   command: Sequence[str] = (),
   redo: bool = False,
-  devices: Sequence[Any],
   process: tuple[int, int] = (0, 1),
   meet: Callable[[str], Any] = lambda place: None,
   advance: sweep.Advance = lambda runs: None,
 ) -> None:
   """Carries out a sweep in the folder `out`, or what is left of it.
 
-  devices: of this process. process: (number, count); process p does the units p, p + count, ...
-  and the first one holds the folder and writes table and manifest. meet: returns when every
-  process has come to that place.
+  mesh: as `mesh_for` makes it. process: (number, count); `shares` says which units it does. The
+  first one holds the folder and writes table and manifest, and where the mesh lies on several
+  processes, the units too. meet: returns when every process has come to that place.
 
   Raises:
     ValueError: the folder is held by another sweep, or holds something else.
     OSError: the disk refuses; the same command goes on.
   """
   out, (number, count) = Path(out), process
-  mesh = mesh_for(product, devices)
   shop = _Workshop(product, mesh, out / sweep.SETTLED, writes=number == 0)
-  used = list(devices)[:1] if mesh is None else list(mesh.devices.flat)
+  used = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
   work = Work(
     units=product.units,
     width=product.width,
@@ -351,11 +376,18 @@ def perform(
     read=shop.read,
     devices={"kind": used[0].device_kind, "count": len(used)},
   )
+  _, own = shares(product.units, process, mesh)
 
   def do() -> None:
-    if count > 1 and sweep.faults(out, range(work.units), work.width):
+    left = sweep.faults(out, range(work.units), work.width) if count > 1 else {}
+    meet("looked")  # all at the same, before the first one writes
+    if left:
       _ = shop.bench  # processes load together, also those that have nothing left to do
-    sweep.carry_out(out, work, mine=lambda unit: unit % count == number, advance=advance)
+    if number == 0 or not distributed.spans(mesh):
+      sweep.carry_out(out, work, mine=own.__contains__, advance=advance)
+      return
+    for unit in sorted(left):  # no device of the mesh may be missing where the first one computes
+      _ = shop.compute(unit)
 
   def finish() -> None:
     sweep.finish(

@@ -124,7 +124,7 @@ def measure_whole(options: argparse.Namespace) -> None:
       product.perform(
         out,
         round_,
-        devices=jax.local_devices()[:1],
+        mesh=None,
         advance=lambda runs: ends.append(time.process_time()),
       )
       if len(ends) > 1:

@@ -210,7 +210,7 @@ def test_on_another_number_of_devices_answers_are_the_same_and_numbers_nearly(do
   assert len(jax.local_devices()) > 1
   out = tmp_path / "one"
   of = made(taps={**common.sample().taps.to_dict(), "sites": ("attn_out",)})
-  product.perform(out, of, devices=jax.local_devices()[:1])
+  product.perform(out, of, mesh=None)
   ours, wanted = open_sweep(out), open_sweep(done)
   layouts = [json.loads((f / "manifest.json").read_text())["layouts"] for f in (out, done)]
   assert layouts[0] != layouts[1]
@@ -403,7 +403,7 @@ def test_killed_at_random_moments_the_command_ends_with_the_same_table(tmp_path)
     assert sweep.status(out).events == []
 
 
-def two(out: Path, number: int, port: int) -> subprocess.Popen:
+def two(out: Path, number: int, port: int, *words: str) -> subprocess.Popen:
   environment = {
     **os.environ,
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -413,12 +413,35 @@ def two(out: Path, number: int, port: int) -> subprocess.Popen:
     "JAX_PROCESS_ID": str(number),
   }
   return subprocess.Popen(
-    [sys.executable, "-m", "jax_videoreason", "sweep", *WORDS, f"--out={out}"],
+    [sys.executable, "-m", "jax_videoreason", "sweep", *WORDS, f"--out={out}", *words],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env=environment,
   )
+
+
+@pytest.mark.slow
+def test_one_model_over_two_processes_does_all_units_as_one_share(done, tmp_path):
+  out, mesh = tmp_path / "over", "--config.mesh=fsdp=2,context=2"
+  shutil.copytree(done, out)
+  (out / "manifest.json").unlink()
+  (out / "units" / "00001.json").unlink()  # both must find the same unit left
+  for folder in (out, tmp_path / "new"):
+    port = helpers.free_port()
+    both = [two(folder, number, port, mesh) for number in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    ours, wanted = open_sweep(folder), open_sweep(done)
+    for name in ("run", "answer", "answers", "flips", "commitment", "read_by"):
+      assert ours.column(name).tolist() == wanted.column(name).tolist()
+    np.testing.assert_allclose(ours.of("final_latents"), wanted.of("final_latents"), atol=1e-5)
+    made = json.loads((folder / "manifest.json").read_text())
+    assert made["processes"] == 2
+    assert any('"count": 4' in layout for layout in made["layouts"])
+    assert "8/8" in said[0][1]
+    assert "share" not in said[0][1]
+    assert "units" not in said[1][0]
 
 
 @pytest.mark.slow
@@ -466,3 +489,18 @@ def test_devices_are_used_as_far_as_they_divide_a_unit():
   assert tuple(wide.shape.values()) == (2, 1, 2)
   with pytest.raises(ValueError, match="units of 4 runs, wanted seeds that divide them"):
     product.mesh_for(made(mesh="seed=3"), jax.devices())
+
+
+def test_a_mesh_of_more_devices_than_a_process_has_lies_on_those_of_all():
+  here, everywhere = jax.devices()[:2], jax.devices()
+  over = product.mesh_for(made(mesh="fsdp=2,context=2"), here, everywhere)
+  assert over is not None
+  assert list(over.devices.flat) == everywhere
+  own = product.mesh_for(made(mesh="fsdp=2"), here, everywhere)
+  assert own is not None
+  assert list(own.devices.flat) == here
+  for axes, said in (("fsdp=3", "takes 3 devices, .* the 2 of this process or all 4"),
+                     ("fsdp=8", "takes 8 devices, .* or all 4")):  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+      product.mesh_for(made(mesh=axes), here, everywhere)
+  assert product.shares(5, (1, 2), own) == ((1, 2), range(1, 5, 2))

@@ -55,23 +55,26 @@ def main(flags: FlagValues, words: list[str]) -> None:
   config = cli.resolved(flags)
   own = {key: config.pop(key) for key in factors.KEYS}
   made = factors.multiply(settings.from_config(config), factors.varied(own))
-  share = range(process[0], made.units, process[1])
-  left = set(share)
+  mesh = product.mesh_for(made, jax.local_devices(), jax.devices())
+  if mesh is not None:
+    distributed.introduce(mesh)
+  share, units = product.shares(made.units, process, mesh)
+  left = set(units)
   if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
     left &= set(sweep.status(flags.out).left)
   console.say(
     f"{made.units * made.width} runs in {made.units} units of {made.width}, "
     f"{factors.evaluations(made)} network evaluations"
   )
-  title = "sweep" if process[1] == 1 else f"sweep, share 1 of {process[1]}"
-  done = made.width * (len(share) - len(left))
-  with console.progress(made.width * len(share), title, "run", done=done) as advance:
+  title = "sweep" if share[1] == 1 else f"sweep, share 1 of {share[1]}"
+  done = made.width * (len(units) - len(left))
+  with console.progress(made.width * len(units), title, "run", done=done) as advance:
     product.perform(
       flags.out,
       made,
+      mesh=mesh,
       command=["videoreason", *sys.argv[1:]],
       redo=flags.redo,
-      devices=jax.local_devices(),
       process=process,
       meet=distributed.meet,
       advance=advance,

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -70,13 +70,38 @@ def take(tree: Any, runs: Any) -> Any:
   return _by_run(tree, lambda x, axis: x[(*[slice(None)] * axis, runs)])
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-  """A Noise, Conditioning or State with its R axis laid on the mesh axis `seed`."""
+def place(tree: Any, mesh: Mesh | None) -> Any:
+  """A Noise, Conditioning or State with its R axis on the mesh axis `seed`; None = as it is."""
+  if mesh is None:
+    return tree
 
   def put(x: Array, axis: int) -> Array:
     return distributed.put(x, mesh, PartitionSpec(*([None] * axis), "seed"))
 
   return _by_run(tree, put)
+
+
+def place_model(
+  bundle: ModelBundle, edit: Intervention | None, mesh: Mesh | None
+) -> tuple[ModelBundle, Intervention | None]:
+  """What denoises of a bundle whose DiT lies on a mesh, and an edit everywhere on it.
+
+  mesh: None = both as they are. The rest of the bundle may lie anywhere, so it is left out.
+  """
+  if mesh is None:
+    return bundle, edit
+  bundle = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
+  return bundle, jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
+
+
+@contextlib.contextmanager
+def over(mesh: Mesh | None, route: attention.Route | None = None) -> Iterator[None]:
+  """`sampler.denoise` inside runs on the mesh and by the route, as `run` takes them."""
+  with contextlib.ExitStack() as around:
+    around.enter_context(attention.by_route(route))
+    if mesh is not None:
+      around.enter_context(jax.set_mesh(mesh))
+    yield
 
 
 def _by_run(tree: Any, change: Callable[[Array, int], Array]) -> Any:
@@ -155,9 +180,7 @@ def run(
       f"edits and taps with an R axis leave no room to fill {total} runs up on a mesh with "
       f"seed={seats}: give a multiple of {seats} runs."
     )
-  if mesh is not None:  # what denoises lies on it; the rest of the bundle may lie anywhere
-    bundle = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
-    edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
+  bundle, edit = place_model(bundle, edit, mesh)
   bare = expert is not None and not any(params is not None for params in bundle.params)
   stretches = schedule.by_expert() if bare else [(None, slice(0, len(schedule)))]
   stand: list[State | None] = [None if state is None else take(state, group) for group in groups]
@@ -170,22 +193,16 @@ def run(
     for index, group in enumerate(groups):
       count = len(np.unique(group))
       padded = np.resize(np.arange(len(group)), -(-len(group) // seats) * seats)
-      some_noise, some_cond = take(noise, group[padded]), take(cond, group[padded])
-      if mesh is not None:
-        some_noise, some_cond = place(some_noise, mesh), place(some_cond, mesh)
+      some_noise, some_cond = (place(take(t, group[padded]), mesh) for t in (noise, cond))
       sampler.check(bundle, some_noise, some_cond, own, edit)
       before = stand[index]
       if before is None:
         here: State = sampler.start(some_noise, schedule.solver)
       else:
-        here = take(before, padded)
-        here = here if mesh is None else place(here, mesh)
+        here = place(take(before, padded), mesh)
       for rows in pieces(len(own), piece):
         at = slice(stretch.start + rows.start, stretch.start + rows.stop)
-        with contextlib.ExitStack() as around:
-          around.enter_context(attention.by_route(route))
-          if mesh is not None:
-            around.enter_context(jax.set_mesh(mesh))
+        with over(mesh, route):
           _, trace, here = sampler.denoise(
             bundle,
             some_noise,

@@ -1,5 +1,6 @@
 """The one mesh and its rule: which letter of an array lies on which mesh axis."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,14 @@ def axes_of(text: str) -> dict[str, int]:
       )
     sizes[name] = int(number)
   return sizes
+
+
+def mesh_here(text: str | None) -> Mesh | None:
+  """The mesh of "fsdp=2,context=2" over the first devices of this process; None = of no text."""
+  if text is None:
+    return None
+  sizes = axes_of(text)
+  return make_mesh(**sizes, devices=jax.local_devices()[: math.prod(sizes.values())])
 
 
 def spec(letters: str) -> PartitionSpec:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import toy
-from jax_videoreason import cli, pages
+from jax_videoreason import cli, pages, sharding
 from jax_videoreason.cli import run
 from jax_videoreason.cli import vbvr as cli_vbvr
 from jax_videoreason.experiments import (
@@ -507,7 +507,7 @@ def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
 def test_a_study_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
   done = []
 
-  def one(study, config, out, *, redo):
+  def one(study, config, out, *, mesh, redo):
     if study.name == "noise":
       raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
     done.append(out.name)
@@ -517,6 +517,31 @@ def test_a_study_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch)
     run.every([], tmp_path)
   assert done == [name for name in (*EXPERIMENTS, "controls_mini_experts") if name != "noise"]
   assert "RESOURCE_EXHAUSTED: out of memory" in (tmp_path / "claims.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["noise", "ensemble"])
+def test_a_study_on_a_mesh_finds_what_it_finds_on_one_device(name, tmp_path):
+  words = ["run", name, "--config.cases=2", "--config.seeds=2", "--config.steps=4"]
+  words += ["--config.tasks=('pick',)", "--config.decoder=preview"]
+  words += ["--config.experiment.stride=2"] if name == "noise" else []
+  assert cli.main([*words, f"--out={tmp_path / 'one'}"]) == 0
+  assert cli.main([*words, "--mesh=seed=2,context=2", f"--out={tmp_path / 'four'}"]) == 0
+  (one, record), (four, again) = (results.load(tmp_path / place) for place in ("one", "four"))
+  assert again["control"] == record["control"]
+  assert again["evaluations"] == record["evaluations"]
+  for key, value in one.values.items():
+    if np.issubdtype(value.dtype, np.number):
+      np.testing.assert_allclose(four.values[key], value, atol=1e-3, err_msg=key)
+    else:
+      np.testing.assert_array_equal(four.values[key], value)
+  assert read_json(tmp_path / "four" / "manifest.json")["mesh"] == "seed=2,context=2"
+
+
+def test_a_study_says_which_runs_a_mesh_does_not_share_out():
+  setting = dataclasses.replace(toy.setting(toy.truth), mesh=sharding.make_mesh(seed=4))
+  with pytest.raises(ValueError, match="3 runs on a mesh with seed=4, wanted a multiple of it"):
+    perform(chain_of_steps, setting, toy.cases(3))
 
 
 def test_every_preset_fits_its_experiment():

@@ -435,7 +435,9 @@ def test_one_model_over_two_processes_does_all_units_as_one_share(done, tmp_path
     ours, wanted = open_sweep(folder), open_sweep(done)
     for name in ("run", "answer", "answers", "flips", "commitment", "read_by"):
       assert ours.column(name).tolist() == wanted.column(name).tolist()
-    np.testing.assert_allclose(ours.of("final_latents"), wanted.of("final_latents"), atol=1e-5)
+    np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
+    latents, same = (found.of("final_latents") for found in (ours, wanted))
+    assert np.linalg.norm(latents - same) < 1e-4 * np.linalg.norm(same)
     made = json.loads((folder / "manifest.json").read_text())
     assert made["processes"] == 2
     assert any('"count": 4' in layout for layout in made["layouts"])

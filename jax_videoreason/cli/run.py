@@ -5,6 +5,7 @@
   videoreason run all --preset full --out runs/claims
   videoreason run ensemble --preset paper --config vbvr_wan22 --out runs/ensemble
   videoreason run mymodule:my_experiment --out runs/mine
+  videoreason run noise --config wan22_i2v_a14b:480p --mesh fsdp=2,context=4 --out ...
 
 Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
 """
@@ -40,6 +41,12 @@ def define(flags: FlagValues) -> None:
   cli.define_out(flags)
   DEFINE_string(
     "preset", "quick", "size of the study: quick, full, or paper (ensemble)", flag_values=flags
+  )
+  DEFINE_string(
+    "mesh",
+    None,
+    "devices of this process, as seed=2,context=2; without it one device",
+    flag_values=flags,
   )
 
 
@@ -90,7 +97,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if words[0] == ALL:
     every(flags.config.words[1:], Path(flags.out))
   else:
-    one(find(words[0]), cli.resolved(flags), Path(flags.out), redo=flags.redo)
+    one(find(words[0]), cli.resolved(flags), Path(flags.out), mesh=flags.mesh, redo=flags.redo)
 
 
 def every(words: Sequence[str], out: Path) -> None:
@@ -108,7 +115,7 @@ def every(words: Sequence[str], out: Path) -> None:
     asked.append(place)
     try:
       flags, _ = cli.parse(module, [study.name, *words, *more])
-      one(study, cli.resolved(flags), out / place, redo=flags.redo)
+      one(study, cli.resolved(flags), out / place, mesh=flags.mesh, redo=flags.redo)
     except (ValueError, RuntimeError, OSError) as error:
       failed[place] = str(error)
       console.say(f"{place}: {error}")
@@ -137,11 +144,11 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
   return found
 
 
-def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> None:
+def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, redo: bool) -> None:
   """Carries out one study and draws its page; a study that lies in `out` is left as it is."""
   import jax
 
-  from jax_videoreason import console, experiments, folders, pages, settings, store
+  from jax_videoreason import console, experiments, folders, pages, settings, sharding, store
   from jax_videoreason.experiments import results, setting
 
   asked = dict(config)
@@ -150,7 +157,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> Non
   batch = asked.pop("batch")
   chosen = settings.from_config(asked)
   study.check(own["experiment"])
-  made = setting.load(chosen)
+  made = setting.load(chosen, sharding.mesh_here(mesh))
   key = _key(study.name, asked, own, setting.fingerprint(chosen))
   if is_done(out, key) and not redo:
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
@@ -175,6 +182,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, redo: bool) -> Non
       config={**asked, "batch": batch, **own},
       command=["videoreason", *sys.argv[1:]],
       device=jax.devices()[0].device_kind,
+      mesh=mesh,
       model=made.bundle.card.name,
       evaluations=record["evaluations"],
       seconds=record["seconds"],

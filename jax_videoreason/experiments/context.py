@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_videoreason import answers, interventions, prepare, runs, sampler
 from jax_videoreason.composing import room_of
@@ -38,7 +39,8 @@ class Setting:
   """What all batches of an experiment share.
 
   encode: (settings, cases) -> the conditioning of one run per case. decode: latents ... F H W C ->
-  uint8 frames. load_task: (name, settings) -> Task.
+  uint8 frames. load_task: (name, settings) -> Task. mesh: on which the DiT lies and runs are made,
+  of devices of this process; None = one device.
   """
 
   bundle: ModelBundle
@@ -46,6 +48,7 @@ class Setting:
   encode: Callable[[SampleSettings, Sequence[Case]], Conditioning]
   decode: Callable[[Any], np.ndarray]
   load_task: Callable[[str, SampleSettings], Task]
+  mesh: Mesh | None = None
 
 
 @dataclasses.dataclass
@@ -184,9 +187,13 @@ class Context:
   ) -> tuple[np.ndarray, Trace]:
     if self.control and edit is not None:
       edit = neutral(edit, self.sizes)
-    latents, trace, _ = sampler.denoise(
-      self.bundle, self.noise, self.cond, schedule, edit, taps, state
-    )
+    mesh = self.setting.mesh
+    bundle, edit = runs.place_model(self.bundle, edit, mesh)
+    state = None if state is None else runs.place(state, mesh)
+    with runs.over(mesh):
+      latents, trace, _ = sampler.denoise(
+        bundle, self.noise, self.cond, schedule, edit, taps, state
+      )
     trace = jax.tree.map(np.asarray, trace)
     one = self.sizes.R * self.sizes.G
     self.tally.evaluations += one * (self.sizes.S - held)
@@ -299,13 +306,22 @@ def assemble(
   cond: Conditioning | None = None,
   **more: Any,
 ) -> Context:
-  """The Context of R = len(cases) runs; cond: None = encoded here."""
+  """The Context of R = len(cases) runs; cond: None = encoded here.
+
+  ValueError: R does not divide by the seeds of the mesh.
+  """
   chosen, card = setting.chosen, setting.bundle.card
   seeds = chosen.seeds
   grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  seats = 1 if setting.mesh is None else setting.mesh.shape["seed"]
+  if len(cases) % seats:
+    raise ValueError(
+      f"{len(cases)} runs on a mesh with seed={seats}, wanted a multiple of it: give other "
+      "--config.batch or --config.seeds, or another --mesh."
+    )
   drawn = [case.index * STRIDE + seeds[i % len(seeds)] for i, case in enumerate(cases)]
-  noise = runs.make_noise(drawn, (*grid, card.latents.channels))
-  cond = setting.encode(chosen, cases) if cond is None else cond
+  noise = runs.place(runs.make_noise(drawn, (*grid, card.latents.channels)), setting.mesh)
+  cond = runs.place(setting.encode(chosen, cases), setting.mesh) if cond is None else cond
   schedule = prepare.schedule(chosen, setting.bundle)
   return Context(
     setting=setting,

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
-from jax_videoreason import checkpoint, conditioning, tasks
+from jax_videoreason import checkpoint, conditioning, prepare, tasks
 from jax_videoreason.decode import decode, preview
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.folders import checksum
@@ -18,16 +19,18 @@ AGREEMENT = 0.98  # of the answers that the linear preview and the VAE give
 LOOKED_AT = 5  # steps on which they are compared
 
 
-def load(chosen: SampleSettings) -> Setting:
-  """The setting of these settings; text encoder and DiT are never resident together."""
+def load(chosen: SampleSettings, mesh: Mesh | None = None) -> Setting:
+  """The setting of these settings; the DiT lies on the mesh, None = on one device."""
   check(chosen)
-  bundle = checkpoint.load(chosen.checkpoint, parts=("dit", "vae", "preview"))
+  bundle = checkpoint.load(chosen.checkpoint, parts=("vae", "preview"))
+  bundle = prepare.with_experts(chosen, bundle, mesh)
   return Setting(
     bundle=bundle,
     chosen=chosen,
-    encode=encode,
+    encode=functools.partial(encode, mesh=mesh),
     decode=functools.partial(decode, bundle, tiles=chosen.tiles),
     load_task=load_task,
+    mesh=mesh,
   )
 
 
@@ -40,10 +43,10 @@ def check(chosen: SampleSettings) -> None:
     )
 
 
-def encode(chosen: SampleSettings, cases: Sequence[Case]) -> Conditioning:
+def encode(chosen: SampleSettings, cases: Sequence[Case], mesh: Mesh | None = None) -> Conditioning:
   """The conditioning of one run per case; the encoders are loaded for it and let go."""
   return conditioning.encode(
-    checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae")),
+    checkpoint.load(chosen.checkpoint, parts=("text", "clip", "vae"), mesh=mesh),
     [case.prompt for case in cases],
     np.stack([case.first_frame for case in cases]),
     frames=chosen.frames,

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason import load, runs, sampler, schedules
+from jax_videoreason import load, probes, runs, sampler, schedules
 from jax_videoreason.decode import preview
+from jax_videoreason.experiments import EXPERIMENTS
 from jax_videoreason.interventions import identity
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
-from jax_videoreason.taps import SITES, TapSpec
+from jax_videoreason.taps import SITES, TapSpec, tap_bytes
 
 BARE = TapSpec(latents=False, x0=False)
 TRACED = TapSpec()
@@ -129,6 +130,43 @@ def measure_identity(options: argparse.Namespace) -> None:
     options.pairs,
   )
   say("all sites open with an identity", wanted="at most 1.05", **row)
+
+
+def measure_maps(options: argparse.Namespace) -> None:
+  """The taps of `run layer_maps`: time beside the run itself, and what memory they take."""
+  problem = mini_problem(options.runs, options.steps)
+  sizes = sampler.sizes_of(*problem)
+  study = EXPERIMENTS["layer_maps"]
+  taps = study.tapped(sizes, study.options)
+  row = pairs(
+    lambda: sampler.denoise(*problem, taps=taps),
+    lambda: sampler.denoise(*problem, taps=TRACED),
+    options.pairs,
+  )
+  memory = lowered(problem, taps).compile().memory_analysis()
+  states = 4 * sizes.S * sizes.L * len(taps.sites) * sizes.G * sizes.R * sizes.T * sizes.D
+  say(
+    "the maps of layer_maps, all layers and steps",
+    wanted="at most 1.15",
+    **row,
+    taps_mb=round(tap_bytes(taps, sizes) / 1e6, 1),
+    peak_mb=round((memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6, 1),
+    hidden_states_mb=round(states / 1e6, 1),
+  )
+
+
+def measure_probes(options: argparse.Namespace) -> None:
+  """All probes of one target: 12 layers x 25 steps, 32 cases x 4 seeds, 512 features, 5 classes."""
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(300, 128, 512)).astype(np.float32)
+  labels, cases = rng.integers(0, 5, 128), np.repeat(np.arange(32), 4)
+  spent = [seconds(lambda: probes.crossed(features, labels, cases)) for _ in range(2)]
+  say(
+    "seconds of all probes of a target, 12 layers x 25 steps, in one call",
+    wanted="under 60",
+    first=round(spent[0], 1),
+    again=round(spent[1], 1),
+  )
 
 
 def measure_run(options: argparse.Namespace) -> None:
@@ -249,6 +287,8 @@ QUESTIONS = {
   "trace": measure_trace,
   "taps": measure_taps,
   "identity": measure_identity,
+  "maps": measure_maps,
+  "probes": measure_probes,
   "cost": measure_cost,
   "compile": measure_compile,
   "start": measure_start,

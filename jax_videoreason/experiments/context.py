@@ -321,16 +321,17 @@ def assemble(
     )
   drawn = [case.index * STRIDE + seeds[i % len(seeds)] for i, case in enumerate(cases)]
   noise = runs.place(runs.make_noise(drawn, (*grid, card.latents.channels)), setting.mesh)
-  cond = runs.place(setting.encode(chosen, cases), setting.mesh) if cond is None else cond
+  made = setting.encode(chosen, cases) if cond is None else cond
+  placed: Conditioning = runs.place(made, setting.mesh)
   schedule = prepare.schedule(chosen, setting.bundle)
   return Context(
     setting=setting,
     cases=tuple(cases),
     roles=roles,
     noise=noise,
-    cond=cond,
+    cond=placed,
     schedule=schedule,
-    sizes=sampler.sizes_of(setting.bundle, noise, cond, schedule),
+    sizes=sampler.sizes_of(setting.bundle, noise, placed, schedule),
     tally=tally,
     chunks=chunks,
     **more,

@@ -1,6 +1,7 @@
 """What the terminal shows: lines, tables and bars, on process 0 only; no lower floor prints."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def say(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-  """A table on standard output; numbers are set to the right."""
+  """A table on standard output; numbers are set to the right, "-" stands for NaN."""
   if not speaks():
     return
   made = Table(title=title, title_justify="left")
@@ -30,8 +31,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     is_number = all(isinstance(row[number], int | float) for row in rows)
     made.add_column(name, justify="right" if is_number else "left")
   for row in rows:
-    made.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    made.add_row(*map(_cell, row))
   Console(highlight=False).print(made)
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    return "-" if math.isnan(value) else f"{value:.2f}"
+  return str(value)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import pytest
 from jax_videoreason import (
   checkpoint,
   cli,
+  console,
   folders,
   media,
   open_run,
@@ -931,3 +932,10 @@ def test_the_demo_takes_less_than_three_minutes(tmp_path):
   run = open_run(tmp_path / "demo")
   assert len({r["task"] for r in run.runs}) == 3
   assert len({r["seed"] for r in run.runs}) >= 3
+
+
+def test_a_table_shows_a_number_that_is_none_as_a_dash(capsys):
+  console.table("t", ("name", "value"), [("a", float("nan")), ("b", 0.5)])
+  said = capsys.readouterr().out
+  assert "nan" not in said
+  assert [line.split("│")[2].strip() for line in said.splitlines() if "│" in line] == ["-", "0.50"]

@@ -25,7 +25,8 @@ TAP_SITES = (*SITES, "update")
 class TapSpec:
   """What to keep; None = all layers, all steps.
 
-  sites, reduce: every reduction (`reductions.REDUCTIONS`) at every site.
+  sites, reduce: every reduction (`reductions.REDUCTIONS`) at every site; "site/reduction" is one at
+  that site alone.
   steps: rows of the schedule passed. branches: of G; the paper records the branch with the prompt.
   layers, steps and branches are counted from 0 and increase.
   directions: P D for 'project'. regions: R P T weights for 'region_mean'. targets: R T P for
@@ -60,6 +61,12 @@ class TapAids:
   grid: tuple[int, int, int]
   head: Callable[[Array], Array] | None = None
   dtype: DTypeLike = jnp.float32
+
+
+def reduced_at(spec: TapSpec, site: str) -> tuple[str, ...]:
+  """The reductions that are kept at a site."""
+  pairs = (name.rpartition("/") for name in spec.reduce)
+  return tuple(reduction for own, _, reduction in pairs if own in ("", site))
 
 
 def layer_slots(spec: TapSpec, layers: int) -> np.ndarray:
@@ -108,7 +115,7 @@ def record(
   if site not in spec.sites:
     return buffers
   out = dict(buffers)
-  for name in spec.reduce:
+  for name in reduced_at(spec, site):
     key, reduction = f"{site}/{name}", REDUCTIONS[name]
     buffer = out[key]
     wanted = jnp.asarray(slot) < buffer.shape[0]
@@ -212,8 +219,9 @@ def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.
     kept = dtype if REDUCTIONS[name].state else jnp.dtype(jnp.float32)
     return jax.ShapeDtypeStruct((rows, *row.shape), kept)
 
-  shapes = {name: shape(name) for name in spec.reduce} if spec.sites else {}
-  return {f"{site}/{name}": shapes[name] for site in spec.sites for name in spec.reduce}
+  kept = [(site, name) for site in spec.sites for name in reduced_at(spec, site)]
+  shapes = {name: shape(name) for name in {name for _, name in kept}}
+  return {f"{site}/{name}": shapes[name] for site, name in kept}
 
 
 def _inputs(spec: TapSpec, aids: TapAids, before: Array | None) -> Inputs:
@@ -234,12 +242,17 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
     if site not in sites:
       raise ValueError(f"no site '{site}' to tap; there are: {', '.join(sites)}.")
   for name in spec.reduce:
-    if name not in REDUCTIONS:
-      raise ValueError(f"no reduction '{name}'; there are: {', '.join(REDUCTIONS)}.")
-  for field in ("sites", "reduce"):
-    names = getattr(spec, field)
+    own, _, reduction = name.rpartition("/")
+    if reduction not in REDUCTIONS:
+      raise ValueError(f"no reduction '{reduction}'; there are: {', '.join(REDUCTIONS)}.")
+    if own and own not in spec.sites and spec.sites:
+      raise ValueError(f"reduce names '{name}' and sites={spec.sites} has no '{own}': add it.")
+  for field, names in (
+    ("sites", spec.sites),
+    *(("reduce", reduced_at(spec, site)) for site in spec.sites or ("",)),
+  ):
     if len(set(names)) != len(names):
-      raise ValueError(f"{field}={names} names one twice: give each once.")
+      raise ValueError(f"{field}={getattr(spec, field)} names one twice: give each once.")
   _asked("layers", spec.layers, sizes.L)
   _asked("branches", spec.branches, sizes.G)
   if math.prod(aids.grid) != sizes.T:
@@ -254,7 +267,8 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
   }
   for field, (letters, fixed) in wanted.items():
     array = getattr(spec, field)
-    users = [name for name in spec.reduce if REDUCTIONS[name].needs == field]
+    names_used = (name.rpartition("/")[2] for name in spec.reduce)
+    users = [name for name in names_used if REDUCTIONS[name].needs == field]
     if array is None:
       if users and spec.sites:
         raise ValueError(f"'{users[0]}' needs {field} ({letters}), got None: set TapSpec.{field}.")

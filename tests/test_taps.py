@@ -110,6 +110,18 @@ def test_a_site_not_named_is_not_in_the_program(values):
   assert empty_buffers(TapSpec(reduce=("gram",)), SIZES, AIDS) == {}
 
 
+def test_a_reduction_may_be_of_one_site_alone(values):
+  spec = dataclasses.replace(ALL, reduce=("norm", "update/full"))
+  buffers = empty_buffers(spec, SIZES, AIDS)
+  assert set(buffers) == {"attn_out/norm", "update/norm", "update/full"}
+  for site in spec.sites:
+    buffers = record(buffers, site, values[0], spec, 1, AIDS)
+  np.testing.assert_array_equal(buffers["update/full"][1], values[0, 1:])
+  both = dataclasses.replace(ALL, reduce=("norm", "full"))
+  alone = dataclasses.replace(ALL, sites=("attn_out",), reduce=("full",))
+  assert tap_bytes(spec, SIZES) == tap_bytes(both, SIZES) - tap_bytes(alone, SIZES)
+
+
 def test_hidden_states_keep_the_dtype_of_the_model():
   aids = dataclasses.replace(AIDS, dtype=jnp.bfloat16)
   for key, buffer in empty_buffers(ALL, SIZES, aids).items():
@@ -179,6 +191,9 @@ def test_what_the_budget_error_proposes_fits(reduce, budget):
     ({"sites": ("resid_mid",)}, r"no site 'resid_mid' to tap; there are: resid_pre, .*, update\."),
     ({"reduce": ("mean",)}, "no reduction 'mean'; there are: norm, "),
     ({"reduce": ("norm", "norm")}, "names one twice"),
+    ({"reduce": ("norm", "update/norm")}, "names one twice"),
+    ({"reduce": ("update/mean",)}, "no reduction 'mean'; there are: norm, "),
+    ({"reduce": ("mlp_out/norm",)}, r"reduce names 'mlp_out/norm' and sites=.* has no 'mlp_out'"),
     ({"layers": (5,)}, r"layers=\(5,\): there is no 5, only 0\.\.4"),
     ({"layers": (-1,)}, r"there is no -1, only 0\.\.4"),
     ({"layers": (3, 1)}, r"wanted increasing: use \(1, 3\)"),

@@ -26,10 +26,11 @@ def rise(rows: np.ndarray) -> np.ndarray:
 
 
 def tapped(sizes: Sizes, *, site: str) -> TapSpec:
-  """Everything that is shown of a site and of each layer's update."""
+  """What is shown of a site at every step, and the norm of each layer's update."""
+  of_site = ("channel_moments", "project", "lens")
   return TapSpec(
     sites=(site, "update"),
-    reduce=("norm", "frame_norm", "channel_moments", "pca3", "project", "lens"),
+    reduce=("norm", *(f"{site}/{name}" for name in of_site)),
     branches=tuple(range(sizes.G)),
     directions=jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32),
   )
@@ -73,14 +74,14 @@ def tapped(sizes: Sizes, *, site: str) -> TapSpec:
 def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -> Result:
   """What does every layer hold at every step, and which answer would it give?
 
-  All is reduced inside the scan, in the run itself: token norms, three main components, moments of
-  the channels and a projection to 32 random directions, of the residual stream and of each layer's
-  update. The layer lens is the model's own output head on every layer, both guidance branches, so
-  it gives a velocity, an x0 and an answer per layer and step. Contrast: token norms in deviations
-  from the mean of their layer, on objects (tokens where the first frame is not of its commonest
+  All is reduced inside the scan, in the run itself: token norms, moments of the channels and a
+  projection to 32 random directions of the residual stream, norms of each layer's update. The layer
+  lens is the model's own output head on every layer, both guidance branches, so it gives a
+  velocity, an x0 and an answer per layer and step. Contrast: token norms in deviations from the
+  mean of their layer, on objects (tokens where the first frame is not of its commonest
   colour) minus elsewhere. Norms are also shown divided by the median of their layer.
 
-  The last step runs once more to draw the channels of most variance.
+  The last step runs once more to draw the three main components and the channels of most variance.
 
   Limits: the head was trained on the last layer alone, so the lens understates early layers. CKA
   and cosine are of projections, over tokens. Nothing is edited, so there is no identity control.
@@ -92,6 +93,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   kept = {name: np.asarray(value) for name, value in trace.taps.items()}
   own = {name: value[:, :, 0] for name, value in kept.items()}  # S L R ...
   norm, update = own[f"{site}/norm"], own["update/norm"]
+  frame_norm = np.sqrt(reduce(norm**2, "s l r (f t) -> s l r f", "sum", f=sizes.F))
   variance = own[f"{site}/channel_moments"][..., 1, :]
   moments = np.sort(variance, axis=-1)
   deviations = (norm - norm.mean(-1, keepdims=True)) / np.maximum(norm.std(-1, keepdims=True), 1e-6)
@@ -110,8 +112,9 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   last = sizes.S - 1
   channels = np.argsort(variance[last, :, 0].mean(0))[: -DRAWN - 1 : -1]
   one_hot = jnp.asarray(np.eye(sizes.D, dtype=np.float32)[channels])
-  again = TapSpec(sites=(site,), reduce=("project",), steps=(last,), directions=one_hot)
+  again = TapSpec(sites=(site,), reduce=("project", "pca3"), steps=(last,), directions=one_hot)
   _, end = ctx.resume(trace, last, None, again)
+  components = np.asarray(end.taps[f"{site}/pca3"])[0, :, 0, 0]  # L T 3
   of_channel = np.asarray(end.taps[f"{site}/project"])[0, :, 0, 0]  # L T P
   middle = sizes.F // 2
   values: dict[str, Any] = {
@@ -119,8 +122,8 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "norm_of_update": update.mean(-1),
     "contrast": contrast.mean(0),
     "contrast_by_step": contrast,
-    "layer_by_frame": own[f"{site}/frame_norm"].mean(0),
-    "temporal_energy": own[f"{site}/frame_norm"].mean(1),
+    "layer_by_frame": frame_norm.mean(0),
+    "temporal_energy": frame_norm.mean(1),
     "top_channels": moments[..., -TOP:].sum(-1) / moments.sum(-1),
     "channel_variance": moments[..., : -TOP - 1 : -1].mean(0),
     "cosine_last": (flat * flat[:, -1:]).sum(-1).mean((0, -1)),
@@ -136,9 +139,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "channel_map": rearrange(of_channel, "l (f y x) p -> f l p y x", f=shape[0], y=shape[1])[
       middle
     ],
-    "pca_map": rearrange(
-      colours(own[f"{site}/pca3"][last, :, 0]), "l (f y x) c -> l f y x c", f=shape[0], y=shape[1]
-    ),
+    "pca_map": rearrange(colours(components), "l (f y x) c -> l f y x c", f=shape[0], y=shape[1]),
   }
   axes = {name: AXES.get(name, ("step", "layer", "run")) for name in values}
   points = ctx.points | {"lens_step": steps.tolist(), "channel": channels.tolist()}

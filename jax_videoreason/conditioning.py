@@ -20,7 +20,7 @@ from jax_videoreason.tokenizer import Tokenizer
 # Prompts, pictures, and pixels of video, that are encoded at once.
 PROMPTS = 8
 PICTURES = 8
-PIXELS = 2**21
+PIXELS = 2**18
 
 
 def encode(
@@ -233,12 +233,16 @@ def _digest(image: np.ndarray) -> bytes:
 
 
 def _in_batches(function: Callable[..., Array], arrays: Sequence[np.ndarray], size: int) -> Array:
-  """Rows of `arrays` through `function` in equal batches, so that one executable serves all."""
+  """Rows of `arrays` through `function` in equal batches, so that one executable serves all.
+
+  A batch is waited for before the next is begun: those under way hold their activations.
+  """
   rows = len(arrays[0])
   size = min(size, rows)
   starts = range(0, rows, size)
   index = [np.minimum(np.arange(start, start + size), rows - 1) for start in starts]
-  return jnp.concatenate([function(*(a[batch] for a in arrays)) for batch in index])[:rows]
+  made = [jax.block_until_ready(function(*(a[batch] for a in arrays))) for batch in index]
+  return jnp.concatenate(made)[:rows]
 
 
 @functools.partial(jax.jit, static_argnums=0)

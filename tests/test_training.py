@@ -43,8 +43,10 @@ def problem():
     known_mask=jnp.zeros((*cells[:-1], 4)),
   )
   params = {
-    "dit": parts.dit.init(jax.random.key(0), jnp.zeros(cells), jnp.zeros((2, 16)), cond)["params"],
-    "text": parts.text.init(jax.random.key(1), ids, ids > 0)["params"],
+    "dit": jax.jit(parts.dit.init)(jax.random.key(0), jnp.zeros(cells), jnp.zeros((2, 16)), cond)[
+      "params"
+    ],
+    "text": jax.jit(parts.text.init)(jax.random.key(1), ids, ids > 0)["params"],
   }
   step = training.make_step(training.flow_loss(parts, SETTINGS), SETTINGS, seed=0)
   return step, (lambda: training.begin(params, SETTINGS)), batch

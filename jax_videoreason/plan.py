@@ -193,7 +193,8 @@ class Problem:
   """One batch of `runs` runs of a model.
 
   taps: None = those of the settings. guidance: as `sampler.denoise` takes it. resident: experts
-  that are loaded at once, None = all.
+  that are loaded at once, None = all. route: of keys and values between devices, None =
+  `attention.choose_route`.
   """
 
   model: Model
@@ -202,6 +203,7 @@ class Problem:
   taps: TapSpec | None = None
   guidance: sampler.Guidance = "parallel"
   resident: int | None = None
+  route: attention.Route | None = None
 
   @property
   def spec(self) -> TapSpec:
@@ -269,12 +271,16 @@ class Problem:
     each = jnp.dtype(config.dtype).itemsize
     return float(self.branches * s.T * (4 * s.D + each * (4 * s.D + config.ffn_width)))
 
-  def gathered(self) -> float:
-    """Bytes of the keys and values of one run, which every device holds where tokens are spread."""
-    s = self.sizes
-    return float(
-      self.branches * s.T * 2 * s.D * jnp.dtype(self.model.parts.dit.config.dtype).itemsize
-    )
+  def keys_and_values(self, runs: int, shards: int, platform: str) -> float:
+    """Bytes of those of `runs` that a device holds where tokens lie on `shards` devices.
+
+    By the gathered route those of all tokens, by the ring its own block and the one that passes.
+    """
+    config, s = self.model.parts.dit.config, self.sizes
+    keys = (self.branches, runs, s.T, config.heads, s.D // config.heads)
+    each = jnp.dtype(config.dtype).itemsize
+    route = self.route or attention.choose_route(platform, keys, each)
+    return 2.0 * math.prod(keys) * each * (2 / shards if route == "ring" else 1)
 
   def latents(self) -> float:
     """Bytes of one run's latents, its guess, and the trace of both."""
@@ -378,12 +384,15 @@ def _seconds(flops: float, where: Target) -> float:
 def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan:
   """The plan without a compiler: weights, one block's activations, latents, trace and taps.
 
-  Where tokens are spread a device also holds all keys and values, and where weights are, one layer.
+  Where tokens are spread a device also holds keys and values of others, and where weights are, one
+  layer.
   """
   spread, each = axes["fsdp"] * axes["context"], problem.runs // axes["seed"]
   weights = sum(size_of(leaves) for leaves in problem.experts)
   own = weights / axes["fsdp"]
-  active = each * (problem.activations() / spread + (problem.gathered() if spread > 1 else 0))
+  active = each * problem.activations() / spread
+  if spread > 1:
+    active += problem.keys_and_values(each, spread, where.device.platform)
   if axes["fsdp"] > 1:
     active += weights / len(problem.experts) / problem.sizes.L
   latents, taps = each * problem.latents(), problem.kept() / axes["seed"]
@@ -500,7 +509,11 @@ def _compile(problem: Problem, mesh: Mesh, platform: str) -> Any:
   def denoise(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Any:
     return sampler.denoise(bundle, noise, cond, schedule, taps=spec, guidance=guidance)
 
-  with jax.set_mesh(mesh), attention.compiling_for(platform):
+  with (
+    jax.set_mesh(mesh),
+    attention.compiling_for(platform),
+    attention.by_route(problem.route),
+  ):
     traced = jax.jit(denoise).trace(*arguments(problem, mesh), schedule)
     return traced.lower(lowering_platforms=(platform,)).compile()
 

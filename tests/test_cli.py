@@ -446,6 +446,7 @@ def test_taps_of_some_steps_and_layers_are_those_of_all(call, sampled, sample_wo
   np.testing.assert_allclose(some[:], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_expert_in_memory_leaves_the_run_of_both(
   call, sample_words, two_experts, tmp_path, monkeypatch
 ):
@@ -897,6 +898,7 @@ def test_tasks_list_names_them_all(call):
 # demo
 
 
+@pytest.mark.slow
 def test_demo_asks_unseen_cases_of_the_tasks_with_every_seed(call, bundle_dir, tmp_path):
   status, out, _ = call(
     "demo",

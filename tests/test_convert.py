@@ -664,6 +664,7 @@ def test_what_is_no_checkpoint(tmp_path, converted, refused):
   assert "did you mean 'vae'" in refused(converted, "--parts=dit,vea")
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_pickles_hold_tensors_or_are_refused(source, published, tmp_path, refused):
   torch = pytest.importorskip("torch")

@@ -104,6 +104,7 @@ def test_the_odd_grid_does_not_divide():
   assert 3 * 2 * 3 % 4 != 0
 
 
+@pytest.mark.slow
 def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
   bundle = bundle_of("concat")
   noise, cond = inputs(6)

@@ -142,6 +142,30 @@ def test_on_this_cpu_the_compiler_says_what_is_needed():
   assert found.temporaries > 0
 
 
+def test_a_ring_holds_two_blocks_of_keys_and_values():
+  axes, where = sharding.axes_of("context=16"), plan.target("v5p:2x2x4")
+
+  def held(runs: int, route: str | None) -> float:
+    asked = problem("wan22_i2v_a14b:480p", runs, route=route)
+    return plan.arithmetic(asked, where, axes).temporaries
+
+  whole = 2 * 2 * 32_760 * 5120 * 2  # two branches, keys and values, 5,120 wide in bfloat16
+  assert held(1, "gather") - held(1, "ring") == pytest.approx(whole * (1 - 2 / 16))
+  for runs, route in ((1, "gather"), (3, "gather"), (4, "ring")):  # up to 4 GiB they are gathered
+    assert held(runs, None) == held(runs, route)
+
+
+@pytest.mark.parametrize(
+  ("route", "kind"), [("ring", "collective-permute"), ("gather", "all-gather")]
+)
+def test_the_compiler_moves_keys_and_values_by_the_route_asked_for(route, kind):
+  made = plan.make(
+    problem("mini:steps=3", route=route), plan.target("cpu"), sharding.axes_of("context=4")
+  )
+  others = {"ring": "all-gather", "gather": "collective-permute"}[route]
+  assert made.collectives[kind] > made.collectives[others]
+
+
 def test_a_mesh_is_proposed():
   def axes(config: str, on: str, runs: int = 1) -> dict:
     return plan.propose(problem(config, runs), plan.target(on))

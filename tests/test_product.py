@@ -206,6 +206,7 @@ def test_what_is_left_is_done_and_the_table_is_the_same_to_the_last_bit(done, co
   np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_on_another_number_of_devices_answers_are_the_same_and_numbers_nearly(done, tmp_path):
   assert len(jax.local_devices()) > 1
   out = tmp_path / "one"

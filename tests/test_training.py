@@ -60,6 +60,7 @@ def run(step, state, batch, count):
   return state, losses
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_a_resumed_training_is_the_undisturbed_one(problem):
   step, begin, batch = problem
   whole, losses = run(step, begin(), batch, 60)
@@ -111,6 +112,7 @@ def test_bfloat16_where_the_device_has_it(device, wanted):
   assert training.compute_dtype(SimpleNamespace(**device)) == wanted
 
 
+@pytest.mark.slow
 def test_a_deepened_network_computes_what_it_computed_and_its_new_layers_can_learn(problem):
   _, begin, batch = problem
   params, small = begin().params["dit"], tiny_config()

@@ -81,6 +81,7 @@ def test_a_fresh_model_says_nothing_and_learns():
   assert jnp.abs(grads["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_remat_computes_the_same():
   bundle, (_, cond) = tiny_bundle(), tiny_inputs(2)
 

@@ -166,6 +166,17 @@ def define_room(flags: "FlagValues") -> None:
   )
 
 
+def define_route(flags: "FlagValues") -> None:
+  """--route, of keys and values between the devices of a mesh."""
+  from absl.flags import DEFINE_enum
+
+  from jax_videoreason.attention import ROUTES
+
+  DEFINE_enum(
+    "route", None, ROUTES, "of keys and values on a mesh; None = by their size", flag_values=flags
+  )
+
+
 def define_config(flags: "FlagValues", default: str) -> None:
   """--config, --config.KEY=VALUE and --checkpoint."""
   from absl.flags import DEFINE_string

@@ -55,6 +55,7 @@ def define(flags: FlagValues) -> None:
     "runs", None, "runs together; None = as the command has them", lower_bound=1, flag_values=flags
   )
   cli.define_room(flags)
+  cli.define_route(flags)
   DEFINE_string("preset", "quick", "run: size of a study, quick or full", flag_values=flags)
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(flags)
 
@@ -78,6 +79,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
         runs=flags.runs or work.problem.runs,
         guidance="sequential" if flags.sequential else "parallel",
         resident=flags.experts,
+        route=flags.route,
       ),
     )
     for work in planned(flags, words)
@@ -98,7 +100,7 @@ def check(flags: FlagValues, words: list[str]) -> None:
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(of_generate)
   of_command = {
     "preset": words[:1] == [RUN],
-    **dict.fromkeys(("sequential", "experts"), not words),
+    **dict.fromkeys(("sequential", "experts", "route"), not words),
     **dict.fromkeys(of_generate, words == GENERATE),
   }
   given = [name for name, known in of_command.items() if flags[name].present and not known]

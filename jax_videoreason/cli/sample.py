@@ -54,7 +54,7 @@ from jax_videoreason import (
   store,
   tasks,
 )
-from jax_videoreason.attention import ROUTES, Route
+from jax_videoreason.attention import Route
 from jax_videoreason.branching import Branch
 from jax_videoreason.decode import decode
 from jax_videoreason.settings import SampleSettings
@@ -93,9 +93,7 @@ def define(flags: FlagValues) -> None:
   DEFINE_string("prompt", None, "what should happen; may be empty", flag_values=flags)
   DEFINE_string("seeds", None, "seed numbers, as 0,1,2; instead of the config's", flag_values=flags)
   DEFINE_string("mesh", None, "all devices, as seed=2,fsdp=4,context=2", flag_values=flags)
-  DEFINE_enum(
-    "route", None, ROUTES, "of keys and values on a mesh; None = by their size", flag_values=flags
-  )
+  cli.define_route(flags)
   cli.define_room(flags)
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
 

@@ -129,6 +129,7 @@ def loop_of_diffsynth(theirs, z, size, step, pixels):
   return values / weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, dict(seed=2, fsdp=2)], ids=["one device", "four"])
 def test_tiles_of_diffsynth_on_any_mesh(mesh):
   """Small latents, so that no tile is clipped before it is weighed: theirs always clips."""

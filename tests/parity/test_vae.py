@@ -71,7 +71,7 @@ SLOW = pytest.mark.slow  # compilations
   ("frames", "chunk"),
   [
     (5, None),
-    (17, 1),
+    pytest.param(17, 1, marks=SLOW),
     pytest.param(1, None, marks=SLOW),
     pytest.param(17, None, marks=SLOW),
     pytest.param(1, 1, marks=SLOW),

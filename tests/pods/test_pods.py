@@ -29,9 +29,10 @@ pytestmark = [
 CODE = """
 import json, sys, time
 from jax_videoreason import cli, plan, settings
-config, on, runs = sys.argv[1:]
+config, on, runs, route = sys.argv[1:]
 chosen = settings.from_config(cli.load_config(config).to_dict())
-problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=int(runs))
+model = plan.model(chosen.checkpoint)
+problem = plan.Problem(model=model, chosen=chosen, runs=int(runs), route=route or None)
 where, began = plan.target(on), time.process_time()
 made = plan.make(problem, where)
 print(json.dumps({
@@ -46,14 +47,14 @@ print(json.dumps({
 """
 
 
-def planned(config: str, on: str, runs: int = 1) -> dict:
+def planned(config: str, on: str, runs: int = 1, route: str = "") -> dict:
   """The plan of a batch, from a process of its own: libtpu must not see this one's devices.
 
   cpu_seconds: processor time of tracing and compiling, which other work does not lengthen as it
   does that of the clock (compile_seconds); two cores share it.
   """
   done = subprocess.run(
-    [sys.executable, "-c", CODE, config, on, str(runs)],
+    [sys.executable, "-c", CODE, config, on, str(runs), route],
     cwd=ROOT,
     env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
     capture_output=True,
@@ -84,6 +85,18 @@ def test_a14b_at_720p_fits_on_64_chips():
   assert found["T"] == 75_600
   assert found["compiled"]
   assert found["fits"]
+
+
+def test_a_ring_passes_keys_and_values_on_and_gathers_none_of_them():
+  found = planned("wan22_i2v_a14b:480p,steps=50", "v5p:2x2x4", route="ring")
+  assert found["axes"] == {"seed": 1, "fsdp": 1, "context": 16}
+  assert found["compiled"]
+  assert found["fits"]
+  assert found["cpu_seconds"] < 180
+  assert found["gib"] < plan.SPARE * found["told"]
+  assert found["collectives"]["collective-permute"] > 0
+  # the gathered route has four more: keys and values in the blocks of both experts
+  assert found["collectives"]["all-gather"] == 2
 
 
 def test_fifty_steps_compile_as_fast_as_ten():

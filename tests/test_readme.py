@@ -31,7 +31,10 @@ def test_the_first_two_shell_blocks_run_the_demo_and_the_tests():
     "pip install -e .",
     "videoreason demo --out runs/demo",
   ]
-  assert tests.splitlines() == ['pip install -e ".[test]"', 'pytest -n 2 -m "not slow"']
+  assert tests.splitlines() == [
+    'pip install -e ".[test]"',
+    'pytest -n 2 --dist loadfile -m "not slow"',
+  ]
 
 
 def test_there_is_something_to_check():

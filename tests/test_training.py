@@ -71,6 +71,7 @@ def test_the_loss_falls_and_a_resumed_training_is_the_undisturbed_one(problem):
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, whole))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(problem):
   step, begin, batch = problem
   bad = {**batch, "latents": np.full_like(batch["latents"], np.nan)}
@@ -80,6 +81,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(problem):
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, before))
 
 
+@pytest.mark.slow
 def test_the_bands_say_where_the_loss_is(problem):
   step, begin, batch = problem
   _, metrics = step(begin(), batch)

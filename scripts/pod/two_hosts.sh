@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two processes on this machine stand in for two hosts, with two forced CPU devices each.
 #
-#   scripts/pod/two_hosts.sh sweep --config seeds_mini:cases=2,seeds=2 --out runs/two
+#   scripts/pod/two_hosts.sh sweep --config seeds_mini:cases=2,seeds=2,unit=8 --out runs/two
 #   scripts/pod/two_hosts.sh sample --mesh fsdp=2,context=2 --image ... --prompt ... --out runs/one
 set -euo pipefail
 

@@ -486,7 +486,7 @@ def test_a_second_call_only_makes_what_lacks(own_cases, own_videos, tmp_path, mo
   monkeypatch.setattr(generate, "make", lambda folder, bundle, chosen, job, unit, *_: made.append(
     [s.key for s in unit.samples]))  # fmt: skip
   monkeypatch.setattr(generate, "encode", lambda chosen, some, mesh: [None] * len(some))
-  monkeypatch.setattr(generate, "load", lambda chosen, mesh: None)
+  monkeypatch.setattr(generate, "load", lambda chosen, mesh, experts: None)
   words = [f"--data={own_cases}", "--config.steps=2", f"--out={out}"]
   assert call("generate", *words, "--config.batch=1") == 0
   assert made == [["id/maze/00001"]]

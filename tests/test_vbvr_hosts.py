@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import helpers
-from jax_videoreason import cli, media, settings, sweep
+from jax_videoreason import checkpoint, cli, media, settings, sweep
 from jax_videoreason.vbvr import generate, jobs, samples, videos
 
 STEPS = "--config.steps=2"
@@ -46,7 +46,7 @@ def stubs(monkeypatch) -> dict[str, list]:
       videos.put(folder, sample, np.stack([sample.first()] * sample.frames))
 
   monkeypatch.setattr(generate, "encode", lambda chosen, some, mesh: [None] * len(some))
-  monkeypatch.setattr(generate, "load", lambda chosen, mesh: noted["loads"].append(1))
+  monkeypatch.setattr(generate, "load", lambda chosen, mesh, experts: noted["loads"].append(1))
   monkeypatch.setattr(generate, "make", make)
   return noted
 
@@ -200,6 +200,34 @@ def test_an_ensemble_on_a_mesh_is_that_of_one_device(few, tmp_path):
   assert call("generate", *words, f"--out={tmp_path / 'mesh'}", "--mesh=fsdp=2,context=2") == 0
   assert call("generate", *words, f"--out={tmp_path / 'one'}") == 0
   same(*(tmp_path / name / "mini-ensemble" for name in ("mesh", "one")), few)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", ["none", "paper"])
+def test_less_memory_at_once_makes_the_same_videos(few, ensemble, tmp_path, monkeypatch):
+  loaded = []
+  bring = checkpoint.load
+
+  def load(*args, parts=None, **more):
+    loaded.extend(part for part in parts if part.startswith("dit"))
+    return bring(*args, parts=parts, **more)
+
+  words = [f"--data={few}", "--config=mini_experts", "--config.steps=3", f"--ensemble={ensemble}"]
+  assert call("generate", *words, f"--out={tmp_path / 'all'}") == 0
+  monkeypatch.setattr(checkpoint, "load", load)
+  less = ["--experts=1", "--sequential", f"--out={tmp_path / 'less'}"]
+  assert call("generate", *words, *less) == 0
+  # the ensemble's first step asks for the high noise expert too
+  assert loaded == ["dit_0"] * (ensemble == "paper") + ["dit_0", "dit_1"]
+  (one,), (other,) = ((tmp_path / name).glob("mini_experts*") for name in ("less", "all"))
+  same(one, other, few)
+
+
+def test_one_expert_at_a_time_is_refused_to_several_processes(cases, stubs, tmp_path):
+  data = samples.load(cases)
+  with pytest.raises(ValueError, match=r"--experts=1 with 2 processes, .* share the data out by"):
+    generate.generate(tmp_path, SETTINGS, data, jobs.Job(), process=(0, 2), experts=1)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -100,7 +100,8 @@ def check(flags: FlagValues, words: list[str]) -> None:
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(of_generate)
   of_command = {
     "preset": words[:1] == [RUN],
-    **dict.fromkeys(("sequential", "experts", "route"), not words),
+    **dict.fromkeys(("sequential", "experts"), words in ([], GENERATE)),
+    "route": not words,
     **dict.fromkeys(of_generate, words == GENERATE),
   }
   given = [name for name, known in of_command.items() if flags[name].present and not known]

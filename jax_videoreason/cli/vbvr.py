@@ -12,14 +12,12 @@ our own scorers read, without the EvalKit. generate --dry-run says what it will 
 score go on where they stopped when the same command is given again.
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl.flags import (
   DEFINE_bool,
   DEFINE_enum,
@@ -29,7 +27,6 @@ from absl.flags import (
   DEFINE_string,
   FlagValues,
 )
-from jax.sharding import Mesh
 
 from jax_videoreason import cli, console, distributed, folders, plan, settings, sharding
 from jax_videoreason.vbvr import (
@@ -65,6 +62,7 @@ def define(flags: FlagValues) -> None:
     "generate: of the devices of each process, as fsdp=2,context=2; without it one device",
     flag_values=flags,
   )
+  cli.define_room(flags)
   DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
   DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
   DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
@@ -152,7 +150,9 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
       redo=flags.redo,
       process=process,
       meet=distributed.meet,
-      mesh=mesh_of(flags.mesh),
+      mesh=sharding.mesh_here(flags.mesh),
+      guidance="sequential" if flags.sequential else "parallel",
+      experts=flags.experts,
       draw=maps.draw,
       advance=advance,
     )
@@ -233,7 +233,7 @@ COMMANDS: dict[str, tuple[Callable[[FlagValues, Sequence[str]], None], tuple[str
     (
       *DATA,
       *("config", "checkpoint", "redo", "seeds", "name", "max-area", "frames", "ensemble"),
-      *("keep-steps", "token-layers", "mesh", "part", "dry-run"),
+      *("keep-steps", "token-layers", "mesh", "sequential", "experts", "part", "dry-run"),
     ),
   ),
   "score": (run_score, (*DATA, *KIT, "videos", "beside")),
@@ -289,14 +289,6 @@ def part(text: str) -> tuple[int, int]:
   if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
     raise cli.UsageError(f"--part={text}, wanted one of several, as 2/4.")
   return int(first) - 1, int(count)
-
-
-def mesh_of(text: str | None) -> Mesh | None:
-  """The mesh of "fsdp=2,context=2" over devices of this process."""
-  if text is None:
-    return None
-  sizes = sharding.axes_of(text)
-  return sharding.make_mesh(**sizes, devices=jax.local_devices()[: math.prod(sizes.values())])
 
 
 def environment(flags: FlagValues) -> Path:

@@ -5,7 +5,6 @@ settings, never by the machine. Text encoder and transformer are never resident 
 encoded in rounds that fit into host memory, and then denoised.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_videoreason import (
   answers,
@@ -58,6 +57,8 @@ def generate(
   process: tuple[int, int] = (0, 1),
   meet: Callable[[str], Any] = lambda place: None,
   mesh: Mesh | None = None,
+  guidance: sampler.Guidance = "parallel",
+  experts: int | None = None,
   draw: Draw = lambda folder, tokens: None,
   advance: Advance = lambda count: None,
 ) -> list[Path]:
@@ -65,17 +66,24 @@ def generate(
 
   process: (number, count) of this process; process p makes the units p, p + count, ... meet:
   returns when every process has come to that place. mesh: of the devices of this process, None =
-  one device. draw: told of the folder and the tokens of each sample where `job.layers` asks for
-  them. advance: told of network evaluations of one branch, `len(data.samples) * seeds * steps` in
-  all (those of the ensemble's other members are not counted).
+  one device. guidance: as `runs.run` takes it. experts: of the model that may be resident at once,
+  None = all; where it has more, each unit loads one after the other. draw: told of the folder and
+  the tokens of each sample where `job.layers` asks for them. advance: told of network evaluations
+  of one branch, `len(data.samples) * seeds * steps` in all (those of the ensemble's other members
+  are not counted).
 
   Raises:
     ValueError: a folder holds videos of other settings or data, or another command works in it;
-      settings that the model refuses.
+      settings that the model refuses; `experts` with several processes.
     OSError: a folder can't be written.
   """
   found = checkpoint.describe(chosen.checkpoint)
   check(chosen, job, found, redo=redo, mesh=mesh)
+  if experts is not None and process[1] > 1:
+    raise ValueError(
+      f"--experts={experts} with {process[1]} processes, which load together and not unit by unit: "
+      "leave it out, or start one process a machine and share the data out by --part."
+    )
   name = job.name or found.card.name + ("-ensemble" if job.ensemble == PAPER else "")
   asked = {
     **_settings(chosen),
@@ -104,10 +112,10 @@ def generate(
       if not left and count == 1:
         continue  # several processes load together, also those that have nothing left to do
       encoded = encode(chosen, left, mesh)
-      bundle = load(chosen, mesh)
+      bundle = load(chosen, mesh, experts)
       for unit in left:
         cond = encoded.pop(0)
-        make(folders[unit.seed], bundle, chosen, job, unit, cond, mesh, draw, advance)
+        make(folders[unit.seed], bundle, chosen, job, unit, cond, mesh, guidance, draw, advance)
       del bundle  # before the text encoder of the next turn is loaded
 
   def finish() -> None:
@@ -215,11 +223,10 @@ def rounds(left: Sequence[Unit], found: checkpoint.Described) -> list[list[Unit]
   return groups
 
 
-def load(chosen: SampleSettings, mesh: Mesh | None) -> ModelBundle:
-  """What denoises and decodes; the transformer lies on the mesh."""
+def load(chosen: SampleSettings, mesh: Mesh | None, experts: int | None) -> ModelBundle:
+  """What denoises and decodes; the transformer lies on the mesh, or is left for each unit."""
   bundle = checkpoint.load(chosen.checkpoint, parts=("vae",))
-  loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)
-  return dataclasses.replace(bundle, params=loaded.params)
+  return prepare.with_experts(chosen, bundle, mesh, experts)
 
 
 def encode(chosen: SampleSettings, some: Sequence[Unit], mesh: Mesh | None) -> list[Conditioning]:
@@ -254,6 +261,7 @@ def make(
   unit: Unit,
   cond: Conditioning,
   mesh: Mesh | None,
+  guidance: sampler.Guidance,
   draw: Draw,
   advance: Advance,
 ) -> None:
@@ -280,7 +288,16 @@ def make(
   taps = tokens.taps(job.layers, x0=bool(kept))
   denoise = functools.partial(ensemble, seed=unit.seed) if job.ensemble == PAPER else runs.run
   final = denoise(
-    bundle, noise, cond, schedule, taps=taps, piece=chosen.piece, mesh=mesh, on_piece=on_piece
+    bundle,
+    noise,
+    cond,
+    schedule,
+    taps=taps,
+    piece=chosen.piece,
+    mesh=mesh,
+    guidance=guidance,
+    expert=prepare.one_expert(chosen, mesh),
+    on_piece=on_piece,
   )
   sigma = np.asarray(schedule.sigma)
   made = decode(bundle, final, tiles=chosen.tiles, mesh=mesh)
@@ -323,6 +340,8 @@ def ensemble(
   taps: TapSpec,
   piece: int,
   mesh: Mesh | None,
+  guidance: sampler.Guidance,
+  expert: runs.OneExpert,
   on_piece: runs.OnPiece,
 ) -> np.ndarray:
   """R F H W C: the training-free ensemble, as far as it is known.
@@ -339,12 +358,19 @@ def ensemble(
   members = [np.arange(count) + member * count for member in range(MEMBERS)]
   at = interventions.where(sizes, steps=0, layers=slice(sizes.L // 2, sizes.L * 3 // 4))
   edit = interventions.ensemble_runs(interventions.identity(sizes), at, members, keep="first")
-  start = sampler.start(many, schedule.solver)
-  if mesh is not None:
-    many, wide, start = (runs.place(tree, mesh) for tree in (many, wide, start))
-    edit = jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
-  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-    _, trace, state = sampler.denoise(bundle, many, wide, schedule[0:1], edit, taps, start)
+  first = bundle
+  if not any(params is not None for params in bundle.params):
+    ((number, _),) = schedule[0:1].by_expert()
+    first = dataclasses.replace(bundle, params=expert(number))
+  first, edit = runs.place_model(first, edit, mesh)
+  many, wide, start = (
+    runs.place(tree, mesh) for tree in (many, wide, sampler.start(many, schedule.solver))
+  )
+  with runs.over(mesh):
+    _, trace, state = sampler.denoise(
+      first, many, wide, schedule[0:1], edit, taps, start, guidance=guidance
+    )
+  del first  # before the next expert is loaded
   on_piece(runs.first_runs(jax.tree.map(np.asarray, trace), count), slice(0, 1), slice(0, count))
   return runs.run(
     bundle,
@@ -354,6 +380,8 @@ def ensemble(
     taps=taps,
     piece=piece,
     mesh=mesh,
+    guidance=guidance,
+    expert=expert,
     on_piece=lambda trace, rows, part: on_piece(trace, slice(rows.start + 1, rows.stop + 1), part),
     state=runs.take(state, np.arange(count)),
   )

@@ -755,6 +755,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(refuses, sample_words, tmp
   assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_unless_redo(call, refuses, sample_words, tmp_path):
   out = tmp_path / "run"
   out.mkdir()

@@ -240,7 +240,10 @@ def test_the_boundary_hands_over_to_the_second_expert(pair, inputs):
   assert relative(mixed, high) > 1e-3
 
 
-@pytest.mark.parametrize("image_input", ["none", "concat", "overwrite"])
+@pytest.mark.parametrize(
+  "image_input",
+  ["concat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "overwrite"))],
+)
 def test_an_identity_changes_nothing(image_input):
   bundle, inputs = tiny_bundle(image_input), tiny_inputs(3, image_input)
   schedule = tiny_schedule()

@@ -168,6 +168,7 @@ def test_in_float32_the_stacks_are_one_function(run):
     assert relative(other, one) < 1e-5
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_stacks_round_differently(run):
   _, cond = tiny_inputs(2)
   exact = run(LATENTS, TIME, cond)

@@ -79,7 +79,7 @@ def as_bytes(video):
   return np.round(127.5 * (rearrange(video.clamp(-1, 1).numpy(), "r c f h w -> r f h w c") + 1))
 
 
-@pytest.mark.parametrize("size", [(7, 9), (6, 4)])
+@pytest.mark.parametrize("size", [(7, 9), pytest.param((6, 4), marks=pytest.mark.slow)])
 def test_tiles_of_diffusers(both, size):
   theirs, bundle = both
   pixels = bundle.card.latents.stride[1]

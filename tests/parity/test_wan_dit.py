@@ -169,6 +169,7 @@ def half(model, stack):
   return model, True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["official", "diffusers", "diffsynth"])
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is(stack):
   """The two round in different orders, so each is judged by its distance to the float32 result."""

@@ -108,7 +108,8 @@ def test_the_image_tokens_of_a_sample_are_those_of_the_picture(i2v, picture, mon
   assert np.abs(np.asarray(cond.clip) - wrong).max() > 1e-3
 
 
-@pytest.mark.parametrize("stack", ["official", pytest.param("diffusers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["official", "diffusers"])
 def test_a_branch_is_conditioned_as_its_run_was(i2v, picture, tmp_path, stack):
   """On the frame as it was, not rounded, and on the picture that the image tower was shown."""
   words = ["sample", f"--checkpoint={i2v / stack}", f"--image={picture[0]}", "--fit=stretch"]

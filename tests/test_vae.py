@@ -129,6 +129,7 @@ def test_chunks_equal_the_whole_with_shortcuts():
   np.testing.assert_allclose(y_pieces, y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_sees_a_later_frame(params):
   x = video(9)
   z = run("encode")(params, x)

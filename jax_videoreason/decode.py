@@ -30,6 +30,7 @@ def decode(
   latents: ArrayLike,
   *,
   chunk: int | None = None,
+  last: int | None = None,
   tiles: str | Tiling | None = None,
   mesh: Mesh | None = None,
 ) -> np.ndarray:
@@ -38,28 +39,37 @@ def decode(
   Leading axes are free (S R for the x0 of all steps): they are decoded in batches of equal size,
   so memory does not grow with them. chunk: latent frames at once, the same result; None = all
   where they are few pixels, else as many as fit.
+  last: so many frames at the end alone, which are those of the whole, for a part of the work and
+    without chunks; None = all.
   tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
   mesh: runs and tiles of equal size are spread over all its devices.
-  ValueError for another rank or channel count, or when the VAE is not loaded.
+  ValueError for another rank or channel count, more `last` than there are frames, or when the VAE
+  is not loaded.
   """
   flat, lead = _runs(bundle, latents)
+  _check_last(bundle, flat, last)
   if bundle.vae is None or bundle.parts.vae is None:
     raise ValueError(
       f"the VAE of {bundle.card.name} is not loaded and latents are to be decoded: load it, "
       "parts=('dit', 'vae'), or use decode.preview."
     )
   if tiles is None:
-    decoded = _decoded(bundle, flat, chunk, mesh)
+    decoded = _decoded(bundle, flat, chunk, last, mesh)
   else:
     if isinstance(tiles, str):
       tiles = named(tiles, bundle.card.latents, bundle.parts.vae.config.fold)
-    decoded = _tiled(bundle, flat, chunk, mesh, tiles)
+    decoded = _tiled(bundle, flat, chunk, last, mesh, tiles)
   return unpack(decoded, lead, RUNS)[0]
 
 
 def _tiled(
-  bundle: ModelBundle, flat: np.ndarray, chunk: int | None, mesh: Mesh | None, tiling: Tiling
+  bundle: ModelBundle,
+  flat: np.ndarray,
+  chunk: int | None,
+  last: int | None,
+  mesh: Mesh | None,
+  tiling: Tiling,
 ) -> np.ndarray:
   """R F H W C -> R frames height width 3 uint8, joined on the host."""
   where = places(tiling, *flat.shape[2:4])
@@ -69,7 +79,7 @@ def _tiled(
   for shape in shapes:  # tiles of one size are decoded together, by one executable
     at = [(i, j) for i, line in enumerate(cut) for j, t in enumerate(line) if t.shape == shape]
     stacked = np.concatenate([cut[i][j] for i, j in at])
-    decoded = _decoded(bundle, stacked, chunk, mesh, whole=False)
+    decoded = _decoded(bundle, stacked, chunk, last, mesh, whole=False)
     for (i, j), tile in zip(at, np.split(decoded, len(at)), strict=True):
       made[i][j] = tile
   joined = join(tiling, where, made, bundle.card.latents.stride[1:])
@@ -80,6 +90,7 @@ def _decoded(
   bundle: ModelBundle,
   flat: np.ndarray,
   chunk: int | None,
+  last: int | None,
   mesh: Mesh | None,
   whole: bool = True,
 ) -> np.ndarray:
@@ -87,11 +98,11 @@ def _decoded(
   step, high, wide = bundle.card.latents.stride
   area = flat.shape[2] * high * flat.shape[3] * wide
   frames = bundle.card.latents.frames(flat.shape[1])
-  if chunk is None and frames * area > PIXELS:
+  if chunk is None and last is None and frames * area > PIXELS:
     chunk = max(1, PIXELS // (step * area))
   at_once = frames if chunk is None else min(frames, 1 + step * chunk)
   size = max(1, PIXELS // (at_once * area))
-  call = functools.partial(_decode, bundle.parts.vae, chunk, whole, bundle.vae)
+  call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, bundle.vae)
   if mesh is None:
     return _in_batches(call, flat, size)
   over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -101,13 +112,16 @@ def _decoded(
   return spread[: len(flat)]
 
 
-def preview(bundle: ModelBundle, latents: ArrayLike) -> np.ndarray:
+def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None) -> np.ndarray:
   """Normalised latents ... F H W C -> uint8 frames ... frames height width 3, by `bundle.preview`.
 
   Each latent cell with its 26 neighbours is mapped linearly to the block of pixels it stands for.
-  ValueError for another rank or channel count, or when the model has no preview.
+  last: so many frames at the end alone; None = all.
+  ValueError for another rank or channel count, more `last` than there are frames, or when the model
+  has no preview.
   """
   flat, lead = _runs(bundle, latents)
+  _check_last(bundle, flat, last)
   if bundle.preview is None:
     raise ValueError(
       f"{bundle.card.name} has no preview: fit one (decode.fit_preview), or use decode.decode."
@@ -115,7 +129,7 @@ def preview(bundle: ModelBundle, latents: ArrayLike) -> np.ndarray:
   frames = bundle.card.latents.frames(flat.shape[1])
   area = flat.shape[2] * flat.shape[3] * bundle.card.latents.stride[1] ** 2
   seen = _in_batches(
-    functools.partial(_preview, bundle.card.latents.stride, bundle.preview),
+    functools.partial(_preview, bundle.card.latents.stride, last, bundle.preview),
     flat,
     max(1, PIXELS // (frames * area)),
   )
@@ -178,26 +192,37 @@ def preview_explained(bundle: ModelBundle, latents: ArrayLike) -> float:
   return 1.0 - float(np.sum(wrong**2)) / spread
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(vae: Any, chunk: int | None, whole: bool, params: Params, latents: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _decode(
+  vae: Any, chunk: int | None, last: int | None, whole: bool, params: Params, latents: Array
+) -> Array:
   """R frames height width 3: uint8, or of a tile float32 that is not clipped."""
   method = "decode" if whole else "decode_unclipped"
-  video = vae.apply({"params": params}, latents, chunk, method=method)
+  video = vae.apply({"params": params}, latents, chunk, last, method=method)
   return _to_uint8(video) if whole else video
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _preview(stride: tuple[int, int, int], params: Params, latents: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _preview(
+  stride: tuple[int, int, int], last: int | None, params: Params, latents: Array
+) -> Array:
   """R frames height width 3 uint8."""
   step, high, wide = stride
-  cells = _neighbours(latents)
+  total = latents.shape[1]
+  seen = total if last is None else min(total, -(-last // step))  # latent frames of `last`
+  from_ = max(0, total - seen - 1)  # and the one before, as their neighbour
+  cells = _neighbours(latents[:, from_:])[:, total - seen - from_ :]
 
   def pixels(name: str, x: Array, frames: int) -> Array:
     y = x @ params[name]["kernel"] + jnp.expand_dims(params[name]["bias"], (0, 1, 2, 3))
     return rearrange(y, "r f h w (t a b c) -> r (f t) (h a) (w b) c", t=frames, a=high, b=wide, c=3)
 
-  first, rest = pixels("first", cells[:, :1], 1), pixels("rest", cells[:, 1:], step)
-  return _to_uint8(jnp.concatenate([first, rest], axis=1))
+  if seen < total:
+    video = pixels("rest", cells, step)
+  else:
+    first, rest = pixels("first", cells[:, :1], 1), pixels("rest", cells[:, 1:], step)
+    video = jnp.concatenate([first, rest], axis=1)
+  return _to_uint8(video if last is None else video[:, video.shape[1] - last :])
 
 
 def _to_uint8(video: Array) -> Array:
@@ -254,6 +279,12 @@ def _runs(bundle: ModelBundle, latents: ArrayLike) -> tuple[np.ndarray, list[Any
       "give them as denoise returns them."
     )
   return pack([z], RUNS)
+
+
+def _check_last(bundle: ModelBundle, flat: np.ndarray, last: int | None) -> None:
+  frames = bundle.card.latents.frames(flat.shape[1])
+  if last is not None and not 1 <= last <= frames:
+    raise ValueError(f"last={last} of {frames} frames, wanted 1 to {frames}, or None for all.")
 
 
 def _in_batches(fn: Callable[[Array], Array], x: np.ndarray, size: int) -> np.ndarray:

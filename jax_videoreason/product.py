@@ -221,16 +221,20 @@ def quickest(said: Mapping[str, np.ndarray], own: Sequence[bool]) -> Reader:
 def answers_at(bench: Bench, readers: Readers, cases: Sequence[Case], x0: np.ndarray) -> np.ndarray:
   """S R objects: the answer at every step, None = unreadable; x0 S R F H W C, a case for each R."""
   said = np.full(x0.shape[:2], None, object)
+  own = [bench.product.tasks[case.task] for case in cases]
 
-  def look(where: np.ndarray, show: Callable[[ModelBundle, np.ndarray], np.ndarray]) -> None:
-    """Reads the clips of `where` (S R bool) in groups of one size, the last one filled up."""
-    at, chosen = np.argwhere(where), bench.product.chosen
+  def look(where: np.ndarray, show: Callable[..., np.ndarray]) -> None:
+    """Reads the clips of `where` (S R bool), of each the frames that its task reads, in groups of
+    one size, the last one filled up."""
+    chosen = bench.product.chosen
     size = max(1, min(len(cases), HELD // (chosen.frames * chosen.height * chosen.width)))
-    for low in range(0, len(at), size):
-      group = at[low : low + size]
-      clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)])
-      for (s, r), frames in zip(group, clips, strict=False):
-        said[s, r] = bench.product.tasks[cases[r].task].parse(frames, cases[r].metadata)
+    for reads in {task.reads for task in own}:
+      at = np.argwhere(where & np.array([task.reads == reads for task in own]))
+      for low in range(0, len(at), size):
+        group = at[low : low + size]
+        clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)], last=reads)
+        for (s, r), frames in zip(group, clips, strict=False):
+          said[s, r] = own[r].parse(frames, cases[r].metadata)
 
   by = np.array([readers[case.task].by for case in cases])
   look(np.broadcast_to(by != "vae", said.shape), preview)

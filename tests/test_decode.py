@@ -96,6 +96,16 @@ def test_a_long_video_is_cut_into_chunks_by_itself(bundle, decoding, monkeypatch
   assert calls == [2, 2]  # one run at a time, two latent frames at a time
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 5, 7])
+def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, last):
+  z = latents(2, 2, frames=4)
+  for show in (decoding.decode, decoding.preview):
+    whole = show(bundle, z).astype(int)
+    end = show(bundle, z, last=last)
+    assert end.shape == (2, 2, last, 4, 6, 3)
+    assert int(np.abs(end - whole[:, :, -last:]).max()) <= 1
+
+
 def test_fit_preview_finds_the_map_that_made_the_frames(bundle, decoding, monkeypatch):
   z = latents(300)
   frames = decoding.preview(bundle, z)
@@ -156,6 +166,9 @@ def test_what_is_not_loaded_or_does_not_fit_is_refused(bundle, decoding):
   with pytest.raises(ValueError, match="tiny has no preview: fit one"):
     decoding.preview(replace(bundle, preview=None), latents(1))
   z = latents(2)
+  for show in (decoding.decode, decoding.preview):
+    with pytest.raises(ValueError, match="last=6 of 5 frames, wanted 1 to 5"):
+      show(bundle, z, last=6)
   with pytest.raises(ValueError, match="wanted as many clips as latents"):
     decoding.fit_preview(z, np.zeros((3, 5, 4, 6, 3), np.uint8))
   with pytest.raises(ValueError, match="uint8 N frames height width 3"):

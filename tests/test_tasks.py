@@ -138,6 +138,23 @@ def test_each_kind_of_clip_scores_as_the_contract_says(name, size, kind):
       assert score.strict == (kind in ("truth", "truth, compressed")), (case.index, score)
 
 
+@each_task
+def test_the_answer_is_read_from_the_frames_that_the_task_says(name):
+  task = tasks.load(name, size=32)
+  assert (task.reads is None) == (name == "rotate")
+  read = set()
+  for case in cases(name, 32):
+    for kind in ("truth", "wrong answer", "cut", "cross-fade", "noise", "static"):
+      for frames in clip(task, case, kind):
+        answer = task.parse(frames, case.metadata)
+        read.add(answer)
+        end = frames if task.reads is None else frames[-task.reads :]
+        assert task.parse(end, case.metadata) == answer
+  assert None in read and len(read) > 2
+  with pytest.raises(ValueError, match="frames are uint8"):
+    task.parse(cases(name, 32)[0].frames[-3:], cases(name, 32)[0].metadata)
+
+
 @pytest.mark.parametrize("size", (32, 64))
 @each_task
 def test_no_clip_earns_anything_on_another_problem(name, size):

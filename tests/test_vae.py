@@ -129,6 +129,54 @@ def test_chunks_equal_the_whole_with_shortcuts():
   np.testing.assert_allclose(y_pieces, y, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def end_of(config: WanVAEConfig, last: int | None, params, values):
+  return WanVAE(config).apply({"params": params}, values, None, last, method="decode_values")
+
+
+@pytest.mark.parametrize(
+  ("config", "frames", "last"),
+  [
+    (TINY, 9, 2),
+    (TINY, 2, 3),  # fewer than the blocks look back
+    pytest.param(TINY, 9, 1, marks=SLOW),
+    pytest.param(TINY, 9, 7, marks=SLOW),
+    pytest.param(TINY, 9, 33, marks=SLOW),
+    (RESIDUAL, 12, 2),
+    pytest.param(RESIDUAL, 12, 3, marks=SLOW),
+  ],
+  ids=str,
+)
+def test_the_last_frames_alone_are_those_of_the_whole(config, frames, last):
+  weights = random_params(config)
+  rng = np.random.default_rng(5)
+  values = jnp.asarray(rng.normal(size=(2, frames, 2, 2, config.z_channels)), jnp.float32)
+  whole = end_of(config, None, weights, values)
+  assert float(jnp.std(whole[:, -1])) > 0.1
+  found = end_of(config, last, weights, values)
+  assert found.shape == (2, last, *whole.shape[2:])
+  np.testing.assert_allclose(found, whole[:, -last:], atol=1e-5)
+
+
+def test_the_last_two_frames_of_81_cost_a_fraction_of_all():
+  """At the published depth."""
+  config = WanVAEConfig(base_width=4)
+  frames = jax.ShapeDtypeStruct((1, 5, 8, 8, 3), jnp.float32)
+  weights = jax.eval_shape(WanVAE(config).init, jax.random.key(0), frames)["params"]
+  values = jax.ShapeDtypeStruct((1, 21, 4, 4, config.z_channels), jnp.float32)
+  whole, end = (
+    end_of.lower(config, last, weights, values).cost_analysis()["flops"] for last in (None, 2)
+  )
+  assert end < whole / 3
+
+
+def test_the_last_frames_are_not_made_in_pieces(params):
+  values = jnp.zeros((1, 3, 2, 2, 16))
+  for chunk, last in ((1, 2), (None, 0)):
+    with pytest.raises(ValueError, match="wanted 1 or more frames at the end"):
+      WanVAE(TINY).apply({"params": params}, values, chunk, last, method="decode")
+
+
 @pytest.mark.slow
 def test_nothing_sees_a_later_frame(params):
   x = video(9)

@@ -1,10 +1,12 @@
 """Blocks of the causal video VAEs; one definition serves the full sequence and chunks of it.
 
 Video inside the blocks is R F H W C with any height, width and channels. Every block takes
-`first`: whether its input begins at latent frame 0. A block that looks back keeps the frames it
-needs in the variable collection "stream", and does so only when that collection is mutable; so
-the full sequence is the same call as a first chunk, without memory. Source: the official Wan VAE,
-whose streaming equals this full-sequence form.
+`first`: True, its input begins at latent frame 0; False, it goes on where the last call ended;
+None, it holds frames from the middle of a video, and the output lacks those that look back on what
+the input lacks. `reach(n)`: how many frames at the end of the input decide the last n of the
+output. A block that looks back keeps the frames it needs in the variable collection "stream", and
+does so only when that collection is mutable; so the full sequence is the same call as a first
+chunk, without memory. Source: the official Wan VAE, whose streaming equals this full-sequence form.
 """
 
 from typing import Any
@@ -34,8 +36,11 @@ class CausalConv(nn.Module):
   pad: tuple[int, int] | None = None
   lead: bool = True
 
+  def reach(self, frames: int) -> int:
+    return self.stride[0] * (frames - 1) + self.kernel[0]
+
   @nn.compact
-  def __call__(self, x: Array, first: bool = True) -> Array:
+  def __call__(self, x: Array, first: bool | None = True) -> Array:
     kt = self.kernel[0]
     shape = (*self.kernel, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(x.dtype)
@@ -43,7 +48,7 @@ class CausalConv(nn.Module):
 
     step = self.stride[0]
     kept = kt - step
-    if kept > 0:
+    if kept > 0 and first is not None:
       if not first:
         x = jnp.concatenate([self.get_variable(STREAM, "frames"), x], axis=1)
       elif self.lead:
@@ -98,15 +103,18 @@ class ResBlock(nn.Module):
 
   features: int
 
+  def reach(self, frames: int) -> int:
+    return frames + 4
+
   @nn.compact
-  def __call__(self, x: Array, first: bool = True) -> Array:
+  def __call__(self, x: Array, first: bool | None = True) -> Array:
     y = nn.silu(ChannelNorm(name="norm_0")(x))
     y = CausalConv(self.features, name="conv_0")(y, first)
     y = nn.silu(ChannelNorm(name="norm_1")(y))
     y = CausalConv(self.features, name="conv_1")(y, first)
     if x.shape[-1] != self.features:
       x = CausalConv(self.features, (1, 1, 1), name="shortcut")(x)
-    return x + y
+    return x[:, x.shape[1] - y.shape[1] :] + y
 
 
 class FrameAttention(nn.Module):
@@ -127,8 +135,11 @@ class FrameAttention(nn.Module):
 class Middle(nn.Module):
   """ResBlock, FrameAttention, ResBlock at one width."""
 
+  def reach(self, frames: int) -> int:
+    return frames + 8
+
   @nn.compact
-  def __call__(self, x: Array, first: bool = True) -> Array:
+  def __call__(self, x: Array, first: bool | None = True) -> Array:
     x = ResBlock(x.shape[-1], name="block_0")(x, first)
     x = FrameAttention(name="attention")(x)
     return ResBlock(x.shape[-1], name="block_1")(x, first)
@@ -155,8 +166,11 @@ class Upsample(nn.Module):
   features: int
   time: bool
 
+  def reach(self, frames: int) -> int:
+    return -(-frames // 2) + 2 if self.time else frames
+
   @nn.compact
-  def __call__(self, x: Array, first: bool = True) -> Array:
+  def __call__(self, x: Array, first: bool | None = True) -> Array:
     if self.time:
       conv = CausalConv(2 * x.shape[-1], (3, 1, 1), name="time_conv")
       # Frame 0 passes by, and what follows does not see it either (zeros instead).
@@ -191,7 +205,7 @@ def average_down(x: Array, features: int, factor: tuple[int, int], first: bool =
   return reduce(x, "r f h w (o n) -> r f h w o", "mean", o=features)
 
 
-def repeat_up(x: Array, features: int, factor: tuple[int, int], first: bool = True) -> Array:
+def repeat_up(x: Array, features: int, factor: tuple[int, int], first: bool | None = True) -> Array:
   """R F H W C -> R (F t) (H s) (W s) features, (t, s) = factor: channels become neighbours.
 
   Channels, repeated to as many as are needed, are ordered (features, t, s, s). Frame 0 becomes one.

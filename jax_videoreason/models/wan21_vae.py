@@ -4,6 +4,9 @@
 """
 
 import dataclasses
+import itertools
+import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -105,29 +108,59 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents R F H W C, not normalised -> video R frames height width 3."""
+  """Latents R F H W C, not normalised -> video R frames height width 3.
+
+  last: only so many frames at the end are wanted; every block then sees no more of what comes
+  before than decides them.
+  """
 
   config: WanVAEConfig
 
   @nn.compact
-  def __call__(self, x: Array, first: bool = True) -> Array:
+  def __call__(self, x: Array, first: bool | None = True, last: int | None = None) -> Array:
     c = self.config
-    x = CausalConv(c.z_channels, (1, 1, 1), name="from_latents")(x.astype(c.dtype))
     base_width = c.decoder_width or c.base_width
-    x = CausalConv(base_width * c.stages[-1], name="conv_in")(x, first)
-    x = Middle(name="middle")(x, first)
+    begin = [CausalConv(base_width * c.stages[-1], name="conv_in"), Middle(name="middle")]
+    stages: list[list[Any]] = []
     for i, multiple in enumerate(reversed(c.stages)):
-      before, width = x, base_width * multiple
-      for j in range(c.blocks + 1):
-        x = ResBlock(width, name=f"stage_{i}_block_{j}")(x, first)
+      width = base_width * multiple
+      blocks: list[Any] = [
+        ResBlock(width, name=f"stage_{i}_block_{j}") for j in range(c.blocks + 1)
+      ]
       if i < len(c.temporal):
-        time = c.temporal[-1 - i]
         inner = width if c.residual else width // 2
-        x = Upsample(inner, time, name=f"stage_{i}_up")(x, first)
-        if c.residual:
-          x = x + repeat_up(before, width, (1 + time, 2), first)
-    x = nn.silu(ChannelNorm(name="norm_out")(x))
-    x = CausalConv(3 * c.fold**2, name="conv_out")(x, first)
+        blocks.append(Upsample(inner, c.temporal[-1 - i], name=f"stage_{i}_up"))
+      stages.append(blocks)
+    end = CausalConv(3 * c.fold**2, name="conv_out")
+
+    reaches: dict[str | None, int] = {}  # frames of its input that matter, by the block
+    if last is not None:
+      wanted = last
+      for block in reversed([*begin, *itertools.chain(*stages), end]):
+        wanted = reaches[block.name] = block.reach(wanted)
+
+    def through(block: Any, x: Array) -> Array:
+      nonlocal first
+      reach = reaches.get(block.name, x.shape[1])
+      if reach < x.shape[1]:
+        x, first = x[:, x.shape[1] - reach :], None
+      return block(x, first)
+
+    x = CausalConv(c.z_channels, (1, 1, 1), name="from_latents")(x.astype(c.dtype))
+    for block in begin:
+      x = through(block, x)
+    for i, blocks in enumerate(stages):
+      before = x
+      for block in blocks:
+        x = through(block, x)
+      if c.residual and i < len(c.temporal):
+        width, factor = base_width * c.stages[-1 - i], (1 + c.temporal[-1 - i], 2)
+        if first is None:
+          before = before[:, before.shape[1] - math.ceil(x.shape[1] / factor[0]) :]
+        short = repeat_up(before, width, factor, first)
+        x = x + short[:, short.shape[1] - x.shape[1] :]
+    x = through(end, nn.silu(ChannelNorm(name="norm_out")(x)))
+    x = x if last is None else x[:, max(0, x.shape[1] - last) :]
     return unfold(x, c.fold).astype(jnp.float32)
 
 
@@ -135,7 +168,8 @@ class WanVAE(nn.Module):
   """vae.apply({"params": p}, x, method="encode" | "decode"), and the methods beside them.
 
   `chunk`: latent frames per piece; the result is the full sequence's, the activations are those
-  of one piece. None = all frames at once.
+  of one piece. None = all frames at once. `last`: so many frames at the end alone, the same as of
+  the whole, for less work; not in pieces. None = all.
   """
 
   config: WanVAEConfig
@@ -156,15 +190,17 @@ class WanVAE(nn.Module):
     mean, _ = self.encode_moments(video, chunk)
     return (mean - self._row(self.config.mean)) * (1.0 / self._row(self.config.std))
 
-  def decode(self, latents: Array, chunk: int | None = None) -> Array:
+  def decode(self, latents: Array, chunk: int | None = None, last: int | None = None) -> Array:
     """Normalised latents R F H W C -> video R frames height width 3, clipped to [-1, 1]."""
-    return jnp.clip(self.decode_unclipped(latents, chunk), -1.0, 1.0)
+    return jnp.clip(self.decode_unclipped(latents, chunk, last), -1.0, 1.0)
 
-  def decode_unclipped(self, latents: Array, chunk: int | None = None) -> Array:
+  def decode_unclipped(
+    self, latents: Array, chunk: int | None = None, last: int | None = None
+  ) -> Array:
     """The same before it is clipped, as tiles are before they are joined."""
     self._check_latents(latents)
     values = latents * self._row(self.config.std) + self._row(self.config.mean)
-    return self.decode_values(values, chunk)
+    return self.decode_values(values, chunk, last)
 
   def encode_moments(self, video: Array, chunk: int | None = None) -> tuple[Array, Array]:
     """Mean and log variance of the latents, R F H W C each, not normalised."""
@@ -185,11 +221,17 @@ class WanVAE(nn.Module):
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
-  def decode_values(self, values: Array, chunk: int | None = None) -> Array:
+  def decode_values(
+    self, values: Array, chunk: int | None = None, last: int | None = None
+  ) -> Array:
     """Latents R F H W C, not normalised -> video, not clipped (for training)."""
     self._check_latents(values)
+    if last is not None and (chunk is not None or last < 1):
+      raise ValueError(
+        f"last={last} and chunk={chunk}, wanted 1 or more frames at the end, and chunk=None."
+      )
     if chunk is None:
-      return self.decoder(values)
+      return self.decoder(values, True, last)
     first = 1 + _remainder(values.shape[1] - 1, chunk)
     return in_chunks(self.decoder, values, first=first, size=chunk)
 

@@ -22,6 +22,7 @@ BUCKETS = 8  # a problem's hash, modulo 8, says which split may have it
 RESERVED = {"id": 0, "ood": 1}  # `train` has the other six
 MOST_ANSWERS = 4
 TRIES = 20_000
+ENDING = 2  # frames that show the answer
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
 
 Answer = str | int
@@ -158,6 +159,7 @@ class Task:
   held_out: ClassVar[bool] = False
   ambiguous: ClassVar[bool] = True  # whether a variant with several right answers exists
   smallest: ClassVar[int] = 32
+  reads: ClassVar[int | None] = ENDING  # frames at the end of a clip that `read` needs; None = all
 
   def __post_init__(self):
     if self.frames < 13 or self.frames % 4 != 1:
@@ -279,8 +281,12 @@ class Task:
 
   def parse(self, frames: np.ndarray, metadata: Metadata) -> Answer | None:
     """The answer a clip gives, right or wrong; None = unreadable. Equals metadata["answer"] on
-    the truth."""
-    self.check_frames(frames, metadata)
+    the truth.
+
+    frames: uint8 (T height width 3), or of a clip its last `reads` frames alone.
+    """
+    ends = np.shape(frames)[:1] == (self.reads,)
+    self.check_frames(frames, metadata, self.reads if ends else None)
     return self.read(draw.label(frames), metadata["problem"])
 
   def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:
@@ -346,9 +352,10 @@ class Task:
         "was made."
       )
 
-  def check_frames(self, frames: np.ndarray, metadata: Metadata) -> None:
+  def check_frames(self, frames: np.ndarray, metadata: Metadata, count: int | None = None) -> None:
+    """ValueError for other frames than `count` of the task's size, None = a whole clip."""
     self.check_metadata(metadata)
-    wanted = (self.frames, self.size, self.size, 3)
+    wanted = (count or self.frames, self.size, self.size, 3)
     if np.shape(frames) != wanted or frames.dtype != np.uint8:
       raise ValueError(
         f"frames are {getattr(frames, 'dtype', type(frames).__name__)} {np.shape(frames)}, "

@@ -83,13 +83,10 @@ def render(folder: str | Path) -> Path:
 
 def said(claim: Mapping[str, Any]) -> dict[str, Any]:
   """A claim of result.json with the words that tables show."""
-  estimate, low, high = claim["estimate"], claim["low"], claim["high"]
-  ours = "" if estimate is None else f"{estimate:.2f}"
-  ours += "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
   return {
     **claim,
     "region": claims.region_of(claim),
-    "ours": ours,
+    "ours": "" if claim["estimate"] is None else stats.spell(claim),
     "today": claim.get("today"),
     "kind": claim["verdict"].replace(" ", "-").replace("'", ""),
   }

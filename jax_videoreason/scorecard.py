@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import baselines, media, plots, scoring, tables, tasks
+from jax_videoreason import baselines, media, plots, scoring, stats, tables, tasks
 from jax_videoreason.evaluate import PARTS, RESULT, TABLE
 from jax_videoreason.folders import atomic, read_json
 from jax_videoreason.report import SPLITS, environment, inline
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, Any]:
     "beside": WORDS,
     "sheets": sheets,
     "stills": STILLS,
-    "words": words,
+    "words": stats.spell,
     "title": title,
   }
 
@@ -71,15 +71,6 @@ def contents(folder: Path) -> dict[str, Any]:
 def title(name: str) -> str:
   """A task's name in words."""
   return name.replace("_", " ").capitalize()
-
-
-def words(found: Mapping[str, Any] | None) -> str:
-  """Such as "0.61 [0.50, 0.72]"."""
-  if found is None:
-    return "-"
-  if found["low"] is None:
-    return f"{found['estimate']:.2f}"
-  return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, Any]:

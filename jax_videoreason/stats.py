@@ -12,8 +12,9 @@ Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -49,7 +50,16 @@ class Interval:
       return f"intervals of {np.shape(self.estimate)}, {self.cases} cases"
     if not np.isfinite(self.low):
       return f"{float(self.estimate):.2f} ({self.note})"
-    return f"{float(self.estimate):.2f} [{float(self.low):.2f}, {float(self.high):.2f}]"
+    return spell({name: float(getattr(self, name)) for name in ("estimate", "low", "high")})
+
+
+def spell(found: Mapping[str, Any] | None, digits: int = 2) -> str:
+  """Such as "0.61 [0.50, 0.72]", of estimate, low and high, None where there is none."""
+  if found is None or found["estimate"] is None:
+    return "-"
+  if found["low"] is None or found["high"] is None:
+    return f"{found['estimate']:.{digits}f}"
+  return f"{found['estimate']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -195,3 +195,11 @@ def test_too_few_cases_to_reject_anything_are_told_so():
 def test_bad_input_is_told_in_one_sentence(call, told):
   with pytest.raises(ValueError, match=told):
     call()
+
+
+def test_an_estimate_is_spelled_with_its_interval_where_there_is_one():
+  found = {"estimate": 0.612, "low": 0.5, "high": 0.719}
+  assert stats.spell(found) == "0.61 [0.50, 0.72]"
+  assert stats.spell(found, digits=3) == "0.612 [0.500, 0.719]"
+  assert stats.spell({**found, "low": None, "high": None}) == "0.61"
+  assert stats.spell({**found, "estimate": None}) == stats.spell(None) == "-"

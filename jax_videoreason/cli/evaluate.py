@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
-from jax_videoreason import baselines, cli, console, evaluate, scorecard, scoring, settings
+from jax_videoreason import baselines, cli, console, evaluate, scorecard, scoring, settings, stats
 
 SHORT = {
   scoring.MODEL: "model",
@@ -77,7 +77,7 @@ def show(result: dict[str, Any]) -> None:
     f"{result['model']}, {result['cases']} cases of each task, split {result['split']}",
     ("task", "score", "strict", "right answers"),
     [
-      (name, *(interval(block["systems"][scoring.MODEL][m]) for m in scoring.MEASURES))
+      (name, *(stats.spell(block["systems"][scoring.MODEL][m]) for m in scoring.MEASURES))
       for name, block in blocks.items()
     ],
   )
@@ -94,7 +94,7 @@ def show(result: dict[str, Any]) -> None:
       name,
       f"{found['k']:.1f}",
       *spread(found),
-      *(interval(found[w]) for w in ("right", "wrong", "unreadable")),
+      *(stats.spell(found[w]) for w in ("right", "wrong", "unreadable")),
     )
     for name, block in result["tasks"].items()
     if (found := block["ambiguity"]) is not None
@@ -131,13 +131,6 @@ def show(result: dict[str, Any]) -> None:
     console.say(note)
 
 
-def interval(found: dict[str, Any]) -> str:
-  """Such as "0.61 [0.50, 0.72]"."""
-  if found["low"] is None:
-    return f"{found['estimate']:.2f}"
-  return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
 def number(found: dict[str, Any] | None) -> str:
   """An estimate alone; a dash where there was nothing to see."""
   return "-" if found is None else f"{found['estimate']:.2f}"
@@ -147,7 +140,7 @@ def spread(found: dict[str, Any]) -> tuple[str, str, str, str]:
   """Cases compared, entropy, that of even draws, log2 k; dashes where no case can be compared."""
   if "entropy" not in found:
     return "-", "-", "-", "-"
-  numbers = interval(found["entropy"]), f"{found['even']:.2f}", f"{found['log_k']:.2f}"
+  numbers = stats.spell(found["entropy"]), f"{found['even']:.2f}", f"{found['log_k']:.2f}"
   return f"{found['compared']} of {found['cases']}", *numbers
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason import plan
+from jax_videoreason import plan, stats
 from jax_videoreason.folders import read_json, write_json
 from jax_videoreason.vbvr import jobs
 
@@ -97,9 +97,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
   head = ("#", "claim", "paper", "measured as", "holds if", "ours", "verdict", "study")
   lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for row in rows:
-    ours = "" if row["estimate"] is None else f"{row['estimate']:.2f}"
-    if row["low"] is not None:
-      ours += f" [{row['low']:.2f}, {row['high']:.2f}]"
+    ours = "" if row["estimate"] is None else stats.spell(row)
     verdict = f"**{row['verdict']}**"
     if row["needed"]:
       verdict += f" (about {row['needed']:,} cases would settle it)"

@@ -249,12 +249,8 @@ def by_task(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 
 def number(found: Mapping[str, Any] | None) -> str:
-  """Such as "0.61 [0.50, 0.72]"."""
-  if found is None:
-    return "-"
-  if found["low"] is None:
-    return f"{found['estimate']:.3f}"
-  return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+  """Such as "0.610 [0.500, 0.720]"."""
+  return stats.spell(found, digits=3)
 
 
 def chance(p: float | None) -> str:

@@ -58,6 +58,10 @@ class Described:
   folders: Mapping[str, Path]
   leaves: Mapping[str, Mapping[str, Record]]
 
+  @property
+  def experts(self) -> int:
+    return sum(name.startswith("dit_") for name in self.leaves)
+
 
 def shipped() -> list[str]:
   """The names of the bundles inside the package."""

@@ -278,7 +278,13 @@ class Problem:
     """
     config, s = self.model.parts.dit.config, self.sizes
     keys = (self.branches, runs, s.T, config.heads, s.D // config.heads)
-    each = jnp.dtype(config.dtype).itemsize
+    dtype = jnp.dtype(config.dtype)
+    if self.route == "ring" and platform == "gpu" and dtype.itemsize < 4:
+      raise ValueError(
+        f"--route=ring in {dtype} on a GPU, where cuDNN's sums are too coarse to join blocks by: "
+        "leave it out, keys and values are gathered there."
+      )
+    each = dtype.itemsize
     route = self.route or attention.choose_route(platform, keys, each)
     return 2.0 * math.prod(keys) * each * (2 / shards if route == "ring" else 1)
 

@@ -187,6 +187,16 @@ def _one_of(known: Iterable[str]) -> Callable[[Any], str]:
   return read
 
 
+def _reduction(value: Any) -> str:
+  site, slash, name = str(value).rpartition("/")
+  if name not in REDUCTIONS or (slash and site not in TAP_SITES):
+    raise ValueError(
+      f"one of {', '.join(REDUCTIONS)}, or SITE/ and one of them for that site alone, SITE of "
+      f"{', '.join(TAP_SITES)}"
+    )
+  return value
+
+
 def _seeds(value: Any) -> tuple[int, ...]:
   if isinstance(value, list | tuple):
     return _tuple_of(_whole(0), least=1)(value)
@@ -195,7 +205,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 _TAPS: dict[str, Callable[[Any], Any]] = {
   "sites": _tuple_of(_one_of(TAP_SITES)),
-  "reduce": _tuple_of(_one_of(REDUCTIONS), least=1),
+  "reduce": _tuple_of(_reduction, least=1),
   "layers": _optional(_tuple_of(_whole(0), least=1)),
   "steps": _optional(_tuple_of(_whole(0), least=1)),
   "branches": _tuple_of(_whole(0), least=1),

@@ -242,11 +242,19 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
     if site not in sites:
       raise ValueError(f"no site '{site}' to tap; there are: {', '.join(sites)}.")
   for name in spec.reduce:
-    own, _, reduction = name.rpartition("/")
+    own, slash, reduction = name.rpartition("/")
     if reduction not in REDUCTIONS:
       raise ValueError(f"no reduction '{reduction}'; there are: {', '.join(REDUCTIONS)}.")
-    if own and own not in spec.sites and spec.sites:
+    if slash and own not in sites:
+      raise ValueError(f"reduce names '{name}', no site '{own}'; there are: {', '.join(sites)}.")
+    if slash and own not in spec.sites and spec.sites:
       raise ValueError(f"reduce names '{name}' and sites={spec.sites} has no '{own}': add it.")
+  for site in spec.sites:
+    if not reduced_at(spec, site):
+      raise ValueError(
+        f"sites names '{site}' and reduce={spec.reduce} keeps nothing there: leave it out, or "
+        "add a reduction of it."
+      )
   for field, names in (
     ("sites", spec.sites),
     *(("reduce", reduced_at(spec, site)) for site in spec.sites or ("",)),

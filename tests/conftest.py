@@ -5,9 +5,11 @@ import shutil
 import tempfile
 
 # Most of a test's time is compilation, which takes half as long with fewer passes of LLVM.
+# What XLA_FLAGS says already comes later and so holds.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+  "--xla_backend_optimization_level=1 "
+  + os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=4"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

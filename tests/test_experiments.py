@@ -21,6 +21,7 @@ from jax_videoreason.experiments import (
   perform,
   results,
 )
+from jax_videoreason.experiments import setting as setting_module
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks
 from jax_videoreason.experiments.controls import highest, moved, places_of
@@ -535,7 +536,28 @@ def test_a_study_on_a_mesh_finds_what_it_finds_on_one_device(name, tmp_path):
       np.testing.assert_allclose(four.values[key], value, atol=1e-3, err_msg=key)
     else:
       np.testing.assert_array_equal(four.values[key], value)
-  assert read_json(tmp_path / "four" / "manifest.json")["mesh"] == "seed=2,context=2"
+  assert read_json(tmp_path / "four" / "manifest.json")["mesh"] == {
+    "seed": 2,
+    "fsdp": 1,
+    "context": 2,
+  }
+
+
+def test_the_reader_is_chosen_on_a_mesh_that_the_runs_looked_at_do_not_fill():
+  plain = toy.setting(toy.truth)
+  quick = dataclasses.replace(plain.bundle, preview={})
+  wide = dataclasses.replace(plain, bundle=quick, mesh=sharding.make_mesh(seed=4))
+  seen = []
+
+  def show(bundle, x0):
+    seen.append(x0.shape[1])
+    return plain.decode(x0)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(setting_module, "preview", show)
+    chosen, agreement = setting_module.with_reader(wide, toy.cases(3))
+  assert agreement == 1.0 and chosen is not wide
+  assert seen == [4]
 
 
 def test_a_study_says_which_runs_a_mesh_does_not_share_out():

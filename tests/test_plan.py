@@ -153,6 +153,10 @@ def test_a_ring_holds_two_blocks_of_keys_and_values():
   assert held(1, "gather") - held(1, "ring") == pytest.approx(whole * (1 - 2 / 16))
   for runs, route in ((1, "gather"), (3, "gather"), (4, "ring")):  # up to 4 GiB they are gathered
     assert held(runs, None) == held(runs, route)
+  gpus = plan.target("gpu:80GBx8")
+  with pytest.raises(ValueError, match="--route=ring in bfloat16 on a GPU"):
+    asked = problem("wan22_i2v_a14b:480p", route="ring")
+    plan.arithmetic(asked, gpus, sharding.axes_of("context=8"))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from jax_videoreason import (
   checkpoint,
   cli,
   conditioning,
+  distributed,
   evaluate,
   factors,
   gallery,
@@ -497,7 +498,7 @@ def test_devices_are_used_as_far_as_they_divide_a_unit():
     product.mesh_for(made(mesh="seed=3"), jax.devices())
 
 
-def test_a_mesh_of_more_devices_than_a_process_has_lies_on_those_of_all():
+def test_a_mesh_of_more_devices_than_a_process_has_lies_on_those_of_all(monkeypatch):
   here, everywhere = jax.devices()[:2], jax.devices()
   over = product.mesh_for(made(mesh="fsdp=2,context=2"), here, everywhere)
   assert over is not None
@@ -510,3 +511,5 @@ def test_a_mesh_of_more_devices_than_a_process_has_lies_on_those_of_all():
     with pytest.raises(ValueError, match=said):
       product.mesh_for(made(mesh=axes), here, everywhere)
   assert product.shares(5, (1, 2), own) == ((1, 2), range(1, 5, 2))
+  monkeypatch.setattr(distributed, "spans", lambda mesh: mesh is over)
+  assert product.shares(5, (1, 2), over) == ((0, 1), range(5))

@@ -40,8 +40,10 @@ def test_guidance_of_one_needs_no_second_branch(guidance, guided):
 
 
 def test_taps_become_a_spec():
-  spec = read(taps={"sites": ["attn_out"], "layers": 2, "reduce": ["norm", "lens"]}).taps.spec()
-  assert (spec.sites, spec.layers, spec.reduce) == (("attn_out",), (2,), ("norm", "lens"))
+  spec = read(
+    taps={"sites": ["attn_out"], "layers": 2, "reduce": ["norm", "attn_out/lens"]}
+  ).taps.spec()
+  assert (spec.sites, spec.layers, spec.reduce) == (("attn_out",), (2,), ("norm", "attn_out/lens"))
   assert spec.latents
   assert spec.x0
 
@@ -54,6 +56,7 @@ def test_taps_become_a_spec():
     ({"taps": {"site": ()}}, "no key 'taps.site'; did you mean 'sites'?"),
     ({"taps": {"sites": ("resid_mid",)}}, "wanted one of resid_pre, attn_out"),
     ({"taps": {"reduce": ("nrom",)}}, "wanted one of norm"),
+    ({"taps": {"reduce": ("resid_mid/norm",)}}, "or SITE/ and one of them for that site alone"),
     ({"taps": 3}, "taps=3, wanted a mapping of sites"),
     ({"solver": "eular"}, "solver='eular', wanted one of euler, unipc"),
     ({"grid": "linear"}, "grid='linear', wanted one of official"),

@@ -192,6 +192,12 @@ def test_what_the_budget_error_proposes_fits(reduce, budget):
     ({"reduce": ("mean",)}, "no reduction 'mean'; there are: norm, "),
     ({"reduce": ("norm", "norm")}, "names one twice"),
     ({"reduce": ("norm", "update/norm")}, "names one twice"),
+    ({"reduce": ("bogus/norm",), "sites": ()}, "reduce names 'bogus/norm', no site 'bogus'"),
+    ({"reduce": ("/norm",)}, "reduce names '/norm', no site ''"),
+    (
+      {"reduce": ("update/norm",), "sites": ("resid_post", "update")},
+      r"sites names 'resid_post' and reduce=\('update/norm',\) keeps nothing there",
+    ),
     ({"reduce": ("update/mean",)}, "no reduction 'mean'; there are: norm, "),
     ({"reduce": ("mlp_out/norm",)}, r"reduce names 'mlp_out/norm' and sites=.* has no 'mlp_out'"),
     ({"layers": (5,)}, r"layers=\(5,\): there is no 5, only 0\.\.4"),

@@ -5,7 +5,7 @@
   videoreason run all --preset full --out runs/claims
   videoreason run ensemble --preset paper --config vbvr_wan22 --out runs/ensemble
   videoreason run mymodule:my_experiment --out runs/mine
-  videoreason run noise --config wan22_i2v_a14b:480p --mesh fsdp=2,context=4 --out ...
+  videoreason run noise --config wan22_i2v_a14b:height=480,width=480 --mesh context=4 --out ...
 
 Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
 """
@@ -158,6 +158,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   chosen = settings.from_config(asked)
   study.check(own["experiment"])
   made = setting.load(chosen, sharding.mesh_here(mesh))
+  layout = None if made.mesh is None else dict(made.mesh.shape)
   key = _key(study.name, asked, own, setting.fingerprint(chosen))
   if is_done(out, key) and not redo:
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
@@ -171,7 +172,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     cases,
     options=own["experiment"],
     batch=batch,
-    chunks=experiments.Chunks(folder=out / CHUNKS, of=key),
+    chunks=experiments.Chunks(folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"),
     say=console.say,
     progress=lambda total, title: console.progress(total, title, "evaluation"),
   )
@@ -182,7 +183,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       config={**asked, "batch": batch, **own},
       command=["videoreason", *sys.argv[1:]],
       device=jax.devices()[0].device_kind,
-      mesh=mesh,
+      mesh=layout,
       model=made.bundle.card.name,
       evaluations=record["evaluations"],
       seconds=record["seconds"],

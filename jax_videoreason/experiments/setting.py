@@ -83,19 +83,16 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
   """
   if setting.bundle.preview is None:
     return setting, None
-  ctx = assemble(
-    setting,
-    list(cases) * len(setting.chosen.seeds),
-    {"case": np.arange(len(cases) * len(setting.chosen.seeds))},
-    tally=Tally(),
-    chunks=Chunks(),
-  )
+  asked = list(cases) * len(setting.chosen.seeds)
+  seats = 1 if setting.mesh is None else setting.mesh.shape["seed"]
+  filled = asked + [asked[-1]] * (-len(asked) % seats)
+  ctx = assemble(setting, filled, {"case": np.arange(len(filled))}, tally=Tally(), chunks=Chunks())
   _, trace = ctx.denoise()
   assert trace.x0 is not None
   rows = np.unique(np.linspace(0, ctx.sizes.S - 1, LOOKED_AT).round().astype(int))
   quick = dataclasses.replace(setting, decode=functools.partial(preview, setting.bundle))
   said = [
-    dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer
+    dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer[:, : len(asked)]
     for s in (setting, quick)
   ]
   agreement = float((said[0] == said[1]).mean())

@@ -159,7 +159,7 @@ class Task:
   held_out: ClassVar[bool] = False
   ambiguous: ClassVar[bool] = True  # whether a variant with several right answers exists
   smallest: ClassVar[int] = 32
-  reads: ClassVar[int | None] = ENDING  # frames at the end of a clip that `read` needs; None = all
+  reads: ClassVar[int | None] = None  # frames at the end of a clip that `read` needs; None = all
 
   def __post_init__(self):
     if self.frames < 13 or self.frames % 4 != 1:

@@ -34,6 +34,7 @@ TEMPLATES = {
 class Pick(base.Task):
   name = "pick"
   number = 9
+  reads = base.ENDING
 
   @property
   def slot(self) -> float:

@@ -90,7 +90,6 @@ def iou(seen: np.ndarray, masks: np.ndarray) -> np.ndarray:
 class Rotate(base.Task):
   name = "rotate"
   number = 6
-  reads = None  # the way there says which half turn it was
 
   def draw_problem(
     self, rng: np.random.Generator, split: str, ambiguous: bool

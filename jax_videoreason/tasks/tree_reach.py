@@ -37,6 +37,7 @@ TEMPLATES = {
 class TreeReach(base.Task):
   name = "tree_reach"
   number = 2
+  reads = base.ENDING
   held_out = True
 
   @property

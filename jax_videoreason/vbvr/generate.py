@@ -79,7 +79,7 @@ def generate(
   """
   found = checkpoint.describe(chosen.checkpoint)
   check(chosen, job, found, redo=redo, mesh=mesh)
-  if experts is not None and process[1] > 1:
+  if experts is not None and experts < found.experts and process[1] > 1:
     raise ValueError(
       f"--experts={experts} with {process[1]} processes, which load together and not unit by unit: "
       "leave it out, or start one process a machine and share the data out by --part."

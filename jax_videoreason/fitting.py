@@ -22,10 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import training
+from jax_videoreason import distributed, training
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.folders import atomic, differences, plain, read_json, write_json
 from jax_videoreason.sharding import make_mesh
@@ -123,7 +122,9 @@ def fit(
       _check(found, number, manager, stage)
       advance(len(recent))
       now = time.monotonic()
-      done, save = _told(now - began > 60 * stage.minutes, now - mark > stage.save_seconds)
+      done, save = distributed.told(
+        now - began > 60 * stage.minutes, now - mark > stage.save_seconds
+      )
       last = done or number == total
       _write(
         stage.log,
@@ -217,13 +218,6 @@ def placed(
     )
 
   return {name: place(value) for name, value in batch_of(number).items()}
-
-
-def _told(*words: bool) -> list[bool]:
-  """What process 0 says, on all: clocks differ, and a checkpoint takes everybody."""
-  if jax.process_count() == 1:
-    return list(words)
-  return [bool(word) for word in multihost_utils.broadcast_one_to_all(np.array(words))]
 
 
 # The log

@@ -383,14 +383,18 @@ def perform(
   _, own = shares(product.units, process, mesh)
 
   def do() -> None:
-    left = sweep.faults(out, range(work.units), work.width) if count > 1 else {}
-    meet("looked")  # all at the same, before the first one writes
+    left: list[int] = []
+    if count > 1:
+      found = sweep.faults(out, range(work.units), work.width) if number == 0 else {}
+      marks = distributed.told(*(unit in found for unit in range(work.units)))
+      left = [unit for unit, mark in enumerate(marks) if mark]
+    meet("looked")  # before the first one writes
     if left:
       _ = shop.bench  # processes load together, also those that have nothing left to do
     if number == 0 or not distributed.spans(mesh):
       sweep.carry_out(out, work, mine=own.__contains__, advance=advance)
       return
-    for unit in sorted(left):  # no device of the mesh may be missing where the first one computes
+    for unit in left:  # no device of the mesh may be missing where the first one computes
       _ = shop.compute(unit)
 
   def finish() -> None:

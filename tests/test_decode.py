@@ -7,7 +7,9 @@ import pytest
 
 from jax_videoreason import decode as public_decode
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
+from jax_videoreason.tiling import Tiling
 
 CONFIG = WanVAEConfig(base_width=4, stages=(1, 2), temporal=(True,), blocks=1)  # stride 2 2 2
 CHANNELS = CONFIG.z_channels
@@ -104,6 +106,18 @@ def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, last):
     end = show(bundle, z, last=last)
     assert end.shape == (2, 2, last, 4, 6, 3)
     assert int(np.abs(end - whole[:, :, -last:]).max()) <= 1
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_last_frames_come_in_tiles_and_over_a_mesh_too(bundle, decoding, spread):
+  rng = np.random.default_rng(2)
+  z = rng.normal(size=(3, 4, 6, 5, CHANNELS)).astype(np.float32)
+  more = {
+    "tiles": Tiling(size=(4, 3), stride=(3, 2), rule="diffusers"),
+    "mesh": make_mesh(seed=4) if spread else None,
+  }
+  whole = decoding.decode(bundle, z, **more).astype(int)
+  assert int(np.abs(decoding.decode(bundle, z, last=2, **more) - whole[:, -2:]).max()) <= 1
 
 
 def test_fit_preview_finds_the_map_that_made_the_frames(bundle, decoding, monkeypatch):

@@ -74,7 +74,7 @@ def generate(
 
   Raises:
     ValueError: a folder holds videos of other settings or data, or another command works in it;
-      settings that the model refuses; `experts` with several processes.
+      settings that the model refuses; fewer `experts` than it has with several processes.
     OSError: a folder can't be written.
   """
   found = checkpoint.describe(chosen.checkpoint)

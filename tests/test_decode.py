@@ -108,6 +108,7 @@ def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, last):
     assert int(np.abs(end - whole[:, :, -last:]).max()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_last_frames_come_in_tiles_and_over_a_mesh_too(bundle, decoding, spread):
   rng = np.random.default_rng(2)

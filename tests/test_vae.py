@@ -145,7 +145,9 @@ def end_of(config: WanVAEConfig, last: int | None, params, values):
     (RESIDUAL, 12, 2),
     pytest.param(RESIDUAL, 12, 3, marks=SLOW),
   ],
-  ids=str,
+  ids=lambda value: (
+    ("residual" if value.residual else "tiny") if isinstance(value, WanVAEConfig) else str(value)
+  ),
 )
 def test_the_last_frames_alone_are_those_of_the_whole(config, frames, last):
   weights = random_params(config)

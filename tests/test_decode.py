@@ -98,7 +98,9 @@ def test_a_long_video_is_cut_into_chunks_by_itself(bundle, decoding, monkeypatch
   assert calls == [2, 2]  # one run at a time, two latent frames at a time
 
 
-@pytest.mark.parametrize("last", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+  "last", [2, *(pytest.param(last, marks=pytest.mark.slow) for last in (1, 3, 5, 7))]
+)
 def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, last):
   z = latents(2, 2, frames=4)
   for show in (decoding.decode, decoding.preview):

@@ -105,6 +105,7 @@ def test_what_would_be_restored_denoises_at_full_size(large, abstract_restore):
   assert trace.x0.shape == (2, 1, 21, 60, 104, 16)
 
 
+@pytest.mark.slow
 def test_a_small_model_on_four_devices_denoises_as_on_one(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "SMALL", 100)
   whole = tiny_bundle(experts=2)

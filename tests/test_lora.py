@@ -91,6 +91,7 @@ def refused(single, capsys, tmp_path):
   return run
 
 
+@pytest.mark.slow
 def test_both_experts_take_their_own(original, published, tmp_path):
   high, low = (updates(published[f"dit_{i}"], seed=i) for i in range(2))
   words = [

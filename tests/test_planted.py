@@ -140,6 +140,7 @@ def test_ensemble_finds_that_a_vote_of_seeds_helps_where_seeds_err_alone():
   assert record["evaluations"] == record["planned"]
 
 
+@pytest.mark.slow
 def test_ensemble_finds_no_gain_where_seeds_do_not_matter():
   options = {"kinds": ("update", "latents"), "steps": (1,), "more_steps": 3}
   found, record, _ = run("ensemble", toy.setting(toy.truth, seeds=(0, 1, 2)), **options)

@@ -138,11 +138,11 @@ def end_of(config: WanVAEConfig, last: int | None, params, values):
   ("config", "frames", "last"),
   [
     (TINY, 9, 2),
-    (TINY, 2, 3),  # fewer than the blocks look back
+    pytest.param(TINY, 2, 3, marks=SLOW),  # fewer than the blocks look back
     pytest.param(TINY, 9, 1, marks=SLOW),
     pytest.param(TINY, 9, 7, marks=SLOW),
     pytest.param(TINY, 9, 33, marks=SLOW),
-    (RESIDUAL, 12, 2),
+    pytest.param(RESIDUAL, 12, 2, marks=SLOW),
     pytest.param(RESIDUAL, 12, 3, marks=SLOW),
   ],
   ids=lambda value: (

@@ -39,8 +39,8 @@ def decode(
   Leading axes are free (S R for the x0 of all steps): they are decoded in batches of equal size,
   so memory does not grow with them. chunk: latent frames at once, the same result; None = all
   where they are few pixels, else as many as fit.
-  last: so many frames at the end alone, which are those of the whole, for a part of the work and
-    without chunks; None = all.
+  last: so many frames at the end alone, which are those of the whole to one level of 255, for a
+    part of the work and without chunks; None = all.
   tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
   mesh: runs and tiles of equal size are spread over all its devices.

@@ -1,7 +1,6 @@
 """How near a GPU comes to its own matrix rate on the published shapes; one JSON line per question.
 
-  python scripts/bench_gpu.py                          Wan2.2 I2V A14B, 480 x 832, 81 frames
-  python scripts/bench_gpu.py --config wan22_ti2v_5b   the shape of TI2V-5B
+  python scripts/bench_gpu.py                   Wan2.2 I2V A14B, 480 x 832, 81 frames, then TI2V-5B
   python scripts/bench_gpu.py stack --layers 8
   JAX_PLATFORMS=cpu python scripts/bench_gpu.py --config mini --layers 2 --square 256 --repeats 3
 
@@ -255,15 +254,25 @@ QUESTIONS = {
 }
 
 
+def of_every_config(
+  measure: Callable[[argparse.Namespace], None],
+) -> Callable[[argparse.Namespace], None]:
+  def call(options: argparse.Namespace) -> None:
+    for config in options.config:
+      measure(argparse.Namespace(**{**vars(options), "config": config}))
+
+  return call
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--config", default="wan22_i2v_a14b:480p")
+  parser.add_argument("--config", nargs="+", default=["wan22_i2v_a14b:480p", "wan22_ti2v_5b"])
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--square", type=int, default=8192, help="side of the matmuls of the rate")
   parser.add_argument("--repeats", type=int, default=10)
-  ask(parser, QUESTIONS)
+  ask(parser, {name: of_every_config(measure) for name, measure in QUESTIONS.items()})
 
 
 if __name__ == "__main__":

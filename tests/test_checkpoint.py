@@ -128,6 +128,7 @@ def test_parts_are_loaded_alone(whole, saved):
   assert all(tree is not None for tree in both.params)
 
 
+@pytest.mark.slow
 def test_bfloat16_on_disk_and_any_dtype_in_memory(whole, saved, tmp_path):
   """A float32 model widens its weights, which changes no number; integers are left alone."""
   small = checkpoint.save(whole, tmp_path / "small", dtype="bfloat16")
@@ -224,6 +225,7 @@ def test_a_part_may_lie_in_another_bundle(whole, saved, tmp_path):
   checkpoint.load(moved / "second", parts=("dit",))
 
 
+@pytest.mark.slow
 def test_a_shared_part_that_was_replaced_is_noticed(whole, saved, tmp_path):
   shutil.copytree(saved, tmp_path / "first")
   checkpoint.save(whole, tmp_path / "second", shared_with=tmp_path / "first")

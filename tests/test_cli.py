@@ -420,6 +420,7 @@ def test_report_draws_again(call, sampled):
   assert page.resolve().as_uri() in out
 
 
+@pytest.mark.slow
 def test_noise_fed_in_is_noise_drawn(call, sampled, sample_words, tmp_path):
   latents = open_run(sampled).latents
   assert latents is not None
@@ -579,6 +580,7 @@ def test_a_bad_branch_is_one_sentence_before_weights_are_loaded(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_branch_does_not_lose_an_edit(call, refuses, sampled, tmp_path):
   edit = "--intervene=noise_at:mode=add,gain=0.5"
   edited = branched(call, sampled, tmp_path / "edited", "--step=1", edit)
@@ -644,6 +646,7 @@ def test_a_trace_without_latents_can_not_be_branched(refuses, sampled, tmp_path)
   assert "belong to --from" in refuses("sample", "--step=1", f"--out={tmp_path / 'run'}")
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_is_a_prompt(call, sample_words, tmp_path):
   status, _, err = call(*sample_words, "--prompt=")
   assert status == 0

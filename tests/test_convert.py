@@ -164,7 +164,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-  ("after", "torn"), [(1, False), (2, True), (9, False), (60, True), (70, False)]
+  ("after", "torn"),
+  [
+    pytest.param(1, False, marks=pytest.mark.slow),
+    pytest.param(2, True, marks=pytest.mark.slow),
+    (9, False),
+    (60, True),
+    pytest.param(70, False, marks=pytest.mark.slow),
+  ],
 )
 def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch, after, torn):
   """Killed between a chunk and its line in the journal, the worst moment there is.
@@ -204,6 +211,7 @@ def test_it_goes_on_where_it_was_killed(single, converted, tmp_path, monkeypatch
   checkpoint.load(out)
 
 
+@pytest.mark.slow
 def test_another_conversion_does_not_go_on_with_it(single, tmp_path, monkeypatch, refused):
   def dying(*_):
     raise Killed
@@ -248,6 +256,7 @@ def test_one_that_ended_just_before_is_not_written_over(single, tmp_path, monkey
   checkpoint.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_interrupted_redo_goes_on(single, tmp_path, monkeypatch):
   """And until it ends, what it replaces is there."""
   words = ["convert", str(single), "--out", str(tmp_path / "out")]
@@ -314,6 +323,7 @@ def test_verify_finds_a_changed_bundle(original, converted, tmp_path, refused):
   assert "dit_1/blocks/mlp/up/kernel[1] differs from blocks.1.ffn.0.weight in" in said
 
 
+@pytest.mark.slow
 def test_verify_makes_no_copy_of_what_it_compares(source, tmp_path, monkeypatch):
   """Beside the tensor as it is read and as it is written, only blocks of it."""
   monkeypatch.setattr(leaves, "CHUNK_BYTES", 2**20)
@@ -427,6 +437,7 @@ def test_experts_that_are_one(source, refused):
   assert "low_noise_model is missing" in refused(source)
 
 
+@pytest.mark.slow
 def test_experts_that_rounding_makes_one(source, published, tmp_path, refused):
   """They differ in a digit that bfloat16 does not have."""
   near = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in published["dit_0"].items()}
@@ -620,7 +631,7 @@ def test_an_image_tower_that_does_not_belong(i2v, original, refused):
   assert "reads no CLIP tokens" in refused(original, "--parts=dit,clip")
 
 
-@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("naming", ["original", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_the_vae_of_48_channels(naming, source, tmp_path):
   """The 5B model: the first frame overwrites latents of 48 channels, sixteen pixels a side."""
   changes = dict(in_channels=48, out_channels=48, image_input="overwrite")

@@ -33,6 +33,7 @@ def offline(cache, monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
 
+@pytest.mark.slow
 def test_a_repository_becomes_a_bundle(cache, tmp_path):
   """As a user has it: a command, and the cache named by the environment."""
   out = tmp_path / "out"

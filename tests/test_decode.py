@@ -76,7 +76,7 @@ def test_frames_are_the_video_to_the_nearest_level(bundle, decoding):
   assert exact.std() > 5  # not one colour
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("chunk", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_chunks_give_the_same_frames(bundle, decoding, chunk):
   z = latents(2, frames=4)
   whole = decoding.decode(bundle, z).astype(int)

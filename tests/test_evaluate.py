@@ -148,6 +148,7 @@ def test_a_finished_evaluation_is_only_read(copy, measured):
   assert (copy / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_finished_tasks_are_not_done_again_and_the_numbers_are_the_same(done, copy, measured):
   for name in ("manifest.json", "result.json", "table.parquet", "report.html"):
     (copy / name).unlink()
@@ -175,6 +176,7 @@ def test_an_interrupted_task_leaves_nothing_and_what_was_finished_stays(copy, mo
   assert not (copy / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_redo_does_everything_again_and_leaves_other_files_alone(copy, measured):
   (copy / "mine.txt").write_text("keep")
   assert call(copy, "--redo", "--tasks=occlusion") == 0
@@ -248,7 +250,14 @@ def test_no_case_is_asked_twice_and_none_was_trained_on(name, split):
   assert several == ([False, True] * 12 if task.ambiguous else [False] * 24)
 
 
-@pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if not task.held_out])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[] if n == "pick" else pytest.mark.slow)
+    for n, task in tasks.TASKS.items()
+    if not task.held_out
+  ],
+)
 def test_no_picture_comes_with_the_same_prompt_in_training_and_in_a_test(name):
   task = tasks.load(name, size=32)
   asked = [

@@ -88,6 +88,7 @@ def test_noise_finds_the_step_from_which_the_answer_lives_in_the_latents():
   assert record["programs"] <= 1
 
 
+@pytest.mark.slow
 def test_noise_finds_no_drop_where_the_answer_is_read_from_the_picture():
   options = {"modes": ("replace",), "stride": 3}
   found, _, findings = perform(noise, toy.setting(toy.truth), toy.cases(10), options=options)

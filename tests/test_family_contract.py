@@ -186,7 +186,7 @@ def test_nothing_asked_for_is_not_in_the_program(model):
   assert program(edits=BlockEdits()) == untouched
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_identity_edits_change_no_bit_at_any_site(model, dtype):
   """Against the same program whose conds are all passed by, so that only the edits can differ."""
   dit = type(model.dit)(dataclasses.replace(model.dit.config, dtype=dtype))
@@ -344,7 +344,14 @@ def test_branches_do_not_see_each_other(model, plain):
     assert relative(alone[0], plain[branch]) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [dict(seed=4), dict(fsdp=2, context=2), dict(seed=2, fsdp=2)])
+@pytest.mark.parametrize(
+  "shape",
+  [
+    pytest.param(dict(seed=4), marks=pytest.mark.slow),
+    dict(fsdp=2, context=2),
+    pytest.param(dict(seed=2, fsdp=2), marks=pytest.mark.slow),
+  ],
+)
 def test_four_devices_equal_one(model, plain, shape):
   with jax.set_mesh(make_mesh(**shape)):
     sharded = model.run(model.params, model.latents, model.time, model.cond)[0]

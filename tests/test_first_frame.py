@@ -1,6 +1,7 @@
 """`sample --fit` makes a first frame of a picture of any size."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -23,6 +24,10 @@ from jax_videoreason.convert import wan
 from published import CLIP, CONFIG, DIT, clip_original, parts, shards, tensors, write_original
 
 CHOSEN = settings.from_config({"checkpoint": "mini", "frames": 17, "height": 32, "width": 32})
+each_stack = pytest.mark.parametrize(
+  "stack",
+  [pytest.param(s, marks=[] if s == "official" else pytest.mark.slow) for s in framing.STACKS],
+)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +58,7 @@ def test_another_size_is_refused_with_the_ways_out(picture):
 
 @pytest.fixture(scope="session")
 def i2v(tmp_path_factory):
-  """Wan2.1 image to video, converted, by the stack whose arithmetic it follows."""
+  """Wan2.1 image to video as a bundle, converted by the stack whose arithmetic it follows."""
   root = tmp_path_factory.mktemp("i2v")
   wide = dataclasses.replace(DIT, clip_width=CLIP.width)
   source = write_original(root / "source", parts())
@@ -62,17 +67,21 @@ def i2v(tmp_path_factory):
   shards(source, tensors("dit", wide, wan.table("original"), 4), 2)
   (source / "config.json").write_text(json.dumps(CONFIG))
   save_file(clip_original(), source / "models_clip_open-clip.safetensors")
-  for stack in framing.STACKS:
+
+  @functools.cache
+  def converted(stack):
     words = ["convert", str(source), f"--out={root / stack}", f"--numerics={stack}"]
     assert cli.main(words) == 0
-  return root
+    return root / stack
+
+  return converted
 
 
-@pytest.mark.parametrize("stack", framing.STACKS)
+@each_stack
 def test_a_picture_is_stretched_as_the_stack_of_the_model_does(i2v, picture, stack):
   """And the image tower is shown what it is shown there: DiffSynth alone stretches it before."""
   path, image = picture
-  here = dataclasses.replace(CHOSEN, checkpoint=str(i2v / stack))
+  here = dataclasses.replace(CHOSEN, checkpoint=str(i2v(stack)))
   frame, shown, chosen = sample.fitted(path, here, "stretch")
   wanted = framing.stretched(image, 32, 32, stack)
   np.testing.assert_array_equal(frame, wanted)
@@ -81,8 +90,10 @@ def test_a_picture_is_stretched_as_the_stack_of_the_model_does(i2v, picture, sta
   assert chosen == here
 
 
-@pytest.mark.parametrize("stack", framing.STACKS)
-def test_the_image_tokens_of_a_sample_are_those_of_the_picture(i2v, picture, monkeypatch, stack):
+@each_stack
+def test_the_image_tokens_of_a_sample_are_those_of_the_picture(
+  i2v, picture, monkeypatch, tmp_path, stack
+):
   """From the command to the conditioning, for both seeds."""
   path, image = picture
   made = []
@@ -93,12 +104,12 @@ def test_the_image_tokens_of_a_sample_are_those_of_the_picture(i2v, picture, mon
 
   prepare_encode = prepare.encode
   monkeypatch.setattr(prepare, "encode", stop)
-  words = ["sample", f"--checkpoint={i2v / stack}", f"--image={path}", "--fit=stretch"]
-  words += ["--prompt=sort the bars", "--seeds=0,1", f"--out={i2v / 'runs'}"]
+  words = ["sample", f"--checkpoint={i2v(stack)}", f"--image={path}", "--fit=stretch"]
+  words += ["--prompt=sort the bars", "--seeds=0,1", f"--out={tmp_path / 'runs'}"]
   words += ["--config.height=32", "--config.width=32", "--config.frames=5"]
   assert cli.main(words) == cli.BAD_INPUT
   _, (cond,) = made[0]
-  tower = checkpoint.load(i2v / stack, parts=("clip",))
+  tower = checkpoint.load(i2v(stack), parts=("clip",))
   stretched = framing.stretched(image, 32, 32, stack)
   tokens, other = (
     np.asarray(conditioning.image_tokens(tower, [given, given])) for given in (image, stretched)
@@ -112,7 +123,7 @@ def test_the_image_tokens_of_a_sample_are_those_of_the_picture(i2v, picture, mon
 @pytest.mark.parametrize("stack", ["official", "diffusers"])
 def test_a_branch_is_conditioned_as_its_run_was(i2v, picture, tmp_path, stack):
   """On the frame as it was, not rounded, and on the picture that the image tower was shown."""
-  words = ["sample", f"--checkpoint={i2v / stack}", f"--image={picture[0]}", "--fit=stretch"]
+  words = ["sample", f"--checkpoint={i2v(stack)}", f"--image={picture[0]}", "--fit=stretch"]
   words += ["--prompt=sort the bars", "--seeds=0", "--config.steps=2", "--config.solver=euler"]
   words += ["--config.height=32", "--config.width=32", "--config.frames=5"]
   assert cli.main([*words, f"--out={tmp_path / 'run'}"]) == 0

@@ -91,7 +91,9 @@ def edited(request):
   return (bundle, noise, cond, edit), traced(bundle, noise, cond, edit)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+  "shape", [(1, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 1, 2), (2, 2, 1)))]
+)
 def test_sharded_tokens_and_runs_equal_one_device_with_edits_and_taps(edited, shape):
   problem, wanted = edited
   agree(traced(*problem, mesh=sharding.make_mesh(*shape)), wanted)
@@ -248,6 +250,7 @@ def test_sequential_guidance_equals_parallel_guidance():
   agree(traced(bundle, noise, cond, edit, guidance="sequential"), wanted)
 
 
+@pytest.mark.slow
 def test_sequential_guidance_needs_less_memory():
   bundle, (noise, cond) = bundle_of("concat"), inputs(4)
   schedule = tiny_schedule(STEPS)
@@ -277,7 +280,14 @@ def draw(t, x, width=128, dtype=jnp.float32):
   return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
 
 
-@pytest.mark.parametrize(("t", "x", "keys"), [(100, 70, None), (130, 257, 200), (128, 128, None)])
+@pytest.mark.parametrize(
+  ("t", "x", "keys"),
+  [
+    pytest.param(100, 70, None, marks=pytest.mark.slow),
+    (130, 257, 200),
+    pytest.param(128, 128, None, marks=pytest.mark.slow),
+  ],
+)
 def test_splash_equals_plain_attention_whatever_the_counts(t, x, keys):
   q, k, v = draw(t, x)
   ours = attention.attend(q, k, v, implementation="splash", keys=keys)
@@ -285,7 +295,9 @@ def test_splash_equals_plain_attention_whatever_the_counts(t, x, keys):
   np.testing.assert_allclose(ours, wanted, atol=2e-5)  # other tiles, other sums
 
 
-@pytest.mark.parametrize("limit", [attention.BLOCK_BYTES, 10_000])
+@pytest.mark.parametrize(
+  "limit", [pytest.param(attention.BLOCK_BYTES, marks=pytest.mark.slow), 10_000]
+)
 def test_keys_that_do_not_count_change_nothing(limit, monkeypatch):
   monkeypatch.setattr(attention, "BLOCK_BYTES", limit)
   q, k, v = draw(37, 23, width=8)
@@ -313,7 +325,14 @@ def on_mesh(attended, mesh, *arrays):
 
 
 # 20 tokens on 4 devices, of which the last holds some, or no key that counts
-@pytest.mark.parametrize(("keys", "limit"), [(None, attention.BLOCK_BYTES), (18, 400), (13, 400)])
+@pytest.mark.parametrize(
+  ("keys", "limit"),
+  [
+    pytest.param(None, attention.BLOCK_BYTES, marks=pytest.mark.slow),
+    pytest.param(18, 400, marks=pytest.mark.slow),
+    (13, 400),
+  ],
+)
 def test_a_ring_equals_one_device(keys, limit, monkeypatch):
   monkeypatch.setattr(attention, "BLOCK_BYTES", limit)
   q, k, v = draw(20, 20, width=8)
@@ -329,6 +348,7 @@ def test_a_ring_of_runs_and_tokens_equals_one_device_with_large_scores():
   np.testing.assert_allclose(ours, wanted, atol=3e-5)  # scores near 100 are known to 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_go_round_the_ring():
   q, k, v = draw(20, 20, width=8)
 

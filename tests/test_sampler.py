@@ -101,7 +101,7 @@ def test_a_stored_trajectory_branches_exactly(bundle, inputs):
     sampler.state_at(trace, schedule, 4)
 
 
-@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("branches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
   noise, cond = tiny_inputs(4, branches=branches)
   schedule = tiny_schedule()
@@ -156,6 +156,7 @@ def test_one_expert_at_a_time_equals_both(pair, solver, devices):
       assert not value.size or relative(value, by_both[at].taps[name]) < SAME
 
 
+@pytest.mark.slow
 def test_each_expert_is_asked_once_for_all_batches(pair):
   noise, cond = tiny_inputs(3)
   schedule, asked = tiny_schedule(5, boundary=0.9), []
@@ -376,6 +377,7 @@ def test_taps_keep_the_steps_layers_and_branches_asked_for(bundle, inputs):
     denoise(bundle, *inputs, schedule, taps=replace(every, steps=(3, 1)))
 
 
+@pytest.mark.slow
 def test_tapped_steps_are_found_in_their_pieces(bundle, inputs):
   schedule = tiny_schedule(6)
   taps = TapSpec(sites=("resid_post",), steps=(1, 5), latents=False, x0=False)

@@ -14,7 +14,12 @@ from jax_videoreason import tasks
 from jax_videoreason.tasks import base, draw, pick
 
 SIZES = (32, 64, 128)
-EVERY = [(name, size) for name in tasks.TASKS for size in SIZES]
+SLOW = pytest.mark.slow
+EVERY = [
+  pytest.param(name, size, marks=[] if size == 32 else SLOW)
+  for name in tasks.TASKS
+  for size in SIZES
+]
 every_task = pytest.mark.parametrize(("name", "size"), EVERY)
 each_task = pytest.mark.parametrize("name", list(tasks.TASKS))
 
@@ -155,7 +160,7 @@ def test_the_answer_is_read_from_the_frames_that_the_task_says(name):
     task.parse(cases(name, 32)[0].frames[-3:], cases(name, 32)[0].metadata)
 
 
-@pytest.mark.parametrize("size", (32, 64))
+@pytest.mark.parametrize("size", (32, pytest.param(64, marks=SLOW)))
 @each_task
 def test_no_clip_earns_anything_on_another_problem(name, size):
   task = tasks.load(name, size=size)
@@ -249,7 +254,7 @@ def test_a_case_depends_on_task_split_and_index_alone(name):
   assert one.generate(split, 8).metadata["problem"] != kept.metadata["problem"]
 
 
-@pytest.mark.parametrize("size", (32, 64))
+@pytest.mark.parametrize("size", (32, pytest.param(64, marks=SLOW)))
 @each_task
 def test_no_problem_is_in_two_splits(name, size):
   task = tasks.load(name, size=size)

@@ -141,7 +141,7 @@ def test_what_decides_the_result_is_compared_on_resume(call, work, stages):
   assert ours["made_by"] == json.loads((work / "latents" / encoded.MADE_BY).read_text())
 
 
-@pytest.mark.parametrize("stage", ["dit", "experts"])
+@pytest.mark.parametrize("stage", ["dit", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_training_in_another_dtype_is_another_training(
   call, script, work, tmp_path, stages, monkeypatch, stage
 ):

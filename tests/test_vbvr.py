@@ -444,6 +444,7 @@ def test_baselines_are_what_they_say(bench):
 # The whole way, on our own tasks, with the model that ships
 
 
+@pytest.mark.slow
 def test_own_tasks_go_the_whole_way_with_the_model_that_ships(
   own_cases, own_videos, tmp_path, capsys
 ):
@@ -468,6 +469,7 @@ def test_own_tasks_go_the_whole_way_with_the_model_that_ships(
   assert "own tasks, 4 samples of 2 tasks; scorers of jax_videoreason" in said
 
 
+@pytest.mark.slow
 def test_answers_at_every_step_are_kept_for_own_tasks(own_cases, own_videos):
   for sample in samples.load(own_cases).samples:
     record = videos.record_of(own_videos / "mini", sample)
@@ -477,6 +479,7 @@ def test_answers_at_every_step_are_kept_for_own_tasks(own_cases, own_videos):
     assert said["sigma"][0] == 1
 
 
+@pytest.mark.slow
 def test_a_second_call_only_makes_what_lacks(own_cases, own_videos, tmp_path, monkeypatch):
   out = tmp_path / "videos"
   shutil.copytree(own_videos, out)
@@ -492,6 +495,7 @@ def test_a_second_call_only_makes_what_lacks(own_cases, own_videos, tmp_path, mo
   assert made == [["id/maze/00001"]]
 
 
+@pytest.mark.slow
 def test_videos_of_other_settings_are_refused(own_cases, own_videos, capsys):
   words = [f"--data={own_cases}", f"--out={own_videos}"]
   assert call("generate", *words, "--config.steps=3") == 2
@@ -504,6 +508,7 @@ def test_videos_of_unknown_settings_are_refused(own_cases, tmp_path, capsys):
   assert "nobody knows how what is there was made" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_videos_of_other_data_are_refused(own_cases, own_videos, tmp_path, capsys):
   other = tmp_path / "cases"
   words = ["tasks", "export", "--tasks=pick,maze", "--split=ood", "--size=32", "--cases=2"]
@@ -716,6 +721,7 @@ def test_the_toolkit_sees_nothing_of_ours(monkeypatch):
   assert "PYTHONPATH" not in clean and clean["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
+@pytest.mark.slow
 def test_the_audit_says_which_tasks_are_blind(bench, kit, tmp_path, capsys):
   assert call("audit", f"--data={bench}", f"--out={tmp_path / 'audit'}", *kit) == 0
   found = json.loads((tmp_path / "audit" / "audit.json").read_text())

@@ -258,6 +258,7 @@ def test_mini_written_back_gives_the_same_velocity(mini):
   assert relative(*velocities(checkpoint.load("mini"), 0, mini.transformer, 32)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_mini_written_back_has_the_same_text_encoder_vae_and_tokenizer(mini):
   bundle = checkpoint.load("mini")
   text_agrees(bundle, mini, "the red dot falls")

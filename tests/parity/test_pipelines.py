@@ -275,6 +275,7 @@ def reference(pair, solver, guidance):
   return [channels_last(x) for x in after], channels_last(final), channels_last(video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH)
 def test_text_and_given_latents(pair, kind):
   """5e-6 was seen for the text encoder, 1e-4 is the project's for a VAE."""

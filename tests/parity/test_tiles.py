@@ -62,7 +62,11 @@ def build(config, settings):
   return theirs, bundle
 
 
-@pytest.fixture(scope="module", params=[PLAIN, FOLDED], ids=["wan21", "wan22"])
+@pytest.fixture(
+  scope="module",
+  params=[PLAIN, pytest.param(FOLDED, marks=pytest.mark.slow)],
+  ids=["wan21", "wan22"],
+)
 def both(request):
   return build(*request.param)
 

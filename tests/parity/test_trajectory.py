@@ -117,7 +117,7 @@ def reference(solver, guidance):
   return np.stack([rearrange(x.numpy(), "r c f h w -> r f h w c") for x in seen])
 
 
-@pytest.mark.parametrize("guidance", [1, 5])
+@pytest.mark.parametrize("guidance", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 def test_every_step_of_a_two_expert_trajectory(solver, guidance):
   noise, cond = problem(1 if guidance == 1 else 2)

@@ -38,7 +38,11 @@ def shapes_of(config: WanVAEConfig):
   return dict(jax.eval_shape(WanVAE(config).init, jax.random.key(0), video)["params"])
 
 
-@pytest.fixture(scope="module", params=[PLAIN, RESIDUAL], ids=["wan21", "wan22"])
+@pytest.fixture(
+  scope="module",
+  params=[PLAIN, pytest.param(RESIDUAL, marks=pytest.mark.slow)],
+  ids=["wan21", "wan22"],
+)
 def pair(request):
   """(diffusers' VAE, our config, our parameters with the same weights)."""
   torch = pytest.importorskip("torch")

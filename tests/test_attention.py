@@ -22,7 +22,10 @@ def by_definition(q, k, v):
   return np.einsum("bntx,bxnk->btnk", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.fixture(params=[None, 4 * 2 * 3 * 23 * 10, 1], ids=["at once", "10 queries", "1 query"])
+@pytest.fixture(
+  params=[pytest.param(None, marks=pytest.mark.slow), 4 * 2 * 3 * 23 * 10, 1],
+  ids=["at once", "10 queries", "1 query"],
+)
 def blocks(request, monkeypatch):
   """Bytes of scores in a block: all of them, or few enough to need 4 uneven or 37 blocks."""
   if request.param is not None:

@@ -431,6 +431,7 @@ def test_noise_fed_in_is_noise_drawn(call, sampled, sample_words, tmp_path):
   np.testing.assert_allclose(given, open_run(sampled).final_latents[:2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_taps_of_some_steps_and_layers_are_those_of_all(call, sampled, sample_words, tmp_path):
   status, _, err = call(
     *sample_words,
@@ -508,6 +509,7 @@ def test_a_branch_without_an_edit_is_the_rest_of_the_run(call, sampled, tmp_path
   assert again.manifest["evaluations"] == whole.manifest["evaluations"] * 2 // 3
 
 
+@pytest.mark.slow
 def test_a_branch_changes_what_comes_after_its_step_alone(call, sampled, tmp_path):
   whole = open_run(sampled)
   words = ("--step=1", "--intervene=noise_at:mode=add_sigma,gain=0.5")
@@ -654,6 +656,7 @@ def test_an_empty_prompt_is_a_prompt(call, sample_words, tmp_path):
   assert open_run(tmp_path / "run").runs[0]["prompt"] == ""
 
 
+@pytest.mark.slow
 def test_a_prompt_over_the_limit_is_cut_with_a_warning(call, sample_words, tmp_path):
   status, _, err = call(*sample_words, "--prompt=mark the largest shape mark the largest shape")
   said = [line for line in err.splitlines() if line.startswith("videoreason: warning: ")]

@@ -194,6 +194,7 @@ def test_last_frames_end_the_video(bundle, first_frames):
     conditioning.encode(bundle, PROMPTS, first_frames, frames=5, last_frames=last[:, :4])
 
 
+@pytest.mark.slow
 def test_given_frames_in_tiles(bundle, first_frames):
   """Each tile is a video of its own; weighed together where they overlap."""
   tiles = Tiling(size=(4, 4), stride=(4, 2), rule="diffsynth")

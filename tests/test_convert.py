@@ -563,10 +563,10 @@ def test_values_in_the_configs_of_diffusers(diffusers, refused, part, key, value
   assert f"{file} says {key}={json.dumps(value)}, wanted " in answer and wanted in answer
 
 
-@pytest.fixture
-def diffusers(published, tmp_path):
+@pytest.fixture(scope="session")
+def in_diffusers(tmp_path_factory):
   """Two experts that read image tokens, in the layout of diffusers."""
-  root = tmp_path / "hub"
+  root = tmp_path_factory.mktemp("diffusers") / "hub"
   wide = dataclasses.replace(DIT, clip_width=CLIP.width)
   for seed, name in enumerate(("transformer", "transformer_2")):
     shards(root / name, tensors("dit", wide, wan.table("diffusers"), seed), 1)
@@ -579,6 +579,12 @@ def diffusers(published, tmp_path):
   words = train_word_tokenizer(["sort the bars"])
   (root / "tokenizer" / "tokenizer.json").write_text(words, encoding="utf-8")
   return root
+
+
+@pytest.fixture
+def diffusers(in_diffusers, tmp_path):
+  """The same, which a test may damage."""
+  return shutil.copytree(in_diffusers, tmp_path / "hub")
 
 
 def test_a_text_encoder_or_tokenizer_of_another_model(source, published, refused):
@@ -605,6 +611,7 @@ def i2v(source, tmp_path):
   return root
 
 
+@pytest.mark.slow
 def test_the_image_tower(i2v, tmp_path):
   """Its last layer and the text tower are not read; queries, keys and values are cut apart."""
   out = tmp_path / "out"
@@ -631,6 +638,7 @@ def test_an_image_tower_that_does_not_belong(i2v, original, refused):
   assert "reads no CLIP tokens" in refused(original, "--parts=dit,clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["original", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_the_vae_of_48_channels(naming, source, tmp_path):
   """The 5B model: the first frame overwrites latents of 48 channels, sixteen pixels a side."""

@@ -88,6 +88,7 @@ def test_the_layout_of_the_hub(converted, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["hub"]
 
 
+@pytest.mark.slow
 def test_the_image_tower_there_and_back(tmp_path):
   """Its last layer, which no bundle has, is written as one that changes nothing."""
   wide = dataclasses.replace(DIT, clip_width=CLIP.width)
@@ -182,6 +183,7 @@ def test_positions_that_diffusers_does_not_have(converted, tmp_path, refused):
   assert "theta 256, diffusers has 10000 alone" in refused(copy)
 
 
+@pytest.mark.slow
 def test_a_part_in_another_bundle_is_followed(converted, tmp_path):
   """A bundle that shares its VAE is exported whole."""
   bundle = checkpoint.load("mini")

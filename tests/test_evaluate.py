@@ -23,6 +23,15 @@ def result_of(folder: Path) -> dict:
   return json.loads((folder / "result.json").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_training_clips():
+  """The nearest is looked for among 50, as drawing the usual number takes long."""
+  usual = baselines.bank
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(baselines, "bank", lambda task, count=50: usual(task, count))
+    yield
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
   """A finished evaluation of the model that ships, 2 tasks, 2 cases, 2 seeds, 2 steps."""

@@ -90,6 +90,7 @@ def test_a_picture_is_stretched_as_the_stack_of_the_model_does(i2v, picture, sta
   assert chosen == here
 
 
+@pytest.mark.slow
 @each_stack
 def test_the_image_tokens_of_a_sample_are_those_of_the_picture(
   i2v, picture, monkeypatch, tmp_path, stack

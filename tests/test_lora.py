@@ -248,6 +248,7 @@ def test_into_bf16_it_is_rounded_once(single, published, tmp_path):
   np.testing.assert_array_equal(np.asarray(ours), fine.T)
 
 
+@pytest.mark.slow
 def test_another_lora_is_another_conversion(single, published, tmp_path):
   """An interrupted one must not go on with it."""
   from jax_videoreason.convert import bundle

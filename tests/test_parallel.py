@@ -82,7 +82,9 @@ def bundle_of(image_input: str):
   return tiny_bundle(image_input)
 
 
-@pytest.fixture(scope="module", params=["concat", "overwrite"])
+@pytest.fixture(
+  scope="module", params=["concat", pytest.param("overwrite", marks=pytest.mark.slow)]
+)
 def edited(request):
   """(bundle, noise, cond, edit) and what one device makes of them."""
   bundle = bundle_of(request.param)
@@ -200,7 +202,10 @@ def spoken(kind: str | None, shape: tuple[int, int, int]) -> Counter:
   return Counter(group for line in lines for group in groups(line))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind",
+  [pytest.param(k, marks=[] if k in ("latents", "velocity") else pytest.mark.slow) for k in KINDS],
+)
 def test_a_mix_adds_collectives_over_the_seed_axis_alone(kind):
   shape = (2, 1, 2)
   over_seed = {frozenset({0, 2}), frozenset({1, 3})}  # of a mesh of 2 x 2, seed first
@@ -239,6 +244,7 @@ def test_a_mix_of_runs_that_do_not_divide_is_refused():
 # One guidance branch after the other
 
 
+@pytest.mark.slow
 def test_sequential_guidance_equals_parallel_guidance():
   bundle = bundle_of("concat")
   noise, cond = inputs(2)

@@ -54,6 +54,7 @@ def test_layer_swap_finds_no_layer_where_the_head_reads_the_picture_itself():
   assert left_out == "not run here"
 
 
+@pytest.mark.slow
 def test_layer_swap_asks_for_no_flip_where_a_counterpart_cannot_be_read():
   options = {"variants": ("stream", "update"), "edited": (10,)}
   found, record, findings = run("layer_swap", toy.setting(toy.right_is_dark), **options)
@@ -68,6 +69,7 @@ def test_layer_swap_asks_for_no_flip_where_a_counterpart_cannot_be_read():
   np.testing.assert_array_equal(flipped(answers, own, other), [0, 0, nan, 1, nan, nan])
 
 
+@pytest.mark.slow
 def test_layer_swap_cannot_tell_a_layer_where_the_whole_stream_turns_nothing_round():
   says = "swapping one middle layer at the first step turns the answer round"
   options = {"variants": ("stream", "update"), "edited": (1,)}
@@ -101,6 +103,7 @@ def test_layer_maps_finds_the_layer_from_which_the_lens_gives_the_answer():
   assert found.values["norm_map"].shape == (4, toy.F, toy.H, toy.W)
 
 
+@pytest.mark.slow
 def test_layer_maps_finds_no_layer_where_all_of_them_give_the_answer():
   found, _, findings = run("layer_maps", toy.setting(toy.truth, carrier=None))
   assert (found.values["lens_agrees"] == 1).all()
@@ -186,6 +189,7 @@ def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():
   assert cost[-1] == pytest.approx(7)
 
 
+@pytest.mark.slow
 def test_early_finds_nothing_to_read_before_the_answer_is_made():
   found, _, _ = run("early", toy.setting(toy.both_then_one, seeds=(0, 1, 2)))
   assert found.values["early_readout"][:5].max() == 0
@@ -196,6 +200,7 @@ def test_early_finds_nothing_to_read_before_the_answer_is_made():
 # behaviours
 
 
+@pytest.mark.slow
 def test_behaviours_finds_correction_and_its_absence():
   found, _, _ = run("behaviours", toy.setting(toy.both_then_one))
   assert (found.values["net_correction"] == 1).all()
@@ -233,6 +238,7 @@ def test_too_few_hidden_objects_are_said_instead_of_probed():
 # controls
 
 
+@pytest.mark.slow
 def test_controls_finds_where_new_noise_changes_the_video():
   options = {"settings": ("as is", "shift 3", "half the steps"), "places": 4}
   found, record, _ = run("controls", toy.setting(toy.of_the_noise), **options)

@@ -186,6 +186,7 @@ def test_frames_are_left_out_before_the_page_grows_too_large(folder, monkeypatch
   assert columns in (list(range(0, 17, 2)), [0, 4, 8, 12, 16]) and len(fewer) == 4
 
 
+@pytest.mark.slow
 def test_only_the_first_runs_are_shown_in_full(folder, monkeypatch):
   monkeypatch.setattr(report, "MOST_RUNS", 3)
   text = report.render(folder).read_text(encoding="utf-8")

@@ -300,6 +300,7 @@ def test_replaced_noise_at_the_first_step_is_another_seed(bundle, inputs):
   assert relative(edited, again) < SAME
 
 
+@pytest.mark.slow
 def test_injected_noise_is_drawn_from_the_key_of_the_run(bundle, inputs):
   noise, cond = inputs
   schedule = tiny_schedule()
@@ -406,6 +407,7 @@ def test_a_lens_of_the_last_layer_is_the_velocity(bundle, inputs):
   assert relative(velocity, (trace.latents - trace.x0) / sigma) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_trajectory_is_differentiable(bundle):
   noise, cond = tiny_inputs(1, branches=1)
   start = sampler.start(noise, "euler").latents

@@ -155,6 +155,7 @@ def test_a_training_in_another_dtype_is_another_training(
     assert said == ["dtype='bfloat16' there and 'float32' here"]
 
 
+@pytest.mark.slow
 def test_experts_are_the_network_continued_above_and_below_a_sigma(call, work, stages, tmp_path):
   out = tmp_path / "experts"
   assert call("experts", "--work", work, "--init=mini", "--out", out, *DIT)[0] == 0

@@ -42,6 +42,7 @@ def test_order_of_tokens_matters_in_both_directions(encoder):
   assert np.all(np.abs(swapped[0, 2:] - before[0, 2:]).max(-1) > 1e-4)
 
 
+@pytest.mark.slow
 def test_scan_is_the_loop_over_layers(encoder):
   apply, params, ids, mask = encoder
   x = params["token_embedding"][ids]
@@ -68,6 +69,7 @@ def test_an_id_outside_of_the_vocabulary_is_not_finite(encoder):
   assert not np.isfinite(apply(ids.at[0, 0].set(40), mask)[0]).any()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_stays_close(encoder):
   apply, params, ids, mask = encoder
   module = UMT5Encoder(UMT5Config(**(vars(CONFIG) | {"dtype": "bfloat16"})))

@@ -160,6 +160,7 @@ def test_the_last_frames_alone_are_those_of_the_whole(config, frames, last):
   np.testing.assert_allclose(found, whole[:, -last:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_last_two_frames_of_81_cost_a_fraction_of_all():
   """At the published depth."""
   config = WanVAEConfig(base_width=4)
@@ -233,6 +234,7 @@ def test_memory_of_chunks_does_not_grow_with_the_frames(params):
   assert working(33, 1) < 0.2 * working(33, None)
 
 
+@pytest.mark.slow
 def test_bfloat16_blocks_give_float32_near_the_float32_result(params):
   half = WanVAE(WanVAEConfig(**{**vars(TINY), "dtype": "bfloat16"}))
   x = video(5)

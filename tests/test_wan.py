@@ -64,6 +64,7 @@ def test_published_parameter_counts(name):
   assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == count
 
 
+@pytest.mark.slow
 def test_a_fresh_model_says_nothing_and_learns():
   """The head starts at zero: no velocity, but a gradient on the head."""
   dit = WanDiT(tiny_config())

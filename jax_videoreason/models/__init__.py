@@ -1,6 +1,7 @@
 """The model families: which modules make up a bundle, and how they are built from their configs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from jax_videoreason.structs import LatentSpec, Parts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-  """One part of a family: its config, its module, and its parameters as shapes and dtypes."""
+  """One part of a family: its config, its module, and its parameters as shapes and dtypes, which
+  are found once for each config and must not be changed."""
 
   config: type
   module: Callable[[Any], Any]
@@ -65,6 +67,7 @@ class Family:
     return LatentSpec(channels=vae.z_channels, stride=vae.stride, patch=dit.patch)
 
 
+@functools.cache
 def _vae_params(config: WanVAEConfig) -> Params:
   step, high, wide = config.stride
 
@@ -74,6 +77,7 @@ def _vae_params(config: WanVAEConfig) -> Params:
   return jax.eval_shape(init)
 
 
+@functools.cache
 def _text_params(config: UMT5Config) -> Params:
   def init() -> Params:
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -82,6 +86,7 @@ def _text_params(config: UMT5Config) -> Params:
   return jax.eval_shape(init)
 
 
+@functools.cache
 def _clip_params(config: CLIPConfig) -> Params:
   def init() -> Params:
     images = jnp.zeros((1, config.image, config.image, 3))

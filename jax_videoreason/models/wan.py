@@ -391,6 +391,7 @@ class WanDiT(nn.Module):
     return jnp.broadcast_to(x[None], (branches, *x.shape))
 
 
+@functools.cache
 def abstract_params(config: WanConfig) -> Params:
   """The parameter tree of a WanDiT as shapes and dtypes; nothing is allocated."""
   c = config

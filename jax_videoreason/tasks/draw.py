@@ -95,16 +95,17 @@ def disc(size: int, centre: Sequence[float], radius: float) -> np.ndarray:
   return dy**2 + dx**2 <= radius**2
 
 
-def ring(
-  size: int, centre: Sequence[float], inside: float, outside: float, turn: float = 1.0
-) -> np.ndarray:
-  """Mask of a ring between two radii; `turn` < 1 is the arc clockwise from the top."""
+def ring(size: int, centre: Sequence[float], inside: float, outside: float) -> np.ndarray:
+  """Mask of a ring between two radii."""
   dy, dx = offsets(size, centre)
   squared = dy**2 + dx**2
-  mask = (squared > inside**2) & (squared <= outside**2)
-  if turn < 1:
-    mask &= np.arctan2(dx, -dy) % (2 * np.pi) < turn * 2 * np.pi
-  return mask
+  return (squared > inside**2) & (squared <= outside**2)
+
+
+def clockwise(size: int, centre: Sequence[float]) -> np.ndarray:
+  """The angle of every pixel's middle round `centre`, clockwise from the top, 0..2 pi."""
+  dy, dx = offsets(size, centre)
+  return np.arctan2(dx, -dy) % (2 * np.pi)
 
 
 def shape(size: int, kind: str, centre: Sequence[float], radius: float) -> np.ndarray:
@@ -128,11 +129,13 @@ def ring_radii(slot: float) -> tuple[float, float]:
 
 def draw_rings(maps: np.ndarray, centres: Sequence[Sequence[float]], slot: float) -> None:
   """White rings that grow clockwise, whole two frames before the end: maps (T size size)."""
-  last = len(maps) - 2
-  for t in range(RING_START, len(maps)):
-    turn = min(1.0, (t - RING_START + 1) / (last - RING_START + 1))
-    for centre in centres:
-      maps[t][ring(maps.shape[-1], centre, *ring_radii(slot), turn)] = WHITE
+  growing = len(maps) - 2 - RING_START + 1
+  for centre in centres:
+    whole = ring(maps.shape[-1], centre, *ring_radii(slot))
+    angle = clockwise(maps.shape[-1], centre)
+    for t in range(RING_START, len(maps)):
+      turn = (t - RING_START + 1) / growing
+      maps[t][whole & (angle < turn * 2 * np.pi) if turn < 1 else whole] = WHITE
 
 
 # --- reading ---

@@ -327,6 +327,7 @@ def test_a_last_frame_is_given_as_diffusers_gives_it(pair, kind):
   np.testing.assert_allclose(cond.known, given[..., 4:], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "solver", "guidance"), CASES)
 def test_every_step_and_the_video(pair, kind, solver, guidance):
   both = pair(kind)

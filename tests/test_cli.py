@@ -789,13 +789,19 @@ def test_a_folder_that_may_not_be_written_is_refused(refuses, sample_words, tmp_
 
 @contextlib.contextmanager
 def files_up_to(size: int):
-  """A file that may not grow fails as a full disk does, in the middle of the writing."""
+  """A file that may not grow fails as a full disk does, in the middle of the writing.
+
+  Programs compiled meanwhile are not kept for other tests: JAX warns of each that it cannot write.
+  """
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
   _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 @pytest.mark.parametrize("limit", [300, 900])

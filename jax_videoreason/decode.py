@@ -20,7 +20,7 @@ from jax_videoreason.axes import Array, Params
 from jax_videoreason.structs import ModelBundle
 from jax_videoreason.tiling import Tiling, join, named, places
 
-PIXELS = 2**17  # pixels of video that are decoded at once; one latent frame of one run at the least
+PIXELS = 2**18  # pixels of video that are decoded at once; one latent frame of one run at the least
 RUNS = "* f h w c"  # leading axes of any number, joined and parted by einops
 ROWS = 2**14  # latent cells per batch of `fit_preview`
 
@@ -108,7 +108,9 @@ def _decoded(
   over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   rows = -(-len(flat) // mesh.size)
   padded = np.concatenate([flat, np.repeat(flat[-1:], rows * mesh.size - len(flat), axis=0)])
-  spread = _in_batches(lambda x: call(jax.device_put(x, over)), padded, mesh.size * min(size, rows))
+  spread = _in_batches(
+    lambda x: call(jax.device_put(x, over)), padded, mesh.size * min(size, rows), of=mesh.size
+  )
   return spread[: len(flat)]
 
 
@@ -287,11 +289,17 @@ def _check_last(bundle: ModelBundle, flat: np.ndarray, last: int | None) -> None
     raise ValueError(f"last={last} of {frames} frames, wanted 1 to {frames}, or None for all.")
 
 
-def _in_batches(fn: Callable[[Array], Array], x: np.ndarray, size: int) -> np.ndarray:
-  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row."""
+def _in_batches(
+  fn: Callable[[Array], Array], x: np.ndarray, size: int, *, of: int = 1
+) -> np.ndarray:
+  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row.
+
+  Batches are multiples of `of`, and down to half of `size` where the last one is fuller so.
+  """
   if not len(x):
     raise ValueError(f"latents hold no run ({x.shape}): give one or more.")
-  size = -(-len(x) // -(-len(x) // size))
+  most = min(size, -(-len(x) // of) * of)
+  size = min(range(most, (most - 1) // 2, -of), key=lambda rows: -len(x) % rows)
   parts = []
   for start in range(0, len(x), size):
     part = x[start : start + size]

@@ -39,6 +39,7 @@ STILL_PIXELS = 64  # of the shorter side of a still, at most
 AGREEMENT = 0.98  # of the answers that the preview and the VAE give
 LOOKED_AT = 5  # steps on which they are compared
 HELD = 2**24  # pixels of video that are held at once to be read
+GROUP = 8  # clips that are read together at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,9 +226,10 @@ def answers_at(bench: Bench, readers: Readers, cases: Sequence[Case], x0: np.nda
 
   def look(where: np.ndarray, show: Callable[..., np.ndarray]) -> None:
     """Reads the clips of `where` (S R bool), of each the frames that its task reads, in groups of
-    one size, the last one filled up."""
+    one size, the last one filled up: in few clips, so with as few as that."""
     chosen = bench.product.chosen
-    size = max(1, min(len(cases), HELD // (chosen.frames * chosen.height * chosen.width)))
+    area = chosen.frames * chosen.height * chosen.width
+    size = max(1, min(len(cases), GROUP, HELD // area))
     for reads in {task.reads for task in own}:
       at = np.argwhere(where & np.array([task.reads == reads for task in own]))
       for low in range(0, len(at), size):

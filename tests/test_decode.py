@@ -68,6 +68,38 @@ def test_leading_axes_are_free_and_batches_change_nothing(bundle, decoding, monk
   assert int(np.abs(alone.astype(int) - whole[1, 2]).max()) <= 1
 
 
+@pytest.mark.parametrize(
+  ("rows", "most", "of", "wanted"),
+  [
+    (32, 7, 1, [4] * 8),  # none is filled up
+    (6, 4, 1, [3] * 2),
+    (11, 4, 1, [4] * 3),
+    (3, 8, 1, [3]),
+    (1, 1, 1, [1]),
+    (12, 8, 4, [4] * 3),  # over 4 devices
+    (8, 8, 4, [8]),
+  ],
+)
+def test_batches_are_equal_and_as_full_as_can_be(decoding, rows, most, of, wanted):
+  sizes = []
+  x = np.arange(rows)[:, None, None, None, None]
+
+  def seen(part):
+    sizes.append(len(part))
+    return part
+
+  assert decoding._in_batches(seen, x, most, of=of).tolist() == x.tolist()
+  assert sizes == wanted
+
+
+def test_batches_over_a_mesh_are_those_of_one_device(bundle, decoding, monkeypatch):
+  z = latents(12)
+  whole = decoding.decode(bundle, z)
+  monkeypatch.setattr(decoding, "PIXELS", 2 * 5 * 4 * 6)  # two runs of each of 4 devices at once
+  spread = decoding.decode(bundle, z, mesh=make_mesh(seed=4))
+  assert int(np.abs(spread.astype(int) - whole).max()) <= 1
+
+
 def test_frames_are_the_video_to_the_nearest_level(bundle, decoding):
   z = latents(2)
   video = jax.jit(lambda b, z: b.parts.vae.apply({"params": b.vae}, z, method="decode"))(bundle, z)

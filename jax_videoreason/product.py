@@ -226,7 +226,7 @@ def answers_at(bench: Bench, readers: Readers, cases: Sequence[Case], x0: np.nda
 
   def look(where: np.ndarray, show: Callable[..., np.ndarray]) -> None:
     """Reads the clips of `where` (S R bool), of each the frames that its task reads, in groups of
-    one size, the last one filled up: in few clips, so with as few as that."""
+    one size, small enough that filling up the last one costs little."""
     chosen = bench.product.chosen
     area = chosen.frames * chosen.height * chosen.width
     size = max(1, min(len(cases), GROUP, HELD // area))

@@ -639,7 +639,7 @@ def test_an_image_tower_that_does_not_belong(i2v, original, refused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("naming", ["original", pytest.param("diffusers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_the_vae_of_48_channels(naming, source, tmp_path):
   """The 5B model: the first frame overwrites latents of 48 channels, sixteen pixels a side."""
   changes = dict(in_channels=48, out_channels=48, image_input="overwrite")

@@ -244,7 +244,6 @@ def test_a_mix_of_runs_that_do_not_divide_is_refused():
 # One guidance branch after the other
 
 
-@pytest.mark.slow
 def test_sequential_guidance_equals_parallel_guidance():
   bundle = bundle_of("concat")
   noise, cond = inputs(2)

@@ -237,7 +237,6 @@ def test_another_config_is_refused_by_its_keys(copy, capsys):
   assert "piece" not in said  # changes no number
 
 
-@pytest.mark.slow
 def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, capsys):
   real, count = product._denoise, []
 

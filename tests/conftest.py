@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 
-# Most of a test's time is compilation, which takes half as long without the passes of LLVM.
+# Most of a test's time is compilation, which is quicker without the passes of LLVM.
 # What XLA_FLAGS says already comes later and so holds.
 os.environ["XLA_FLAGS"] = (
   "--xla_backend_optimization_level=0 "

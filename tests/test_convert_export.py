@@ -44,10 +44,8 @@ def leaves(bundle):
   return {name: tree for name, tree in described["leaves"].items() if name != "preview"}
 
 
-@pytest.mark.parametrize(
-  "which",
-  [pytest.param("mini", marks=pytest.mark.slow), pytest.param("a14b", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["mini", "a14b"])
 def test_there_and_back_changes_no_bit(which, converted, tmp_path):
   bundle = checkpoint.find("mini") if which == "mini" else converted
   given = "mini" if which == "mini" else str(converted)

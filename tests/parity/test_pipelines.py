@@ -39,7 +39,6 @@ CASES = [
   pytest.param(*case, marks=() if case == ALWAYS else pytest.mark.slow)
   for case in itertools.product(KINDS, ("euler", "unipc"), (1.0, 5.0))
 ]
-EACH = [pytest.param(k, marks=() if k == "experts" else pytest.mark.slow) for k in KINDS[:-1]]
 
 
 def drawn(module, scale):
@@ -276,7 +275,7 @@ def reference(pair, solver, guidance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("kind", KINDS[:-1])
 def test_text_and_given_latents(pair, kind):
   """5e-6 was seen for the text encoder, 1e-4 is the project's for a VAE."""
   both = pair(kind)
@@ -327,7 +326,6 @@ def test_a_last_frame_is_given_as_diffusers_gives_it(pair, kind):
   np.testing.assert_allclose(cond.known, given[..., 4:], atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "solver", "guidance"), CASES)
 def test_every_step_and_the_video(pair, kind, solver, guidance):
   both = pair(kind)

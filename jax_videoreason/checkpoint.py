@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Described:
 
   @property
   def experts(self) -> int:
-    return sum(name.startswith("dit_") for name in self.leaves)
+    return _experts(self.leaves)
 
 
 def shipped() -> list[str]:
@@ -131,7 +131,7 @@ def load(
       loaded[name] = place.on_mesh(mesh, dtype, wider)
   tokenizer = described.get("tokenizer") if "text" in names else None
   return ModelBundle(
-    params=tuple(loaded.get(f"dit_{i}") for i in range(_experts(described))),
+    params=tuple(loaded.get(f"dit_{i}") for i in range(_experts(described["parts"]))),
     **{name: loaded.get(name) for name in OTHERS},
     parts=modules,
     card=_card(described, str(_tokenizer(folder, tokenizer, verify)) if tokenizer else ""),
@@ -525,8 +525,8 @@ def _chosen(
   return tuple(name for name in there if name in asked)
 
 
-def _experts(described: Mapping[str, Any]) -> int:
-  return sum(name.startswith("dit_") for name in described["parts"])
+def _experts(parts: Iterable[str]) -> int:
+  return sum(name.startswith("dit_") for name in parts)
 
 
 def _tokenizer(folder: Path, record: Mapping[str, str], verify: bool) -> Path:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 
 def speaks() -> bool:
-  """Whether this process is the one that prints."""
-  return jax.process_index() == 0
+  """Whether this process is the one that prints; alone, it is, and no device is asked for."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def say(text: str) -> None:

@@ -7,19 +7,20 @@ it. Must come before anything asks for a device.
 import itertools
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import GceTpuCluster  # no public name tells a Cloud TPU VM
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason.axes import Array
 
 HEARTBEAT_SECONDS = 20  # without a sign of life from a process, the others end
-SHUTDOWN_SECONDS = 24 * 3600  # so long those that are done wait for the one that writes the report
 NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -46,9 +47,16 @@ def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
       "num_processes": int(count),
       "process_id": int(number),
     }
-  hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
   tasks = environment.get("SLURM_NTASKS", "1")
-  several = len(hosts) > 1 or (tasks.isdigit() and int(tasks) > 1)
+  if tasks.isdigit() and int(tasks) > 1:
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    one_a_node = environment.get("SLURM_STEP_NUM_NODES") == tasks
+    if one_a_node and gpus.isdigit() and not environment.get("JAX_LOCAL_DEVICE_IDS"):
+      # else JAX takes one device for each process
+      return {"local_device_ids": list(range(int(gpus)))}
+    return {}
+  gke = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+  several = "," in gke if gke else GceTpuCluster.is_env_present()
   return {} if several else None
 
 
@@ -59,11 +67,7 @@ def initialize() -> tuple[int, int]:
   """
   arguments = wanted(os.environ)
   if arguments is not None and not jax.distributed.is_initialized():
-    jax.distributed.initialize(
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-      **arguments,
-    )
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     meet("joined")  # connects them while none is ahead, for the reason that `introduce` gives
   return jax.process_index(), jax.process_count()
 
@@ -72,6 +76,16 @@ def meet(place: str) -> None:
   """Returns when every process has come to `place`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(place)
+
+
+def leave(status: int) -> None:
+  """Ends this process, which failed, at once: JAX would have it wait for all others first.
+
+  They end with an error, as where a process dies.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def told(*words: bool) -> list[bool]:

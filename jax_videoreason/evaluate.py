@@ -45,7 +45,6 @@ BATCH = 16  # runs denoised together where the settings do not say
 WATCHED_SEEDS = 4  # seeds of an ambiguous case whose x0 is read at every step
 WATCHED_STEPS = 25  # steps at which it is read
 PIXELS = 1 << 24  # pixels of video that are decoded and held at once
-STRIDE = 10_000  # the seed of case i is i * STRIDE + seed: no two cases share their noise
 TRIES = 50  # indices looked at per case wanted
 FPS = 8
 ASKED, RESULT, TABLE, MANIFEST, PARTS = (
@@ -116,7 +115,7 @@ def evaluate(
   """Evaluates into the folder `out` and returns what result.json says.
 
   Finished tasks of an earlier call that asked the same are kept; a finished folder is only read.
-  chosen: the model and its schedule; seeds of a case i are i * STRIDE + seed.
+  chosen: the model and its schedule; the noise of a case and a seed is `runs.seed_of`.
   advance: told of network evaluations as they are done, of one guidance branch.
 
   Raises:
@@ -128,6 +127,8 @@ def evaluate(
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
       f"--config.height={chosen.width}."
     )
+  for seed in chosen.seeds:
+    runs.seed_of(0, seed)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   out, model = Path(out), checkpoint.find(chosen.checkpoint)
   begin(out, ASKED, describe(chosen, asked, model), owned=OWNED, what="evaluation", redo=redo)
@@ -216,7 +217,7 @@ def measure(
   row = np.concatenate([np.repeat(np.arange(count), seeds), np.arange(count, 2 * count)])
   of_run = [cases[i % count] for i in row]
   own = [s for _ in cases for s in chosen.seeds] + [chosen.seeds[0]] * count
-  numbers = [case.index * STRIDE + s for case, s in zip(of_run, own, strict=True)]
+  numbers = [runs.seed_of(case.index, s) for case, s in zip(of_run, own, strict=True)]
   systems = [scoring.MODEL] * (count * seeds) + [scoring.SHUFFLED] * count
   noise = runs.make_noise(
     numbers,
@@ -400,10 +401,18 @@ def again(out: str | Path) -> dict[str, Any]:
   """Takes the numbers of a finished evaluation anew from its rows, as they are reckoned now.
 
   Nothing is computed by a model; result.json is written where they differ. Returns what it says.
+
+  ValueError: an earlier version wrote it, without something that is now looked at.
   """
   out = Path(out)
   before = read_json(out / RESULT)
-  result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
+  try:
+    result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
+  except KeyError as error:
+    raise ValueError(
+      f"{out} was written by an earlier version and lacks {error}: `videoreason evaluate --redo` "
+      "does it again."
+    ) from error
   if result != before:
     write_json(out / RESULT, result)
   manifest, found = read_json(out / MANIFEST), checksum(out / RESULT)

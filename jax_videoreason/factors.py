@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, evaluate, interventions, plan
+from jax_videoreason import checkpoint, evaluate, interventions, plan, runs
 from jax_videoreason.folders import checksum, plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
@@ -19,6 +19,7 @@ from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES
 from jax_videoreason.tasks import Case, Task
 
+FORMAT = 1  # raised where the same question gets other bits or another layout than before
 UNIT = 32  # runs of a unit where nothing is said
 # of a configuration
 KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")
@@ -83,8 +84,8 @@ def varied(given: Mapping[str, Any]) -> Varied:
   for key in ("cases", "unit"):
     if given[key] is not None and given[key] < 1:
       faults.append(f"{key}={given[key]}, wanted at least 1.")
-  if not given["tasks"]:
-    faults.append("tasks=(), wanted at least one.")
+  if not given["tasks"] or len(set(given["tasks"])) < len(given["tasks"]):
+    faults.append(f"tasks={given['tasks']!r}, wanted at least one, and none twice.")
   if faults:
     raise ValueError("configuration: " + " ".join(faults))
   return Varied(
@@ -177,7 +178,7 @@ class Product:
       settings.pop(name)
     settings["taps"].pop("budget_gb")
     weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
-    own = dataclasses.asdict(self.varied)
+    own = {**dataclasses.asdict(self.varied), "order": list(self.varied.edits), "format": FORMAT}
     for name in ("unit", "mesh"):  # units and width say what the first did
       own.pop(name)
     return plain({**settings, **own, "weights": weights, "units": self.units, "width": self.width})
@@ -201,6 +202,8 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
       f"--config.height={chosen.width}."
     )
+  for seed in chosen.seeds:
+    runs.seed_of(0, seed)
   loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
   cases = []
   for task in loaded.values():

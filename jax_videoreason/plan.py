@@ -136,11 +136,10 @@ def model(name_or_path: str) -> Model:
       for path, record in described.leaves.get(part, {}).items()
     }
 
-  experts = sorted(part for part in described.leaves if part.startswith("dit_"))
   return Model(
     parts=described.modules,
     card=described.card,
-    experts=[leaves(part) for part in experts],
+    experts=[leaves(f"dit_{number}") for number in range(described.experts)],
     text=leaves("text"),
   )
 

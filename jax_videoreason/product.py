@@ -144,7 +144,7 @@ def sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, An
   product, chosen = bench.product, bench.product.chosen
   spec = bench.bundle.card.latents
   noise = runs.make_noise(
-    [product.cases[case].index * evaluate.STRIDE + seed for case, seed in asked],
+    [runs.seed_of(product.cases[case].index, seed) for case, seed in asked],
     (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
@@ -323,32 +323,37 @@ def stills(videos: np.ndarray) -> np.ndarray:
 # All units
 
 
-class _Workshop:
-  """The functions of a sweep's `Work`: models are loaded when the first unit is to be done."""
+def settle(
+  bench: Bench, path: Path, *, first: bool = True, meet: Callable[[str], Any] = lambda place: None
+) -> Readers:
+  """The readers of the whole sweep: chosen once, on the first process, and kept in the file `path`.
 
-  def __init__(self, product: Product, mesh: Mesh | None, settled: Path, *, writes: bool):
-    self.product, self.mesh, self.settled, self.writes = product, mesh, settled, writes
+  What is chosen depends on no unit, so where the file is damaged they are chosen again.
+  """
+  readers = _settled(path) if first else None
+  (known,) = distributed.told(readers is not None)
+  if not known and (first or distributed.spans(bench.mesh)):  # a mesh over all needs all
+    readers = choose_readers(bench)
+    if first:
+      write_json(path, {name: dataclasses.asdict(said) for name, said in readers.items()})
+  meet("settled")
+  if readers is None and (readers := _settled(path)) is None:
+    raise ValueError(
+      f"{path} is not there, and the first process has written it: --out must be one folder for "
+      "all processes."
+    )
+  return readers
 
-  @functools.cached_property
-  def bench(self) -> Bench:
-    return ready(self.product, self.mesh)
 
-  @functools.cached_property
-  def readers(self) -> Readers:
-    """Chosen once for the whole sweep, and remembered beside it."""
-    if self.settled.exists():
-      return {name: Reader(**said) for name, said in read_json(self.settled).items()}
-    chosen = choose_readers(self.bench)
-    if self.writes:
-      write_json(self.settled, {name: dataclasses.asdict(said) for name, said in chosen.items()})
-    return chosen
-
-  def compute(self, unit: int) -> Made:
-    _ = self.readers  # settled before the first unit is done
-    return compute(self.bench, unit)
-
-  def read(self, unit: int, made: Made) -> Part:
-    return read(self.bench, self.readers, unit, made)
+def _settled(path: Path) -> Readers | None:
+  """What an earlier call settled; None where nothing can be read, and what is damaged is noted."""
+  if not path.exists():
+    return None
+  try:
+    return {name: Reader(**said) for name, said in read_json(path).items()}
+  except (ValueError, TypeError, AttributeError):
+    sweep.note(path.parent, f"{path.name} is damaged; answers are read as chosen again")
+    return None
 
 
 def perform(
@@ -369,40 +374,43 @@ def perform(
   processes, the units too. meet: returns when every process has come to that place.
 
   Raises:
-    ValueError: the folder is held by another sweep, or holds something else.
+    ValueError: the folder is held by another sweep, or holds something else; units are lacking when
+      all processes are done.
     OSError: the disk refuses; the same command goes on.
   """
   out, (number, count) = Path(out), process
-  shop = _Workshop(product, mesh, out / sweep.SETTLED, writes=number == 0)
   used = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
-  work = Work(
-    units=product.units,
-    width=product.width,
-    compute=shop.compute,
-    read=shop.read,
-    devices={"kind": used[0].device_kind, "count": len(used)},
-  )
   _, own = shares(product.units, process, mesh)
 
   def do() -> None:
-    left: list[int] = []
-    if count > 1:
-      found = sweep.faults(out, range(work.units), work.width) if number == 0 else {}
-      marks = distributed.told(*(unit in found for unit in range(work.units)))
-      left = [unit for unit, mark in enumerate(marks) if mark]
+    everything = range(product.units)
+    found = sweep.faults(out, everything, product.width) if number == 0 else {}
+    marks = distributed.told(*(unit in found for unit in everything))
+    left = [unit for unit in everything if marks[unit]]
+    mine = [unit for unit in left if unit in own]
+    if number > 0:
+      found = sweep.faults(out, mine, product.width)
     meet("looked")  # before the first one writes
-    if left:
-      _ = shop.bench  # processes load together, also those that have nothing left to do
-    if number == 0 or not distributed.spans(mesh):
-      sweep.carry_out(out, work, mine=own.__contains__, advance=advance)
+    if not left:
       return
-    for unit in left:  # no device of the mesh may be missing where the first one computes
-      _ = shop.compute(unit)
+    bench = ready(product, mesh)  # processes load together, also those with nothing left to do
+    readers = settle(bench, out / sweep.SETTLED, first=number == 0, meet=meet)
+    if number > 0 and distributed.spans(mesh):
+      for unit in left:  # no device of the mesh may be missing where the first one computes
+        compute(bench, unit)
+      return
+    work = Work(
+      units=product.units,
+      width=product.width,
+      compute=functools.partial(compute, bench),
+      read=functools.partial(read, bench, readers),
+      devices={"kind": used[0].device_kind, "count": len(used)},
+    )
+    sweep.carry_out(out, work, {unit: found.get(unit, "") for unit in mine}, advance=advance)
 
   def finish() -> None:
     sweep.finish(
       out,
-      work,
       config=dataclasses.asdict(product.chosen),
       varied=dataclasses.asdict(product.varied),
       command=command,

@@ -18,12 +18,26 @@ from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Tra
 from jax_videoreason.taps import TapSpec, step_slots
 
 ROOT = 0
+STRIDE = 10_000  # seeds of a case
 AFTER_ANOTHER = ("text", "injected")  # fields whose R axis is the second; else it is the first
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
 OnPiece = Callable[[Trace, slice, slice], None]
 # Brings the params of a bundle in which the expert of this number is loaded and no other.
 OneExpert = Callable[[int], tuple[Params | None, ...]]
+
+
+def seed_of(index: int, seed: int) -> int:
+  """The number of the noise of a case and a seed: no two cases share one, whatever their seeds.
+
+  ValueError: a seed that would be another case's.
+  """
+  if not 0 <= seed < STRIDE:
+    raise ValueError(
+      f"seed {seed}, wanted one in 0..{STRIDE - 1}: the noise of case i and seed s is number i * "
+      f"{STRIDE} + s, and no two cases may share one."
+    )
+  return index * STRIDE + seed
 
 
 def make_noise(

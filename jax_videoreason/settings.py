@@ -199,7 +199,10 @@ def _reduction(value: Any) -> str:
 
 def _seeds(value: Any) -> tuple[int, ...]:
   if isinstance(value, list | tuple):
-    return _tuple_of(_whole(0), least=1)(value)
+    seeds = _tuple_of(_whole(0), least=1)(value)
+    if len(set(seeds)) < len(seeds):
+      raise ValueError("different numbers: a seed twice is one run twice")
+    return seeds
   return tuple(range(_whole(1)(value)))
 
 

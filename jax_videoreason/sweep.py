@@ -1,15 +1,16 @@
 """A sweep on disk: work units fixed at the start, each whole or not there, resumed after any stop.
 
     sweep.json         what was asked, written first: a call that asks the same goes on here
-    lock               held, while it lives, by the process that works here
-    reader.json        how answers are read from x0, settled on the first unit
+    lock               held by the process that works here, while it lives
+    reader.json        how answers are read from x0, settled before the first unit
     units/00003.json   a finished unit: a row per run, the names of its arrays, seconds, devices
     results.zarr/      arrays with an axis `run`, one chunk per unit
     events.jsonl       what was done again, and why
     table.parquet      a row per run    manifest.json    both written last
 
 A unit is a number of consecutive runs. What it computes is a function that is given; its arrays
-are written before its row file, so a unit with a row file is whole. No time of day is read.
+are written before its row file, so a unit with a row file is whole. No decision depends on the time
+of day.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ import fcntl
 import importlib
 import importlib.util
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +32,6 @@ from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
   PART,
-  damaged,
   differences,
   disk,
   plain,
@@ -52,6 +53,7 @@ ASKED, SETTLED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
 )
 OWNED = (ASKED, SETTLED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
 RUN = "run"
+PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
 Row = dict[str, Any]
 Advance = Callable[[int], Any]
@@ -119,23 +121,47 @@ def share(
 def held(folder: str | Path) -> Iterator[None]:
   """Holds the folder, which is made where it is lacking; a dead process holds nothing.
 
-  ValueError: another command works in it.
+  ValueError: another command works in it. OSError: it can't be made, or not be held.
   """
   folder = Path(folder)
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
   with disk(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a")
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+  until = time.monotonic() + PATIENCE
+  while (file := _hold(folder)) is None:
+    if time.monotonic() > until:
       raise ValueError(
         f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep --status` "
         "says how far it is), or choose another --out."
-      ) from error
-    yield
+      )
+    time.sleep(PATIENCE / 10)
+  with file:
+    try:
+      yield
+    finally:
+      (folder / LOCK).unlink(missing_ok=True)
+
+
+def _hold(folder: Path) -> IO[str] | None:
+  """The lock file, held; None where another holds it, or who held it has just removed it."""
+  path = folder / LOCK
+  with disk(folder):
+    file = path.open("a")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+      return file
+  except (BlockingIOError, FileNotFoundError):
+    pass
+  except OSError as error:
+    file.close()
+    raise OSError(
+      f"{folder} can't be held for one command alone ({error.strerror}): choose an --out on a file "
+      "system that has locks."
+    ) from error
+  file.close()
+  return None
 
 
 def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -> None:
@@ -152,8 +178,7 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
         remove(folder / name)
       there = []
   if ASKED in there:
-    before = read_json(folder / ASKED)
-    other = list(differences(before, asked))
+    other = list(differences(_asked(folder), asked))
     if other:
       raise ValueError(
         f"{folder} holds another sweep ({'; '.join(other)}): choose another --out, or give --redo "
@@ -165,42 +190,37 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
       "what a sweep wrote there."
     )
   with _kept(folder):
+    if ASKED not in there:
+      write_json(folder / ASKED, asked)
     (folder / UNITS).mkdir(exist_ok=True)
     for left in [*folder.glob(f"{PART}*"), *(folder / UNITS).glob(f"{PART}*")]:
       remove(left)
-  if ASKED not in there:
-    with _kept(folder):
-      write_json(folder / ASKED, asked)
-  elif (folder / ARRAYS).exists():
+  if (folder / ARRAYS).exists():
     try:
       arrays.open_group(folder / ARRAYS)
     except ValueError as error:  # without the description of an array no chunk of it can be read
-      _note(folder, None, f"{error} All units are done again.")
+      note(folder, f"{error} All units are done again.")
       remove(folder / ARRAYS)
 
 
 def carry_out(
   folder: str | Path,
   work: Work,
+  left: Mapping[int, str],
   *,
-  mine: Callable[[int], bool] = lambda unit: True,
   advance: Advance = lambda runs: None,
 ) -> None:
-  """Does the units that are not whole, in order. mine: those of this process.
+  """Does the units that are left, in order; where one was damaged, an event says so.
 
-  A unit whose row file or a chunk of which is damaged is done again, and an event says so.
-  advance: told of runs as they are done.
+  left: unit -> what is wrong, as `faults` says it. advance: told of runs as they are done.
 
   OSError: the disk refuses; what is done stays.
   """
   folder = Path(folder)
-  own = [unit for unit in range(work.units) if mine(unit)]
-  found = faults(folder, own, work.width)
-  left = [unit for unit in own if unit in found]
-  for unit in left:
-    if said := found[unit]:
+  for unit, said in left.items():
+    if said:
       remove(folder / MANIFEST)
-      _note(folder, unit, f"{said}; done again")
+      note(folder, f"{said}; done again", unit)
       remove(_path(folder, unit))
   busy: Future[None] | None = None
   # what was handed to the reader is written also when the next unit is interrupted
@@ -230,45 +250,59 @@ def _keep(folder: Path, work: Work, unit: int, made: Any, seconds: float, advanc
       where = tuple(runs if i == at else slice(None) for i in range(len(size)))
       whole = [work.units * work.width if i == at else n for i, n in enumerate(size)]
       arrays.put(folder / ARRAYS, name, axes, value, shape=whole, where=where, chunk=size)
-    for note in part.notes:
-      _note(folder, unit, note)
-    said = {
+    for said in part.notes:
+      note(folder, said, unit)
+    found = {
       "unit": unit,
       "rows": part.rows,
       "arrays": sorted(part.arrays),
       "seconds": {"compute": seconds, "read": time.monotonic() - began},
       "devices": work.devices,
     }
-    write_json(_path(folder, unit), plain(said))
+    write_json(_path(folder, unit), plain(found))
   advance(work.width)
 
 
-def finish(folder: str | Path, work: Work, **manifest: Any) -> list[int]:
-  """Writes table and manifest of a sweep whose units are all whole, and returns those that are not.
+def finish(folder: str | Path, **manifest: Any) -> None:
+  """Writes table and manifest of a sweep, unless they are there; all units must be whole.
 
   manifest: as `store.write_manifest` takes it.
+
+  ValueError: units are lacking or damaged; it names them.
   """
   folder = Path(folder)
-  parts = {unit: _read_unit(folder, unit, work.width) for unit in range(work.units)}
-  lacking = [unit for unit, part in parts.items() if isinstance(part, str)]
-  if not lacking and not (folder / MANIFEST).exists():
-    rows = [row for part in parts.values() if not isinstance(part, str) for row in part["rows"]]
-    with _kept(folder):
-      tables.write(folder / TABLE, rows)
-      store.write_manifest(
-        folder,
-        units=work.units,
-        width=work.width,
-        layouts=sorted(
-          {json.dumps(p["devices"]) for p in parts.values() if not isinstance(p, str)}
-        ),
-        **manifest,
-      )
-  return lacking
+  asked = _asked(folder)
+  list((folder / UNITS).iterdir())  # has a network file system look for what others just wrote
+  found = {unit: _read_unit(folder, unit, asked["width"]) for unit in range(asked["units"])}
+  parts = [part for part in found.values() if not isinstance(part, str)]
+  lacking = [str(unit) for unit, part in found.items() if isinstance(part, str)]
+  if lacking:
+    raise ValueError(
+      f"{folder} is not whole (of its units, {', '.join(lacking)} lacking or damaged): the same "
+      "command goes on."
+    )
+  if (folder / MANIFEST).exists():
+    try:
+      read_json(folder / MANIFEST)
+      tables.read(folder / TABLE)
+      return
+    except ValueError as error:
+      note(folder, f"{str(error).partition(':')[0]}; written again")
+  with _kept(folder):
+    remove(folder / MANIFEST)
+    tables.write(folder / TABLE, [row for part in parts for row in part["rows"]])
+    store.write_manifest(
+      folder,
+      units=asked["units"],
+      width=asked["width"],
+      layouts=sorted({json.dumps(part["devices"]) for part in parts}),
+      **manifest,
+    )
 
 
-def faults(folder: Path, units: Sequence[int], width: int) -> dict[int, str]:
-  """The units that are not whole, and what is wrong with them; "" = nothing is there."""
+def faults(folder: str | Path, units: Iterable[int], width: int) -> dict[int, str]:
+  """Those of some units that are not whole, and what is wrong with them; "" = nothing is there."""
+  folder = Path(folder)
   root = folder / ARRAYS
   said: dict[int, str] = {}
   found = arrays.open_group(root) if root.exists() else {}
@@ -308,9 +342,16 @@ def _path(folder: Path, unit: int) -> Path:
   return folder / UNITS / f"{unit:05}.json"
 
 
-def _note(folder: Path, unit: int | None, said: str) -> None:
-  with _kept(folder), (folder / EVENTS).open("a", encoding="utf-8") as file:
-    file.write(json.dumps({"unit": unit, "event": said}) + "\n")
+def note(folder: str | Path, said: str, unit: int | None = None) -> None:
+  """Keeps what happened, to a unit or to the whole sweep, as an event."""
+  path = Path(folder) / EVENTS
+  line = json.dumps({"unit": unit, "event": said}) + "\n"
+  with _kept(Path(folder)), path.open("ab+") as file:
+    if file.tell():
+      file.seek(-1, os.SEEK_END)
+      if file.read(1) != b"\n":  # the one before was cut short
+        line = "\n" + line
+    file.write(line.encode())
 
 
 @contextlib.contextmanager
@@ -371,13 +412,13 @@ def status(folder: str | Path) -> Status:
 
 def _is_held(folder: Path) -> bool:
   """Whether a process works in the folder, which need not be writable."""
-  if not (folder / LOCK).exists():
-    return False
-  with (folder / LOCK).open() as file:
-    try:
+  try:
+    with (folder / LOCK).open() as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return True
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
   return False
 
 
@@ -458,15 +499,26 @@ def open_sweep(folder: str | Path) -> Sweep:
 def _asked(folder: Path) -> dict[str, Any]:
   if not (folder / ASKED).is_file():
     raise ValueError(f"{folder} has no {ASKED}, so it is no sweep: give the --out of a sweep.")
-  return read_json(folder / ASKED)
+  asked = read_json(folder / ASKED)
+  if not isinstance(asked, dict) or not all(
+    isinstance(asked.get(key), int) for key in ("units", "width")
+  ):
+    raise ValueError(
+      f"{folder / ASKED} is damaged, so nobody knows what was asked here: choose another --out, or "
+      "give --redo to do it again."
+    )
+  return asked
 
 
 def _events(folder: Path) -> list[Row]:
   path = folder / EVENTS
   if not path.exists():
     return []
-  text = path.read_text(encoding="utf-8")
-  try:  # a line that was cut short is no event
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-  except ValueError as error:
-    raise damaged(path) from error
+  found = []
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+      event = json.loads(line)
+      found.append({"unit": event["unit"], "event": event["event"]})
+    except (ValueError, KeyError, TypeError):
+      found.append({"unit": None, "event": f"a line of {EVENTS} is damaged"})
+  return found

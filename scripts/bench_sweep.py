@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from bench_denoise import BARE, ask, pairs, say
 
-from jax_videoreason import baselines, cli, evaluate, factors, product, runs, settings, sweep
+from jax_videoreason import baselines, cli, factors, product, runs, settings, sweep
 from jax_videoreason.decode import decode
 from jax_videoreason.folders import read_json
 
@@ -51,7 +51,7 @@ def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> None:
   of, spec = bench.product, bench.bundle.card.latents
   chosen = of.chosen
   noise = runs.make_noise(
-    [of.cases[case].index * evaluate.STRIDE + seed for case, seed in asked],
+    [runs.seed_of(of.cases[case].index, seed) for case, seed in asked],
     (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))

@@ -1,14 +1,17 @@
 """Which processes belong together, as the environment says it, and one model over two of them."""
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import helpers
 from jax_videoreason import cli, distributed, media, open_run, store, tasks
 from jax_videoreason.cli import sample
 from jax_videoreason.structs import Trace
@@ -37,10 +40,29 @@ def test_the_three_names_say_it_all():
 
 
 @pytest.mark.parametrize(
-  "environment", [{"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, {"SLURM_NTASKS": "2"}]
+  "environment",
+  [
+    {"TPU_WORKER_HOSTNAMES": "a,b,c,d"},
+    {"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"},
+    {"SLURM_NTASKS": "2"},
+    {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+  ],
 )
-def test_jax_finds_them_on_cloud_tpu_and_slurm(environment):
+def test_jax_finds_them_on_gke_and_slurm(environment):
   assert distributed.wanted(environment) == {}
+
+
+def test_jax_finds_them_on_a_cloud_tpu_vm(monkeypatch):
+  assert distributed.wanted({}) is None
+  monkeypatch.setattr(distributed.GceTpuCluster, "is_env_present", lambda: True)
+  assert distributed.wanted({}) == {}
+  assert distributed.wanted({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+
+
+def test_one_process_of_a_slurm_node_takes_all_its_gpus():
+  node = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+  assert distributed.wanted(node) == {"local_device_ids": [0, 1, 2, 3]}
+  assert distributed.wanted({**node, "JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -94,21 +116,34 @@ def test_processes_write_one_trace_by_their_shares(tmp_path):
     np.testing.assert_array_equal(stored[:], wanted)
 
 
-def free_port() -> int:
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    return found.getsockname()[1]
+def named(number: int, port: int) -> dict[str, str]:
+  return {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": str(number),
+  }
 
 
-def host(number: int, port: int, words: list[str]) -> subprocess.Popen:
+def slurm(number: int, port: int) -> dict[str, str]:
+  """What srun sets for one of two tasks on two nodes."""
+  return {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": str(number),
+    "SLURM_LOCALID": "0",
+    "JAX_COORDINATOR_PORT": str(port),  # else it follows from the job
+  }
+
+
+def host(said: dict[str, str], words: list[str]) -> subprocess.Popen:
   """One of two processes with two devices each, which stand in for two hosts."""
   environment = {
     **os.environ,
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "JAX_PLATFORMS": "cpu",
-    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    "JAX_NUM_PROCESSES": "2",
-    "JAX_PROCESS_ID": str(number),
+    **said,
   }
   command = [sys.executable, "-m", "jax_videoreason", *words]
   return subprocess.Popen(
@@ -116,19 +151,25 @@ def host(number: int, port: int, words: list[str]) -> subprocess.Popen:
   )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("mesh", "route"), [("fsdp=2,context=2", "gather"), ("seed=2,context=2", "ring")]
-)
-def test_one_model_over_two_processes_equals_one_process(mesh, route, tmp_path):
+def question(folder: Path) -> list[str]:
+  """The words that ask about a maze, of which the first frame is written there."""
   values = cli.load_config("mini")
   task = tasks.load("maze", size=values.height, frames=values.frames)
-  media.write_png(tmp_path / "first.png", task.generate("id", 0).first_frame)
-  words = ["sample", "--config=mini:steps=3,piece=2,seeds=2", "--prompt=go"]
-  words += [f"--image={tmp_path / 'first.png'}", "--config.taps.sites=('attn_out',)"]
-  port, out = free_port(), tmp_path / "two"
+  media.write_png(folder / "first.png", task.generate("id", 0).first_frame)
+  return ["--prompt=go", f"--image={folder / 'first.png'}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("mesh", "route", "found"),
+  [("fsdp=2,context=2", "gather", named), ("seed=2,context=2", "ring", slurm)],
+)
+def test_one_model_over_two_processes_equals_one_process(mesh, route, found, tmp_path):
+  words = ["sample", "--config=mini:steps=3,piece=2,seeds=2", "--config.taps.sites=('attn_out',)"]
+  words += question(tmp_path)
+  port, out = helpers.free_port(), tmp_path / "two"
   ours = [*words, f"--mesh={mesh}", f"--route={route}", f"--out={out}"]
-  both = [host(number, port, ours) for number in range(2)]
+  both = [host(found(number, port), ours) for number in range(2)]
   said = [process.communicate(timeout=900) for process in both]
   assert [process.returncode for process in both] == [0, 0], said
   assert "report" in said[0][0]
@@ -144,3 +185,31 @@ def test_one_model_over_two_processes_equals_one_process(mesh, route, tmp_path):
     np.testing.assert_allclose(getattr(two, name)[:], getattr(one, name)[:], atol=1e-5)
   stored, wanted = (run.taps["attn_out/norm"][:] for run in (two, one))
   np.testing.assert_allclose(stored, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["out", "interrupt"])
+def test_where_one_process_fails_all_end_soon_and_it_says_why(fault, tmp_path):
+  out = tmp_path / "out"
+  words = ["sample", "--config=mini:steps=400", "--mesh=fsdp=2,context=2", f"--out={out}"]
+  words += question(tmp_path)
+  out.mkdir()
+  if fault == "out":
+    (out / "mine.txt").touch()  # the first process alone looks at the folder
+  port = helpers.free_port()
+  both = [host(named(number, port), words) for number in range(2)]
+  if fault == "interrupt":
+    while not list(out.rglob("zarr.json")):
+      assert both[0].poll() is None, both[0].communicate()
+      time.sleep(0.1)
+    both[0].send_signal(signal.SIGINT)
+  first = both[0].communicate(timeout=120)
+  began = time.monotonic()
+  second = both[1].communicate(timeout=120)
+  assert time.monotonic() - began < 60
+  wanted = {"out": (2, "is not empty (it has mine.txt)"), "interrupt": (130, "interrupted.")}[fault]
+  assert both[0].returncode == wanted[0], first
+  assert wanted[1] in first[1]
+  assert both[1].returncode != 0
+  assert "leader task" in second[1] or "died" in second[1], second
+  assert [path.name for path in out.iterdir()] == (["mine.txt"] if fault == "out" else [])

@@ -401,6 +401,18 @@ def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   assert again == manifest
 
 
+def test_rows_of_an_earlier_version_are_told_from_ours(copy, capsys):
+  path = copy / "tasks" / "pick" / "task.json"
+  part = json.loads(path.read_text())
+  del part["watched"]["truth"]
+  path.write_text(json.dumps(part))
+  assert cli.main(["report", str(copy)]) == 2
+  said = capsys.readouterr().err
+  assert (
+    "was written by an earlier version and lacks 'truth': `videoreason evaluate --redo`" in said
+  )
+
+
 def test_candidates_fall_from_k_to_one():
   watched = {
     "case": [0, 0, 1, 1],

@@ -24,7 +24,6 @@ from jax_videoreason import (
   cli,
   conditioning,
   distributed,
-  evaluate,
   factors,
   gallery,
   open_sweep,
@@ -113,7 +112,7 @@ def test_a_run_is_what_the_sampler_and_the_task_make_of_it_alone(done):
     whole, [case.prompt], case.first_frame[None], frames=17, negative_prompt=""
   )
   grid = (*whole.card.latents.grid(17, 32, 32), 16)
-  noise = runs.make_noise([case.index * evaluate.STRIDE + row["seed"]], grid)
+  noise = runs.make_noise([runs.seed_of(case.index, row["seed"])], grid)
   schedule: Schedule = prepare.schedule(of.chosen, whole)
   final = runs.run(whole, noise, cond, schedule)
   # another batch size, another order of the sums
@@ -143,6 +142,24 @@ def test_how_answers_of_a_task_are_read_is_settled_once(done):
   for row in open_sweep(done).rows:
     assert row["read_by"] == said[row["task"]]["by"]
     assert said[row["task"]]["agreement"] >= product.AGREEMENT
+
+
+def test_a_damaged_choice_of_readers_is_made_again_and_noted(copy, capsys):
+  before = json.loads((copy / "reader.json").read_text())
+  table = (copy / "table.parquet").read_bytes()
+  (copy / "units" / "00001.json").unlink()
+  (copy / "reader.json").write_text('{"pick": ')
+  assert call(copy) == 0
+  assert json.loads((copy / "reader.json").read_text()) == before
+  assert (copy / "table.parquet").read_bytes() == table
+  assert "reader.json is damaged; answers are read as chosen again" in capsys.readouterr().out
+
+
+def test_processes_that_share_no_folder_are_told(tmp_path):
+  nothing: Any = None
+  bench = product.Bench(product=made(), bundle=nothing, cond=nothing, schedule=nothing, mesh=None)
+  with pytest.raises(ValueError, match=r"--out must be one folder for all processes"):
+    product.settle(bench, tmp_path / "reader.json", first=False)
 
 
 def test_each_task_gets_the_quickest_reader_that_says_what_the_vae_says():
@@ -237,6 +254,15 @@ def test_another_config_is_refused_by_its_keys(copy, capsys):
   assert "piece" not in said  # changes no number
 
 
+def test_what_decides_which_run_is_which_is_asked(copy, capsys):
+  a, b = {"edit": "none"}, {"edit": "ensemble_runs", "what": "out"}
+  assert made({"a": a, "b": b}).asked() != made({"b": b, "a": a}).asked()
+  asked = json.loads((copy / "sweep.json").read_text())
+  (copy / "sweep.json").write_text(json.dumps({**asked, "format": 0}))
+  assert call(copy) == 2
+  assert f"format=0 there and {factors.FORMAT} here" in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, capsys):
   real, count = product._denoise, []
 
@@ -244,9 +270,9 @@ def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, 
     found = real(bench, unit)
     if unit == 1:
       count.append(unit)
-      finite = found.finite.copy()
-      finite[1:, 2] = False
-      return dataclasses.replace(found, finite=finite)
+      finite, x0, final = found.finite.copy(), found.x0.copy(), found.final.copy()
+      finite[1:, 2], x0[1:, 2], final[2] = False, np.nan, np.nan
+      return dataclasses.replace(found, finite=finite, x0=x0, final=final)
     return found
 
   monkeypatch.setattr(product, "_denoise", broken)
@@ -256,6 +282,7 @@ def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, 
   assert [row["broken_at"] for row in rows] == [None] * 6 + [1, None]
   assert rows[6]["answer"] is None
   assert rows[6]["answers"] == [None] * STEPS
+  assert np.isnan(open_sweep(tmp_path / "nan").of("final_latents", 6)).all()
   assert "run 6 (tree_reach heldout" in capsys.readouterr().out
   assert "1 runs are not finite" in (tmp_path / "nan" / "report.html").read_text()
 
@@ -288,6 +315,16 @@ def test_faults_of_a_sweep_are_told_at_once():
   assert "edits.b: ablate takes no 'gain'; it takes: sites, gate, steps, layers." in said
   assert "split='test', wanted one of id, ood, heldout" in said
   assert "cases=0, wanted at least 1" in said
+
+
+def test_nothing_is_multiplied_twice():
+  with pytest.raises(ValueError, match=r"tasks=\('pick', 'pick'\), wanted at least one, and none"):
+    made(tasks=("pick", "pick"))
+  with pytest.raises(ValueError, match=r"seeds=\(0, 3, 0\), wanted different numbers"):
+    made(seeds=(0, 3, 0))
+  assert made(seeds=(0, runs.STRIDE - 1)).width == 4
+  with pytest.raises(ValueError, match=r"seed 10000, wanted one in 0\.\.9999: the noise of case i"):
+    made(seeds=(0, runs.STRIDE))
 
 
 BAD_EDITS = {
@@ -364,6 +401,15 @@ def test_the_shipped_sweeps_are_what_they_say():
     "guess",
     "latents",
   }
+
+
+def test_looking_at_a_sweep_asks_for_no_device(done, monkeypatch, capsys):
+  def started() -> int:
+    raise AssertionError("an accelerator that a sweep may be using was asked for")
+
+  monkeypatch.setattr(jax, "process_index", started)
+  assert cli.main(["sweep", "--status", str(done)]) == 0
+  assert "finished, 2 of 2 units" in capsys.readouterr().out
 
 
 # Faults of the real command

@@ -1,6 +1,8 @@
 """A sweep on disk: nothing is lost and nothing doubled, whatever happens to the process."""
 
 import contextlib
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -9,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from jax_videoreason.sweep import Part, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS, WIDTH = 6, 4
+MANIFEST = {"config": {}, "command": ["me"], "device": "cpu"}
 ASKED = {"steps": 5, "edits": {"none": {"edit": "none"}}, "units": UNITS, "width": WIDTH}
 
 
@@ -62,8 +66,8 @@ def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) ->
   counted = Work(units=UNITS, width=WIDTH, compute=compute, read=made.read)
   with sweep.held(folder):
     sweep.begin(folder, asked, **options)
-    sweep.carry_out(folder, counted)
-    assert sweep.finish(folder, counted, config={}, command=["me"], device="cpu") == []
+    sweep.carry_out(folder, counted, sweep.faults(folder, range(UNITS), WIDTH))
+    sweep.finish(folder, **MANIFEST)
   return done
 
 
@@ -265,6 +269,58 @@ def test_a_lost_description_of_an_array_costs_all_units(whole):
   assert "All units are done again" in sweep.status(whole).events[0]["event"]
 
 
+@pytest.mark.parametrize("name", ["table.parquet", "manifest.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])
+def test_what_was_written_last_is_written_again_from_the_units(whole, name, damage):
+  before = table(whole)
+  damage(whole / name)
+  assert carry_out(whole) == []
+  assert table(whole) == before
+  assert open_sweep(whole).finished
+
+
+def test_a_line_of_the_events_that_was_cut_short_stops_nothing(whole):
+  sweep.note(whole, "the first", 3)
+  with (whole / "events.jsonl").open("a") as file:
+    file.write('{"unit": 2, "eve')
+  (whole / "units" / "00004.json").unlink()
+  (whole / "units" / "00001.json").write_text("{")
+  assert carry_out(whole) == [1, 4]
+  assert open_sweep(whole).events == sweep.status(whole).events
+  assert sweep.status(whole).events == [
+    {"unit": 3, "event": "the first"},
+    {"unit": None, "event": "a line of events.jsonl is damaged"},
+    {"unit": 1, "event": "00001.json is damaged; done again"},
+  ]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"units": 6, "width": "4"}', "{"])
+def test_what_was_asked_is_never_guessed(whole, text):
+  before = table(whole)
+  (whole / "sweep.json").write_text(text)
+  for look in (sweep.status, open_sweep, carry_out):
+    with pytest.raises(ValueError, match=r"sweep\.json is (missing or )?damaged"):
+      look(whole)
+  assert table(whole) == before
+  assert carry_out(whole, redo=True) == list(range(UNITS))
+
+
+def test_stopped_before_its_first_folder_it_goes_on(whole, tmp_path, monkeypatch):
+  made, real = tmp_path / "early", Path.mkdir
+
+  def stopped(path, *arguments, **options):
+    if path.name == "units":
+      raise KeyboardInterrupt
+    real(path, *arguments, **options)
+
+  monkeypatch.setattr(Path, "mkdir", stopped)
+  with pytest.raises(KeyboardInterrupt):
+    carry_out(made)
+  monkeypatch.undo()
+  assert carry_out(made) == list(range(UNITS))
+  the_same(made, whole)
+
+
 def test_a_disk_without_room_stops_it_and_the_rest_comes_later(whole, tmp_path):
   def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
@@ -297,6 +353,40 @@ def test_the_second_of_two_sweeps_in_one_folder_is_refused(whole, tmp_path):
   the_same(folder, whole)
 
 
+def test_who_looks_keeps_nobody_out(whole):
+  (whole / "lock").touch()
+  with (whole / "lock").open() as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+    assert carry_out(whole) == []
+
+
+def test_a_lock_that_is_removed_while_it_is_opened_holds_nothing(tmp_path, monkeypatch):
+  real, calls = fcntl.flock, []
+
+  def flock(*arguments):
+    if not calls:
+      (tmp_path / "lock").unlink()  # who held it ends just now
+    calls.append(arguments)
+    real(*arguments)
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with sweep.held(tmp_path):
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="another command works in"), sweep.held(tmp_path):
+      pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  said = rf"{tmp_path} can't be held .*\(No locks available\): choose an --out on a file system"
+  with pytest.raises(OSError, match=said):
+    carry_out(tmp_path)
+
+
 def test_another_config_is_refused_and_the_keys_are_named(whole):
   other = {**ASKED, "steps": 10, "edits": {"none": {"edit": "none"}, "more": {"edit": "ablate"}}}
   with pytest.raises(ValueError) as refused:
@@ -314,6 +404,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     carry_out(tmp_path)
   with pytest.raises(ValueError, match="is a file, wanted a folder"):
     carry_out(tmp_path / "mine.txt")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]
   carry_out(tmp_path, redo=True)
   assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -349,7 +440,6 @@ def test_status_says_how_far_it_is(tmp_path):
 
 
 def test_looking_writes_nothing(whole):
-  (whole / "lock").unlink()
   before = sorted(whole.rglob("*"))
   assert not sweep.status(whole).working
   assert open_sweep(whole).finished
@@ -360,8 +450,9 @@ def test_units_are_shared_between_processes(whole, tmp_path):
   folder = tmp_path / "two"
   with sweep.held(folder):
     sweep.begin(folder, ASKED)
-    sweep.carry_out(folder, work(), mine=lambda unit: unit % 2 == 0)
-    assert sweep.finish(folder, work(), config={}, command=[], device="cpu") == [1, 3, 5]
-    sweep.carry_out(folder, work(), mine=lambda unit: unit % 2 == 1)
-    assert sweep.finish(folder, work(), config={}, command=[], device="cpu") == []
+    sweep.carry_out(folder, work(), dict.fromkeys((0, 2, 4), ""))
+    with pytest.raises(ValueError, match=r"is not whole \(of its units, 1, 3, 5 lacking"):
+      sweep.finish(folder, **MANIFEST)
+    sweep.carry_out(folder, work(), dict.fromkeys((1, 3, 5), ""))
+    sweep.finish(folder, **MANIFEST)
   the_same(folder, whole)

@@ -30,6 +30,7 @@ COMMANDS = {
   "report": "draws the report of a run folder again",
   "tasks": "writes cases of the tasks in the benchmark's folder layout",
 }
+FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 CONFIG = "config"
@@ -41,15 +42,36 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command and returns the exit status: 0, 2 for bad input (one sentence), 130."""
+  """Runs one command and returns the exit status: 0, 2 for bad input (one sentence), 130.
+
+  Of several processes, those that are done wait for the others; one that fails ends at once, and so
+  ends them.
+  """
   words = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in words
   words = [word for word in words if word != "--debug"]
   try:
+    status = _attempt(words, debug=debug)
+  except Exception:
+    if not _others():
+      raise
+    traceback.print_exc()
+    status = FAULT
+  if status and (others := _others()):
+    others.leave(status)
+  return status
+
+
+def _attempt(words: list[str], *, debug: bool) -> int:
+  try:
     with warnings.catch_warnings():
       warnings.simplefilter("always", UserWarning)
       warnings.showwarning = _warn
-      return _dispatch(words)
+      status = _dispatch(words)
+      # else those that are done first take the one that writes a report for dead
+      if status == 0 and (others := _others()):
+        others.meet("ended")
+      return status
   except KeyboardInterrupt:
     print("videoreason: interrupted.", file=sys.stderr)
     return INTERRUPTED
@@ -63,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       traceback.print_exc()
     print(f"videoreason: {_sentence(error)}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _others() -> Any:
+  """`distributed` where this is one of several processes, else None; imports nothing for that."""
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
+    return None
+  return importlib.import_module("jax_videoreason.distributed")
 
 
 def _warn(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:

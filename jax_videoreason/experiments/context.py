@@ -28,8 +28,6 @@ from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle, Nois
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Case, Task
 
-STRIDE = 10_000  # the noise of case i and seed s is that of i * STRIDE + s: no two cases share it
-
 Point = Any
 Rows = Any
 
@@ -319,7 +317,7 @@ def assemble(
       f"{len(cases)} runs on a mesh with seed={seats}, wanted a multiple of it: give other "
       "--config.batch or --config.seeds, or another --mesh."
     )
-  drawn = [case.index * STRIDE + seeds[i % len(seeds)] for i, case in enumerate(cases)]
+  drawn = [runs.seed_of(case.index, seeds[i % len(seeds)]) for i, case in enumerate(cases)]
   noise = runs.place(runs.make_noise(drawn, (*grid, card.latents.channels)), setting.mesh)
   made = setting.encode(chosen, cases) if cond is None else cond
   placed: Conditioning = runs.place(made, setting.mesh)

@@ -10,5 +10,5 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# JAX finds the processes by the variables that srun sets
+# the processes find each other by the variables that srun sets; one on a node takes all its GPUs
 srun --kill-on-bad-exit=1 videoreason "$@"

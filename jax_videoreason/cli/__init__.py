@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not _others():
       raise
     traceback.print_exc()
+    print(
+      "videoreason: this process can't go on. If another one has ended, the output of that one says "
+      "why; when that is mended, the same command goes on.",
+      file=sys.stderr,
+    )
     status = FAULT
   if status and (others := _others()):
     others.leave(status)

@@ -23,7 +23,7 @@ FORMAT = 1  # raised where the same question gets other bits or another layout t
 UNIT = 32  # runs of a unit where nothing is said
 # of a configuration
 KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")
-READERS = ("auto", "preview", "mixed", "vae")
+READERS = ("vae", "preview")
 EDITS = {
   "none": (),
   "noise_at": ("mode", "gain", "steps", "frames"),
@@ -43,9 +43,8 @@ class Varied:
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
   unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process, or
-  of all; None = as many runs side by side as divide a unit. reader: what shows x0: the
-  linear preview; "mixed", the preview and the VAE where that is unreadable; the VAE; "auto", for
-  each task the quickest of these that agrees with the VAE.
+  of all; None = as many runs side by side as divide a unit. reader: what shows x0 at every
+  step, the VAE or the linear preview of the bundle, which is quick and less readable.
   """
 
   tasks: tuple[str, ...]
@@ -165,12 +164,6 @@ class Product:
     """(number of the case, seed) of the runs of a unit."""
     return [(int(case), seed) for case in self.cases_in(unit) for seed in self.chosen.seeds]
 
-  def spread(self) -> list[tuple[int, int]]:
-    """As many runs as a unit has, evenly over all cases and seeds."""
-    seeds = self.chosen.seeds
-    some = np.linspace(0, len(self.cases) * len(seeds) - 1, self.width).round().astype(int)
-    return [(int(n) // len(seeds), seeds[n % len(seeds)]) for n in some]
-
   def asked(self) -> dict[str, Any]:
     """What two calls must share for one to go on where the other stopped."""
     settings = dataclasses.asdict(self.chosen)
@@ -212,6 +205,8 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
     # the video that solves a case is large and not looked at here
     cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
+  if wanted.reader == "preview" and "preview" not in checkpoint.describe(chosen.checkpoint).folders:
+    raise ValueError(f"{chosen.checkpoint} has no preview: give --config.reader=vae.")
   made = Product(
     chosen=chosen,
     varied=wanted,

@@ -84,7 +84,6 @@ def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
     "flips": float(np.mean([row["flips"] for row in rows])),
     "commitment": float(np.mean(committed)) if committed else None,
     "agreement": float(np.mean(pairs)) if pairs else None,
-    "read_by": rows[0]["read_by"],
   }
 
 

@@ -27,7 +27,6 @@ from jax_videoreason import (
 )
 from jax_videoreason.decode import decode, preview
 from jax_videoreason.factors import Product
-from jax_videoreason.folders import read_json, write_json
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.store import LATENT_AXES, TAP_AXES
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
@@ -36,8 +35,6 @@ from jax_videoreason.tasks import Answer, Case
 
 STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
-AGREEMENT = 0.98  # of the answers that the preview and the VAE give
-LOOKED_AT = 5  # steps on which they are compared
 HELD = 2**24  # pixels of video that are held at once to be read
 GROUP = 8  # clips that are read together at most
 
@@ -176,85 +173,44 @@ def sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, An
 # Reading
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reader:
-  """What shows x0 of a task at every step: "preview", "mixed" or "vae", as `Varied.reader` says.
+def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> np.ndarray:
+  """S R objects: the answer at every step, None = unreadable; x0 S R F H W C, a case for each R.
 
-  agreement: with the VAE, of the answers looked at; None = not looked at.
+  by: of `factors.READERS`. Of each clip only the frames that its task reads are shown, in groups of
+  one size, small enough that filling up the last one costs little.
   """
-
-  by: str
-  agreement: float | None = None
-
-
-Readers = Mapping[str, Reader]  # by the name of the task
-
-
-def choose_readers(bench: Bench) -> Readers:
-  """The readers that the settings name; "auto" tries them on `Product.spread`, not edited.
-
-  A task of which no run is looked at is read by the VAE.
-  """
-  product, wanted = bench.product, bench.product.varied.reader
-  if wanted in ("preview", "mixed") and bench.bundle.preview is None:
-    raise ValueError(f"{bench.bundle.card.name} has no preview: give --config.reader=vae.")
-  if wanted != "auto" or bench.bundle.preview is None:
-    return {name: Reader(by="vae" if wanted == "auto" else wanted) for name in product.tasks}
-  asked = product.spread()
-  made = sample(bench, asked, {"edit": "none"})
-  steps = np.unique(np.linspace(0, len(made.x0) - 1, LOOKED_AT).round().astype(int))
-  cases, x0 = [product.cases[case] for case, _ in asked], made.x0[steps]
-  said = {by: answers_at(bench, dict.fromkeys(product.tasks, Reader(by=by)), cases, x0)
-          for by in ("preview", "mixed", "vae")}  # fmt: skip
-  return {name: quickest(said, [case.task == name for case in cases]) for name in product.tasks}
-
-
-def quickest(said: Mapping[str, np.ndarray], own: Sequence[bool]) -> Reader:
-  """The first whose answers (S R) are those of "vae", in the runs that are `own`."""
-  if any(own):
-    for by, answer in said.items():
-      agreement = float((answer == said["vae"])[:, own].mean())
-      if agreement >= AGREEMENT:
-        return Reader(by=by, agreement=agreement)
-  return Reader(by="vae")
-
-
-def answers_at(bench: Bench, readers: Readers, cases: Sequence[Case], x0: np.ndarray) -> np.ndarray:
-  """S R objects: the answer at every step, None = unreadable; x0 S R F H W C, a case for each R."""
   said = np.full(x0.shape[:2], None, object)
-  own = [bench.product.tasks[case.task] for case in cases]
-
-  def look(where: np.ndarray, show: Callable[..., np.ndarray]) -> None:
-    """Reads the clips of `where` (S R bool), of each the frames that its task reads, in groups of
-    one size, small enough that filling up the last one costs little."""
-    chosen = bench.product.chosen
-    area = chosen.frames * chosen.height * chosen.width
-    size = max(1, min(len(cases), GROUP, HELD // area))
-    for reads in {task.reads for task in own}:
-      at = np.argwhere(where & np.array([task.reads == reads for task in own]))
-      for low in range(0, len(at), size):
-        group = at[low : low + size]
-        clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)], last=reads)
-        for (s, r), frames in zip(group, clips, strict=False):
-          said[s, r] = own[r].parse(frames, cases[r].metadata)
-
-  by = np.array([readers[case.task].by for case in cases])
-  look(np.broadcast_to(by != "vae", said.shape), preview)
-  unread = np.array([[answer is None for answer in row] for row in said])
-  look(unread & (by != "preview"), decode)
+  show: Callable[..., np.ndarray] = preview if by == "preview" else decode
+  own, chosen = [bench.product.tasks[case.task] for case in cases], bench.product.chosen
+  size = max(1, min(len(cases), GROUP, HELD // (chosen.frames * chosen.height * chosen.width)))
+  for reads in {task.reads for task in own}:
+    at = np.argwhere(np.broadcast_to([task.reads == reads for task in own], said.shape))
+    for low in range(0, len(at), size):
+      group = at[low : low + size]
+      clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)], last=reads)
+      for (s, r), frames in zip(group, clips, strict=False):
+        said[s, r] = own[r].parse(frames, cases[r].metadata)
   return said
 
 
-def read(bench: Bench, readers: Readers, unit: int, made: Made) -> Part:
+def read(bench: Bench, unit: int, made: Made) -> Part:
   """Rows and arrays of a unit: its final videos scored, its answers at every step."""
-  product = bench.product
+  product, by = bench.product, bench.product.varied.reader
   asked = product.runs_in(unit)
   cases = [product.cases[case] for case, _ in asked]
-  said = answers_at(bench, readers, cases, made.x0)
+  videos = decode(bench.bundle, made.final)
+  found = [
+    baselines.mark(product.tasks[case.task], video, case.metadata)
+    for case, video in zip(cases, videos, strict=True)
+  ]
+  if by == "vae" and np.array_equal(made.x0[-1], made.final, equal_nan=True):  # decoded just now
+    last = np.array([mark.answer for mark in found], object)
+    said = np.concatenate([answers_at(bench, cases, made.x0[:-1], by), last[None]])
+  else:
+    said = answers_at(bench, cases, made.x0, by)
   right = np.array(
     [[a in c.metadata["answers"] for a, c in zip(row, cases, strict=True)] for row in said]
   )
-  videos = decode(bench.bundle, made.final)
   sigma = np.asarray(bench.schedule.sigma)[:-1]
   finite = np.asarray(made.finite.all(0))
   said[:, ~finite], right[:, ~finite] = None, False
@@ -262,8 +218,8 @@ def read(bench: Bench, readers: Readers, unit: int, made: Made) -> Part:
   rows = []
   for r, (number, seed) in enumerate(asked):
     case = cases[r]
-    task, metadata = product.tasks[case.task], case.metadata
-    mark = baselines.mark(task, videos[r], metadata) if finite[r] else evaluate.BROKEN
+    metadata = case.metadata
+    mark = found[r] if finite[r] else evaluate.BROKEN
     rows.append(
       {
         RUN: unit * product.width + r,
@@ -278,7 +234,6 @@ def read(bench: Bench, readers: Readers, unit: int, made: Made) -> Part:
         "seed": seed,
         **dataclasses.asdict(mark),
         "answer": _text(mark.answer),
-        "read_by": readers[case.task].by,
         "answers": [_text(a) for a in said[:, r]],
         "rights": right[:, r].tolist(),
         "commitment": int(commitment[r]),
@@ -323,39 +278,6 @@ def stills(videos: np.ndarray) -> np.ndarray:
 # All units
 
 
-def settle(
-  bench: Bench, path: Path, *, first: bool = True, meet: Callable[[str], Any] = lambda place: None
-) -> Readers:
-  """The readers of the whole sweep: chosen once, on the first process, and kept in the file `path`.
-
-  What is chosen depends on no unit, so where the file is damaged they are chosen again.
-  """
-  readers = _settled(path) if first else None
-  (known,) = distributed.told(readers is not None)
-  if not known and (first or distributed.spans(bench.mesh)):  # a mesh over all needs all
-    readers = choose_readers(bench)
-    if first:
-      write_json(path, {name: dataclasses.asdict(said) for name, said in readers.items()})
-  meet("settled")
-  if readers is None and (readers := _settled(path)) is None:
-    raise ValueError(
-      f"{path} is not there, and the first process has written it: --out must be one folder for "
-      "all processes."
-    )
-  return readers
-
-
-def _settled(path: Path) -> Readers | None:
-  """What an earlier call settled; None where nothing can be read, and what is damaged is noted."""
-  if not path.exists():
-    return None
-  try:
-    return {name: Reader(**said) for name, said in read_json(path).items()}
-  except (ValueError, TypeError, AttributeError):
-    sweep.note(path.parent, f"{path.name} is damaged; answers are read as chosen again")
-    return None
-
-
 def perform(
   out: str | Path,
   product: Product,
@@ -394,7 +316,6 @@ def perform(
     if not left:
       return
     bench = ready(product, mesh)  # processes load together, also those with nothing left to do
-    readers = settle(bench, out / sweep.SETTLED, first=number == 0, meet=meet)
     if number > 0 and distributed.spans(mesh):
       for unit in left:  # no device of the mesh may be missing where the first one computes
         compute(bench, unit)
@@ -403,7 +324,7 @@ def perform(
       units=product.units,
       width=product.width,
       compute=functools.partial(compute, bench),
-      read=functools.partial(read, bench, readers),
+      read=functools.partial(read, bench),
       devices={"kind": used[0].device_kind, "count": len(used)},
     )
     sweep.carry_out(out, work, {unit: found.get(unit, "") for unit in mine}, advance=advance)

@@ -2,7 +2,6 @@
 
     sweep.json         what was asked, written first: a call that asks the same goes on here
     lock               held by the process that works here, while it lives
-    reader.json        how answers are read from x0, settled before the first unit
     units/00003.json   a finished unit: a row per run, the names of its arrays, seconds, devices
     results.zarr/      arrays with an axis `run`, one chunk per unit
     events.jsonl       what was done again, and why
@@ -40,9 +39,8 @@ from jax_videoreason.folders import (
   write_json,
 )
 
-ASKED, SETTLED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
+ASKED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "sweep.json",
-  "reader.json",
   "lock",
   "units",
   "results.zarr",
@@ -51,7 +49,7 @@ ASKED, SETTLED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "manifest.json",
   "report.html",
 )
-OWNED = (ASKED, SETTLED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
+OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
 RUN = "run"
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
@@ -199,7 +197,7 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
     try:
       arrays.open_group(folder / ARRAYS)
     except ValueError as error:  # without the description of an array no chunk of it can be read
-      note(folder, f"{error} All units are done again.")
+      _note(folder, f"{error} All units are done again.")
       remove(folder / ARRAYS)
 
 
@@ -220,7 +218,7 @@ def carry_out(
   for unit, said in left.items():
     if said:
       remove(folder / MANIFEST)
-      note(folder, f"{said}; done again", unit)
+      _note(folder, f"{said}; done again", unit)
       remove(_path(folder, unit))
   busy: Future[None] | None = None
   # what was handed to the reader is written also when the next unit is interrupted
@@ -251,7 +249,7 @@ def _keep(folder: Path, work: Work, unit: int, made: Any, seconds: float, advanc
       whole = [work.units * work.width if i == at else n for i, n in enumerate(size)]
       arrays.put(folder / ARRAYS, name, axes, value, shape=whole, where=where, chunk=size)
     for said in part.notes:
-      note(folder, said, unit)
+      _note(folder, said, unit)
     found = {
       "unit": unit,
       "rows": part.rows,
@@ -287,7 +285,7 @@ def finish(folder: str | Path, **manifest: Any) -> None:
       tables.read(folder / TABLE)
       return
     except ValueError as error:
-      note(folder, f"{str(error).partition(':')[0]}; written again")
+      _note(folder, f"{str(error).partition(':')[0]}; written again")
   with _kept(folder):
     remove(folder / MANIFEST)
     tables.write(folder / TABLE, [row for part in parts for row in part["rows"]])
@@ -342,11 +340,11 @@ def _path(folder: Path, unit: int) -> Path:
   return folder / UNITS / f"{unit:05}.json"
 
 
-def note(folder: str | Path, said: str, unit: int | None = None) -> None:
+def _note(folder: Path, said: str, unit: int | None = None) -> None:
   """Keeps what happened, to a unit or to the whole sweep, as an event."""
-  path = Path(folder) / EVENTS
+  path = folder / EVENTS
   line = json.dumps({"unit": unit, "event": said}) + "\n"
-  with _kept(Path(folder)), path.open("ab+") as file:
+  with _kept(folder), path.open("ab+") as file:
     if file.tell():
       file.seek(-1, os.SEEK_END)
       if file.read(1) != b"\n":  # the one before was cut short

@@ -1,22 +1,24 @@
 """What a sweep costs beside the bare sampler: one JSON line a question.
 
-  python scripts/bench_sweep.py                               128 runs, 3 pairs, both questions
+  python scripts/bench_sweep.py                               128 runs, 3 pairs, all questions
   python scripts/bench_sweep.py --config seeds_mini --pairs 1    all 1,024 runs
   python scripts/bench_sweep.py whole --config seeds_mini:cases=2,reader=preview
   python scripts/bench_sweep.py parts
 
 `whole`: `throughput` is seconds of the bare sampler (the same runs, batches as large as a unit,
-nothing kept, decoded or written) over seconds of the whole sweep: encoding, settling the readers,
-decoding, scoring, writing, table and manifest. Median over interleaved pairs in this process, with
-its 95% bootstrap interval; compiled before. `steady`: the same from the end of the first unit to
+nothing kept, decoded or written) over seconds of the whole sweep: encoding, decoding, scoring,
+writing, table and manifest. Median over interleaved pairs in this process, with its 95% bootstrap
+interval; compiled before. `steady`: the same from the end of the first unit to
 the end of the last, without what a sweep does once; in CPU seconds, which other work on the machine
-hardly moves. `readers`: how answers at every step were read. `compute_s` and `read_s`: of the units
+hardly moves. `reader`: what showed x0 at every step. `compute_s` and `read_s`: of the units
 of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps beyond that of the bare
 sampler (Linux).
 
 `parts`: CPU seconds of one run of the bare sampler, of reading its answers at every step by each
 reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
 has, spread over all tasks.
+
+`readers`: of the answers at every step that the VAE shows, how many the linear preview shows too.
 """
 
 import argparse
@@ -78,9 +80,44 @@ def cpu(call: Callable[[], Any], count: int) -> float:
   return round(min(taken[1:]) / count, 4)
 
 
+def spread(of: factors.Product) -> list[tuple[int, int]]:
+  """As many runs as a unit has, evenly over all cases and seeds."""
+  seeds = of.chosen.seeds
+  some = np.linspace(0, len(of.cases) * len(seeds) - 1, of.width).round().astype(int)
+  return [(int(n) // len(seeds), seeds[n % len(seeds)]) for n in some]
+
+
+def measure_readers(options: argparse.Namespace) -> None:
+  of = multiplied(options.config)
+  bench = product.ready(of)
+  read: dict[str, list[np.ndarray]] = {by: [] for by in factors.READERS}
+  names: list[str] = []
+  for unit in range(of.units):
+    x0 = product.compute(bench, unit).x0
+    cases = [of.cases[case] for case, _ in of.runs_in(unit)]
+    names += [case.task for case in cases]
+    for by, parts in read.items():
+      parts.append(product.answers_at(bench, cases, x0, by))
+  whole = {by: np.concatenate(parts, 1) for by, parts in read.items()}
+  for name in of.tasks:
+    vae, preview = (whole[by][:, np.array(names) == name] for by in ("vae", "preview"))
+    readable = vae != None  # noqa: E711, of every element
+    say(
+      "what the preview shows of what the VAE shows",
+      task=name,
+      runs=vae.shape[1],
+      answers=vae.size,
+      readable_by_vae=round(float(readable.mean()), 3),
+      the_same=round(float((vae == preview).mean()), 3),
+      the_same_of_readable=round(float((vae == preview)[readable].mean()), 3)
+      if readable.any()
+      else None,
+    )
+
+
 def measure_parts(options: argparse.Namespace) -> None:
   of = multiplied(options.config)
-  bench, asked = product.ready(of), of.spread()
+  bench, asked = product.ready(of), spread(of)
   cases = [of.cases[case] for case, _ in asked]
   made = product.sample(bench, asked, {"edit": "none"})
 
@@ -89,13 +126,12 @@ def measure_parts(options: argparse.Namespace) -> None:
       baselines.mark(of.tasks[case.task], video, case.metadata)
 
   def answers(by: str) -> float:
-    readers = dict.fromkeys(of.tasks, product.Reader(by=by))
-    return cpu(lambda: product.answers_at(bench, readers, cases, made.x0), of.width)
+    return cpu(lambda: product.answers_at(bench, cases, made.x0, by), of.width)
 
   say(
     "CPU seconds of a run",
     sampler=cpu(lambda: sampled(bench, asked), of.width),
-    **{f"steps_by_{by}": answers(by) for by in factors.READERS if by != "auto"},
+    **{f"steps_by_{by}": answers(by) for by in factors.READERS},
     final=cpu(score, of.width),
     steps=of.chosen.steps,
     tasks=list(of.tasks),
@@ -143,7 +179,6 @@ def measure_whole(options: argparse.Namespace) -> None:
       lambda: peak(lambda: whole(next(swept)), memory[1]),
       options.pairs,
     )
-    readers = {task: said["by"] for task, said in read_json(out / sweep.SETTLED).items()}
     seconds = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
   say(
     "throughput of a sweep over the bare sampler",
@@ -153,14 +188,14 @@ def measure_whole(options: argparse.Namespace) -> None:
     throughput=row.pop("ratio"),
     **row,
     steady=round(float(np.median(bare_cpu[1:]) / np.median(sweep_cpu[-options.pairs :])), 4),
-    readers=readers,
+    reader=of.varied.reader,
     compute_s=round(sum(s["compute"] for s in seconds), 1),
     read_s=round(sum(s["read"] for s in seconds), 1),
     extra_mb=round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
   )
 
 
-QUESTIONS = {"whole": measure_whole, "parts": measure_parts}
+QUESTIONS = {"whole": measure_whole, "parts": measure_parts, "readers": measure_readers}
 
 
 def main() -> None:

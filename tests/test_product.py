@@ -136,61 +136,20 @@ def test_the_page_has_a_card_per_case_to_filter(done):
     assert words in page
 
 
-def test_how_answers_of_a_task_are_read_is_settled_once(done):
-  said = json.loads((done / "reader.json").read_text())
-  assert said.keys() == set(TASKS)
+def test_the_last_answer_is_that_of_the_final_video(done):
   for row in open_sweep(done).rows:
-    assert row["read_by"] == said[row["task"]]["by"]
-    assert said[row["task"]]["agreement"] >= product.AGREEMENT
+    assert row["answers"][-1] == row["answer"]
+    assert row["rights"][-1] == bool(row["right"])
 
 
-def test_a_damaged_choice_of_readers_is_made_again_and_noted(copy, capsys):
-  before = json.loads((copy / "reader.json").read_text())
-  table = (copy / "table.parquet").read_bytes()
-  (copy / "units" / "00001.json").unlink()
-  (copy / "reader.json").write_text('{"pick": ')
-  assert call(copy) == 0
-  assert json.loads((copy / "reader.json").read_text()) == before
-  assert (copy / "table.parquet").read_bytes() == table
-  assert "reader.json is damaged; answers are read as chosen again" in capsys.readouterr().out
-
-
-def test_processes_that_share_no_folder_are_told(tmp_path):
-  nothing: Any = None
-  bench = product.Bench(product=made(), bundle=nothing, cond=nothing, schedule=nothing, mesh=None)
-  with pytest.raises(ValueError, match=r"--out must be one folder for all processes"):
-    product.settle(bench, tmp_path / "reader.json", first=False)
-
-
-def test_each_task_gets_the_quickest_reader_that_says_what_the_vae_says():
-  said = {
-    "preview": np.array([["a", None, "a", "b"]], object),
-    "mixed": np.array([["a", "a", "a", "b"]], object),
-    "vae": np.array([["a", "a", "a", "c"]], object),
-  }
-  assert product.quickest(said, [True, False, True, False]) == product.Reader(
-    by="preview", agreement=1.0
-  )
-  assert product.quickest(said, [True, True, False, False]).by == "mixed"
-  assert product.quickest(said, [False, False, True, True]).by == "vae"
-  assert product.quickest(said, [False] * 4) == product.Reader(by="vae")  # not looked at
-
-
-@pytest.mark.parametrize(
-  ("by", "decoded", "wanted"),
-  [("preview", 0, [True, False]), ("mixed", 2, [True, True]), ("vae", 4, [True, True])],
-)
-def test_the_mixed_reader_decodes_what_the_preview_leaves_unreadable(
-  by, decoded, wanted, monkeypatch
-):
+@pytest.mark.parametrize(("by", "wanted"), [("vae", [True, True]), ("preview", [True, False])])
+def test_answers_are_read_from_the_frames_of_their_reader(by, wanted, monkeypatch):
   """Two steps of two runs; the preview shows the second one a grey clip, the VAE the truth."""
   of = made(cases=2)
   cases = of.cases[:2]
   truths = [of.tasks[c.task].generate(c.split, c.index).frames for c in cases]
-  seen = []
 
   def show(bundle, x0, last, grey=False):
-    seen.append(len(x0))
     runs = [round(float(x.mean())) for x in x0]
     shown = np.stack([np.full_like(truths[r], 128) if grey and r else truths[r] for r in runs])
     return shown[:, -last:]
@@ -202,12 +161,17 @@ def test_the_mixed_reader_decodes_what_the_preview_leaves_unreadable(
   nothing: Any = None
   bench = product.Bench(product=of, bundle=nothing, cond=nothing, schedule=nothing, mesh=None)
   x0 = np.broadcast_to(np.arange(2.0)[None, :, None], (2, 2, 3))
-  readers = dict.fromkeys(TASKS, product.Reader(by=by))
-  said = product.answers_at(bench, readers, cases, x0)
-  assert sum(seen) == decoded + (0 if by == "vae" else 4)
+  said = product.answers_at(bench, cases, x0, by)
   for run, case in enumerate(cases):
     answer = case.metadata["answer"] if wanted[run] else None
     assert said[:, run].tolist() == [answer, answer]
+
+
+def test_the_preview_of_a_model_without_one_is_refused_before_anything_is_run(tmp_path):
+  bundle = checkpoint.load("mini")
+  checkpoint.save(dataclasses.replace(bundle, preview=None), tmp_path / "blind")
+  with pytest.raises(ValueError, match=r"blind has no preview: give --config\.reader=vae"):
+    made(checkpoint=str(tmp_path / "blind"), reader="preview")
 
 
 # Stop and go on
@@ -484,7 +448,7 @@ def test_one_model_over_two_processes_does_all_units_as_one_share(done, tmp_path
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     ours, wanted = open_sweep(folder), open_sweep(done)
-    for name in ("run", "answer", "answers", "flips", "commitment", "read_by"):
+    for name in ("run", "answer", "answers", "flips", "commitment"):
       assert ours.column(name).tolist() == wanted.column(name).tolist()
     np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
     latents, same = (found.of("final_latents") for found in (ours, wanted))

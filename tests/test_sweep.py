@@ -280,9 +280,7 @@ def test_what_was_written_last_is_written_again_from_the_units(whole, name, dama
 
 
 def test_a_line_of_the_events_that_was_cut_short_stops_nothing(whole):
-  sweep.note(whole, "the first", 3)
-  with (whole / "events.jsonl").open("a") as file:
-    file.write('{"unit": 2, "eve')
+  (whole / "events.jsonl").write_text('{"unit": 3, "event": "the first"}\n{"unit": 2, "eve')
   (whole / "units" / "00004.json").unlink()
   (whole / "units" / "00001.json").write_text("{")
   assert carry_out(whole) == [1, 4]

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     traceback.print_exc()
     print(
-      "videoreason: this process can't go on. If another one has ended, the output of that one says "
-      "why; when that is mended, the same command goes on.",
+      "videoreason: this process can't go on. If another one has ended, the output of that one "
+      "says why; when that is mended, the same command goes on.",
       file=sys.stderr,
     )
     status = FAULT

@@ -93,9 +93,7 @@ def edited(request):
   return (bundle, noise, cond, edit), traced(bundle, noise, cond, edit)
 
 
-@pytest.mark.parametrize(
-  "shape", [(1, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 1, 2), (2, 2, 1)))]
-)
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)])
 def test_sharded_tokens_and_runs_equal_one_device_with_edits_and_taps(edited, shape):
   problem, wanted = edited
   agree(traced(*problem, mesh=sharding.make_mesh(*shape)), wanted)
@@ -108,7 +106,6 @@ def test_the_odd_grid_does_not_divide():
   assert 3 * 2 * 3 % 4 != 0
 
 
-@pytest.mark.slow
 def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
   bundle = bundle_of("concat")
   noise, cond = inputs(6)

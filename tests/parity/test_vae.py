@@ -40,7 +40,7 @@ def shapes_of(config: WanVAEConfig):
 
 @pytest.fixture(
   scope="module",
-  params=[PLAIN, pytest.param(RESIDUAL, marks=pytest.mark.slow)],
+  params=[PLAIN, RESIDUAL],
   ids=["wan21", "wan22"],
 )
 def pair(request):

@@ -8,13 +8,14 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import GceTpuCluster  # no public name tells a Cloud TPU VM
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -48,7 +49,7 @@ def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
       "process_id": int(number),
     }
   tasks = environment.get("SLURM_NTASKS", "1")
-  if tasks.isdigit() and int(tasks) > 1:
+  if "SLURM_STEP_NODELIST" in environment and tasks.isdigit() and int(tasks) > 1:  # by srun
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
     one_a_node = environment.get("SLURM_STEP_NUM_NODES") == tasks
     if one_a_node and gpus.isdigit() and not environment.get("JAX_LOCAL_DEVICE_IDS"):
@@ -56,17 +57,25 @@ def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
       return {"local_device_ids": list(range(int(gpus)))}
     return {}
   gke = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-  several = "," in gke if gke else GceTpuCluster.is_env_present()
-  return {} if several else None
+  return {} if "," in gke or (not gke and on_cloud_tpu_vm()) else None
+
+
+def on_cloud_tpu_vm() -> bool:
+  """Whether this is a Cloud TPU VM, as JAX finds out itself; no public name of JAX says it."""
+  from jax._src.clusters import GceTpuCluster
+
+  return GceTpuCluster.is_env_present()
 
 
 def initialize() -> tuple[int, int]:
   """Joins the other processes, if there are any; (number of this one, how many).
 
-  Where a process dies, the others end with an error within about a minute.
+  Each waits up to five minutes for the last to start. Where one dies from then on, the others end
+  with an error within about a minute.
   """
   arguments = wanted(os.environ)
   if arguments is not None and not jax.distributed.is_initialized():
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     meet("joined")  # connects them while none is ahead, for the reason that `introduce` gives
   return jax.process_index(), jax.process_count()
@@ -75,7 +84,21 @@ def initialize() -> tuple[int, int]:
 def meet(place: str) -> None:
   """Returns when every process has come to `place`."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(place)
+    _wait(lambda: multihost_utils.sync_global_devices(place))
+
+
+def _wait(call: Callable[[], Any]) -> Any:
+  """What `call`, which waits for other processes, returns; on a thread, so that Ctrl-C is heard."""
+  made: Future[Any] = Future()
+
+  def run() -> None:
+    try:
+      made.set_result(call())
+    except BaseException as error:
+      made.set_exception(error)
+
+  threading.Thread(target=run, daemon=True).start()
+  return made.result()
 
 
 def leave(status: int) -> None:
@@ -92,7 +115,8 @@ def told(*words: bool) -> list[bool]:
   """What process 0 says, on all: clocks differ, and what they see of a shared folder."""
   if jax.process_count() == 1:
     return list(words)
-  return [bool(word) for word in multihost_utils.broadcast_one_to_all(np.array(words))]
+  said = _wait(lambda: multihost_utils.broadcast_one_to_all(np.array(words)))
+  return [bool(word) for word in said]
 
 
 def spans(mesh: Mesh | None) -> bool:

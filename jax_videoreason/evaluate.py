@@ -255,16 +255,17 @@ def measure(
   )
   rows = []
   for group in groups(len(row), task):
-    for r, frames in zip(group, decode(bundle, final[group]), strict=True):
+    for r, frames in zip(group, decode(bundle, final[group], tiles=chosen.tiles), strict=True):
       found = baselines.mark(task, frames, of_run[r].metadata) if finite[r] else BROKEN
       rows.append(
         said(found, of_run[r], int(row[r]) % count, systems[r], numbers[r], not finite[r])
       )
       if systems[r] == scoring.MODEL:
         media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=FPS)
-  rows += beside_models(bundle, task, cases)
+  rows += beside_models(bundle, task, cases, chosen.tiles)
   ks = [of_run[r].metadata["k"] for r in watched]
-  seen = watch(bundle, task, [of_run[r] for r in watched], x0) if watched else None
+  some = [of_run[r] for r in watched]
+  seen = watch(bundle, task, some, x0, tiles=chosen.tiles) if watched else None
   write_json(
     folder / "task.json",
     plain(
@@ -315,7 +316,9 @@ def groups(count: int, task: Task) -> list[np.ndarray]:
   return [np.arange(low, min(low + size, count)) for low in range(0, count, size)]
 
 
-def beside_models(bundle: ModelBundle, task: Task, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def beside_models(
+  bundle: ModelBundle, task: Task, cases: Sequence[Case], tiles: str | None
+) -> list[dict[str, Any]]:
   """Rows of the clips that no model made, and of the truth through the model's VAE.
 
   Raises ValueError where a case is one of the training clips.
@@ -334,16 +337,17 @@ def beside_models(bundle: ModelBundle, task: Task, cases: Sequence[Case]) -> lis
       rows.append(said(mark, case, number, system))
   for group in groups(len(cases), task):
     truth = np.stack([cases[i].frames for i in group])
-    for i, frames in zip(group, through_vae(bundle, truth), strict=True):
+    for i, frames in zip(group, through_vae(bundle, truth, tiles), strict=True):
       mark = baselines.mark(task, frames, cases[i].metadata)
       rows.append(said(mark, cases[i], int(i), scoring.VAE))
   return rows
 
 
-def through_vae(bundle: ModelBundle, videos: np.ndarray) -> np.ndarray:
-  """uint8 R frames height width 3, encoded one by one and decoded."""
+def through_vae(bundle: ModelBundle, videos: np.ndarray, tiles: str | None) -> np.ndarray:
+  """uint8 R frames height width 3, encoded one by one and decoded, as `decode` takes `tiles`."""
   encode = functools.partial(_encode, bundle.parts.vae, bundle.vae)
-  return decode(bundle, np.concatenate([np.asarray(encode(video[None])) for video in videos]))
+  latents = np.concatenate([np.asarray(encode(video[None])) for video in videos])
+  return decode(bundle, latents, tiles=tiles)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -353,14 +357,14 @@ def _encode(vae: Any, params: Params, video: Array) -> Array:
 
 
 def watch(
-  bundle: ModelBundle, task: Task, cases: Sequence[Case], x0: np.ndarray
+  bundle: ModelBundle, task: Task, cases: Sequence[Case], x0: np.ndarray, tiles: str | None
 ) -> dict[str, np.ndarray]:
   """The soft reading of x0 (S W F H W C) at every step, S W each: visible candidates, entropy in
   bits, share of the weight on right answers; truth: W, the entropy where the truth is read."""
   parts, truths = [], []
   for group in groups(len(cases), task):
     of_group = [cases[i].metadata for i in group]
-    frames = np.stack([decode(bundle, one[group]) for one in x0])
+    frames = np.stack([decode(bundle, one[group], tiles=tiles) for one in x0])
     parts.append(answers.read_steps(task, of_group, frames, np.zeros(len(x0))))
     truth = np.stack([cases[i].frames for i in group])[None]
     truths.append(answers.read_steps(task, of_group, truth, np.zeros(1)).entropy[0])

@@ -42,9 +42,10 @@ class Varied:
 
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
-  unit: runs of a work unit, rounded down to whole cases. mesh: axes of the devices of a process, or
-  of all; None = as many runs side by side as divide a unit. reader: what shows x0 at every
-  step, the VAE or the linear preview of the bundle, which is quick and less readable.
+  unit: runs of a work unit, rounded down to whole cases, of which it holds at least one. mesh: axes
+  of the devices of a process, or of all; None = as many runs side by side as divide a unit. reader:
+  what shows x0 at every step, the VAE or the linear preview of the bundle, which is quick and less
+  readable.
   """
 
   tasks: tuple[str, ...]

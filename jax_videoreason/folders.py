@@ -16,6 +16,7 @@ import numpy as np
 
 STAGE = ".unfinished"
 PART = ".part-"
+LOCK = "lock"  # held by the process that works in a folder
 
 
 @contextlib.contextmanager

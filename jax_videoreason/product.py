@@ -180,8 +180,9 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
   one size, small enough that filling up the last one costs little.
   """
   said = np.full(x0.shape[:2], None, object)
-  show: Callable[..., np.ndarray] = preview if by == "preview" else decode
   own, chosen = [bench.product.tasks[case.task] for case in cases], bench.product.chosen
+  whole = functools.partial(decode, tiles=chosen.tiles)
+  show: Callable[..., np.ndarray] = preview if by == "preview" else whole
   size = max(1, min(len(cases), GROUP, HELD // (chosen.frames * chosen.height * chosen.width)))
   for reads in {task.reads for task in own}:
     at = np.argwhere(np.broadcast_to([task.reads == reads for task in own], said.shape))
@@ -198,7 +199,7 @@ def read(bench: Bench, unit: int, made: Made) -> Part:
   product, by = bench.product, bench.product.varied.reader
   asked = product.runs_in(unit)
   cases = [product.cases[case] for case, _ in asked]
-  videos = decode(bench.bundle, made.final)
+  videos = decode(bench.bundle, made.final, tiles=product.chosen.tiles)
   found = [
     baselines.mark(product.tasks[case.task], video, case.metadata)
     for case, video in zip(cases, videos, strict=True)

@@ -28,14 +28,15 @@ OneExpert = Callable[[int], tuple[Params | None, ...]]
 
 
 def seed_of(index: int, seed: int) -> int:
-  """The number of the noise of a case and a seed: no two cases share one, whatever their seeds.
+  """The number of the noise of a case of a task and a seed: no two cases of a task share one.
 
+  Cases of one index of different tasks do, so tasks are compared over the same noise.
   ValueError: a seed that would be another case's.
   """
   if not 0 <= seed < STRIDE:
     raise ValueError(
       f"seed {seed}, wanted one in 0..{STRIDE - 1}: the noise of case i and seed s is number i * "
-      f"{STRIDE} + s, and no two cases may share one."
+      f"{STRIDE} + s, and no two cases of a task may share one."
     )
   return index * STRIDE + seed
 

@@ -45,6 +45,7 @@ import numpy as np
 from jax_videoreason import arrays, media
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
+  LOCK,
   STAGE,
   atomic,
   beside,
@@ -161,7 +162,7 @@ def write_manifest(
     "files": {
       item.name: checksum(item)
       for item in sorted(folder.iterdir())
-      if not DRAWN.fullmatch(item.name) and item.name != "manifest.json"
+      if not DRAWN.fullmatch(item.name) and item.name not in ("manifest.json", LOCK)
     },
   }
   write_json(folder / "manifest.json", manifest)

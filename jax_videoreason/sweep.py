@@ -30,6 +30,7 @@ import numpy as np
 from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
+  LOCK,
   PART,
   differences,
   disk,
@@ -39,9 +40,8 @@ from jax_videoreason.folders import (
   write_json,
 )
 
-ASKED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
+ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "sweep.json",
-  "lock",
   "units",
   "results.zarr",
   "events.jsonl",
@@ -50,6 +50,7 @@ ASKED, LOCK, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "report.html",
 )
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
+SAID = {"unit", "rows", "arrays", "seconds", "devices"}  # by a row file
 RUN = "run"
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
@@ -215,9 +216,10 @@ def carry_out(
   OSError: the disk refuses; what is done stays.
   """
   folder = Path(folder)
+  if left:
+    remove(folder / MANIFEST)  # the table no longer says what the units do
   for unit, said in left.items():
     if said:
-      remove(folder / MANIFEST)
       _note(folder, f"{said}; done again", unit)
       remove(_path(folder, unit))
   busy: Future[None] | None = None
@@ -286,6 +288,8 @@ def finish(folder: str | Path, **manifest: Any) -> None:
       return
     except ValueError as error:
       _note(folder, f"{str(error).partition(':')[0]}; written again")
+  layouts = [json.dumps(part["devices"], sort_keys=True) for part in parts]
+  distinct = sorted(set(layouts))
   with _kept(folder):
     remove(folder / MANIFEST)
     tables.write(folder / TABLE, [row for part in parts for row in part["rows"]])
@@ -293,7 +297,8 @@ def finish(folder: str | Path, **manifest: Any) -> None:
       folder,
       units=asked["units"],
       width=asked["width"],
-      layouts=sorted({json.dumps(part["devices"]) for part in parts}),
+      layouts=distinct,
+      layout_of_unit=[distinct.index(layout) for layout in layouts],
       **manifest,
     )
 
@@ -330,7 +335,7 @@ def _read_unit(folder: Path, unit: int, width: int) -> dict[str, Any] | str:
     return ""
   try:
     part = read_json(path)
-    whole = part["unit"] == unit and len(part["rows"]) == width and "arrays" in part
+    whole = part["unit"] == unit and len(part["rows"]) == width and part.keys() >= SAID
   except (ValueError, KeyError, TypeError):
     whole = False
   return part if whole else f"{path.name} is damaged"

@@ -17,11 +17,15 @@ from jax_videoreason.cli import sample
 from jax_videoreason.structs import Trace
 from jax_videoreason.taps import TapSpec
 
+ROOT = Path(__file__).resolve().parent.parent
 ALL = {
   "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
   "JAX_NUM_PROCESSES": "4",
   "JAX_PROCESS_ID": "2",
 }
+
+
+STEP = {"SLURM_STEP_NODELIST": "a[1-2]"}  # what srun sets and a job has not
 
 
 def test_one_process_needs_nothing():
@@ -44,8 +48,8 @@ def test_the_three_names_say_it_all():
   [
     {"TPU_WORKER_HOSTNAMES": "a,b,c,d"},
     {"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"},
-    {"SLURM_NTASKS": "2"},
-    {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+    {**STEP, "SLURM_NTASKS": "2"},
+    {**STEP, "SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
   ],
 )
 def test_jax_finds_them_on_gke_and_slurm(environment):
@@ -54,15 +58,19 @@ def test_jax_finds_them_on_gke_and_slurm(environment):
 
 def test_jax_finds_them_on_a_cloud_tpu_vm(monkeypatch):
   assert distributed.wanted({}) is None
-  monkeypatch.setattr(distributed.GceTpuCluster, "is_env_present", lambda: True)
+  monkeypatch.setattr(distributed, "on_cloud_tpu_vm", lambda: True)
   assert distributed.wanted({}) == {}
   assert distributed.wanted({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
 
 
 def test_one_process_of_a_slurm_node_takes_all_its_gpus():
-  node = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+  node = {**STEP, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
   assert distributed.wanted(node) == {"local_device_ids": [0, 1, 2, 3]}
   assert distributed.wanted({**node, "JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
+
+
+def test_a_slurm_job_without_srun_is_one_process():
+  assert distributed.wanted({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) is None
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -187,8 +195,16 @@ def test_one_model_over_two_processes_equals_one_process(mesh, route, found, tmp
   np.testing.assert_allclose(stored, wanted, rtol=1e-5)
 
 
+FAULTS = {
+  # the process at fault: its status, what it says
+  "out": (0, 2, "is not empty (it has mine.txt)"),
+  "interrupt": (0, 130, "interrupted."),
+  "terminate": (1, -signal.SIGTERM, ""),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["out", "interrupt"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_where_one_process_fails_all_end_soon_and_it_says_why(fault, tmp_path):
   out = tmp_path / "out"
   words = ["sample", "--config=mini:steps=400", "--mesh=fsdp=2,context=2", f"--out={out}"]
@@ -196,20 +212,104 @@ def test_where_one_process_fails_all_end_soon_and_it_says_why(fault, tmp_path):
   out.mkdir()
   if fault == "out":
     (out / "mine.txt").touch()  # the first process alone looks at the folder
+  number, status, said = FAULTS[fault]
   port = helpers.free_port()
   both = [host(named(number, port), words) for number in range(2)]
+  while fault != "out" and not list(out.rglob("zarr.json")):
+    assert both[0].poll() is None, both[0].communicate()
+    time.sleep(0.1)
   if fault == "interrupt":
-    while not list(out.rglob("zarr.json")):
-      assert both[0].poll() is None, both[0].communicate()
-      time.sleep(0.1)
-    both[0].send_signal(signal.SIGINT)
-  first = both[0].communicate(timeout=120)
+    both[number].send_signal(signal.SIGINT)
+  if fault == "terminate":
+    both[number].send_signal(signal.SIGTERM)
+  ended(both, number, status, said)
+  if fault == "out":
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def ended(both: list[subprocess.Popen], number: int, status: int, said: str) -> None:
+  """One has ended so, and within a minute the other, which tells of it."""
+  errors = both[number].communicate(timeout=120)[1]
   began = time.monotonic()
-  second = both[1].communicate(timeout=120)
+  others = both[1 - number].communicate(timeout=120)[1]
   assert time.monotonic() - began < 60
-  wanted = {"out": (2, "is not empty (it has mine.txt)"), "interrupt": (130, "interrupted.")}[fault]
-  assert both[0].returncode == wanted[0], first
-  assert wanted[1] in first[1]
-  assert both[1].returncode != 0
-  assert any(said in second[1] for said in ("leader task", "If another one has ended")), second
-  assert [path.name for path in out.iterdir()] == (["mine.txt"] if fault == "out" else [])
+  assert both[number].returncode == status, errors
+  assert said in errors
+  assert both[1 - number].returncode != 0
+  assert any(told in others for told in ("another task died", "If another one has ended")), others
+
+
+WAITING = """
+import sys, time
+from jax_videoreason import cli, distributed
+from jax_videoreason.cli import tasks
+def main(flags, words):
+  distributed.initialize()
+  print("joined", flush=True)
+  {act}
+tasks.main = main
+sys.exit(cli.main(["tasks", "export"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("act", "status", "said"),
+  [
+    ("distributed.meet('somewhere')", 130, "videoreason: interrupted."),
+    ("raise SystemExit(3)", 1, "SystemExit: 3"),
+  ],
+)
+def test_a_process_that_waits_hears_ctrl_c_and_one_that_leaves_holds_nobody(act, status, said):
+  port, environments = helpers.free_port(), []
+  for number in range(2):
+    environments.append({**os.environ, "JAX_PLATFORMS": "cpu", **named(number, port)})
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", WAITING.format(act=does)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=environment,
+    )
+    for does, environment in zip(("time.sleep(200)", act), environments, strict=True)
+  ]
+  assert both[1].stdout is not None
+  assert "joined\n" in iter(both[1].stdout.readline, "")
+  if status == 130:
+    time.sleep(2)
+    both[1].send_signal(signal.SIGINT)
+  ended(both, 1, status, said)
+
+
+PODS = ROOT / "scripts" / "pod"
+
+
+@pytest.mark.parametrize("script", sorted(PODS.glob("*.sh")), ids=lambda path: path.name)
+def test_the_shell_understands_the_scripts(script):
+  assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_processes_stand_in_for_two_hosts(tmp_path):
+  command = tmp_path / "videoreason"
+  command.write_text(f'#!/bin/sh\nexec {sys.executable} -m jax_videoreason "$@"\n')
+  command.chmod(0o755)
+  words = ["sample", "--config=mini:steps=2", "--mesh=fsdp=2,context=2", *question(tmp_path)]
+  environment = {
+    **os.environ,
+    "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    "PORT": str(helpers.free_port()),
+  }
+  for status in (0, 2):  # the second time the folder is not empty
+    done = subprocess.run(
+      [PODS / "two_hosts.sh", *words, f"--out={tmp_path / 'out'}"],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=300,
+    )
+    assert done.returncode == status, done.stderr
+  assert "is not empty" in done.stderr
+  assert open_run(tmp_path / "out").manifest["processes"] == 2

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
   bank = baselines.Bank(cases=[case], first_frames=case.first_frame[None])
   monkeypatch.setattr(baselines, "bank", lambda task: bank)
   with pytest.raises(ValueError, match=r"pick: the cases \[3\] are training cases too"):
-    evaluate.beside_models(None, task, [case])  # type: ignore[arg-type]
+    evaluate.beside_models(None, task, [case], None)  # type: ignore[arg-type]
 
 
 def test_shuffled_prompts_are_the_same_prompts_and_differ_where_they_can():
@@ -399,6 +400,22 @@ def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   assert sum(found[name]["estimate"] for name in ("right", "wrong", "unreadable")) == 1
   again = json.loads((copy / "manifest.json").read_text())
   assert again == manifest
+
+
+def test_videos_are_decoded_in_the_tiles_of_the_settings(monkeypatch):
+  """Of a bundle that no test decodes, so that only what is asked of `decode` shows."""
+  task = tasks.load("pick", size=32, frames=17)
+  case = task.generate("id", 0)
+  seen = []
+
+  def show(bundle, latents, tiles=None):
+    seen.append(tiles)
+    return np.stack([case.frames] * len(latents))
+
+  nothing: Any = None
+  monkeypatch.setattr(evaluate, "decode", show)
+  evaluate.watch(nothing, task, [case], np.zeros((2, 1, 5, 4, 4, 16)), "diffsynth")
+  assert seen == ["diffsynth"] * 2
 
 
 def test_rows_of_an_earlier_version_are_told_from_ours(copy, capsys):

@@ -44,6 +44,15 @@ def by_name(findings):
   return {finding.claim.says: finding for finding in findings}
 
 
+def test_first_frames_are_encoded_in_the_tiles_of_the_settings(monkeypatch):
+  asked = {}
+  monkeypatch.setattr(setting_module.checkpoint, "load", lambda *_, **__: None)
+  monkeypatch.setattr(setting_module.conditioning, "encode", lambda *_, **said: asked.update(said))
+  chosen = dataclasses.replace(toy.setting(toy.both_then_one).chosen, tiles="diffsynth")
+  setting_module.encode(chosen, toy.cases(2))
+  assert asked["tiles"] == "diffsynth"
+
+
 # chain of steps
 
 

@@ -207,6 +207,9 @@ def test_the_command_prints_it(capsys):
   assert "the whole command: 20,480 network evaluations (1,024 videos)" in said
   assert cli.main(["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GB"]) == 0
   assert capsys.readouterr().out == said
+  assert cli.main(["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GBx8"]) == 0
+  said = "the sweep lies so with --config.mesh=seed=8,fsdp=1,context=1"
+  assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

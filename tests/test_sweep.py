@@ -124,6 +124,13 @@ def test_pandas_reads_it_where_it_is_installed(whole):
     assert len(open_sweep(whole).to_pandas()) == UNITS * WIDTH
 
 
+def test_the_manifest_names_what_is_there(whole):
+  made = json.loads((whole / "manifest.json").read_text())
+  assert set(made["files"]) == {path.name for path in whole.iterdir()} - {"manifest.json"}
+  assert made["layout_of_unit"] == [0] * UNITS
+  assert [json.loads(layout) for layout in made["layouts"]] == [{}]
+
+
 def test_a_finished_sweep_is_only_read(whole):
   before = (whole / "manifest.json").read_bytes()
   assert carry_out(whole) == []
@@ -253,12 +260,25 @@ def test_a_truncated_chunk_is_recorded_and_done_again(whole, tmp_path, name):
   assert events == [{"unit": 2, "event": f"a chunk of {name} is missing or damaged; done again"}]
 
 
-def test_a_damaged_row_file_is_recorded_and_done_again(whole):
+@pytest.mark.parametrize("text", ['{"unit": 4, "rows": [', '{"unit": 4, "rows": [1, 2, 3, 4]}'])
+def test_a_damaged_row_file_is_recorded_and_done_again(whole, text):
   before = table(whole)
-  (whole / "units" / "00004.json").write_text('{"unit": 4, "rows": [')
+  (whole / "units" / "00004.json").write_text(text)
   assert carry_out(whole) == [4]
   assert table(whole) == before
   assert sweep.status(whole).events == [{"unit": 4, "event": "00004.json is damaged; done again"}]
+
+
+def test_a_lost_unit_makes_another_table(whole):
+  def nearly(unit: int) -> np.ndarray:
+    assert not open_sweep(whole).finished  # while it is done again
+    return value_of(unit) + 1e-3  # as on another number of devices
+
+  (whole / "units" / "00004.json").unlink()
+  assert carry_out(whole, made=work(compute=nearly)) == [4]
+  found = open_sweep(whole)
+  assert found.column("score")[16] == pytest.approx(float(found.of("latents", 16).mean()))
+  assert found.column("score")[16] == pytest.approx(float(value_of(4)[0].mean()) + 1e-3)
 
 
 def test_a_lost_description_of_an_array_costs_all_units(whole):

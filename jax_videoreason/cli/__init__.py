@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   words = [word for word in words if word != "--debug"]
   try:
     status = _attempt(words, debug=debug)
-  except Exception:
+  except BaseException:
     if not _others():
       raise
     traceback.print_exc()
@@ -82,7 +82,7 @@ def _attempt(words: list[str], *, debug: bool) -> int:
     return INTERRUPTED
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return FAULT if _others() else 0
   except (ValueError, OSError, MemoryError, RuntimeError) as error:
     if isinstance(error, RuntimeError) and not _out_of_memory(error):
       raise

@@ -17,6 +17,7 @@ part of its plan, its taps are.
 
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
     console.table(title, plan.TABLE, [plan.row(work, where, axes) for work in works])
   for line in plan.lines(made, works):
     console.say(line)
+  if words == [SWEEP] and math.prod(made.axes.values()) > 1:
+    mesh = ",".join(f"{name}={size}" for name, size in made.axes.items())
+    console.say(f"the sweep lies so with --config.mesh={mesh}")
 
 
 def check(flags: FlagValues, words: list[str]) -> None:

@@ -62,9 +62,13 @@ def main(flags: FlagValues, words: list[str]) -> None:
   left = set(units)
   if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
     left &= set(sweep.status(flags.out).left)
+  used = 1 if mesh is None else mesh.size
+  there = f"{jax.device_count()} devices"
+  if share[1] > 1:
+    there = f"the {jax.local_device_count()} devices of each process"
   console.say(
     f"{made.units * made.width} runs in {made.units} units of {made.width}, "
-    f"{factors.evaluations(made)} network evaluations"
+    f"{factors.evaluations(made)} network evaluations, on {used} of {there}"
   )
   title = "sweep" if share[1] == 1 else f"sweep, share 1 of {share[1]}"
   done = made.width * (len(units) - len(left))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import checkpoint, conditioning, prepare, tasks
+from jax_videoreason import checkpoint, conditioning, prepare, runs, tasks
 from jax_videoreason.decode import decode, preview
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.folders import checksum
@@ -35,7 +35,9 @@ def load(chosen: SampleSettings, mesh: Mesh | None = None) -> Setting:
 
 
 def check(chosen: SampleSettings) -> None:
-  """ValueError where no case has the size of the settings."""
+  """ValueError where no case has the size of the settings, or seeds are those of other cases."""
+  for seed in chosen.seeds:
+    runs.seed_of(0, seed)
   if chosen.height != chosen.width:
     raise ValueError(
       f"cases are square and the config says {chosen.width} x {chosen.height}: give "
@@ -52,6 +54,7 @@ def encode(chosen: SampleSettings, cases: Sequence[Case], mesh: Mesh | None = No
     frames=chosen.frames,
     negative_prompt=chosen.negative_prompt,
     guided=chosen.guided,
+    tiles=chosen.tiles,
   )
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Slurm: one process per node, the folder of the sweep on a file system that all nodes share.
+# Slurm: one process per node; the folder of the sweep, and the weights in ckpt/ of the folder from which this is
+# submitted, on a file system that all nodes share.
 #
-#   sbatch scripts/pod/slurm.sh sweep --config vbvr_ensemble --out /shared/runs/ensemble
+#   sbatch scripts/pod/slurm.sh sweep --config vbvr_ensemble --config.unit=8 --out /shared/runs/ensemble
 #
 #SBATCH --job-name=videoreason
 #SBATCH --nodes=2

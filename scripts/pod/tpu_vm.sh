@@ -2,11 +2,12 @@
 # A Cloud TPU VM slice: create it, run a command on every host, fetch the results, delete it.
 #
 #   scripts/pod/tpu_vm.sh create
-#   scripts/pod/tpu_vm.sh run sweep --config vbvr_ensemble --out /mnt/runs/ensemble
+#   scripts/pod/tpu_vm.sh run sweep --config vbvr_ensemble --checkpoint /mnt/runs/ckpt/vbvr_wan22 --out /mnt/runs/ensemble
 #   scripts/pod/tpu_vm.sh fetch /mnt/runs/ensemble runs/ensemble
 #   scripts/pod/tpu_vm.sh delete
 #
-# NAME, ZONE, TYPE and VERSION choose the slice. /mnt/runs must be one folder for all hosts (Filestore).
+# NAME, ZONE, TYPE and VERSION choose the slice. /mnt/runs must be one folder for all hosts (Filestore), and so the
+# weights: --checkpoint /mnt/runs/ckpt/vbvr_wan22.
 set -euo pipefail
 
 NAME=${NAME:-videoreason}
@@ -26,7 +27,8 @@ case "${1:-}" in
     git -C "$here" archive --format tar.gz -o "$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:videoreason.tar.gz" --zone "$ZONE" --worker all
     tpu ssh --worker all --command \
-      'mkdir -p videoreason && tar -xzf videoreason.tar.gz -C videoreason && python3 -m venv venv &&
+      'sudo apt-get install -qy python3.11-venv && mkdir -p videoreason &&
+       tar -xzf videoreason.tar.gz -C videoreason && python3.11 -m venv venv &&
        venv/bin/pip install -q -e ./videoreason "jax[tpu]"'
     ;;
   run)
@@ -38,7 +40,7 @@ case "${1:-}" in
     ;;
   delete) tpu delete --quiet ;;
   *)
-    sed -n '2,9p' "$0"
+    sed -n '2,10p' "$0"
     exit 2
     ;;
 esac

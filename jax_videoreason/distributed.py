@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -22,6 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_videoreason.axes import Array
 
 HEARTBEAT_SECONDS = 20  # without a sign of life from a process, the others end
+WORKER = (
+  "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
+)
 NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -57,14 +61,20 @@ def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
       return {"local_device_ids": list(range(int(gpus)))}
     return {}
   gke = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-  return {} if "," in gke or (not gke and on_cloud_tpu_vm()) else None
+  return {} if "," in gke or (not gke and _on_cloud_tpu_vm(environment)) else None
 
 
-def on_cloud_tpu_vm() -> bool:
-  """Whether this is a Cloud TPU VM, as JAX finds out itself; no public name of JAX says it."""
-  from jax._src.clusters import GceTpuCluster
-
-  return GceTpuCluster.is_env_present()
+def _on_cloud_tpu_vm(environment: Mapping[str, str]) -> bool:
+  """Whether JAX, when imported, found TPUs, and the server of the cloud numbers their hosts."""
+  if environment.get("TPU_ML_PLATFORM") != "JAX" or environment.get("TPU_SKIP_MDS_QUERY"):
+    return False
+  request = urllib.request.Request(WORKER, headers={"Metadata-Flavor": "Google"})
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  try:
+    with direct.open(request, timeout=10):
+      return True
+  except OSError:
+    return False
 
 
 def initialize() -> tuple[int, int]:

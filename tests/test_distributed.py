@@ -1,9 +1,11 @@
 """Which processes belong together, as the environment says it, and one model over two of them."""
 
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,11 +58,32 @@ def test_jax_finds_them_on_gke_and_slurm(environment):
   assert distributed.wanted(environment) == {}
 
 
+class Metadata(http.server.BaseHTTPRequestHandler):
+  """The server of a cloud that numbers the hosts of a slice."""
+
+  def do_GET(self) -> None:
+    known = self.path == "/agent-worker-number" and self.headers["Metadata-Flavor"] == "Google"
+    self.send_response(200 if known else 404)
+    self.end_headers()
+
+  def log_message(self, *_) -> None:
+    """Says nothing."""
+
+
 def test_jax_finds_them_on_a_cloud_tpu_vm(monkeypatch):
-  assert distributed.wanted({}) is None
-  monkeypatch.setattr(distributed, "on_cloud_tpu_vm", lambda: True)
-  assert distributed.wanted({}) == {}
-  assert distributed.wanted({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+  chips = {"TPU_ML_PLATFORM": "JAX"}  # as JAX says when it is imported there
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(distributed, "WORKER", f"{where}/agent-worker-number")
+    assert distributed.wanted(chips) == {}
+    assert distributed.wanted({}) is None
+    assert distributed.wanted({**chips, "TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert distributed.wanted({**chips, "TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    monkeypatch.setattr(distributed, "WORKER", f"{where}/nothing")  # of a machine that is no slice
+    assert distributed.wanted(chips) is None
+    server.shutdown()
+  assert distributed.wanted(chips) is None  # no server answers
 
 
 def test_one_process_of_a_slurm_node_takes_all_its_gpus():

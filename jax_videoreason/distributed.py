@@ -4,6 +4,7 @@ Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES an
 it. Must come before anything asks for a device.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -86,7 +87,9 @@ def initialize() -> tuple[int, int]:
   arguments = wanted(os.environ)
   if arguments is not None and not jax.distributed.is_initialized():
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+    _wait(
+      lambda: jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+    )
     meet("joined")  # connects them while none is ahead, for the reason that `introduce` gives
   return jax.process_index(), jax.process_count()
 
@@ -114,10 +117,13 @@ def _wait(call: Callable[[], Any]) -> Any:
 def leave(status: int) -> None:
   """Ends this process, which failed, at once: JAX would have it wait for all others first.
 
-  They end with an error, as where a process dies.
+  They end with an error, as where a process dies. Does nothing where this one has joined none.
   """
-  sys.stdout.flush()
-  sys.stderr.flush()
+  if not jax.distributed.is_initialized():
+    return
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # closed, or on the disk that is full
+      stream.flush()
   os._exit(status)
 
 

@@ -307,12 +307,12 @@ def perform(
 
   def do() -> None:
     everything = range(product.units)
-    found = sweep.faults(out, everything, product.width) if number == 0 else {}
+    found = sweep.faults(out) if number == 0 else {}
     marks = distributed.told(*(unit in found for unit in everything))
     left = [unit for unit in everything if marks[unit]]
     mine = [unit for unit in left if unit in own]
     if number > 0:
-      found = sweep.faults(out, mine, product.width)
+      found = sweep.faults(out, mine)
     meet("looked")  # before the first one writes
     if not left:
       return

@@ -32,6 +32,7 @@ from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
   LOCK,
   PART,
+  checksum,
   differences,
   disk,
   plain,
@@ -50,7 +51,7 @@ ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "report.html",
 )
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
-SAID = {"unit", "rows", "arrays", "seconds", "devices"}  # by a row file
+SAID = {"of", "unit", "rows", "arrays", "seconds", "devices"}  # by a row file
 RUN = "run"
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
@@ -216,6 +217,7 @@ def carry_out(
   OSError: the disk refuses; what is done stays.
   """
   folder = Path(folder)
+  of = checksum(folder / ASKED)  # now: nobody's units are taken for those of a sweep begun later
   if left:
     remove(folder / MANIFEST)  # the table no longer says what the units do
   for unit, said in left.items():
@@ -231,13 +233,15 @@ def carry_out(
       seconds = time.monotonic() - began
       if busy is not None:
         busy.result()
-      busy = pool.submit(_keep, folder, work, unit, made, seconds, advance)
+      busy = pool.submit(_keep, folder, of, work, unit, made, seconds, advance)
     if busy is not None:
       busy.result()
 
 
-def _keep(folder: Path, work: Work, unit: int, made: Any, seconds: float, advance: Advance) -> None:
-  """Reads what a unit made and writes it: arrays, then the row file."""
+def _keep(
+  folder: Path, of: str, work: Work, unit: int, made: Any, seconds: float, advance: Advance
+) -> None:
+  """Reads what a unit made and writes it: arrays, then the row file. of: checksum of `ASKED`."""
   began = time.monotonic()
   part = work.read(unit, made)
   if len(part.rows) != work.width:
@@ -253,6 +257,7 @@ def _keep(folder: Path, work: Work, unit: int, made: Any, seconds: float, advanc
     for said in part.notes:
       _note(folder, said, unit)
     found = {
+      "of": of,
       "unit": unit,
       "rows": part.rows,
       "arrays": sorted(part.arrays),
@@ -272,8 +277,9 @@ def finish(folder: str | Path, **manifest: Any) -> None:
   """
   folder = Path(folder)
   asked = _asked(folder)
-  list((folder / UNITS).iterdir())  # has a network file system look for what others just wrote
-  found = {unit: _read_unit(folder, unit, asked["width"]) for unit in range(asked["units"])}
+  for place in (folder, folder / UNITS):  # has a network file system look what others just did
+    list(place.iterdir())
+  found = _read_units(folder)
   parts = [part for part in found.values() if not isinstance(part, str)]
   lacking = [str(unit) for unit, part in found.items() if isinstance(part, str)]
   if lacking:
@@ -286,8 +292,8 @@ def finish(folder: str | Path, **manifest: Any) -> None:
       read_json(folder / MANIFEST)
       tables.read(folder / TABLE)
       return
-    except ValueError as error:
-      _note(folder, f"{str(error).partition(':')[0]}; written again")
+    except ValueError:
+      _note(folder, f"{TABLE} or {MANIFEST} is missing or damaged; written again")
   layouts = [json.dumps(part["devices"], sort_keys=True) for part in parts]
   distinct = sorted(set(layouts))
   with _kept(folder):
@@ -303,14 +309,17 @@ def finish(folder: str | Path, **manifest: Any) -> None:
     )
 
 
-def faults(folder: str | Path, units: Iterable[int], width: int) -> dict[int, str]:
-  """Those of some units that are not whole, and what is wrong with them; "" = nothing is there."""
+def faults(folder: str | Path, units: Iterable[int] | None = None) -> dict[int, str]:
+  """The units that are not whole, and what is wrong with them; "" = nothing is there.
+
+  units: those to look at, None = all.
+  """
   folder = Path(folder)
   root = folder / ARRAYS
   said: dict[int, str] = {}
   found = arrays.open_group(root) if root.exists() else {}
-  for unit in units:
-    part = _read_unit(folder, unit, width)
+  width = _asked(folder)["width"]
+  for unit, part in _read_units(folder, units).items():
     if isinstance(part, str):
       said[unit] = part
       continue
@@ -328,8 +337,14 @@ def faults(folder: str | Path, units: Iterable[int], width: int) -> dict[int, st
   return said
 
 
-def _read_unit(folder: Path, unit: int, width: int) -> dict[str, Any] | str:
-  """The row file of a unit, or what is wrong with it."""
+def _read_units(folder: Path, units: Iterable[int] | None = None) -> dict[int, Row | str]:
+  """The row files of some units, None = of all, or what is wrong with them."""
+  asked, of = _asked(folder), checksum(folder / ASKED)
+  some = range(asked["units"]) if units is None else units
+  return {unit: _read_unit(folder, unit, asked["width"], of) for unit in some}
+
+
+def _read_unit(folder: Path, unit: int, width: int, of: str) -> Row | str:
   path = _path(folder, unit)
   if not path.exists():
     return ""
@@ -338,7 +353,9 @@ def _read_unit(folder: Path, unit: int, width: int) -> dict[str, Any] | str:
     whole = part["unit"] == unit and len(part["rows"]) == width and part.keys() >= SAID
   except (ValueError, KeyError, TypeError):
     whole = False
-  return part if whole else f"{path.name} is damaged"
+  if not whole:
+    return f"{path.name} is damaged"
+  return part if part["of"] == of else f"{path.name} is of another sweep"
 
 
 def _path(folder: Path, unit: int) -> Path:
@@ -397,7 +414,7 @@ def status(folder: str | Path) -> Status:
   folder = Path(folder)
   asked = _asked(folder)
   units, width = asked["units"], asked["width"]
-  found = {unit: _read_unit(folder, unit, width) for unit in range(units)}
+  found = _read_units(folder)
   parts = [part for part in found.values() if not isinstance(part, str)]
   left = [unit for unit, part in found.items() if isinstance(part, str)]
   each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
@@ -486,8 +503,8 @@ def open_sweep(folder: str | Path) -> Sweep:
   if finished:
     rows = tables.read(folder / TABLE)
   else:
-    parts = [_read_unit(folder, n, asked["width"]) for n in range(asked["units"])]
-    rows = [row for part in parts if not isinstance(part, str) for row in part["rows"]]
+    parts = _read_units(folder)
+    rows = [row for part in parts.values() if not isinstance(part, str) for row in part["rows"]]
   root = folder / ARRAYS
   return Sweep(
     path=folder,

@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -674,9 +675,17 @@ def main() -> int:
     distributed.meet("start")  # CPUs wait 30 s for a first meeting, and long for one that follows
     options.work.mkdir(parents=True, exist_ok=True)
     STAGES[options.stage](options)
+    distributed.meet("ended")  # the first one may have much left to write
   except (ValueError, OSError, FloatingPointError) as error:
     print(f"train_mini: {error}", file=sys.stderr)
-    return 1 if isinstance(error, FloatingPointError) else 2
+    status = 1 if isinstance(error, FloatingPointError) else 2
+    distributed.leave(status)
+    return status
+  except BaseException:
+    if jax.distributed.is_initialized():
+      traceback.print_exc()
+      distributed.leave(1)
+    raise
   return 0
 
 

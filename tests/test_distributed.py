@@ -168,6 +168,11 @@ def slurm(number: int, port: int) -> dict[str, str]:
   }
 
 
+# A process of a job in the background is deaf to Ctrl-C from the start.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = f"import runpy; {HEARS}; runpy.run_module('jax_videoreason', run_name='__main__')"
+
+
 def host(said: dict[str, str], words: list[str]) -> subprocess.Popen:
   """One of two processes with two devices each, which stand in for two hosts."""
   environment = {
@@ -176,9 +181,12 @@ def host(said: dict[str, str], words: list[str]) -> subprocess.Popen:
     "JAX_PLATFORMS": "cpu",
     **said,
   }
-  command = [sys.executable, "-m", "jax_videoreason", *words]
   return subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    [sys.executable, "-c", COMMAND, *words],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
   )
 
 
@@ -289,7 +297,7 @@ def test_a_process_that_waits_hears_ctrl_c_and_one_that_leaves_holds_nobody(act,
     environments.append({**os.environ, "JAX_PLATFORMS": "cpu", **named(number, port)})
   both = [
     subprocess.Popen(
-      [sys.executable, "-c", WAITING.format(act=does)],
+      [sys.executable, "-c", HEARS + WAITING.format(act=does)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

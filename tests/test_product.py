@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_the_last_answer_is_that_of_the_final_video(done):
   for row in open_sweep(done).rows:
     assert row["answers"][-1] == row["answer"]
     assert row["rights"][-1] == bool(row["right"])
+
+
+@pytest.mark.parametrize(("same", "read_at"), [(True, 1), (False, 2)])
+def test_a_last_step_that_is_the_final_video_is_decoded_once(same, read_at, monkeypatch):
+  of = made(cases=2)
+  seen = []
+
+  def show(bundle, latents, last=None, tiles=None):
+    seen.append((len(latents), last))
+    return np.zeros((len(latents), of.chosen.frames if last is None else last, 32, 32, 3), np.uint8)
+
+  monkeypatch.setattr(product, "decode", show)
+  nothing: Any = None
+  schedule: Any = types.SimpleNamespace(sigma=np.array([1.0, 0.5, 0.0]))
+  bench = product.Bench(product=of, bundle=nothing, cond=nothing, schedule=schedule, mesh=None)
+  final = np.zeros((of.width, 5, 4, 4, 16), np.float32)
+  x0 = np.stack([final + 1, final if same else final + 1e-6])
+  finite = np.ones((2, of.width), bool)
+  part = product.read(bench, 0, product.Made(final=final, finite=finite, x0=x0, taps={}))
+  assert [len(row["answers"]) for row in part.rows] == [2] * of.width
+  assert sum(count for count, last in seen if last is not None) == read_at * of.width
+  assert seen[0] == (of.width, None)
 
 
 @pytest.mark.parametrize(("by", "wanted"), [("vae", [True, True]), ("preview", [True, False])])
@@ -416,7 +439,7 @@ def test_killed_at_random_moments_the_command_ends_with_the_same_table(tmp_path)
     assert start(out, cache).wait() == 0
     assert (out / "table.parquet").read_bytes() == wanted
     assert sweep.status(out).events == []
-  assert hit >= 10
+  assert hit >= 4  # a whole folder loads no model, and its command is over before most moments
 
 
 def two(out: Path, number: int, port: int, *words: str) -> subprocess.Popen:
@@ -483,7 +506,7 @@ def test_when_a_process_dies_the_other_ends_soon_and_the_restart_goes_on(done, t
   first, second = (two(out, number, port, "--config.unit=2") for number in range(2))
   while not list(out.glob("units/0*.json")):
     assert first.poll() is None
-    time.sleep(0.1)
+    time.sleep(0.005)
   second.send_signal(signal.SIGKILL)
   second.communicate()
   began = time.monotonic()

@@ -66,7 +66,7 @@ def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) ->
   counted = Work(units=UNITS, width=WIDTH, compute=compute, read=made.read)
   with sweep.held(folder):
     sweep.begin(folder, asked, **options)
-    sweep.carry_out(folder, counted, sweep.faults(folder, range(UNITS), WIDTH))
+    sweep.carry_out(folder, counted, sweep.faults(folder))
     sweep.finish(folder, **MANIFEST)
   return done
 
@@ -267,6 +267,18 @@ def test_a_damaged_row_file_is_recorded_and_done_again(whole, text):
   assert carry_out(whole) == [4]
   assert table(whole) == before
   assert sweep.status(whole).events == [{"unit": 4, "event": "00004.json is damaged; done again"}]
+
+
+def test_a_unit_of_a_sweep_that_was_replaced_is_none_of_this_one(whole):
+  path = whole / "units" / "00002.json"
+  late = path.read_bytes()
+  with sweep.held(whole):
+    sweep.begin(whole, {**ASKED, "steps": 10}, redo=True)
+    path.write_bytes(late)  # by a process that outlived the one that held the folder
+  assert carry_out(whole, {**ASKED, "steps": 10}) == list(range(UNITS))
+  assert sweep.status(whole).events == [
+    {"unit": 2, "event": "00002.json is of another sweep; done again"}
+  ]
 
 
 def test_a_lost_unit_makes_another_table(whole):

@@ -44,12 +44,13 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns the exit status: 0, 2 for bad input (one sentence), 130.
 
-  Of several processes, those that are done wait for the others; one that fails ends at once, and so
-  ends them.
+  Of several processes, those that are done wait for the others; one that fails ends here, and so
+  ends them (with status 1 where the fault may be another's).
   """
   words = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in words
   words = [word for word in words if word != "--debug"]
+  status = FAULT
   try:
     status = _attempt(words, debug=debug)
   except BaseException:
@@ -58,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback.print_exc()
     print(
       "videoreason: this process can't go on. If another one has ended, the output of that one "
-      "says why; when that is mended, the same command goes on.",
+      "says why; when that is mended, start all again.",
       file=sys.stderr,
     )
-    status = FAULT
-  if status and (others := _others()):
-    others.leave(status)
+  finally:  # also where nothing can be printed
+    if status and (others := _others()):
+      others.leave(status)
   return status
 
 

@@ -93,7 +93,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     console.table(title, plan.TABLE, [plan.row(work, where, axes) for work in works])
   for line in plan.lines(made, works):
     console.say(line)
-  if words == [SWEEP] and math.prod(made.axes.values()) > 1:
+  if words == [SWEEP] and flags.runs is None and math.prod(made.axes.values()) > 1:
     mesh = ",".join(f"{name}={size}" for name, size in made.axes.items())
     console.say(f"the sweep lies so with --config.mesh={mesh}")
 

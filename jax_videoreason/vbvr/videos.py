@@ -14,8 +14,7 @@ import numpy as np
 from einops import reduce
 
 from jax_videoreason import folders, media
-from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
-from jax_videoreason.sweep import LOCK
+from jax_videoreason.folders import LOCK, checksum, disk, plain, read_json, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 

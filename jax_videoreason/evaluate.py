@@ -127,8 +127,7 @@ def evaluate(
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
       f"--config.height={chosen.width}."
     )
-  for seed in chosen.seeds:
-    runs.seed_of(0, seed)
+  runs.check_seeds(chosen.seeds)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   out, model = Path(out), checkpoint.find(chosen.checkpoint)
   begin(out, ASKED, describe(chosen, asked, model), owned=OWNED, what="evaluation", redo=redo)

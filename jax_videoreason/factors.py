@@ -196,8 +196,7 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
       f"--config.height={chosen.width}."
     )
-  for seed in chosen.seeds:
-    runs.seed_of(0, seed)
+  runs.check_seeds(chosen.seeds)
   loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
   cases = []
   for task in loaded.values():

@@ -41,6 +41,12 @@ def seed_of(index: int, seed: int) -> int:
   return index * STRIDE + seed
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+  """Refuses seeds of cases, before anything is loaded, as `seed_of` does."""
+  for seed in seeds:
+    seed_of(0, seed)
+
+
 def make_noise(
   seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any = None, root: int = ROOT
 ) -> Noise:

@@ -36,8 +36,7 @@ def load(chosen: SampleSettings, mesh: Mesh | None = None) -> Setting:
 
 def check(chosen: SampleSettings) -> None:
   """ValueError where no case has the size of the settings, or seeds are those of other cases."""
-  for seed in chosen.seeds:
-    runs.seed_of(0, seed)
+  runs.check_seeds(chosen.seeds)
   if chosen.height != chosen.width:
     raise ValueError(
       f"cases are square and the config says {chosen.width} x {chosen.height}: give "

@@ -401,6 +401,14 @@ def test_labels_undo_painting_and_leave_blends_undecided():
   assert draw.label(np.broadcast_to(blend, (1, 2, 2, 3))).tolist() == [[[-1, -1], [-1, -1]]]
 
 
+def test_a_pixel_is_labelled_by_its_nearest_colour_within_reach():
+  frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+  squares = ((frames[..., None, :].astype(int) - draw.RGB.astype(int)) ** 2).sum(-1)
+  wanted = np.where(squares.min(-1) <= draw.REACH**2, squares.argmin(-1), draw.UNDECIDED)
+  assert (wanted == draw.UNDECIDED).any() and len(np.unique(wanted)) == 10
+  np.testing.assert_array_equal(draw.label(frames), wanted)
+
+
 def test_a_cell_is_decided_by_six_tenths_of_its_inner_half():
   box = np.array([0, 0, 10, 10])
   y0, x0, y1, x1 = draw.shrink(box, 0.5)

@@ -7,6 +7,7 @@ All lengths are pixels of the picture being drawn; tasks state theirs in cells o
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -54,8 +55,10 @@ def paint(maps: np.ndarray) -> np.ndarray:
 # --- shapes: boolean masks (size, size) ---
 
 
+@functools.cache
 def lattice(size: int, rows: int, columns: int) -> np.ndarray:
-  """Boxes (rows, columns, 4) = y0 x0 y1 x1 of equal square cells, centred in the picture."""
+  """Boxes (rows, columns, 4) = y0 x0 y1 x1 of equal square cells, centred in the picture; one array
+  for all who ask, which can't be written to."""
   cell = size // max(rows, columns)
   if cell < 4:
     raise ValueError(
@@ -65,7 +68,9 @@ def lattice(size: int, rows: int, columns: int) -> np.ndarray:
   y = (size - cell * rows) // 2 + cell * np.arange(rows)
   x = (size - cell * columns) // 2 + cell * np.arange(columns)
   y, x = np.meshgrid(y, x, indexing="ij")
-  return np.stack([y, x, y + cell, x + cell], axis=-1)
+  boxes = np.stack([y, x, y + cell, x + cell], axis=-1)
+  boxes.flags.writeable = False
+  return boxes
 
 
 def shrink(box: Sequence[int], share: float) -> tuple[int, int, int, int]:
@@ -203,15 +208,15 @@ def label(frames: np.ndarray) -> np.ndarray:
 
   UNDECIDED where no colour is within REACH.
   """
-  red, green, blue = np.moveaxis(frames.astype(np.int32), -1, 0)
-  nearest = np.full(red.shape, int(REACH**2) + 1, np.int32)
-  found = np.full(red.shape, UNDECIDED, np.int8)
+  red, green, blue = np.ascontiguousarray(np.moveaxis(frames, -1, 0)).astype(np.int32)
+  # Squared distance times 16 plus index, so that one minimum finds both; |pixel|^2 is added last.
+  nearest = np.full(red.shape, np.iinfo(np.int32).max, np.int32)
   for index, (r, g, b) in enumerate(RGB.tolist()):
-    distance = (red - r) ** 2 + (green - g) ** 2 + (blue - b) ** 2
-    closer = distance < nearest
-    found[closer] = index
-    nearest = np.minimum(nearest, distance)
-  return found
+    coded = red * (-32 * r) + green * (-32 * g) + blue * (-32 * b)
+    np.minimum(nearest, coded + (16 * (r * r + g * g + b * b) + index), out=nearest)
+  nearest += 16 * (red * red + green * green + blue * blue)
+  near = nearest >> 4 <= int(REACH**2)
+  return np.where(near, nearest & 15, UNDECIDED).astype(np.int8)
 
 
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:

@@ -118,7 +118,7 @@ def parts(bundle: str | os.PathLike[str]) -> list[Part]:
   found = []
   faults = []
   for name, tree in described.folders.items():
-    if name == "preview":  # ours alone: it is fitted again from the VAE
+    if name == "preview":  # ours alone: it is learnt again from the VAE
       continue
     if name not in FOLDERS:
       faults.append(f"{described.folder}: part {name} cannot be written in the diffusers layout.")

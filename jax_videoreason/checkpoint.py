@@ -33,7 +33,7 @@ FORMAT = 1
 ASSETS = Path(__file__).resolve().parent / "assets"
 DESCRIPTION = "bundle.json"
 TOKENIZER = "tokenizer.json"
-MODULES = ("dit", "vae", "text", "clip")  # the parts that have a config
+MODULES = ("dit", "vae", "text", "clip", "preview")  # the parts that have a config
 OTHERS = ("vae", "text", "clip", "preview")  # the parts beside the experts of the DiT
 SMALL = 2**16  # numbers; a smaller leaf is replicated
 READ_BYTES = 2**30  # leaves are read for checking in groups of about so much
@@ -383,6 +383,8 @@ def _describe(
 ) -> dict[str, Any]:
   card = bundle.card
   modules = {n: m for n in MODULES if (m := getattr(bundle.parts, n)) is not None}
+  if "preview" not in parts:  # which a model may be without
+    modules.pop("preview", None)
   return {
     "format": FORMAT,
     "version": __version__,

@@ -1,4 +1,4 @@
-"""Latents to frames: by the VAE in equal batches, or by a linear map for a quick look.
+"""Latents to frames: by the VAE in equal batches, or by a small decoder for a quick look.
 
 Frames are uint8: round(127.5 * (v + 1)) of v clipped to [-1, 1], to the nearest level, halves to
 the even one. (diffusers rounds too; DiffSynth and the official code cut off, which is half a level
@@ -6,13 +6,13 @@ darker on average.)
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import pack, rearrange, reduce, repeat, unpack
+from einops import pack, reduce, repeat, unpack
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
@@ -22,7 +22,6 @@ from jax_videoreason.tiling import Tiling, join, named, places
 
 PIXELS = 2**18  # pixels of video that are decoded at once; one latent frame of one run at the least
 RUNS = "* f h w c"  # leading axes of any number, joined and parted by einops
-ROWS = 2**14  # latent cells per batch of `fit_preview`
 
 
 def decode(
@@ -115,71 +114,31 @@ def _decoded(
 
 
 def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None) -> np.ndarray:
-  """Normalised latents ... F H W C -> uint8 frames ... frames height width 3, by `bundle.preview`.
+  """Normalised latents ... F H W C -> uint8 frames ... frames height width 3, by the preview.
 
-  Each latent cell with its 26 neighbours is mapped linearly to the block of pixels it stands for.
-  last: so many frames at the end alone; None = all.
+  The preview is a small decoder (`models.preview`) that learnt from the VAE: BENCHMARKS.md says how
+  often it shows the same answer, and in what time. last: so many frames at the end alone; None =
+  all.
   ValueError for another rank or channel count, more `last` than there are frames, or when the model
-  has no preview.
+  has no preview or it is not loaded.
   """
   flat, lead = _runs(bundle, latents)
   _check_last(bundle, flat, last)
+  if bundle.parts.preview is None:
+    raise ValueError(f"{bundle.card.name} has no preview: use decode.decode.")
   if bundle.preview is None:
     raise ValueError(
-      f"{bundle.card.name} has no preview: fit one (decode.fit_preview), or use decode.decode."
+      f"the preview of {bundle.card.name} is not loaded: load it, parts=('dit', 'preview')."
     )
   frames = bundle.card.latents.frames(flat.shape[1])
-  area = flat.shape[2] * flat.shape[3] * bundle.card.latents.stride[1] ** 2
+  _, high, wide = bundle.card.latents.stride
+  area = flat.shape[2] * high * flat.shape[3] * wide
   seen = _in_batches(
-    functools.partial(_preview, bundle.card.latents.stride, last, bundle.preview),
+    functools.partial(_preview, bundle.parts.preview, last, bundle.preview),
     flat,
     max(1, PIXELS // (frames * area)),
   )
   return unpack(seen, lead, RUNS)[0]
-
-
-def fit_preview(latents: ArrayLike, frames: ArrayLike, *, ridge: float = 1e-4) -> Params:
-  """The linear map of `preview`, by least squares in float64.
-
-  latents: N F H W C, normalised. frames: N frames height width 3 uint8, what they stand for; both
-  may be memory-mapped, they are read in batches. ridge: weight of the kernel's squares beside the
-  mean squared error in [-1, 1].
-
-  Returns {"first", "rest"} -> {"kernel" (27 C, pixels), "bias" (pixels)}, float32: the first latent
-  frame stands for one pixel frame, a later one for stride[0] of them. Neighbours outside
-  the latents are zero.
-  """
-  z, video = np.asanyarray(latents), np.asanyarray(frames)
-  _check_pair(z, video, ridge)
-  (runs, f, h, w, _), (_, pixel_frames, height, width, _) = z.shape, video.shape
-  step, high, wide = (pixel_frames - 1) // (f - 1), height // h, width // w
-  sums: dict[str, Any] = {"first": 0.0, "rest": 0.0}
-  batch = max(1, ROWS // (f * h * w))
-  for start in range(0, runs, batch):
-    cells = np.asarray(_neighbours(jnp.asarray(z[start : start + batch], jnp.float32)))
-    target = np.asarray(video[start : start + batch], np.float64) / 127.5 - 1.0
-    for name, x, y in (
-      ("first", cells[:, :1], _blocks(target[:, :1], 1, high, wide)),
-      ("rest", cells[:, 1:], _blocks(target[:, 1:], step, high, wide)),
-    ):
-      rows = rearrange(x, "r f h w k -> (r f h w) k").astype(np.float64)
-      rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-      joined = np.concatenate([rows, rearrange(y, "r f h w p -> (r f h w) p")], axis=1)
-      sums[name] = sums[name] + rows.T @ joined
-  cells_of = {"first": runs * h * w, "rest": runs * (f - 1) * h * w}
-  return {name: _solve(sums[name] / cells_of[name], ridge) for name in ("first", "rest")}
-
-
-def preview_agreement(
-  bundle: ModelBundle, latents: ArrayLike, read: Callable[[np.ndarray, int], Hashable]
-) -> float:
-  """The share of runs for which `read(frames, run)` says the same of the preview as of the VAE.
-
-  latents: R F H W C, normalised. read: frames (frames height width 3 uint8) and the number of the
-  run -> answer.
-  """
-  pairs = zip(preview(bundle, latents), decode(bundle, latents), strict=True)
-  return float(np.mean([read(quick, i) == read(true, i) for i, (quick, true) in enumerate(pairs)]))
 
 
 def preview_explained(bundle: ModelBundle, latents: ArrayLike) -> float:
@@ -205,71 +164,18 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _preview(
-  stride: tuple[int, int, int], last: int | None, params: Params, latents: Array
-) -> Array:
+def _preview(module: Any, last: int | None, params: Params, latents: Array) -> Array:
   """R frames height width 3 uint8."""
-  step, high, wide = stride
   total = latents.shape[1]
-  seen = total if last is None else min(total, -(-last // step))  # latent frames of `last`
-  from_ = max(0, total - seen - 1)  # and the one before, as their neighbour
-  cells = _neighbours(latents[:, from_:])[:, total - seen - from_ :]
-
-  def pixels(name: str, x: Array, frames: int) -> Array:
-    y = x @ params[name]["kernel"] + jnp.expand_dims(params[name]["bias"], (0, 1, 2, 3))
-    return rearrange(y, "r f h w (t a b c) -> r (f t) (h a) (w b) c", t=frames, a=high, b=wide, c=3)
-
-  if seen < total:
-    video = pixels("rest", cells, step)
-  else:
-    first, rest = pixels("first", cells[:, :1], 1), pixels("rest", cells[:, 1:], step)
-    video = jnp.concatenate([first, rest], axis=1)
+  needed = total if last is None else module.reach(-(-last // module.config.stride[0]))
+  first = True if needed >= total else None
+  video = module.apply({"params": params}, latents[:, max(0, total - needed) :], first)
   return _to_uint8(video if last is None else video[:, video.shape[1] - last :])
 
 
 def _to_uint8(video: Array) -> Array:
   """The rounding rule above."""
   return jnp.round(127.5 * (jnp.clip(video, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
-
-
-@jax.jit
-def _neighbours(latents: Array) -> Array:
-  """R F H W C -> R F H W 27C: each cell with those around it in time and space, zero outside."""
-  f, h, w = latents.shape[1:4]
-  padded = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
-  around = [(t, a, b) for t in range(3) for a in range(3) for b in range(3)]
-  return jnp.concatenate(
-    [padded[:, t : t + f, a : a + h, b : b + w] for t, a, b in around], axis=-1
-  )
-
-
-def _blocks(video: np.ndarray, step: int, high: int, wide: int) -> np.ndarray:
-  """The pixels that each latent cell stands for, on the last axis."""
-  return rearrange(video, "r (f t) (h a) (w b) c -> r f h w (t a b c)", t=step, a=high, b=wide)
-
-
-def _solve(moments: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
-  """Kernel and bias from mean(x' [x, y]), where the last column of x is one."""
-  width = len(moments)
-  penalty = np.diag([ridge] * (width - 1) + [0.0])
-  found = np.linalg.solve(moments[:, :width] + penalty, moments[:, width:])
-  return {"kernel": found[:-1].astype(np.float32), "bias": found[-1].astype(np.float32)}
-
-
-def _check_pair(latents: np.ndarray, frames: np.ndarray, ridge: float) -> None:
-  if latents.ndim != 5 or frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-    raise ValueError(
-      f"latents are {latents.shape} and frames {frames.dtype} {frames.shape}, wanted N F H W C and "
-      "uint8 N frames height width 3."
-    )
-  (runs, f, h, w, _), (clips, pixel_frames, height, width, _) = latents.shape, frames.shape
-  if runs != clips or f < 2 or (pixel_frames - 1) % (f - 1) or height % h or width % w:
-    raise ValueError(
-      f"latents are {latents.shape} and frames {frames.shape}: wanted as many clips as latents, "
-      "two latent frames or more, 1 + stride * (F - 1) pixel frames and whole pixels per cell."
-    )
-  if not ridge > 0:
-    raise ValueError(f"ridge={ridge}, wanted more than 0: cells at the edge have no neighbours.")
 
 
 def _runs(bundle: ModelBundle, latents: ArrayLike) -> tuple[np.ndarray, list[Any]]:

@@ -44,8 +44,8 @@ class Varied:
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
   unit: runs of a work unit, rounded down to whole cases, of which it holds at least one. mesh: axes
   of the devices of a process, or of all; None = as many runs side by side as divide a unit. reader:
-  what shows x0 at every step, the VAE or the linear preview of the bundle, which is quick and less
-  readable.
+  what shows x0 at every step, the VAE or the preview of the bundle, which is quick and was taught
+  by it.
   """
 
   tasks: tuple[str, ...]
@@ -205,7 +205,8 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
     # the video that solves a case is large and not looked at here
     cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
-  if wanted.reader == "preview" and "preview" not in checkpoint.describe(chosen.checkpoint).folders:
+  modules = checkpoint.describe(chosen.checkpoint).modules
+  if wanted.reader == "preview" and modules.preview is None:
     raise ValueError(f"{chosen.checkpoint} has no preview: give --config.reader=vae.")
   made = Product(
     chosen=chosen,

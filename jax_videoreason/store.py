@@ -235,7 +235,7 @@ class TraceWriter:
   ) -> None:
     """Writes x0 as pixels, S' R frames height width 3 uint8.
 
-    steps: the S' steps shown, None = all. decoded_by: "vae" or "preview" (the linear map).
+    steps: the S' steps shown, None = all. decoded_by: "vae" or "preview" (the small decoder).
     """
     shown = list(range(self.steps)) if steps is None else [int(s) for s in steps]
     if len(shown) != len(frames):

@@ -73,6 +73,7 @@ class Parts:
   vae: Any = None
   text: Any = None
   clip: Any = None
+  preview: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,7 @@ class ModelBundle:
   """What `load` returns; passes through jit.
 
   params: DiT weights, (only,) or (high noise, low noise); an expert that is not loaded is None.
-  vae, text, clip: None = not loaded.
-  preview: linear map from latents to RGB frames (`decode.preview`); None = the model has none.
+  vae, text, clip, preview: None = not loaded, or where `parts` has none either, the model has none.
   """
 
   params: tuple[Params | None, ...]

@@ -180,6 +180,26 @@ def vae_loss(
   return loss
 
 
+def preview_loss(
+  preview: Any, *, end: int, weight: float
+) -> Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]:
+  """Mean squared difference of a `PreviewDecoder` from the frames of the VAE.
+
+  A batch has latents, R F H W C, normalised, and video, R T height width 3, -1..1, which the VAE
+  made of them. end, weight: the last `end` frames, where most answers stand, count `weight` times.
+  """
+
+  def loss(params: Any, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    del key
+    video = batch["video"]
+    wrong = jnp.square(preview.apply({"params": params}, batch["latents"]) - video)
+    frames = jnp.mean(wrong, axis=(0, 2, 3, 4))
+    weights = jnp.ones(video.shape[1]).at[-end:].set(weight)
+    return jnp.sum(weights * frames) / jnp.sum(weights), {"l2": jnp.mean(frames)}
+
+  return loss
+
+
 def deepen(params: Params, layers: int) -> Params:
   """The DiT's params grown to `layers` layers, evenly spaced, that compute what they computed.
 

@@ -18,7 +18,8 @@ sampler (Linux).
 reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
 has, spread over all tasks.
 
-`readers`: of the answers at every step that the VAE shows, how many the linear preview shows too.
+`readers`: of the answers at every step that the VAE shows, how many the preview shows too, and
+to how many it shows another one (`contradicted`).
 """
 
 import argparse
@@ -101,7 +102,7 @@ def measure_readers(options: argparse.Namespace) -> None:
   whole = {by: np.concatenate(parts, 1) for by, parts in read.items()}
   for name in of.tasks:
     vae, preview = (whole[by][:, np.array(names) == name] for by in ("vae", "preview"))
-    readable = vae != None  # noqa: E711, of every element
+    readable, shown = (said != None for said in (vae, preview))  # noqa: E711, of every element
     say(
       "what the preview shows of what the VAE shows",
       task=name,
@@ -112,6 +113,7 @@ def measure_readers(options: argparse.Namespace) -> None:
       the_same_of_readable=round(float((vae == preview)[readable].mean()), 3)
       if readable.any()
       else None,
+      contradicted=round(float((readable & shown & (vae != preview)).mean()), 3),
     )
 
 

@@ -1,9 +1,11 @@
 """Trains `mini`, a small member of the Wan family, on the project's own tasks, on CPU, GPU or TPU.
 
-  python scripts/train_mini.py vae --work DIR       the VAE and its linear preview, then frozen
+  python scripts/train_mini.py vae --work DIR       the VAE, then frozen
   python scripts/train_mini.py encode --work DIR    cases -> memory-mapped latents, by workers
   python scripts/train_mini.py dit --work DIR       DiT and text encoder on those latents
   python scripts/train_mini.py bundle --work DIR --out jax_videoreason/assets/mini
+  python scripts/train_mini.py preview --work DIR --init BUNDLE --out DIR/mini
+                                                    BUNDLE with a small decoder, from its own runs
   python scripts/train_mini.py experts --work DIR --init mini --out DIR/mini_experts
                                                     the DiT continued as two experts, text frozen
 
@@ -17,6 +19,7 @@ start the same command on all.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -49,8 +52,9 @@ from jax_videoreason import (
   training,
 )
 from jax_videoreason.conditioning import known_mask
-from jax_videoreason.decode import decode, fit_preview
+from jax_videoreason.decode import decode, preview_explained
 from jax_videoreason.folders import atomic, beside, checksum, read_json, write_json
+from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
@@ -83,6 +87,10 @@ VAE = {
   "mean": (0.0,) * 16,
   "std": (1.0,) * 16,
 }
+PREVIEW = {"width": 64, "blocks": 2}
+SHARD_RUNS = 32  # of training cases, of which all steps are kept
+SHARD_ARRAYS = ("latents", "video")
+PREVIEW_END = {"end": 2, "weight": 4.0}  # most tasks are answered in the last two frames
 TEXT = {
   "vocab": 512,
   "width": 64,
@@ -110,6 +118,13 @@ def case_of(number: int) -> tasks.Case:
   share = np.asarray([SHARES[name] for name in names])
   name = np.random.default_rng([7, number]).choice(names, p=share / share.sum())
   return tasks.load(str(name), size=SIZE, frames=FRAMES).generate("train", number)
+
+
+def even_case_of(number: int) -> tasks.Case:
+  """Training case `number` where all tasks have the same share."""
+  names = list(SHARES)
+  name = names[number % len(names)]
+  return tasks.load(name, size=SIZE, frames=FRAMES).generate("train", number)
 
 
 def signed(frames: np.ndarray) -> np.ndarray:
@@ -193,12 +208,9 @@ def scene(number: int) -> np.ndarray:
 
 def clips_of(numbers: range) -> np.ndarray:
   """uint8 (n, T, height, width, 3): what the VAE learns from, tasks in even shares and scenes."""
-  names = list(SHARES)
   return np.stack(
     [
-      scene(n)
-      if np.random.default_rng([19, n]).random() < SCENES
-      else tasks.load(names[n % len(names)], size=SIZE, frames=FRAMES).generate("train", n).frames
+      scene(n) if np.random.default_rng([19, n]).random() < SCENES else even_case_of(n).frames
       for n in numbers
     ]
   )
@@ -341,7 +353,7 @@ def stage_vae(options: argparse.Namespace) -> None:
 
 
 def freeze_vae(work: Path, parts: Parts, params: Any, clips: np.ndarray) -> None:
-  """Measures the latents, writes the frozen VAE, fits the preview and says how close they are."""
+  """Measures the latents, writes the frozen VAE and says how close its videos are."""
   moments = jax.jit(lambda v: parts.vae.apply({"params": params}, v, method="encode_moments")[0])
   clips = clips[:512]
   values = np.concatenate(
@@ -350,19 +362,13 @@ def freeze_vae(work: Path, parts: Parts, params: Any, clips: np.ndarray) -> None
   mean, std = values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3))
   config = {**VAE, "mean": [float(x) for x in mean], "std": [float(x) for x in std]}
   write_json(work / "vae_config.json", config)
-  save_vae(work, params, fit_preview((values - mean) / std, clips))
+  checkpoint.write_tree(work / "vae_frozen", jax.tree.map(np.asarray, params))
   decode = jax.jit(lambda z: parts.vae.apply({"params": params}, z, method="decode_values"))
   again = np.concatenate(
     [np.asarray(decode(jnp.asarray(values[i : i + 32]))) for i in range(0, len(values[:128]), 32)]
   )
   wrong = np.clip(again, -1, 1) - signed(clips[:128])
   print(json.dumps({"vae_psnr": float(10 * np.log10(4 / np.mean(wrong**2)))}))
-
-
-def save_vae(work: Path, params: Any, preview: Any) -> None:
-  """Writes the frozen VAE and its preview."""
-  for name, tree in (("vae_frozen", params), ("preview", preview)):
-    checkpoint.write_tree(work / name, jax.tree.map(np.asarray, tree))
 
 
 def stage_encode(options: argparse.Namespace) -> None:
@@ -575,7 +581,6 @@ def bundle_of(work: Path, parts: Parts, vae: Any, weights: Any) -> ModelBundle:
     params=(weights["dit"],),
     vae=vae,
     text=weights["text"],
-    preview=jax.tree.map(jnp.asarray, checkpoint.read_tree(work / "preview")),
     parts=dataclasses.replace(parts, dit=exact),
     card=card,
   )
@@ -624,11 +629,127 @@ def stage_bundle(options: argparse.Namespace) -> None:
   checkpoint.save(trained_bundle(options.work), options.out, dtype="bfloat16")
 
 
+def stage_preview(options: argparse.Namespace) -> None:
+  """The bundle of --init with a decoder that shows what its VAE shows, learnt from its own runs."""
+  if options.cases < 2 * SHARD_RUNS:
+    raise ValueError(
+      f"--cases={options.cases}: the last {SHARD_RUNS} runs are kept to compare with, give at "
+      f"least --cases={2 * SHARD_RUNS}."
+    )
+  if options.out.exists():
+    raise ValueError(f"{options.out} exists already: remove it, or give another --out.")
+  bundle = checkpoint.load(options.init)
+  spec = bundle.card.latents
+  decoder = PreviewDecoder(PreviewConfig(stride=spec.stride, z_channels=spec.channels, **PREVIEW))
+  *taught, held = x0_shards(options, bundle)
+  cells = jnp.zeros((1, *latent_shape(bundle.parts)))
+  fresh = jax.jit(decoder.init)(jax.random.key(2), cells)["params"]
+  learnt = fit(preview_stage(options, decoder, taught), fresh).ema
+  parts = dataclasses.replace(bundle.parts, preview=decoder)
+  checkpoint.save(
+    dataclasses.replace(bundle, preview=learnt, parts=parts), options.out, dtype="bfloat16"
+  )
+  shown = checkpoint.load(options.out, parts=("vae", "preview"))
+  print(json.dumps({"preview_explained": preview_explained(shown, held["latents"])}))
+
+
+def preview_stage(
+  options: argparse.Namespace, decoder: PreviewDecoder, shards: list[dict[str, np.ndarray]]
+) -> fitting.Stage:
+  """Whole videos of any step and run of the shards, as the VAE shows them."""
+
+  def batch_of(number: int) -> dict[str, Any]:
+    rng = np.random.default_rng([23, number])
+    drawn = [
+      (shards[rng.integers(len(shards))], rng.integers(options.score_steps), run)
+      for run in rng.integers(SHARD_RUNS, size=options.batch)
+    ]
+    latents, video = (
+      np.stack([shard[name][step, run] for shard, step, run in drawn]) for name in SHARD_ARRAYS
+    )
+    return {"latents": latents, "video": signed(video)}
+
+  return fitting.Stage(
+    name="preview",
+    folder=options.work,
+    loss=training.preview_loss(decoder, **PREVIEW_END),
+    settings=training.TrainSettings(
+      steps=options.steps,
+      batch=options.batch,
+      learning_rate=options.learning_rate,
+      warmup=100,
+      weight_decay=0.0,
+      ema=0.995,
+    ),
+    batch_of=batch_of,
+    rows=options.batch,
+    seed=2,
+    data={
+      "cases": options.cases,
+      "sampled": sampled_as(options),
+      "preview": PREVIEW,
+      "end": PREVIEW_END,
+    },
+    minutes=options.minutes,
+  )
+
+
+def sampled_as(options: argparse.Namespace) -> dict[str, Any]:
+  """What decides the runs of `x0_shards`."""
+  return {
+    "steps": options.score_steps,
+    "shift": options.sample_shift,
+    "guidance": options.guidance,
+    "runs": SHARD_RUNS,
+    "tasks": list(SHARES),
+    "video": [FRAMES, SIZE, SIZE],
+    "init": begun_from(options),
+  }
+
+
+def x0_shards(options: argparse.Namespace, bundle: ModelBundle) -> list[dict[str, np.ndarray]]:
+  """Shards of `SHARD_RUNS` runs of training cases: the normalised x0 of every step, float32, and
+  its video by the VAE, uint8, both S R ..., memory-mapped; made where they are lacking."""
+  asked = json.dumps(sampled_as(options), sort_keys=True)
+  folder = options.work / f"x0_{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+  shape, firsts = latent_shape(bundle.parts), range(0, options.cases - SHARD_RUNS + 1, SHARD_RUNS)
+  files = [{name: folder / f"{name}_{first:06}.npy" for name in SHARD_ARRAYS} for first in firsts]
+  lacking = [
+    (first, paths)
+    for first, paths in zip(firsts, files, strict=True)
+    if not all(path.exists() for path in paths.values())
+  ]
+  of_step = 4 * math.prod(shape) + 3 * FRAMES * SIZE * SIZE
+  checkpoint.check_space(folder, len(lacking) * SHARD_RUNS * options.score_steps * of_step)
+  folder.mkdir(exist_ok=True)
+  schedule = schedules.build(
+    steps=options.score_steps,
+    shift=options.sample_shift,
+    guidance=options.guidance,
+    freq_dim=bundle.parts.dit.config.freq_dim,
+    boundary=bundle.card.boundary,
+  )
+  with console.progress(len(lacking), "x0", "shard") as advance:
+    for first, paths in lacking:
+      cases = [even_case_of(first + n) for n in range(SHARD_RUNS)]
+      cond = conditioning.encode(
+        bundle, [c.prompt for c in cases], np.stack([c.first_frame for c in cases]), frames=FRAMES
+      )
+      noise = runs.make_noise([c.index for c in cases], shape)
+      x0 = np.asarray(sampler.denoise(bundle, noise, cond, schedule)[1].x0)
+      for path, value in zip(paths.values(), (x0, decode(bundle, x0)), strict=True):
+        with atomic(path) as part, part.open("wb") as file:
+          np.save(file, value)
+      advance(1)
+  return [{name: np.load(path, mmap_mode="r") for name, path in paths.items()} for paths in files]
+
+
 STAGES = {
   "vae": stage_vae,
   "encode": stage_encode,
   "dit": stage_dit,
   "bundle": stage_bundle,
+  "preview": stage_preview,
   "experts": stage_experts,
 }
 
@@ -642,18 +763,20 @@ def main() -> int:
   )
   parser.add_argument("stage", choices=STAGES)
   parser.add_argument("--work", type=Path, required=True, help="where the training lives")
-  parser.add_argument("--init", help="vae, dit, experts: begin with the weights of this bundle")
+  parser.add_argument(
+    "--init", help="vae, dit, preview, experts: begin with the weights of this bundle"
+  )
   parser.add_argument(
     "--other-vae", action="store_true", help="dit: --init saw latents of another VAE or other words"
   )
-  parser.add_argument("--out", type=Path, help="bundle, experts: where the bundle is written")
+  parser.add_argument("--out", type=Path, help="bundle, preview, experts: where it is written")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   parser.add_argument(
     "--minutes", type=float, default=math.inf, help="stop with a checkpoint after so many"
   )
   parser.add_argument("--steps", type=int, default=8_000)
   parser.add_argument("--batch", type=int, default=16)
-  parser.add_argument("--cases", type=int, default=24_000, help="training cases that are encoded")
+  parser.add_argument("--cases", type=int, default=24_000, help="encoded; preview: sampled")
   parser.add_argument("--vae-cases", type=int, default=1_500)
   parser.add_argument("--prompt-cases", type=int, default=1_000, help="of each task, for the words")
   parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -664,9 +787,9 @@ def main() -> int:
   parser.add_argument("--score-cases", type=int, default=32)
   parser.add_argument("--score-steps", type=int, default=20)
   options = parser.parse_args()
-  if options.stage == "experts" and not options.init:
-    parser.error("--init is needed: the bundle whose DiT is continued as two experts.")
-  if options.stage in ("bundle", "experts") and not options.out:
+  if options.stage in ("preview", "experts") and not options.init:
+    parser.error("--init is needed: the bundle that is continued.")
+  if options.stage in ("bundle", "preview", "experts") and not options.out:
     parser.error("--out is needed: the folder of the new bundle.")
   try:
     _, processes = distributed.initialize()

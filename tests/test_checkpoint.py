@@ -16,6 +16,7 @@ import pytest
 from helpers import tiny_bundle
 from jax_videoreason import checkpoint, sharding
 from jax_videoreason.models import FAMILIES
+from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.structs import LatentSpec, ModelBundle
 
 VAE = {
@@ -226,6 +227,23 @@ def test_a_part_may_lie_in_another_bundle(whole, saved, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_preview_comes_with_its_config_or_not_at_all(whole, tmp_path):
+  config = PreviewConfig(stride=(2, 2, 2), z_channels=4, width=6, blocks=1)
+  parts = dataclasses.replace(whole.parts, preview=PreviewDecoder(config))
+  tree = random_like(FAMILIES["wan21"].abstract(parts)["preview"], 3)
+  seeing = dataclasses.replace(whole, parts=parts, preview=tree)
+  back = checkpoint.load(checkpoint.save(seeing, tmp_path / "seeing"), parts=("preview",))
+  chex.assert_trees_all_equal(back.preview, tree)
+  assert back.parts.preview == parts.preview
+  without = checkpoint.save(dataclasses.replace(seeing, preview=None), tmp_path / "blind")
+  blind = checkpoint.load(without, parts=("vae", "preview"))
+  assert blind.parts.preview is None and blind.preview is None
+  wider = PreviewDecoder(dataclasses.replace(config, width=8))
+  wrong = dataclasses.replace(seeing, parts=dataclasses.replace(parts, preview=wider))
+  with pytest.raises(ValueError, match="was written with width=6, the config says width=8"):
+    checkpoint.save(wrong, tmp_path / "wrong")
+
+
 def test_a_shared_part_that_was_replaced_is_noticed(whole, saved, tmp_path):
   shutil.copytree(saved, tmp_path / "first")
   checkpoint.save(whole, tmp_path / "second", shared_with=tmp_path / "first")

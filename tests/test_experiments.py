@@ -555,7 +555,8 @@ def test_a_study_on_a_mesh_finds_what_it_finds_on_one_device(name, tmp_path):
 
 def test_the_reader_is_chosen_on_a_mesh_that_the_runs_looked_at_do_not_fill():
   plain = toy.setting(toy.truth)
-  quick = dataclasses.replace(plain.bundle, preview={})
+  parts = dataclasses.replace(plain.bundle.parts, preview=object())
+  quick = dataclasses.replace(plain.bundle, parts=parts)
   wide = dataclasses.replace(plain, bundle=quick, mesh=sharding.make_mesh(seed=4))
   seen = []
 

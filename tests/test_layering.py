@@ -46,6 +46,7 @@ FLOORS = (
     "models.common",
     "models.wan",
     "models.vae_blocks",
+    "models.preview",
     "models.wan21_vae",
     "models.wan22_vae",
     "models.umt5 models.clip",

@@ -194,6 +194,7 @@ def test_answers_are_read_from_the_frames_of_their_reader(by, wanted, monkeypatc
 def test_the_preview_of_a_model_without_one_is_refused_before_anything_is_run(tmp_path):
   bundle = checkpoint.load("mini")
   checkpoint.save(dataclasses.replace(bundle, preview=None), tmp_path / "blind")
+  assert checkpoint.load(tmp_path / "blind", parts=("preview",)).preview is None
   with pytest.raises(ValueError, match=r"blind has no preview: give --config\.reader=vae"):
     made(checkpoint=str(tmp_path / "blind"), reader="preview")
 

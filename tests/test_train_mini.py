@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,11 +63,11 @@ def begun(script, tmp_path_factory):
   """A folder as the stages vae and encode leave it, of the VAE and the words that ship, with random
   latents of 8 cases."""
   work = tmp_path_factory.mktemp("work")
-  bundle = checkpoint.load("mini", parts=("vae", "text", "preview"))
+  bundle = checkpoint.load("mini", parts=("vae", "text"))
   config = bundle.parts.vae.config
   described = {**script.VAE, "mean": config.mean, "std": config.std}
   (work / "vae_config.json").write_text(json.dumps(described))
-  script.save_vae(work, bundle.vae, bundle.preview)
+  checkpoint.write_tree(work / "vae_frozen", jax.tree.map(np.asarray, bundle.vae))
   shutil.copy(bundle.card.tokenizer, work / "tokenizer.json")
   parts, vae = script.load_vae(work)
   cases = script.encoded_cases(work, 8, parts)
@@ -201,6 +202,16 @@ def test_another_number_of_cases_than_was_begun_is_refused_before_anything_is_en
   assert "latents.npy holds (8, " in said and "give the same --cases, or another --work" in said
 
 
+def test_a_preview_needs_a_bundle_and_runs_to_compare_with(call, work, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    call("preview", "--work", work, "--out", tmp_path / "x")
+  assert "--init is needed: the bundle that is continued" in capsys.readouterr().err
+  code, said = call("preview", "--work", work, "--init=mini", "--out", tmp_path / "x", "--cases=63")
+  assert code == 2
+  assert "--cases=63: the last 32 runs are kept to compare with, give at least --cases=64" in said
+  assert not list(work.glob("x0_*"))
+
+
 def test_clips_of_another_number_are_refused(script, tmp_path):
   np.save(tmp_path / "clips.npy", np.zeros((3, 1), np.uint8))
   (tmp_path / "tokenizer.json").touch()
@@ -215,6 +226,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]
 import train_mini
 train_mini.DIT.update(width=32, ffn_width=32, heads=2, layers=1)
 train_mini.SHARES = dict(maze=0.5, pick=0.5)
+train_mini.SHARD_RUNS = 2
 sys.argv[0] = "train_mini.py"
 sys.exit(train_mini.main())
 """
@@ -248,7 +260,7 @@ def tiny(work: Path, *words: str, processes: int = 1) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_carry_every_stage_out_to_a_bundle_of_two_experts(tmp_path):
-  work, first, experts = (tmp_path / name for name in ("work", "first", "experts"))
+  work, first, shown, experts = (tmp_path / n for n in ("work", "first", "shown", "experts"))
   two = {"processes": 2}
   once = ("--cases=4", "--batch=2", "--steps=2")
   tiny(work, "vae", "--steps=2", "--vae-cases=8", "--prompt-cases=4", "--workers=1", **two)
@@ -260,10 +272,22 @@ def test_two_processes_carry_every_stage_out_to_a_bundle_of_two_experts(tmp_path
     "pick",
   ]
   tiny(work, "bundle", "--out", str(first))
-  tiny(work, "experts", *once, "--init", str(first), "--out", str(experts), **two)
-  made, shared = checkpoint.load(experts), checkpoint.load(first)
+  steps = "--score-steps=2"
+  (said,) = tiny(work, "preview", *once, steps, "--init", str(first), "--out", str(shown))
+  assert json.loads(said.splitlines()[-1])["preview_explained"] < 1
+  before, after = checkpoint.describe(first), checkpoint.describe(shown)
+  assert before.modules.preview is None
+  assert {**after.leaves, "preview": None} == {**before.leaves, "preview": None}
+  lost, kept = sorted(work.glob("x0_*/video_*.npy"))
+  lost.unlink()
+  made = kept.stat().st_mtime_ns
+  tiny(work, "preview", *once, steps, "--init", str(first), "--out", str(tmp_path / "again"))
+  assert lost.exists() and kept.stat().st_mtime_ns == made
+  assert checkpoint.describe(tmp_path / "again").leaves == after.leaves
+  tiny(work, "experts", *once, "--init", str(shown), "--out", str(experts), **two)
+  made, shared = checkpoint.load(experts), checkpoint.load(shown)
   assert made.card.boundary == 0.9
   high, low = (dit["head"]["kernel"] for dit in made.params)
   assert high.shape == low.shape == shared.params[0]["head"]["kernel"].shape
   assert not np.array_equal(high, low)
-  assert checkpoint.describe(experts).folders["vae"].resolve() == (first / "vae").resolve()
+  assert checkpoint.describe(experts).folders["preview"].resolve() == (shown / "preview").resolve()

@@ -91,6 +91,16 @@ def test_the_bands_say_where_the_loss_is(problem):
   assert abs(mean - float(metrics["loss"])) < 1e-5
 
 
+def test_the_frames_at_the_end_of_a_preview_count_as_often_as_is_asked():
+  video = np.zeros((2, 5, 4, 4, 3), np.float32)
+  video[:, 0], video[:, -1] = 1.0, 2.0
+  blank = SimpleNamespace(apply=lambda params, latents: jnp.zeros_like(video))
+  loss = training.preview_loss(blank, end=1, weight=3.0)
+  value, metrics = loss({}, {"latents": None, "video": video}, jax.random.key(0))
+  assert float(value) == pytest.approx((1.0 + 3 * 4.0) / (4 + 3))
+  assert float(metrics["l2"]) == pytest.approx(1.0)
+
+
 def test_an_expert_is_trained_on_its_own_sigmas():
   sigma, rows = training.sigma_table(
     TrainSettings(steps=1, batch=1, shift=5.0, low=0.642), freq_dim=16

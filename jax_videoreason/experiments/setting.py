@@ -15,7 +15,7 @@ from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning
 from jax_videoreason.tasks import Case, Task
 
-AGREEMENT = 0.98  # of the answers that the linear preview and the VAE give
+AGREEMENT = 0.98  # of the answers that the preview and the VAE give
 LOOKED_AT = 5  # steps on which they are compared
 
 
@@ -80,10 +80,10 @@ def pick_cases(
 def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float | None]:
   """The setting with the quickest honest decoder, and how often the preview agrees with the VAE.
 
-  Answers are read from the linear preview where it agrees with the VAE in at least `AGREEMENT` of
+  Answers are read from the preview where it agrees with the VAE in at least `AGREEMENT` of
   the steps looked at, else from the VAE. None = the model has no preview.
   """
-  if setting.bundle.preview is None:
+  if setting.bundle.parts.preview is None:
     return setting, None
   asked = list(cases) * len(setting.chosen.seeds)
   seats = 1 if setting.mesh is None else setting.mesh.shape["seed"]

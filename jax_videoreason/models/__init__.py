@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax_videoreason.axes import Params
 from jax_videoreason.models import wan
 from jax_videoreason.models.clip import CLIPConfig, CLIPTower
+from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.variants import VARIANTS, Variant
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
@@ -29,7 +30,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """Part name ("dit", "vae", "text", "clip") -> Part; the published models by their short names."""
+  """Part name ("dit", "vae", "text", "clip", "preview") -> Part; the published models by their
+  short names."""
 
   name: str
   parts: Mapping[str, Part]
@@ -95,11 +97,21 @@ def _clip_params(config: CLIPConfig) -> Params:
   return jax.eval_shape(init)
 
 
+@functools.cache
+def _preview_params(config: PreviewConfig) -> Params:
+  def init() -> Params:
+    latents = jnp.zeros((1, 1, 1, 1, config.z_channels))
+    return PreviewDecoder(config).init(jax.random.key(0), latents)["params"]
+
+  return jax.eval_shape(init)
+
+
 WAN_PARTS = {
   "dit": Part(config=wan.WanConfig, module=wan.WanDiT, abstract=wan.abstract_params),
   "vae": Part(config=WanVAEConfig, module=WanVAE, abstract=_vae_params),
   "text": Part(config=UMT5Config, module=UMT5Encoder, abstract=_text_params),
   "clip": Part(config=CLIPConfig, module=CLIPTower, abstract=_clip_params),
+  "preview": Part(config=PreviewConfig, module=PreviewDecoder, abstract=_preview_params),
 }
 
 FAMILIES: dict[str, Family] = {

@@ -70,7 +70,7 @@ def sweep() -> ConfigDict:
       "unit": config_dict.placeholder(int),
       # of the devices of a process, as seed=2,fsdp=2; None = as many runs side by side as divide
       "mesh": config_dict.placeholder(str),
-      # what shows x0 at every step: vae, or preview, which is quick and was taught by it
+      # what shows x0 at every step: vae, or preview, a small and quick decoder taught by it
       "reader": "vae",
     }
   )

@@ -44,8 +44,8 @@ class Varied:
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
   unit: runs of a work unit, rounded down to whole cases, of which it holds at least one. mesh: axes
   of the devices of a process, or of all; None = as many runs side by side as divide a unit. reader:
-  what shows x0 at every step, the VAE or the preview of the bundle, which is quick and was taught
-  by it.
+  what shows x0 at every step, the VAE or the preview of the bundle, a small and quick decoder
+  taught by it.
   """
 
   tasks: tuple[str, ...]

@@ -306,7 +306,8 @@ def test_a_process_that_waits_hears_ctrl_c_and_one_that_leaves_holds_nobody(act,
     for does, environment in zip(("time.sleep(200)", act), environments, strict=True)
   ]
   assert both[1].stdout is not None
-  assert "joined\n" in iter(both[1].stdout.readline, "")
+  # On the same stream the library that connects CPUs prints, from threads, pieces of lines.
+  assert any("joined" in line for line in iter(both[1].stdout.readline, ""))
   if status == 130:
     time.sleep(2)
     both[1].send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jax_videoreason.axes import Array, Params
+from jax_videoreason.models.preview import of_ending
 from jax_videoreason.structs import ModelBundle
 from jax_videoreason.tiling import Tiling, join, named, places
 
@@ -130,7 +131,7 @@ def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None)
     raise ValueError(
       f"the preview of {bundle.card.name} is not loaded: load it, parts=('dit', 'preview')."
     )
-  frames = bundle.card.latents.frames(flat.shape[1])
+  frames = last or bundle.card.latents.frames(flat.shape[1])
   _, high, wide = bundle.card.latents.stride
   area = flat.shape[2] * high * flat.shape[3] * wide
   seen = _in_batches(
@@ -166,9 +167,11 @@ def _decode(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _preview(module: Any, last: int | None, params: Params, latents: Array) -> Array:
   """R frames height width 3 uint8."""
-  total = latents.shape[1]
-  needed = total if last is None else module.reach(-(-last // module.config.stride[0]))
+  total, step = latents.shape[1], module.config.stride[0]
+  needed = total if last is None else module.reach(-(-last // step))
   first = True if needed >= total else None
+  if last is not None and last < step and first is None:
+    module, params = of_ending(module, params, last)
   video = module.apply({"params": params}, latents[:, max(0, total - needed) :], first)
   return _to_uint8(video if last is None else video[:, video.shape[1] - last :])
 

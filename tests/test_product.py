@@ -38,6 +38,7 @@ from jax_videoreason.configs import common
 from jax_videoreason.decode import decode
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Sizes
+from jax_videoreason.tasks.base import ENDING
 
 TASKS, CASES, SEEDS, STEPS = ("pick", "tree_reach"), 2, 2, 3
 WORDS = (
@@ -189,6 +190,29 @@ def test_answers_are_read_from_the_frames_of_their_reader(by, wanted, monkeypatc
   for run, case in enumerate(cases):
     answer = case.metadata["answer"] if wanted[run] else None
     assert said[:, run].tolist() == [answer, answer]
+
+
+def test_more_than_the_ending_is_shown_only_where_that_does_not_say_the_answer(monkeypatch):
+  of = made(tasks=("rotate", "maze"), cases=4)
+  cases = of.cases
+  truths = [of.tasks[c.task].generate(c.split, c.index).frames for c in cases]
+  seen: list[tuple[int, int | None]] = []
+
+  def show(bundle, x0, last, tiles):
+    shown = [round(float(x.mean())) for x in x0]
+    seen.extend((r, last) for r in shown)
+    return np.stack([truths[r][-(last or len(truths[r])) :] for r in shown])
+
+  monkeypatch.setattr(product, "decode", show)
+  nothing: Any = None
+  bench = product.Bench(product=of, bundle=nothing, cond=nothing, schedule=nothing, mesh=None)
+  x0 = np.broadcast_to(np.arange(float(len(cases)))[None, :, None], (2, len(cases), 3))
+  said = product.answers_at(bench, cases, x0, "vae")
+  assert said.tolist() == [[case.metadata["answer"] for case in cases]] * 2
+  half = {r for r, c in enumerate(cases) if c.metadata["answer"] in (180, -180)}
+  assert 0 < len(half) < 4
+  assert {r for r, last in seen if last == ENDING} == set(range(len(cases)))
+  assert {r for r, last in seen if last is None} == half
 
 
 def test_the_preview_of_a_model_without_one_is_refused_before_anything_is_run(tmp_path):

@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import repeat
 
 from jax_videoreason.convert import vae as vae_table
 from jax_videoreason.convert.engine import leaves
 from jax_videoreason.models import wan22_vae
-from jax_videoreason.models.vae_blocks import CausalConv, average_down, fold, repeat_up, unfold
+from jax_videoreason.models.vae_blocks import (
+  CausalConv,
+  DoubledConv,
+  average_down,
+  fold,
+  repeat_up,
+  unfold,
+)
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 
 TINY = WanVAEConfig(base_width=4, stages=(1, 2, 4), temporal=(True, True), blocks=1)
@@ -35,6 +43,17 @@ def random_params(config: WanVAEConfig):
     return jnp.asarray(value, jnp.float32)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def test_a_convolution_of_doubled_pixels_is_that_of_each_pixel_repeated():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 3, 4, 5, 6)), jnp.float32)
+  doubled, plain = DoubledConv(7), CausalConv(7, (1, 3, 3))
+  shapes = jax.eval_shape(doubled.init, jax.random.key(0), x)
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes)
+  wanted = plain.apply(params, repeat(x, "r f h w c -> r f (h a) (w b) c", a=2, b=2))
+  assert wanted.shape == (2, 3, 8, 10, 7)
+  np.testing.assert_allclose(doubled.apply(params, x), wanted, atol=1e-4)
 
 
 @pytest.fixture(scope="session")

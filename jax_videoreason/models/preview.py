@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from jax_videoreason.axes import Array
+from jax_videoreason.axes import Array, Params
 from jax_videoreason.models.vae_blocks import CausalConv
 
 PLANE = (1, 3, 3)  # taps of a convolution that sees one frame
@@ -60,3 +60,19 @@ class PreviewDecoder(nn.Module):
     pattern = "r f h w (t a b c) -> r (f t) (h a) (w b) c"
     video = rearrange(video, pattern, t=step, a=high, b=wide, c=3)
     return video[:, step - 1 :] if first else video
+
+
+def of_ending(
+  decoder: PreviewDecoder, params: Params, frames: int
+) -> tuple[PreviewDecoder, Params]:
+  """Decoder and parameters that make of each latent frame the last of its frames alone."""
+  _, high, wide = decoder.config.stride
+  made = frames * high * wide * 3
+  narrowed = dict(params)
+  for name, before in (("enter", decoder.config.width), ("leave", 0)):
+    narrowed[name] = {
+      part: jnp.concatenate([value[..., :before], value[..., -made:]], axis=-1)
+      for part, value in params[name].items()
+    }
+  config = dataclasses.replace(decoder.config, stride=(frames, high, wide))
+  return PreviewDecoder(config), narrowed

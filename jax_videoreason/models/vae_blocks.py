@@ -91,6 +91,7 @@ class CausalConv(nn.Module):
       y = space(x, rearrange(kernel, "t h w i o -> h w (t i) o"))
     return y + jnp.expand_dims(bias, (0, 1, 2, 3))
 
+
 class DoubledConv(nn.Module):
   """Each frame with every pixel repeated 2 x 2, then a convolution of 3 x 3 taps with zeros around.
 

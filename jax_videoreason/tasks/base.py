@@ -30,6 +30,10 @@ Problem = dict[str, Any]
 Metadata = dict[str, Any]
 
 
+class Unseen(ValueError):
+  """The ending of a clip does not say its answer; all frames do."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
   """A problem with the video that solves it.
@@ -159,7 +163,6 @@ class Task:
   held_out: ClassVar[bool] = False
   ambiguous: ClassVar[bool] = True  # whether a variant with several right answers exists
   smallest: ClassVar[int] = 32
-  reads: ClassVar[int | None] = None  # frames at the end of a clip that `read` needs; None = all
 
   def __post_init__(self):
     if self.frames < 13 or self.frames % 4 != 1:
@@ -200,7 +203,10 @@ class Task:
     raise NotImplementedError
 
   def read(self, labels: np.ndarray, problem: Problem) -> Answer | None:
-    """The answer the clip gives at its end: labels int8 (T height width). None = unreadable."""
+    """The answer the clip gives at its end: labels int8 (T height width). None = unreadable.
+
+    Must do with the last ENDING frames alone, or raise `Unseen`.
+    """
     raise NotImplementedError
 
   def final(self, labels: np.ndarray, metadata: Metadata) -> float:
@@ -283,10 +289,14 @@ class Task:
     """The answer a clip gives, right or wrong; None = unreadable. Equals metadata["answer"] on
     the truth.
 
-    frames: uint8 (T height width 3), or of a clip its last `reads` frames alone.
+    frames: uint8 (T height width 3), or of a clip its last ENDING frames alone.
+
+    Raises:
+      Unseen: only the ending is given and the answer lies on the way there.
+      ValueError: other frames.
     """
-    ends = np.shape(frames)[:1] == (self.reads,)
-    self.check_frames(frames, metadata, self.reads if ends else None)
+    ends = np.shape(frames)[:1] == (ENDING,)
+    self.check_frames(frames, metadata, ENDING if ends else None)
     return self.read(draw.label(frames), metadata["problem"])
 
   def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:

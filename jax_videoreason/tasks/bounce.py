@@ -46,7 +46,6 @@ def fold(places: np.ndarray) -> np.ndarray:
 class Bounce(base.Task):
   name = "bounce"
   number = 8
-  reads = base.ENDING
   held_out = True
   ambiguous = False
 

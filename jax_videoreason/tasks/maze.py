@@ -88,7 +88,6 @@ def several_ways(rng: np.random.Generator, opened: set[Cell], start: Cell, goal:
 class Maze(base.Task):
   name = "maze"
   number = 1
-  reads = base.ENDING
 
   def side(self, split: str) -> int:
     """Cells per side of the lattice; `ood` mazes have one more room per side."""

@@ -28,7 +28,6 @@ TEMPLATES = (
 class Occlusion(base.Task):
   name = "occlusion"
   number = 4
-  reads = base.ENDING
   ambiguous = False
 
   def boxes(self) -> np.ndarray:

@@ -34,7 +34,6 @@ TEMPLATES = {
 class Pick(base.Task):
   name = "pick"
   number = 9
-  reads = base.ENDING
 
   @property
   def slot(self) -> float:

@@ -262,6 +262,11 @@ class Rotate(base.Task):
       return None
     if shown[0] != 180:
       return {0: 0, 90: 90, 270: -90}[shown[0]]
+    if len(labels) < self.frames:
+      raise base.Unseen(
+        f"the piece ends half turned and only the last {len(labels)} of {self.frames} frames are "
+        "given: give all, which show the direction."
+      )
     turned = self.turned(labels, problem)
     return None if abs(turned) < 90 else (180 if turned > 0 else -180)
 

@@ -47,7 +47,6 @@ TEMPLATES = {
 class SortBars(base.Task):
   name = "sort_bars"
   number = 5
-  reads = base.ENDING
 
   def draw_problem(
     self, rng: np.random.Generator, split: str, ambiguous: bool

@@ -88,7 +88,6 @@ def layout(size: int) -> tuple[np.ndarray, draw.Regions, draw.Regions]:
 class TicTacToe(base.Task):
   name = "tictactoe"
   number = 3
-  reads = base.ENDING
 
   def draw_problem(
     self, rng: np.random.Generator, split: str, ambiguous: bool

@@ -37,7 +37,6 @@ TEMPLATES = {
 class TreeReach(base.Task):
   name = "tree_reach"
   number = 2
-  reads = base.ENDING
   held_out = True
 
   @property

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from einops import rearrange
+from numpy.typing import ArrayLike
 
 PALETTE: dict[str, tuple[int, int, int]] = {
   "black": (20, 20, 20),
@@ -32,7 +33,10 @@ RGB = np.array(list(PALETTE.values()), np.uint8)
 REACH = 90.0  # a pixel further than this from all nine colours has none: a blend stays a blend
 SHARE = 0.6  # a region whose leading colour covers less is undecided
 RING_START = 4  # first frame with a piece of a ring
+ASKED = 1024  # sets of regions that are kept, of each kind
 OCCUPIED = 0.3  # soft occupancy from which a candidate counts as present
+
+Rows = tuple[tuple[float, ...], ...]
 
 
 def colour(name: str) -> int:
@@ -73,7 +77,7 @@ def lattice(size: int, rows: int, columns: int) -> np.ndarray:
   return boxes
 
 
-def shrink(box: Sequence[int], share: float) -> tuple[int, int, int, int]:
+def shrink(box: Sequence[float], share: float) -> tuple[int, int, int, int]:
   """The centred box with about `share` of the area of `box`, never empty."""
   y0, x0, y1, x1 = (int(v) for v in box)
   by = min(round((y1 - y0) * (1 - share**0.5) / 2), (y1 - y0 - 1) // 2)
@@ -156,7 +160,10 @@ def firm(mask: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Regions:
-  """N sets of pixels to be read together: cells, objects, arcs. Built by `regions`."""
+  """N sets of pixels to be read together: cells, objects, arcs. Built by `regions`.
+
+  Every step and seed of a case asks for the same ones, so they are shared and can't be written to.
+  """
 
   index: np.ndarray  # flat pixel numbers, one region after another
   start: np.ndarray  # (N,) where each region begins in `index`
@@ -172,17 +179,29 @@ def regions(masks: Sequence[np.ndarray]) -> Regions:
   count = np.array([len(i) for i in index], int)
   if not len(count) or not count.all():
     raise ValueError(f"regions have {count.tolist()} pixels, wanted at least 1 in each.")
-  return Regions(np.concatenate(index), np.cumsum(count) - count, count)
+  made = Regions(np.concatenate(index), np.cumsum(count) - count, count)
+  for part in (made.index, made.start, made.count):
+    part.flags.writeable = False
+  return made
 
 
 def cells(size: int, boxes: np.ndarray) -> Regions:
   """The inner half (by area) of each box: boxes (... 4) in row order."""
-  flat = rearrange(boxes[None], "one ... box -> (one ...) box")
-  return regions([rectangle(size, shrink(box, 0.5)) for box in flat])
+  return _cells(size, _rows(boxes))
+
+
+@functools.lru_cache(ASKED)
+def _cells(size: int, boxes: Rows) -> Regions:
+  return regions([rectangle(size, shrink(box, 0.5)) for box in boxes])
 
 
 def rings(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regions:
   """The middle half (by width) of the ring round each centre."""
+  return _rings(size, _rows(centres), slot)
+
+
+@functools.lru_cache(ASKED)
+def _rings(size: int, centres: Rows, slot: float) -> Regions:
   inside, outside = ring_radii(slot)
   edge = (outside - inside) / 4
   return regions([ring(size, c, inside + edge, outside - edge) for c in centres])
@@ -190,6 +209,11 @@ def rings(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regions
 
 def outside(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regions:
   """The ground beyond all rings, by blocks of a quarter of the picture."""
+  return _outside(size, _rows(centres), slot)
+
+
+@functools.lru_cache(ASKED)
+def _outside(size: int, centres: Rows, slot: float) -> Regions:
   apart = np.ones((size, size), bool)
   for centre in centres:
     apart &= ~disc(size, centre, ring_radii(slot)[1] + 1)
@@ -201,6 +225,12 @@ def outside(size: int, centres: Sequence[Sequence[float]], slot: float) -> Regio
   ]
   least = 0.05 * (size / 4) ** 2
   return regions([block for block in blocks if block.sum() >= least])
+
+
+def _rows(values: ArrayLike) -> Rows:
+  """Boxes or centres (... n) in row order."""
+  flat = rearrange(np.asarray(values)[None], "one ... n -> (one ...) n")
+  return tuple(tuple(row) for row in flat.tolist())
 
 
 def label(frames: np.ndarray) -> np.ndarray:

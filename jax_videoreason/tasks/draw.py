@@ -30,6 +30,16 @@ NAMES = tuple(PALETTE)
 BLACK, WHITE, GREY, RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(len(NAMES))
 UNDECIDED = -1
 RGB = np.array(list(PALETTE.values()), np.uint8)
+# Squared distance of a pixel (r g b 1) from each colour, less |pixel|^2, times 16 plus the index of
+# the colour, so that one minimum finds both; whole numbers below 2^24, which float32 holds exactly.
+CODED = np.array(
+  [
+    [-32 * r, -32 * g, -32 * b, 16 * (r * r + g * g + b * b) + i]
+    for i, (r, g, b) in enumerate(RGB.tolist())
+  ],
+  np.float32,
+)
+PIECE = 2**14  # pixels at once: they stay in the cache, and numpy takes no threads for them
 REACH = 90.0  # a pixel further than this from all nine colours has none: a blend stays a blend
 SHARE = 0.6  # a region whose leading colour covers less is undecided
 RING_START = 4  # first frame with a piece of a ring
@@ -238,15 +248,16 @@ def label(frames: np.ndarray) -> np.ndarray:
 
   UNDECIDED where no colour is within REACH.
   """
-  red, green, blue = np.ascontiguousarray(np.moveaxis(frames, -1, 0)).astype(np.int32)
-  # Squared distance times 16 plus index, so that one minimum finds both; |pixel|^2 is added last.
-  nearest = np.full(red.shape, np.iinfo(np.int32).max, np.int32)
-  for index, (r, g, b) in enumerate(RGB.tolist()):
-    coded = red * (-32 * r) + green * (-32 * g) + blue * (-32 * b)
-    np.minimum(nearest, coded + (16 * (r * r + g * g + b * b) + index), out=nearest)
-  nearest += 16 * (red * red + green * green + blue * blue)
-  near = nearest >> 4 <= int(REACH**2)
-  return np.where(near, nearest & 15, UNDECIDED).astype(np.int8)
+  pixels = rearrange(frames, "t h w c -> (t h w) c")
+  found = np.empty(len(pixels), np.int8)
+  for low in range(0, len(pixels), PIECE):
+    part = pixels[low : low + PIECE]
+    rows = np.ones((4, len(part)), np.float32)
+    rows[:3] = part.T
+    nearest = (CODED @ rows).min(axis=0).astype(np.int32)
+    nearest += 16 * np.einsum("cp,cp->p", rows[:3], rows[:3]).astype(np.int32)
+    found[low : low + PIECE] = np.where(nearest >> 4 <= int(REACH**2), nearest & 15, UNDECIDED)
+  return found.reshape(frames.shape[:-1])
 
 
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:

@@ -8,11 +8,12 @@
 `whole`: `throughput` is seconds of the bare sampler (the same runs, batches as large as a unit,
 nothing kept, decoded or written) over seconds of the whole sweep: encoding, decoding, scoring,
 writing, table and manifest. Median over interleaved pairs in this process, with its 95% bootstrap
-interval; compiled before. `steady`: the same from the end of the first unit to
-the end of the last, without what a sweep does once; in CPU seconds, which other work on the machine
-hardly moves. `reader`: what showed x0 at every step. `compute_s` and `read_s`: of the units
-of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps beyond that of the bare
-sampler (Linux).
+interval; compiled before. `of_videos`: the same beside a bare sampler that decodes its final videos
+too, which takes `decode_s` (of one unit, the median of three, for each unit). `steady`:
+`throughput` from the end of the first unit to the end of the last, without what a sweep does once;
+in CPU seconds, which other work on the machine hardly moves. `reader`: what showed x0 at every
+step. `compute_s` and `read_s`: of the units of the last sweep, which overlap. `extra_mb`: peak
+memory during the sweeps beyond that of the bare sampler (Linux).
 
 `parts`: CPU seconds of one run of the bare sampler, of reading its answers at every step by each
 reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
@@ -34,7 +35,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_denoise import BARE, ask, pairs, say
+from bench_denoise import BARE, ask, pairs, say, seconds
 
 from jax_videoreason import baselines, cli, factors, product, runs, settings, sweep
 from jax_videoreason.decode import decode
@@ -49,8 +50,8 @@ def multiplied(name: str) -> factors.Product:
   return factors.multiply(settings.from_config(config), factors.varied(own))
 
 
-def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> None:
-  """Runs (number of the case, seed) through the sampler, together; nothing is kept."""
+def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> np.ndarray:
+  """R F H W C of runs (number of the case, seed), sampled together; nothing else is kept."""
   of, spec = bench.product, bench.bundle.card.latents
   chosen = of.chosen
   noise = runs.make_noise(
@@ -58,7 +59,7 @@ def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> None:
     (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
-  runs.run(bench.bundle, noise, cond, bench.schedule, taps=BARE)
+  return runs.run(bench.bundle, noise, cond, bench.schedule, taps=BARE)
 
 
 def peak(call: Callable[[], Any], seen: list[float]) -> None:
@@ -181,7 +182,11 @@ def measure_whole(options: argparse.Namespace) -> None:
       lambda: peak(lambda: whole(next(swept)), memory[1]),
       options.pairs,
     )
-    seconds = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
+    took = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
+  final = sampled(bench, of.runs_in(0))
+  decode_s = of.units * float(
+    np.median([seconds(lambda: decode(bench.bundle, final)) for _ in "123"])
+  )
   say(
     "throughput of a sweep over the bare sampler",
     wanted="at least 0.9, at most 300 MB",
@@ -189,10 +194,12 @@ def measure_whole(options: argparse.Namespace) -> None:
     unit=of.width,
     throughput=row.pop("ratio"),
     **row,
+    of_videos=round((row["with_ms"] + 1e3 * decode_s) / row["without_ms"], 4),
     steady=round(float(np.median(bare_cpu[1:]) / np.median(sweep_cpu[-options.pairs :])), 4),
     reader=of.varied.reader,
-    compute_s=round(sum(s["compute"] for s in seconds), 1),
-    read_s=round(sum(s["read"] for s in seconds), 1),
+    decode_s=round(decode_s, 1),
+    compute_s=round(sum(s["compute"] for s in took), 1),
+    read_s=round(sum(s["read"] for s in took), 1),
     extra_mb=round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
   )
 

@@ -26,7 +26,8 @@ def test_what_64_runs_cost_beside_the_bare_sampler():
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   whole = next(row for row in rows if "throughput" in row)
   assert whole["runs"] == 64
-  assert 0.1 < whole["throughput"] <= 1  # a guard: what is wanted of 1,024 runs is in BENCHMARKS.md
+  # A guard, wide because two runs are compared: what is wanted of 1,024 runs is in BENCHMARKS.md.
+  assert 0.1 < whole["throughput"] < whole["of_videos"] < 2
   assert whole["extra_mb"] < 300
   parts = next(row for row in rows if "sampler" in row)
   assert 0 < parts["steps_by_preview"] < parts["steps_by_vae"]

@@ -170,7 +170,7 @@ def _preview(module: Any, last: int | None, params: Params, latents: Array) -> A
   total, step = latents.shape[1], module.config.stride[0]
   needed = total if last is None else module.reach(-(-last // step))
   first = True if needed >= total else None
-  if last is not None and last < step and first is None:
+  if last is not None and last < step:
     module, params = of_ending(module, params, last)
   video = module.apply({"params": params}, latents[:, max(0, total - needed) :], first)
   return _to_uint8(video if last is None else video[:, video.shape[1] - last :])

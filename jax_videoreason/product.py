@@ -31,13 +31,12 @@ from jax_videoreason.schedules import Schedule
 from jax_videoreason.store import LATENT_AXES, TAP_AXES
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.sweep import RUN, Part, Work
-from jax_videoreason.tasks import Answer, Case
-from jax_videoreason.tasks.base import ENDING, Unseen
+from jax_videoreason.tasks import ENDING, Answer, Case, Unseen
 
 STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
 HELD = 2**24  # pixels of video that are held at once to be read
-GROUP = 128  # frames that are read together at most
+CLIPS, ENDINGS = 8, 64  # that are read together at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,17 +177,17 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
   """S R objects: the answer at every step, None = unreadable; x0 S R F H W C, a case for each R.
 
   by: of `factors.READERS`. Of each clip only its ending is shown, and all of it where that does not
-  say the answer; in groups of one size, small enough that filling up the last one costs little.
+  say the answer; in groups of one size, the last one filled up.
   """
   said = np.full(x0.shape[:2], None, object)
   own, chosen = [bench.product.tasks[case.task] for case in cases], bench.product.chosen
   whole = functools.partial(decode, tiles=chosen.tiles)
   show: Callable[..., np.ndarray] = preview if by == "preview" else whole
 
-  def say(at: Sequence[tuple[int, int]], last: int | None) -> list[tuple[int, int]]:
+  def say(at: Sequence[tuple[int, int]], last: int | None, most: int) -> list[tuple[int, int]]:
     """Reads those (step, run) from so many frames; returns those whose answer is not on them."""
-    most = min(GROUP, HELD // (chosen.height * chosen.width)) // (last or chosen.frames)
-    size, unseen = max(1, min(said.size, most)), []
+    pixels = (last or chosen.frames) * chosen.height * chosen.width
+    size, unseen = max(1, min(said.size, most, HELD // pixels)), []
     for low in range(0, len(at), size):
       group = at[low : low + size]
       clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)], last=last)
@@ -199,8 +198,8 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
           unseen.append((s, r))
     return unseen
 
-  unseen = say(list(np.ndindex(said.shape)), ENDING)
-  say(unseen, None)
+  unseen = say(list(np.ndindex(said.shape)), ENDING, ENDINGS)
+  say(unseen, None, CLIPS)
   return said
 
 

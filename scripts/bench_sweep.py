@@ -8,12 +8,13 @@
 `whole`: `throughput` is seconds of the bare sampler (the same runs, batches as large as a unit,
 nothing kept, decoded or written) over seconds of the whole sweep: encoding, decoding, scoring,
 writing, table and manifest. Median over interleaved pairs in this process, with its 95% bootstrap
-interval; compiled before. `of_videos`: the same beside a bare sampler that decodes its final videos
-too, which takes `decode_s` (of one unit, the median of three, for each unit). `steady`:
-`throughput` from the end of the first unit to the end of the last, without what a sweep does once;
-in CPU seconds, which other work on the machine hardly moves. `reader`: what showed x0 at every
-step. `compute_s` and `read_s`: of the units of the last sweep, which overlap. `extra_mb`: peak
-memory during the sweeps beyond that of the bare sampler (Linux).
+interval; compiled before. `of_videos`: beside a bare sampler that then decodes its final videos,
+computed: the same times (1 + `decode_s` / seconds of the bare sampler), where `decode_s` is what
+that takes (of one unit, the median of three, for each unit). `steady`: `throughput` from the end of
+the first unit to the end of the last, without what a sweep does once; in CPU seconds, which other
+work on the machine hardly moves. `reader`: what showed x0 at every step. `compute_s` and `read_s`:
+of the units of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps beyond that
+of the bare sampler (Linux).
 
 `parts`: CPU seconds of one run of the bare sampler, of reading its answers at every step by each
 reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
@@ -125,7 +126,8 @@ def measure_parts(options: argparse.Namespace) -> None:
   made = product.sample(bench, asked, {"edit": "none"})
 
   def score() -> None:
-    for case, video in zip(cases, decode(bench.bundle, made.final), strict=True):
+    videos = decode(bench.bundle, made.final, tiles=of.chosen.tiles)
+    for case, video in zip(cases, videos, strict=True):
       baselines.mark(of.tasks[case.task], video, case.metadata)
 
   def answers(by: str) -> float:
@@ -183,18 +185,17 @@ def measure_whole(options: argparse.Namespace) -> None:
       options.pairs,
     )
     took = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
-  final = sampled(bench, of.runs_in(0))
-  decode_s = of.units * float(
-    np.median([seconds(lambda: decode(bench.bundle, final)) for _ in "123"])
-  )
+  ratio, final = row.pop("ratio"), sampled(bench, of.runs_in(0))
+  shown = [seconds(lambda: decode(bench.bundle, final, tiles=of.chosen.tiles)) for _ in range(3)]
+  decode_s = of.units * float(np.median(shown))
   say(
     "throughput of a sweep over the bare sampler",
     wanted="at least 0.9, at most 300 MB",
     runs=of.units * of.width,
     unit=of.width,
-    throughput=row.pop("ratio"),
+    throughput=ratio,
     **row,
-    of_videos=round((row["with_ms"] + 1e3 * decode_s) / row["without_ms"], 4),
+    of_videos=round(ratio * (1 + 1e3 * decode_s / row["with_ms"]), 4),
     steady=round(float(np.median(bare_cpu[1:]) / np.median(sweep_cpu[-options.pairs :])), 4),
     reader=of.varied.reader,
     decode_s=round(decode_s, 1),

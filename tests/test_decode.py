@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
 from jax_videoreason import decode as public_decode
-from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
+from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder, of_ending
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
@@ -33,7 +34,8 @@ def bundle():
   small = PreviewDecoder(
     PreviewConfig(stride=CONFIG.stride, z_channels=CHANNELS, width=8, blocks=1)
   )
-  fresh = small.init(jax.random.key(1), jnp.zeros((1, 2, 1, 1, CHANNELS)))["params"]
+  grid = jnp.zeros((1, 2, 1, 1, CHANNELS))
+  fresh = jax.tree.map(weights, jax.eval_shape(small.init, jax.random.key(1), grid)["params"])
   spec = LatentSpec(channels=CHANNELS, stride=CONFIG.stride)
   return ModelBundle(
     params=(None,),
@@ -52,6 +54,20 @@ def replace(bundle, **changes):
 def latents(*lead: int, frames: int = 3) -> np.ndarray:
   rng = np.random.default_rng(1)
   return rng.normal(size=(*lead, frames, 2, 3, CHANNELS)).astype(np.float32)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_a_preview_of_endings_makes_the_last_frames_of_each_latent_frame(frames):
+  config = PreviewConfig(stride=(4, 2, 2), z_channels=CHANNELS, width=5, blocks=1)
+  rng, whole, z = np.random.default_rng(3), PreviewDecoder(config), latents(2, frames=4)
+  shapes = jax.eval_shape(whole.init, jax.random.key(0), z)["params"]
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes)
+  ending, narrowed = of_ending(whole, params, frames)
+  shown, wanted = (
+    rearrange(d.apply({"params": p}, z, None), "r (f t) h w c -> r f t h w c", f=2)
+    for d, p in ((ending, narrowed), (whole, params))
+  )
+  np.testing.assert_allclose(shown, wanted[:, :, -frames:], rtol=1e-4, atol=1e-3)
 
 
 def test_leading_axes_are_free_and_batches_change_nothing(bundle, decoding, monkeypatch):
@@ -133,8 +149,10 @@ def test_a_long_video_is_cut_into_chunks_by_itself(bundle, decoding, monkeypatch
 @pytest.mark.parametrize(
   "last", [1, 2, *(pytest.param(last, marks=pytest.mark.slow) for last in (3, 5, 8, 11))]
 )
-def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, last):
-  z = latents(2, 2, frames=6)
+@pytest.mark.parametrize("frames", [3, 6])
+def test_the_last_frames_alone_are_those_of_the_whole(bundle, decoding, frames, last):
+  z = latents(2, 2, frames=frames)
+  last = min(last, bundle.card.latents.frames(frames))
   for show in (decoding.decode, decoding.preview):
     whole = show(bundle, z).astype(int)
     end = show(bundle, z, last=last)

@@ -38,7 +38,7 @@ from jax_videoreason.configs import common
 from jax_videoreason.decode import decode
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Sizes
-from jax_videoreason.tasks.base import ENDING
+from jax_videoreason.tasks import ENDING
 
 TASKS, CASES, SEEDS, STEPS = ("pick", "tree_reach"), 2, 2, 3
 WORDS = (
@@ -197,13 +197,17 @@ def test_more_than_the_ending_is_shown_only_where_that_does_not_say_the_answer(m
   cases = of.cases
   truths = [of.tasks[c.task].generate(c.split, c.index).frames for c in cases]
   seen: list[tuple[int, int | None]] = []
+  sizes: dict[int | None, set[int]] = {ENDING: set(), None: set()}
 
   def show(bundle, x0, last, tiles):
     shown = [round(float(x.mean())) for x in x0]
     seen.extend((r, last) for r in shown)
+    sizes[last].add(len(shown))
     return np.stack([truths[r][-(last or len(truths[r])) :] for r in shown])
 
   monkeypatch.setattr(product, "decode", show)
+  monkeypatch.setattr(product, "ENDINGS", 3)
+  monkeypatch.setattr(product, "CLIPS", 2)
   nothing: Any = None
   bench = product.Bench(product=of, bundle=nothing, cond=nothing, schedule=nothing, mesh=None)
   x0 = np.broadcast_to(np.arange(float(len(cases)))[None, :, None], (2, len(cases), 3))
@@ -213,6 +217,7 @@ def test_more_than_the_ending_is_shown_only_where_that_does_not_say_the_answer(m
   assert 0 < len(half) < 4
   assert {r for r, last in seen if last == ENDING} == set(range(len(cases)))
   assert {r for r, last in seen if last is None} == half
+  assert sizes == {ENDING: {3}, None: {2}}
 
 
 def test_the_preview_of_a_model_without_one_is_refused_before_anything_is_run(tmp_path):

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, draw, pick
-from jax_videoreason.tasks.base import ENDING, Unseen
+from jax_videoreason.tasks import ENDING, Unseen, base, draw, pick
 
 SIZES = (32, 64, 128)
 SLOW = pytest.mark.slow

@@ -54,6 +54,9 @@ def test_a_convolution_of_doubled_pixels_is_that_of_each_pixel_repeated():
   wanted = plain.apply(params, repeat(x, "r f h w c -> r f (h a) (w b) c", a=2, b=2))
   assert wanted.shape == (2, 3, 8, 10, 7)
   np.testing.assert_allclose(doubled.apply(params, x), wanted, atol=1e-4)
+  half = doubled.apply(params, x.astype(jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16
+  assert float(jnp.linalg.norm(half.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)) < 1e-2
 
 
 @pytest.fixture(scope="session")
@@ -262,6 +265,10 @@ def test_bfloat16_blocks_give_float32_near_the_float32_result(params):
   assert z_half.dtype == jnp.float32
   # bfloat16 keeps 8 bits: 0.4% a rounding, some ten of them in a row.
   assert float(jnp.linalg.norm(z_half - z) / jnp.linalg.norm(z)) < 5e-2
+  x = run("decode_values")(params, z)
+  x_half = jax.jit(lambda p, z: half.apply({"params": p}, z, method="decode_values"))(params, z)
+  assert x_half.dtype == jnp.float32
+  assert float(jnp.linalg.norm(x_half - x) / jnp.linalg.norm(x)) < 5e-2
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 8, 16), (1, 5, 8, 8, 4)])

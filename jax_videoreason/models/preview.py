@@ -65,7 +65,10 @@ class PreviewDecoder(nn.Module):
 def of_ending(
   decoder: PreviewDecoder, params: Params, frames: int
 ) -> tuple[PreviewDecoder, Params]:
-  """Decoder and parameters that make of each latent frame the last of its frames alone."""
+  """Decoder and parameters that make of each latent frame its last `frames` frames alone.
+
+  frames: 1 to those of a latent frame, stride[0].
+  """
   _, high, wide = decoder.config.stride
   made = frames * high * wide * 3
   narrowed = dict(params)

@@ -97,7 +97,8 @@ class DoubledConv(nn.Module):
 
   Two of three taps in a row fall on one pixel of the input. So 2 x 2 taps over the corners of the
   input's pixels give the 2 x 2 pixels of the output around each corner: the same but for rounding,
-  with 4/9 of the products and without the repeated pixels.
+  with 4/9 of the products and without the repeated pixels. Taps are added in float32 and rounded
+  once to the type of the input.
   Parameters: kernel (1, 3, 3, in, out), bias (out,).
   """
 

@@ -1,6 +1,6 @@
 """The project's own tasks, by name."""
 
-from jax_videoreason.tasks.base import SPLITS, Answer, Case, Metadata, Score, Task
+from jax_videoreason.tasks.base import ENDING, SPLITS, Answer, Case, Metadata, Score, Task, Unseen
 from jax_videoreason.tasks.bounce import Bounce
 from jax_videoreason.tasks.maze import Maze
 from jax_videoreason.tasks.occlusion import Occlusion
@@ -34,4 +34,15 @@ def load(name: str, size: int = 64, frames: int = 17) -> Task:
   return TASKS[name](size=size, frames=frames)
 
 
-__all__ = ["SPLITS", "TASKS", "Answer", "Case", "Metadata", "Score", "Task", "load"]
+__all__ = [
+  "ENDING",
+  "SPLITS",
+  "TASKS",
+  "Answer",
+  "Case",
+  "Metadata",
+  "Score",
+  "Task",
+  "Unseen",
+  "load",
+]

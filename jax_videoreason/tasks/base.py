@@ -2,9 +2,11 @@
 
 A task subclasses `Task` and writes `draw_problem`, `right_answers`, `options`, `templates`,
 `draw_answer`, `kept`, `read`, `process` and `soft`; also `final` where a part of an answer is worth
-something, and `canonical` where two problem dicts can mean one problem. `Task` itself makes the
-cases, keeps the splits apart and puts the score together. A problem is a dict that JSON can hold;
-an answer is a str or an int, so that it is hashable and survives metadata.json unchanged.
+something, and `canonical` where two problem dicts can mean one problem. `read` is given whole clips
+or their last ENDING frames alone, and raises `Unseen` where these do not say the answer. `Task`
+itself makes the cases, keeps the splits apart and puts the score together. A problem is a dict that
+JSON can hold; an answer is a str or an int, so that it is hashable and survives metadata.json
+unchanged.
 """
 
 import dataclasses

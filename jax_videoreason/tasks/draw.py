@@ -9,11 +9,10 @@ All lengths are pixels of the picture being drawn; tasks state theirs in cells o
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import ArrayLike
 
 PALETTE: dict[str, tuple[int, int, int]] = {
   "black": (20, 20, 20),
@@ -39,11 +38,11 @@ CODED = np.array(
   ],
   np.float32,
 )
-PIECE = 2**14  # pixels at once: they stay in the cache, and numpy takes no threads for them
+PIECE = 2**12  # pixels at once: so few that the product of numpy takes no threads
 REACH = 90.0  # a pixel further than this from all nine colours has none: a blend stays a blend
 SHARE = 0.6  # a region whose leading colour covers less is undecided
 RING_START = 4  # first frame with a piece of a ring
-ASKED = 1024  # sets of regions that are kept, of each kind
+ASKED = 64  # sets of regions that are kept, of each kind
 OCCUPIED = 0.3  # soft occupancy from which a candidate counts as present
 
 Rows = tuple[tuple[float, ...], ...]
@@ -172,7 +171,8 @@ def firm(mask: np.ndarray) -> np.ndarray:
 class Regions:
   """N sets of pixels to be read together: cells, objects, arcs. Built by `regions`.
 
-  Every step and seed of a case asks for the same ones, so they are shared and can't be written to.
+  They can't be written to: those of `cells`, `rings` and `outside` are shared, as every step and
+  seed of a case asks for the same ones.
   """
 
   index: np.ndarray  # flat pixel numbers, one region after another
@@ -197,7 +197,8 @@ def regions(masks: Sequence[np.ndarray]) -> Regions:
 
 def cells(size: int, boxes: np.ndarray) -> Regions:
   """The inner half (by area) of each box: boxes (... 4) in row order."""
-  return _cells(size, _rows(boxes))
+  flat = rearrange(boxes[None], "one ... box -> (one ...) box")
+  return _cells(size, _rows(flat))
 
 
 @functools.lru_cache(ASKED)
@@ -237,10 +238,9 @@ def _outside(size: int, centres: Rows, slot: float) -> Regions:
   return regions([block for block in blocks if block.sum() >= least])
 
 
-def _rows(values: ArrayLike) -> Rows:
-  """Boxes or centres (... n) in row order."""
-  flat = rearrange(np.asarray(values)[None], "one ... n -> (one ...) n")
-  return tuple(tuple(row) for row in flat.tolist())
+def _rows(values: Iterable[Sequence[float]]) -> Rows:
+  """Boxes or centres as a cache takes them."""
+  return tuple(tuple(float(v) for v in row) for row in values)
 
 
 def label(frames: np.ndarray) -> np.ndarray:
@@ -257,7 +257,7 @@ def label(frames: np.ndarray) -> np.ndarray:
     nearest = (CODED @ rows).min(axis=0).astype(np.int32)
     nearest += 16 * np.einsum("cp,cp->p", rows[:3], rows[:3]).astype(np.int32)
     found[low : low + PIECE] = np.where(nearest >> 4 <= int(REACH**2), nearest & 15, UNDECIDED)
-  return found.reshape(frames.shape[:-1])
+  return rearrange(found, "(t h w) -> t h w", t=len(frames), h=frames.shape[1])
 
 
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:

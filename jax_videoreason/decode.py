@@ -142,6 +142,13 @@ def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None)
   return unpack(seen, lead, RUNS)[0]
 
 
+def rows_at_once(count: int, most: int, *, of: int = 1) -> int:
+  """The size of equal batches of `count` rows: at most `most` and a multiple of `of`, down to half
+  of that where the last one is fuller so."""
+  most = min(most, -(-count // of) * of)
+  return min(range(most, (most - 1) // 2, -of), key=lambda rows: -count % rows)
+
+
 def preview_explained(bundle: ModelBundle, latents: ArrayLike) -> float:
   """1 - squared difference of preview and VAE / squared deviation of the VAE's frames from their
   mean colour: 1 = equal frames, 0 = no better than one flat colour. latents: ... F H W C."""
@@ -201,15 +208,10 @@ def _check_last(bundle: ModelBundle, flat: np.ndarray, last: int | None) -> None
 def _in_batches(
   fn: Callable[[Array], Array], x: np.ndarray, size: int, *, of: int = 1
 ) -> np.ndarray:
-  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row.
-
-  Batches are multiples of `of`, and down to half of `size` where the last one is fuller so.
-  """
+  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row."""
   if not len(x):
     raise ValueError(f"latents hold no run ({x.shape}): give one or more.")
-  most = min(size, -(-len(x) // of) * of)
-  size = min(range(most, (most - 1) // 2, -of), key=lambda rows: -len(x) % rows)
-  parts = []
+  size, parts = rows_at_once(len(x), size, of=of), []
   for start in range(0, len(x), size):
     part = x[start : start + size]
     filled = np.concatenate([part, repeat(part[-1], "f h w c -> r f h w c", r=size - len(part))])

@@ -25,7 +25,7 @@ from jax_videoreason import (
   sharding,
   sweep,
 )
-from jax_videoreason.decode import decode, preview
+from jax_videoreason.decode import decode, preview, rows_at_once
 from jax_videoreason.factors import Product
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.store import LATENT_AXES, TAP_AXES
@@ -184,10 +184,9 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
   whole = functools.partial(decode, tiles=chosen.tiles)
   show: Callable[..., np.ndarray] = preview if by == "preview" else whole
 
-  def say(at: Sequence[tuple[int, int]], last: int | None, most: int) -> list[tuple[int, int]]:
+  def say(at: Sequence[tuple[int, int]], last: int | None, size: int) -> list[tuple[int, int]]:
     """Reads those (step, run) from so many frames; returns those whose answer is not on them."""
-    pixels = (last or chosen.frames) * chosen.height * chosen.width
-    size, unseen = max(1, min(said.size, most, HELD // pixels)), []
+    unseen = []
     for low in range(0, len(at), size):
       group = at[low : low + size]
       clips = show(bench.bundle, x0[tuple(np.resize(group, (size, 2)).T)], last=last)
@@ -198,8 +197,11 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
           unseen.append((s, r))
     return unseen
 
-  unseen = say(list(np.ndindex(said.shape)), ENDING, ENDINGS)
-  say(unseen, None, CLIPS)
+  everything, held = list(np.ndindex(said.shape)), HELD // (chosen.height * chosen.width)
+  size = rows_at_once(max(1, len(everything)), max(1, min(ENDINGS, held // ENDING)))
+  unseen = say(everything, ENDING, size)
+  # How many these are differs from unit to unit: one size for all, or each would be compiled.
+  say(unseen, None, max(1, min(len(cases), CLIPS, held // chosen.frames)))
   return said
 
 

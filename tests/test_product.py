@@ -231,6 +231,23 @@ def test_the_preview_of_a_model_without_one_is_refused_before_anything_is_run(tm
 # Stop and go on
 
 
+def test_report_draws_the_page_again_also_of_what_is_done_so_far(done, copy, capsys):
+  page = copy / "report.html"
+  page.unlink()
+  assert cli.main(["report", str(copy)]) == 0
+  assert page.resolve().as_uri() in capsys.readouterr().out
+  whole = (done / "report.html").read_text()
+  assert page.read_text() == whole.replace(f"Sweep {done.name}<", f"Sweep {copy.name}<")
+  for name in ("units/00001.json", "manifest.json", "table.parquet"):
+    (copy / name).unlink()
+  assert cli.main(["report", str(copy)]) == 0
+  assert "The sweep is not finished" in page.read_text()
+  assert page.read_text().count('class="card"') == TOTAL // 2 // SEEDS
+  (copy / "sweep.json").write_text("{")
+  assert cli.main(["report", str(copy)]) == cli.BAD_INPUT
+  assert "sweep.json" in capsys.readouterr().err
+
+
 def test_what_is_left_is_done_and_the_table_is_the_same_to_the_last_bit(done, copy, capsys):
   before = (done / "table.parquet").read_bytes()
   (copy / "units" / "00001.json").unlink()

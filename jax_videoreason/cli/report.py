@@ -1,17 +1,28 @@
-"""Draws the report of a run, an evaluation or an experiment again: report.html and the film strips.
+"""Draws the report of a run, an evaluation, an experiment or a sweep again, with its pictures.
 
 videoreason report runs/demo
 
-Of the folder of `run all`: every study's page, the table of claims and claims.md with its figures.
-Verdicts are taken again from the stored arrays, with the regions that the run declared, and the
-numbers of an evaluation from its rows.
+Of a sweep, also one that was stopped or still works: what is done of it. Of the folder of `run
+all`: every study's page, the table of claims and claims.md with its figures. Verdicts are taken
+again from the stored arrays, with the regions that the run declared, and the numbers of an
+evaluation from its rows.
 """
 
 from pathlib import Path
 
 from absl.flags import FlagValues
 
-from jax_videoreason import cli, console, evaluate, folders, pages, report, scorecard
+from jax_videoreason import (
+  cli,
+  console,
+  evaluate,
+  folders,
+  gallery,
+  pages,
+  report,
+  scorecard,
+  sweep,
+)
 from jax_videoreason.experiments import claims, judge_again
 
 WORDS = 1
@@ -28,7 +39,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if any(folder.glob("*/result.json")) and not (folder / "result.json").exists():
     everything(folder)
     return
-  kinds = {evaluate.ASKED: scorecard, "arrays.zarr": pages}
+  kinds = {sweep.ASKED: gallery, evaluate.ASKED: scorecard, "arrays.zarr": pages}
   if (folder / evaluate.ASKED).exists():
     evaluate.again(folder)
   elif (folder / "result.json").exists():

@@ -4,6 +4,7 @@
   videoreason sweep --config seeds_mini:cases=2,seeds=2 --out runs/small
   videoreason sweep --config mini --config.tasks "('maze','pick')" --config.cases=8 --out ...
   videoreason sweep --status runs/seeds        (from another terminal)
+  videoreason report runs/seeds                the page of what is done so far (likewise)
 
 Leaves table.parquet (a row per run: scores, answers at every step, flips), results.zarr (final
 latents, stills, taps), manifest.json and report.html, a page that filters cases by task, success

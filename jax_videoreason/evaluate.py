@@ -178,7 +178,7 @@ def cases_of(task: Task, split: str, count: int, kind: str, first: int = 0) -> l
       return list(found.values())
   raise ValueError(
     f"{task.name} has {len(found)} different cases among the first {TRIES * count} of split "
-    f"{split!r}, {count} are wanted: give fewer --cases."
+    f"{split!r}, {count} are wanted: give fewer cases."
   )
 
 

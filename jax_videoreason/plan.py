@@ -93,11 +93,11 @@ def target(name: str) -> Target:
     count = 2 * chips if kind == "tpu7x" else chips
     return Target(name=name, device=CHIPS[kind], count=count)
   card = re.fullmatch(r"(\d+)GB(?:x(\d+))?", size)
-  if kind == "gpu" and card and int(card[1]) > 0:
-    memory = int(card[1])
+  memory, cards = (int(card[1]), int(card[2] or 1)) if card else (0, 0)
+  if kind == "gpu" and memory > 0 and cards > 0:
     nearest = min(CARDS, key=lambda known: abs(known - memory))
     device = Device(platform="gpu", memory=memory * CARD_GB, peak=CARDS[nearest])
-    return Target(name=name, device=device, count=int(card[2] or 1))
+    return Target(name=name, device=device, count=cards)
   raise ValueError(
     f"--on={name}, wanted cpu, gpu:80GB, gpu:80GBx8 (cards), or a TPU slice such as v5p:2x2x4 "
     f"({', '.join(CHIPS)})."

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,8 +24,9 @@ from jax_videoreason.experiments import (
 )
 from jax_videoreason.experiments import setting as setting_module
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
-from jax_videoreason.experiments.context import Chunks
+from jax_videoreason.experiments.context import Chunks, assemble
 from jax_videoreason.experiments.controls import highest, moved, places_of
+from jax_videoreason.experiments.ensemble import closeness
 from jax_videoreason.experiments.noise import cos_index, matched_steps, noise, peak, with_index
 from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.interventions import identity, noise_at, where
@@ -569,6 +571,42 @@ def test_the_reader_is_chosen_on_a_mesh_that_the_runs_looked_at_do_not_fill():
     chosen, agreement = setting_module.with_reader(wide, toy.cases(3))
   assert agreement == 1.0 and chosen is not wide
   assert seen == [4]
+
+
+def test_the_reader_is_chosen_by_cases_of_all_tasks_with_every_seed(monkeypatch):
+  plain = toy.setting(toy.truth, seeds=(0, 1))
+  parts = dataclasses.replace(plain.bundle.parts, preview=object())
+  both = dataclasses.replace(plain, bundle=dataclasses.replace(plain.bundle, parts=parts))
+  asked = []
+
+  def assembled(setting, cases, *rest, **more):
+    ctx = assemble(setting, cases, *rest, **more)
+    asked.extend((c.index, s) for c, s in zip(cases, [0, 1] * (len(cases) // 2), strict=True))
+    assert len(np.unique(np.asarray(jax.random.key_data(ctx.noise.keys)), axis=0)) == len(cases)
+    return ctx
+
+  monkeypatch.setattr(setting_module, "assemble", assembled)
+  dark = np.zeros_like
+  for shown, agreement in ((plain.decode, 1.0), (lambda x0: dark(plain.decode(x0)), 0.0)):
+    monkeypatch.setattr(setting_module, "preview", lambda bundle, x0, shown=shown: shown(x0))
+    chosen, found = setting_module.with_reader(both, toy.cases(84))
+    assert found == agreement and (chosen is both) == (agreement == 0.0)
+  numbers = [0, 12, 24, 36, 47, 59, 71, 83]
+  assert asked == 2 * [(number, seed) for number in numbers for seed in (0, 1)]
+  blind = dataclasses.replace(both, decode=lambda x0: dark(plain.decode(x0)))
+  assert setting_module.with_reader(blind, toy.cases(2)) == (blind, None)  # nothing can be read
+
+
+def test_weights_by_closeness_of_a_case_that_broke_are_equal():
+  x0 = np.random.default_rng(0).normal(size=(2, 6, 1, 2, 2, 1)).astype(np.float32)
+  by_seed = np.array([[0, 3], [1, 4], [2, 5]])
+  whole = closeness(x0, by_seed)
+  x0[1, 4] = np.nan
+  found = closeness(x0, by_seed)
+  np.testing.assert_allclose(found[1, 1], 1 / 3)
+  np.testing.assert_array_equal(
+    np.delete(found.reshape(4, 3), 3, 0), np.delete(whole.reshape(4, 3), 3, 0)
+  )
 
 
 def test_a_study_says_which_runs_a_mesh_does_not_share_out():

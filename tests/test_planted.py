@@ -9,8 +9,9 @@ from jax_videoreason import probes as linear
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import with_memory
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
+from jax_videoreason.experiments.layer_maps import agrees
 from jax_videoreason.experiments.layer_swap import flipped
-from jax_videoreason.experiments.probes import fit
+from jax_videoreason.experiments.probes import fit, targets_of
 from jax_videoreason.experiments.readings import majority
 
 
@@ -95,12 +96,19 @@ def test_layer_swap_refuses_what_it_does_not_know():
 
 def test_layer_maps_finds_the_layer_from_which_the_lens_gives_the_answer():
   found, _, findings = run("layer_maps", toy.setting(toy.truth, carrier=2))
-  agrees = found.values["lens_agrees"].mean((1, 2))
-  assert agrees.tolist() == [0, 0, 1, 1]
+  share = found.values["lens_agrees"].mean((1, 2))
+  assert share.tolist() == [0, 0, 1, 1]
   [lens] = [f for f in findings if f.claim.says.endswith("read from them is the final one")]
   assert (lens.estimate, lens.verdict) == (1.0, "can't tell")  # ten equal cases show no spread
   assert (found.values["cka_last"][2:] > found.values["cka_last"][:2] + 0.1).all()
   assert found.values["norm_map"].shape == (4, toy.F, toy.H, toy.W)
+
+
+def test_a_lens_that_shows_nothing_does_not_agree_with_a_video_that_shows_nothing():
+  final = np.array(["left", "left", None], object)
+  shown = np.array([["left", "right", None], [None, "left", "left"]], object)
+  found = agrees(shown, final)
+  np.testing.assert_array_equal(found, [[1, 0, np.nan], [0, 1, np.nan]])
 
 
 @pytest.mark.slow
@@ -274,19 +282,86 @@ def test_probes_find_the_layer_from_which_the_picture_can_be_read():
     "perception",
     "reasoning",
     "perception_selectivity",
-    "first_reasoning",
+    "first_answer",
     "perception_lead",
   }
+
+
+PROBED = {
+  "features": ("step", "layer", "case", "seed", "feature"),
+  "labels": ("target", "case", "seed"),
+  "problem": ("case", "seed"),
+}
+
+
+def test_what_the_problem_alone_says_is_no_answer():
+  rng = np.random.default_rng(0)
+  rank, said = np.arange(40) % 2, rng.integers(2, size=40)
+  features = rng.normal(size=(1, 1, 40, 1, 3)) / 10
+  features[0, 0, :, 0, 0] = rank
+
+  def fitted(task):
+    targets = targets_of([task])
+    labels = [rank if name.endswith("rank") else said for name in targets]
+    return fit(
+      Result(
+        values={
+          "features": features,
+          "labels": np.stack(labels)[..., None].astype(str),
+          "problem": np.arange(40)[:, None].astype(str),
+        },
+        axes=PROBED,
+        points={"target": targets, "case": [f"{task} id {i}" for i in range(40)]},
+      )
+    )
+
+  found = fitted("select_largest")
+  of = dict(zip(found.points["target"], found.values["selectivity"][:, 0, 0], strict=True))
+  assert of["select_largest: rank"].mean() > 0.3  # it is there to be read
+  assert abs(of["select_largest: answer"].mean()) < 0.3
+  np.testing.assert_array_equal(found.values["first_answer"], of["select_largest: answer"])
+  assert np.isnan(fitted("sort_bars").values["first_answer"]).all()
+
+
+def test_a_probe_is_not_judged_by_another_picture_of_a_problem_it_saw():
+  """20 problems with a colour each, drawn twice: it can be remembered, and not be worked out."""
+  rng = np.random.default_rng(0)
+  colour = np.tile(np.arange(20) % 2, 2)
+  features = np.tile(rng.normal(size=(1, 1, 20, 1, 64)), (1, 1, 2, 1, 1))
+
+  def read(problem):
+    labels = [
+      colour if name.endswith("colour") else np.full(40, "") for name in targets_of(["pick"])
+    ]
+    return (
+      fit(
+        Result(
+          values={
+            "features": features,
+            "labels": np.stack([of.astype(str) for of in labels])[..., None],
+            "problem": problem[:, None].astype(str),
+          },
+          axes=PROBED,
+          points={"target": targets_of(["pick"]), "case": [f"pick id {i}" for i in range(40)]},
+        )
+      )
+      .values["accuracy"][0]
+      .mean()
+    )
+
+  assert read(np.arange(40)) > 0.9
+  assert read(np.arange(40) % 20) < 0.75
 
 
 def test_too_few_cases_for_a_probe_are_refused():
   cases, targets = [f"sides id {i}" for i in range(4)], ["sides: side", "sides: answer"]
   four = Result(
-    values={"features": np.zeros((1, 1, 4, 1, 3)), "labels": np.full((2, 4, 1), "left")},
-    axes={
-      "features": ("step", "layer", "case", "seed", "feature"),
-      "labels": ("target", "case", "seed"),
+    values={
+      "features": np.zeros((1, 1, 4, 1, 3)),
+      "labels": np.full((2, 4, 1), "left"),
+      "problem": np.array([["a"], ["b"], ["c"], ["d"]]),
     },
+    axes=PROBED,
     points={"target": targets, "case": cases},
   )
   with pytest.raises(ValueError, match="4 cases of sides are too few for any probe"):

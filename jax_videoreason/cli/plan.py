@@ -42,7 +42,7 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
 RUN, SWEEP, GENERATE = "run", "sweep", ["vbvr", "generate"]
-STUDY_KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words", "batch")
+STUDY_KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words")
 
 
 def define(flags: FlagValues) -> None:
@@ -169,8 +169,9 @@ def study(name: str, config: dict[str, Any]) -> "Work":
   chosen, asked = settings.from_config(config), find(name)
   setting.check(chosen)
   asked.check(own["experiment"])
+  setting.check_cases(own["tasks"], own["cases"])
   cases = len(own["tasks"]) * own["cases"]
-  size = min(own["batch"] or cases, cases)
+  size = min(chosen.batch or cases, cases)
   together = size * len(chosen.seeds) * len(asked.roles)
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
   sizes, options = problem.sizes, {**asked.options, **own["experiment"]}

@@ -154,16 +154,19 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   asked = dict(config)
   own = {key: asked.pop(key) for key in ("split", "tasks", "cases", "decoder", "experiment")}
   asked.pop("words")
-  batch = asked.pop("batch")
   chosen = settings.from_config(asked)
+  batch = asked.pop("batch")
   study.check(own["experiment"])
   made = setting.load(chosen, sharding.mesh_here(mesh))
   layout = None if made.mesh is None else dict(made.mesh.shape)
   key = _key(study.name, asked, own, setting.fingerprint(chosen))
-  if is_done(out, key) and not redo:
+  if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return
   check_out(out, redo=redo)
+  if redo:
+    with folders.disk(out):
+      folders.remove(out / CHUNKS)
   cases = setting.pick_cases(chosen, own["tasks"], own["cases"], own["split"])
   made, agreement = choose_reader(made, cases, own["decoder"])
   result, record, findings = experiments.perform(
@@ -212,24 +215,31 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
     return dataclasses.replace(made, decode=quick), None
   if decoder != "auto":
     raise cli.UsageError(f"decoder={decoder!r}, wanted auto, vae or preview.")
-  chosen, agreement = setting.with_reader(made, list(cases)[:: max(1, len(cases) // 8)][:8])
+  chosen, agreement = setting.with_reader(made, cases)
   if agreement is not None:
     used = "the VAE" if chosen is made else "the preview"
-    console.say(f"answers: preview and VAE agree on {agreement:.1%} of the steps; read from {used}")
+    console.say(
+      f"answers: preview and VAE agree on {agreement:.1%} of what can be read; read from {used}"
+    )
   return chosen, agreement
 
 
 def is_done(out: Path, key: str) -> bool:
   """Whether `out` holds the result of this very command."""
+  from jax_videoreason.folders import read_json
+
   path = out / "result.json"
-  return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+  found = read_json(path) if path.is_file() else None
+  return isinstance(found, dict) and found.get("key") == key
 
 
 def check_out(out: Path, *, redo: bool) -> None:
   """ValueError where `out` holds something else than an interrupted study, unless `redo`."""
+  from jax_videoreason.folders import STAGE
+
   if redo or not out.exists():
     return
-  there = sorted(path.name for path in out.iterdir() if path.name != CHUNKS)
+  there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, STAGE))
   if there:
     raise ValueError(
       f"{out} holds something else (it has {there[0]}): choose another --out, or give --redo."

@@ -75,9 +75,14 @@ def edit_of(
 
 
 def closeness(x0: np.ndarray, by_seed: np.ndarray) -> np.ndarray:
-  """S N n: the weight of each seed in its case, softmax of -distance of x0 to the mean."""
+  """S N n: the weight of each seed in its case, softmax of -distance of x0 to the mean.
+
+  Equal weights where a seed is not finite: that case counts for nothing.
+  """
   grouped = rearrange(x0[:, by_seed], "s n m f h w c -> s m n (f h w c)")
-  return np.asarray(jax.vmap(jax.vmap(closeness_weights))(grouped))
+  weights = np.asarray(jax.vmap(jax.vmap(closeness_weights))(grouped))
+  known = np.isfinite(weights).all(-1, keepdims=True)
+  return np.where(known, weights, np.float32(1 / len(by_seed)))
 
 
 @experiment(

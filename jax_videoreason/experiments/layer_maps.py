@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 
-from jax_videoreason import guidance, metrics
+from jax_videoreason import answers, guidance, metrics
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
@@ -129,7 +129,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "cosine_last": (flat * flat[:, -1:]).sum(-1).mean((0, -1)),
     "cka_last": np.asarray(metrics.cka(projected, projected[:, -1:])).mean(0),
     "lens_x0": np.asarray(metrics.agreement(guesses, np.asarray(trace.x0)[-1:])),
-    "lens_agrees": np.stack([answer.answer == final[None] for answer in read]).mean(0),
+    "lens_agrees": agrees(np.stack([answer.answer for answer in read]), final).mean(0),
     "lens_right": np.stack([answer.right for answer in read]).astype(float),
     "norm_map": picture(norm[last, :, 0], shape),
     "norm_map_over_median": picture(
@@ -178,6 +178,11 @@ def object_tokens(ctx: Context, shape: tuple[int, int, int]) -> np.ndarray:
     share = reduce(other, "(h a) (w b) -> h w", "mean", h=h, w=w)
     masks.append(np.tile(share.reshape(-1) >= 0.25, f))
   return np.stack(masks)
+
+
+def agrees(answer: np.ndarray, final: np.ndarray) -> np.ndarray:
+  """... R: 1 where an answer is that of the final video, 0 elsewhere; NaN where that has none."""
+  return np.where(answers.readable(final), answer == final, np.nan)
 
 
 def masked_mean(value: np.ndarray, mask: np.ndarray) -> np.ndarray:

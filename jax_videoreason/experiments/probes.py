@@ -17,7 +17,8 @@ from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Metadata
 
 WIDTH = 64  # columns of a region's mean after a fixed random projection
-PERCEPTION, REASONING = "perception", "reasoning"
+PERCEPTION, RELATION, ANSWER = "perception", "relation", "answer"
+REASONING = (RELATION, ANSWER)
 NO_LABEL = ""
 
 Label = str | int | None
@@ -38,25 +39,25 @@ TARGETS: Mapping[str, Mapping[str, tuple[str, Callable[[Metadata, Any], Label]]]
   "pick": {
     "colour": (PERCEPTION, lambda m, a: m["problem"]["groups"][0]["colour"]),
     "count": (PERCEPTION, lambda m, a: len(m["problem"]["groups"][0]["along"])),
-    "answer": (REASONING, lambda m, a: a),
+    "answer": (ANSWER, lambda m, a: a),
   },
   "select_largest": {
     "colour": (PERCEPTION, lambda m, a: first_disc(m)["colour"]),
     "size": (PERCEPTION, lambda m, a: "large" if first_disc(m)["radius"] > 0.2 else "small"),
-    "rank": (REASONING, lambda m, a: rank_of([d["radius"] for d in m["problem"]["discs"]])),
-    "answer": (REASONING, lambda m, a: a),
+    "rank": (RELATION, lambda m, a: rank_of([d["radius"] for d in m["problem"]["discs"]])),
+    "answer": (ANSWER, lambda m, a: a),
   },
   "maze": {
     "position": (PERCEPTION, lambda m, a: m["problem"]["goal"][1]),
-    "next cell": (REASONING, lambda m, a: None if a is None else str(a)[:1]),
+    "next cell": (ANSWER, lambda m, a: None if a is None else str(a)[:1]),
   },
   "sort_bars": {
     "colour": (PERCEPTION, lambda m, a: m["problem"]["bars"][0]["colour"]),
-    "rank": (REASONING, lambda m, a: rank_of([b["height"] for b in m["problem"]["bars"]])),
+    "rank": (RELATION, lambda m, a: rank_of([b["height"] for b in m["problem"]["bars"]])),
   },
   "sides": {
     "side": (PERCEPTION, lambda m, a: m["problem"]["side"]),
-    "answer": (REASONING, lambda m, a: a),
+    "answer": (ANSWER, lambda m, a: a),
   },
 }
 
@@ -80,7 +81,7 @@ def tapped(sizes: Sizes, *, stride: int, site: str, regions: Any = None) -> TapS
     ),
     Claim(
       says="the final answer can be read from the hidden states of the first step",
-      of="first_reasoning",
+      of="first_answer",
       statistic="accuracy minus shuffled labels at the first step, last third of the layers",
       above=0.1,
       paper="decided early, by the follow-up",
@@ -102,10 +103,10 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
 
   Region means are tapped inside the scan: the four quarters of the picture, on the first latent
   frame and on the others, each projected to 64 columns. Perception: colour, number, size or place
-  of the first object. Reasoning: the final answer of the run, its next cell (maze), the rank of the
-  first object among all. All layers and steps train at once, target by target; every case is judged
-  by a probe that never saw it (4 folds). Beside it the same with shuffled labels; selectivity is
-  the difference.
+  of the first object. Reasoning: the rank of the first object among all, the final answer of the
+  run, its next cell (maze); the claim about the answer counts the last two alone. All layers and
+  steps train at once, target by target; every case is judged by a probe that never saw its problem
+  (4 folds). Beside it the same with shuffled labels; selectivity is the difference.
 
   Limits: a linear probe shows what can be read, not what is used. Few cases make weak probes: an
   empty map is no proof of absence. Targets differ in their chance level; the shuffled map shows it.
@@ -123,11 +124,16 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
     for target, (_, of) in TARGETS.get(case.task, {}).items():
       label = of(case.metadata, answer)
       labels[names.index(f"{case.task}: {target}"), run] = NO_LABEL if label is None else str(label)
+  problems = np.array([case.metadata["hash"] for case in ctx.cases])
   points = ctx.points | {"target": names, "step": list(steps)}
   points["sigma"] = ctx.points["sigma"]
   return Result(
-    values={"features": features, "labels": labels},
-    axes={"features": ("step", "layer", "run", "feature"), "labels": ("target", "run")},
+    values={"features": features, "labels": labels, "problem": problems},
+    axes={
+      "features": ("step", "layer", "run", "feature"),
+      "labels": ("target", "run"),
+      "problem": ("run",),
+    },
     points=points,
     titles=TITLES,
   )
@@ -154,15 +160,20 @@ def targets_of(names: Iterable[str]) -> list[str]:
 
 def fit(result: Result) -> Result:
   """Trains the probes of every target; NaN for the cases of other tasks."""
-  features, labels = (np.asarray(result.values[name]) for name in ("features", "labels"))
-  s, _, n, seeds, _ = np.shape(features)
+  features, labels, problem = (
+    np.asarray(result.values[name]) for name in ("features", "labels", "problem")
+  )
+  s, _, n, _, _ = np.shape(features)
   x = rearrange(features, "s l n e k -> (s l) (n e) k")
-  case = np.repeat(np.arange(n), seeds)
+  # another picture of a problem can give it away
+  hashes = rearrange(problem, "n e -> (n e)").tolist()
+  number = {key: place for place, key in enumerate(dict.fromkeys(hashes))}
+  same = np.array([number[key] for key in hashes])
   here = dict.fromkeys(str(label).split()[0] for label in result.points["case"])
   notes, names, found = list(result.notes), [], []
   for target in targets_of(here):
     row = rearrange(labels[list(result.points["target"]).index(target)], "n e -> (n e)")
-    right = linear.beside_shuffled(x, row, case, seed=SEED)
+    right = linear.beside_shuffled(x, row, same, seed=SEED)
     if right is None:
       notes.append(f"{target}: too few labels for a probe.")
       continue
@@ -175,7 +186,9 @@ def fit(result: Result) -> Result:
   maps = np.stack(found, axis=1)  # b target s l n e
   selectivity = maps[0] - maps[1]
   kinds = np.array([kind_of(target) for target in names])
-  seen, thought = (known_mean(selectivity[kinds == kind], 0) for kind in (PERCEPTION, REASONING))
+  seen, thought, answered = (
+    known_mean(selectivity[np.isin(kinds, some)], 0) for some in (PERCEPTION, REASONING, ANSWER)
+  )
   third = max(1, maps.shape[3] // 3)
   lead = seen - thought
   values = {
@@ -185,7 +198,7 @@ def fit(result: Result) -> Result:
     "perception": seen.mean(0),
     "reasoning": thought.mean(0),
     "perception_selectivity": seen.mean((0, 1)),
-    "first_reasoning": thought[0, -third:].mean(0),
+    "first_answer": answered[0, -third:].mean(0),
     "perception_lead": lead[:, :third].mean((0, 1)) - lead[:, -third:].mean((0, 1)),
   }
   axes = {name: AXES[value.ndim] for name, value in values.items()}
@@ -212,6 +225,6 @@ TITLES = {
   "perception": "Selectivity of perception by layer, mean over steps",
   "reasoning": "Selectivity of reasoning by layer, mean over steps",
   "perception_selectivity": "Perception: selectivity over all layers and steps",
-  "first_reasoning": "Reasoning: selectivity at the first step, last third of the layers",
+  "first_answer": "The answer: selectivity at the first step, last third of the layers",
   "perception_lead": "Lead of perception over reasoning in early layers",
 }

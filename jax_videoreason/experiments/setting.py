@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import checkpoint, conditioning, prepare, runs, tasks
+from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
 from jax_videoreason.decode import decode, preview
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.folders import checksum
@@ -16,7 +16,7 @@ from jax_videoreason.structs import Conditioning
 from jax_videoreason.tasks import Case, Task
 
 AGREEMENT = 0.98  # of the answers that the preview and the VAE give
-LOOKED_AT = 5  # steps on which they are compared
+CASES, LOOKED_AT = 8, 5  # cases and steps on which they are compared
 
 
 def load(chosen: SampleSettings, mesh: Mesh | None = None) -> Setting:
@@ -44,6 +44,14 @@ def check(chosen: SampleSettings) -> None:
     )
 
 
+def check_cases(names: Sequence[str], count: int) -> None:
+  """ValueError where no task is asked, or one twice, or less than one case of each."""
+  if not names or len(set(names)) < len(names):
+    raise ValueError(f"tasks={tuple(names)!r}, wanted at least one, and none twice.")
+  if count < 1:
+    raise ValueError(f"cases={count}, wanted at least 1.")
+
+
 def encode(chosen: SampleSettings, cases: Sequence[Case], mesh: Mesh | None = None) -> Conditioning:
   """The conditioning of one run per case; the encoders are loaded for it and let go."""
   return conditioning.encode(
@@ -67,25 +75,28 @@ def pick_cases(
 ) -> list[Case]:
   """`count` cases of every task, task by task; a task that is held out has its own split.
 
-  Odd indices are ambiguous cases, where the task has them.
+  Every other one is ambiguous, where the task has such; none has picture and prompt of another.
+  ValueError: as `check_cases` says; a split has not so many cases.
   """
+  check_cases(names, count)
   found = []
   for name in names:
     task = load_task(name, chosen)
-    own = "heldout" if task.held_out else split
-    found += [task.generate(own, index) for index in range(count)]
+    found += evaluate.cases_of(task, "heldout" if task.held_out else split, count, "both")
   return found
 
 
 def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float | None]:
   """The setting with the quickest honest decoder, and how often the preview agrees with the VAE.
 
-  Answers are read from the preview where it agrees with the VAE in at least `AGREEMENT` of
-  the steps looked at, else from the VAE. None = the model has no preview.
+  Answers are read from the preview where it agrees with the VAE in at least `AGREEMENT` of what one
+  of them can read, over `CASES` of the cases, else from the VAE. None = the model has no preview,
+  or nothing can be read.
   """
   if setting.bundle.parts.preview is None:
     return setting, None
-  asked = list(cases) * len(setting.chosen.seeds)
+  some = np.linspace(0, len(cases) - 1, min(CASES, len(cases))).round().astype(int)
+  asked = [cases[number] for number in some for _ in setting.chosen.seeds]
   seats = 1 if setting.mesh is None else setting.mesh.shape["seed"]
   filled = asked + [asked[-1]] * (-len(asked) % seats)
   ctx = assemble(setting, filled, {"case": np.arange(len(filled))}, tally=Tally(), chunks=Chunks())
@@ -97,7 +108,10 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
     dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer[:, : len(asked)]
     for s in (setting, quick)
   ]
-  agreement = float((said[0] == said[1]).mean())
+  seen = answers.readable(said[0]) | answers.readable(said[1])
+  if not seen.any():
+    return setting, None
+  agreement = float((said[0] == said[1])[seen].mean())
   return (quick if agreement >= AGREEMENT else setting), agreement
 
 

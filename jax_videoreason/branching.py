@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason import checkpoint, factors, plan, sampler, settings, store, tasks
+from jax_videoreason.arrays import StoredArray
+from jax_videoreason.axes import Array
 from jax_videoreason.folders import checksum
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
@@ -49,7 +51,7 @@ class Branch:
       finite=jnp.asarray(run.finite[:steps]),
       latents=jnp.asarray(run.latents[:steps]),
       x0=jnp.asarray(run.x0[:steps]),
-      taps={name: jnp.asarray(value[:count]) for name, value in stored.items()},
+      taps={name: _as_tapped(value, count) for name, value in stored.items()},
     )
 
   def x0(self, step: int) -> np.ndarray:
@@ -73,6 +75,12 @@ class Branch:
       return None
     task = tasks.load(entry["task"], size=self.chosen.height, frames=self.chosen.frames)
     return task.case(entry["metadata"])
+
+
+def _as_tapped(stored: StoredArray, count: int) -> Array:
+  """The first rows of a stored tap, in the type that the model gave it."""
+  value = jnp.asarray(stored[:count])
+  return value.astype(stored.attributes.get("written_from", value.dtype))
 
 
 def take_up(

@@ -29,6 +29,7 @@ from jax_videoreason.edits import BLOCK_UPDATE, Intervention, check_edit, known_
 from jax_videoreason.places import (
   At,
   Select,
+  depth,
   full_mask,
   is_known,
   pairs,
@@ -52,6 +53,7 @@ __all__ = [
   "Intervention",
   "ablate",
   "closeness_weights",
+  "depth",
   "ensemble_runs",
   "identity",
   "noise_at",

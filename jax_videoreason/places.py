@@ -64,6 +64,12 @@ def where(
   )
 
 
+def depth(layers: int, low: float = 0.5, high: float = 0.75) -> slice:
+  """The layers between two shares of the depth, one at the least; as they are, 20 to 29 of 40."""
+  first = round(low * layers)
+  return slice(first, max(round(high * layers), first + 1))
+
+
 def token_mask(at: At) -> Any:
   """R T bool: the tokens of the frames and the region of `at`; None = all."""
   mask, sizes = at.region, at.sizes

@@ -256,8 +256,11 @@ def pmap_runs(
 
   R is padded to a multiple of the devices (None = all of this process) and the padding dropped.
   Returns the final latents R F H W C and the trace. `run` with a mesh does the same and more.
+  ValueError for taps with an R axis: they are not dealt out.
   """
   taps = TapSpec() if taps is None else taps
+  if any(value is not None for value in (taps.reference, taps.regions, taps.targets)):
+    raise ValueError("taps with an R axis are not dealt out by pmap_runs: use run with a mesh.")
   chosen = jax.local_devices() if devices is None else list(devices)
   total = noise.keys.shape[0]
   each = -(-total // len(chosen))

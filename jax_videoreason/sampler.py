@@ -30,7 +30,7 @@ from jax_videoreason.schedules import HOLD, Schedule
 from jax_videoreason.sharding import constrain
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
-from jax_videoreason.taps import SITES, TapSpec, layer_slots, step_slots
+from jax_videoreason.taps import SITES, TapSpec, asked, layer_slots, step_slots
 
 Guidance = Literal["parallel", "sequential"]
 
@@ -320,6 +320,7 @@ def _one_by_one(
 ) -> tuple[Array, dict[str, Array]]:
   """What the model says of all guidance branches, one after the other."""
   alone = None if taps is None else dataclasses.replace(taps, branches=(0,))
+  kept = None if taps is None else asked("branches", taps.branches, cond.text.shape[0])
 
   def branch(own: tuple[Array, Array | None]) -> tuple[Array, dict[str, Array]]:
     text, touched = (None if a is None else a[None] for a in own)
@@ -329,11 +330,11 @@ def _one_by_one(
 
   touched = None if edits is None else edits.branches
   velocity, tapped = jax.lax.map(branch, (cond.text, touched))
-  if taps is None:
+  if kept is None:
     return velocity[:, 0], tapped
-  kept = np.asarray(taps.branches)
   return velocity[:, 0], {
-    name: rearrange(value, "g l 1 ... -> l g ...")[:, kept] for name, value in tapped.items()
+    name: rearrange(value, "g l 1 ... -> l g ...")[:, np.asarray(kept)]
+    for name, value in tapped.items()
   }
 
 

@@ -74,7 +74,7 @@ def layer_slots(spec: TapSpec, layers: int) -> np.ndarray:
 
   Errors: ValueError for a layer that does not exist.
   """
-  return _slots(_asked("layers", spec.layers, layers), layers)
+  return _slots(asked("layers", spec.layers, layers), layers)
 
 
 def step_slots(spec: TapSpec, steps: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def step_slots(spec: TapSpec, steps: int) -> np.ndarray:
   spec.steps may be (): a piece of a schedule can hold none of the steps asked for.
   Errors: ValueError for steps that do not exist or do not increase.
   """
-  return _slots(() if spec.steps == () else _asked("steps", spec.steps, steps), steps)
+  return _slots(() if spec.steps == () else asked("steps", spec.steps, steps), steps)
 
 
 def empty_buffers(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, Array]:
@@ -146,7 +146,7 @@ def tap_bytes(spec: TapSpec, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> in
   dtype: of the model. The latents and x0 of the trace, 4*S*R*F*H*W*C bytes each, are not counted.
   """
   aids = TapAids(grid=(sizes.F, 1, sizes.T // sizes.F), dtype=dtype)
-  steps = len(_asked("steps", spec.steps, sizes.S))
+  steps = len(asked("steps", spec.steps, sizes.S))
   rows = _buffer_shapes(spec, sizes, aids).values()
   return steps * sum(math.prod(row.shape) * row.dtype.itemsize for row in rows)
 
@@ -158,8 +158,8 @@ def check_budget(
   need = tap_bytes(spec, sizes, dtype)
   if need <= budget:
     return
-  layers = _asked("layers", spec.layers, sizes.L)
-  steps = _asked("steps", spec.steps, sizes.S)
+  layers = asked("layers", spec.layers, sizes.L)
+  steps = asked("steps", spec.steps, sizes.S)
   kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
   name = jnp.dtype(dtype).name
   shape = (
@@ -196,7 +196,7 @@ def _smaller_reduction(spec: TapSpec, sizes: Sizes, dtype: DTypeLike, budget: fl
 
 def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.ShapeDtypeStruct]:
   _check(spec, sizes, aids)
-  rows = len(_asked("layers", spec.layers, sizes.L))
+  rows = len(asked("layers", spec.layers, sizes.L))
   dtype = jnp.dtype(aids.dtype)
   value = jax.ShapeDtypeStruct((len(spec.branches), sizes.R, sizes.T, sizes.D), dtype)
   # the head's output is a latent, cut into tokens, whatever the head is
@@ -261,8 +261,8 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
   ):
     if len(set(names)) != len(names):
       raise ValueError(f"{field}={getattr(spec, field)} names one twice: give each once.")
-  _asked("layers", spec.layers, sizes.L)
-  _asked("branches", spec.branches, sizes.G)
+  asked("layers", spec.layers, sizes.L)
+  asked("branches", spec.branches, sizes.G)
   if math.prod(aids.grid) != sizes.T:
     raise ValueError(
       f"token grid {aids.grid} has {math.prod(aids.grid)} tokens, wanted T={sizes.T}."
@@ -298,8 +298,8 @@ def _slots(asked: tuple[int, ...], size: int) -> np.ndarray:
   return slots
 
 
-def _asked(name: str, given: tuple[int, ...] | None, size: int) -> tuple[int, ...]:
-  """The indices asked for; ValueError unless they exist and increase."""
+def asked(name: str, given: tuple[int, ...] | None, size: int) -> tuple[int, ...]:
+  """The indices asked for of the `size` there are; ValueError unless they exist and increase."""
   if given is None:
     return tuple(range(size))
   if not given:

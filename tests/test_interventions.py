@@ -25,6 +25,7 @@ from jax_videoreason.interventions import (
   Intervention,
   ablate,
   closeness_weights,
+  depth,
   ensemble_runs,
   identity,
   noise_at,
@@ -781,3 +782,12 @@ def test_each_group_of_an_ensemble_may_have_its_own_weights():
     ensemble_runs(
       identity(sizes), where(sizes), groups, what="out", weights=np.full((2, 3, 2), 0.5)
     )
+
+
+@pytest.mark.parametrize(
+  ("layers", "wanted"), [(40, (20, 30)), (30, (15, 22)), (12, (6, 9)), (2, (1, 2)), (1, (0, 1))]
+)
+def test_a_part_of_the_depth_is_never_empty(layers, wanted):
+  part = depth(layers)
+  assert (part.start, part.stop) == wanted
+  assert depth(40, 0.75, 1.0) == slice(30, 40)

@@ -1,5 +1,6 @@
 """Devices change where numbers are computed, not what they are: four forced CPU devices."""
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -112,6 +113,13 @@ def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
   wanted = traced(bundle, noise, cond)
   agree(runs.pmap_runs(bundle, noise, cond, tiny_schedule(STEPS), TAPS), wanted)
   agree(traced(bundle, noise, cond, mesh=sharding.make_mesh(seed=4)), wanted)
+
+
+def test_pmap_refuses_taps_of_single_runs():
+  noise, cond = inputs(2)
+  taps = TapSpec(sites=("attn_out",), reduce=("region_mean",), regions=np.ones((2, 1, 18)))
+  with pytest.raises(ValueError, match="taps with an R axis are not dealt out by pmap_runs"):
+    runs.pmap_runs(bundle_of("concat"), noise, cond, tiny_schedule(STEPS), taps)
 
 
 # Collectives
@@ -250,6 +258,16 @@ def test_sequential_guidance_equals_parallel_guidance():
   )
   wanted = traced(bundle, noise, cond, edit)
   agree(traced(bundle, noise, cond, edit, guidance="sequential"), wanted)
+
+
+@pytest.mark.parametrize("guidance", ["parallel", "sequential"])
+def test_taps_of_a_branch_that_is_not_there_are_refused(guidance):
+  noise, cond = inputs(1)
+  taps = TapSpec(sites=("attn_out",), reduce=("norm",), branches=(0, 1))
+  alone = dataclasses.replace(cond, text=cond.text[:1])
+  schedule = tiny_schedule(STEPS, guidance=1.0)
+  with pytest.raises(ValueError, match=r"branches=\(0, 1\): there is no 1, only 0..0"):
+    sampler.denoise(bundle_of("concat"), noise, alone, schedule, taps=taps, guidance=guidance)
 
 
 @pytest.mark.slow

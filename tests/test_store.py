@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +17,9 @@ import pytest
 import zarr
 
 import run_folder
-from jax_videoreason import folders, store
+from jax_videoreason import arrays, folders, store
+from jax_videoreason.branching import Branch
+from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Trace
 from jax_videoreason.taps import TapSpec
 
@@ -114,6 +118,42 @@ def test_bfloat16_is_widened_exactly(tmp_path):
   array = zarr.open_group(tmp_path / "trace.zarr", mode="r")["taps/attn_out/norm"]
   assert array.dtype == np.float32 and array.attrs["written_from"] == "bfloat16"
   np.testing.assert_array_equal(array[:], whole.taps["attn_out/norm"].astype(np.float32))
+
+
+def test_taps_in_bfloat16_go_on_in_the_trace_of_a_branch(tmp_path):
+  whole = trace(dtype=ml_dtypes.bfloat16)
+  (tmp_path / "of").mkdir()
+  write_pieces(tmp_path / "of", whole, [(slice(0, 5), slice(0, 3))])
+  found = arrays.open_group(tmp_path / "of" / "trace.zarr")
+  run = SimpleNamespace(
+    sigma=whole.sigma,
+    finite=whole.finite,
+    latents=whole.latents,
+    x0=whole.x0,
+    taps={"attn_out/norm": found["taps/attn_out/norm"]},
+  )
+  branch = Branch(
+    run=cast(Any, run),
+    chosen=SampleSettings(
+      checkpoint="mini",
+      frames=17,
+      height=32,
+      width=32,
+      steps=5,
+      shift=5.0,
+      guidance=(1.0,),
+      seeds=(0,),
+    ),
+    step=2,
+    said={},
+    edit=None,
+  )
+  spec = TapSpec(sites=("attn_out",), reduce=("norm",))
+  with store.create_trace(tmp_path, steps=5, runs=3, taps=spec) as writer:
+    writer.write(branch.prefix(spec, 2), at_step=0)
+    writer.write(cut(whole, slice(2, 5), slice(0, 3)), at_step=2)
+  again = arrays.open_group(tmp_path / "trace.zarr")["taps/attn_out/norm"]
+  np.testing.assert_array_equal(again[:], whole.taps["attn_out/norm"].astype(np.float32))
 
 
 def test_a_chunk_holds_one_step_of_as_many_runs_as_fit():

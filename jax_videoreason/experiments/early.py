@@ -7,7 +7,7 @@ from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import majority
 from jax_videoreason.experiments.results import Claim, Result
-from jax_videoreason.interventions import ensemble_runs, identity, where
+from jax_videoreason.interventions import depth, ensemble_runs, identity, where
 
 EARLY = 0.15  # of the steps, where the follow-up reads the plan
 
@@ -50,7 +50,7 @@ def early(ctx: Context) -> Result:
     raise ValueError(f"pruning {len(by_seed)} seed, wanted two or more: --config.seeds=4.")
   sizes = ctx.sizes
   base = identity(sizes, edits=("mix",), sites=BLOCK_UPDATE)
-  middle = where(sizes, steps=0, layers=slice(sizes.L // 2, 3 * sizes.L // 4))
+  middle = where(sizes, steps=0, layers=depth(sizes.L))
   _, trace = ctx.denoise(base)
   final, _ = ctx.denoise(ensemble_runs(base, middle, list(by_seed)))
   together = ctx.read(final[by_seed[0]], by_seed[0]).right[-1].astype(float)

@@ -14,6 +14,7 @@ from jax_videoreason.interventions import (
   ENSEMBLES,
   Intervention,
   closeness_weights,
+  depth,
   ensemble_runs,
   identity,
   where,
@@ -60,9 +61,8 @@ def edit_of(
 
   close: S N n, weights by closeness.
   """
-  what, depth, weighed = parsed(kind)
-  low, high = (round(part * sizes.L) for part in DEPTHS[depth])
-  layers = slice(low, max(high, low + 1)) if what in ENSEMBLES else None
+  what, part, weighed = parsed(kind)
+  layers = depth(sizes.L, *DEPTHS[part]) if what in ENSEMBLES else None
   return ensemble_runs(
     room(kind, sizes),
     where(sizes, steps=slice(0, min(count, sizes.S)), layers=layers),

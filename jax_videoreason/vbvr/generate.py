@@ -356,7 +356,7 @@ def ensemble(
   wide = runs.take(cond, np.tile(np.arange(count), MEMBERS))
   sizes = sampler.sizes_of(bundle, many, wide, schedule)
   members = [np.arange(count) + member * count for member in range(MEMBERS)]
-  at = interventions.where(sizes, steps=0, layers=slice(sizes.L // 2, sizes.L * 3 // 4))
+  at = interventions.where(sizes, steps=0, layers=interventions.depth(sizes.L))
   edit = interventions.ensemble_runs(interventions.identity(sizes), at, members, keep="first")
   first = bundle
   if not any(params is not None for params in bundle.params):

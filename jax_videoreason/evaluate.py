@@ -33,7 +33,17 @@ from jax_videoreason import (
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.baselines import Mark
 from jax_videoreason.decode import decode
-from jax_videoreason.folders import begin, beside, checksum, disk, plain, read_json, write_json
+from jax_videoreason.folders import (
+  LOCK,
+  begin,
+  beside,
+  checksum,
+  disk,
+  held,
+  plain,
+  read_json,
+  write_json,
+)
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.taps import TapSpec
@@ -119,7 +129,8 @@ def evaluate(
   advance: told of network evaluations as they are done, of one guidance branch.
 
   Raises:
-    ValueError: `out` holds something else, or what was asked for otherwise; cases that don't exist.
+    ValueError: `out` holds something else, or what was asked for otherwise; another command works
+      in it; cases that don't exist.
     OSError: `out` can't be written.
   """
   if chosen.height != chosen.width:
@@ -129,8 +140,23 @@ def evaluate(
     )
   runs.check_seeds(chosen.seeds)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
-  out, model = Path(out), checkpoint.find(chosen.checkpoint)
-  begin(out, ASKED, describe(chosen, asked, model), owned=OWNED, what="evaluation", redo=redo)
+  said = describe(chosen, asked, checkpoint.find(chosen.checkpoint))
+  with held(out, needed=False):
+    return _evaluate(Path(out), chosen, asked, loaded, said, command, redo, advance)
+
+
+def _evaluate(
+  out: Path,
+  chosen: SampleSettings,
+  asked: Plan,
+  loaded: Mapping[str, Task],
+  said: Mapping[str, Any],
+  command: Sequence[str],
+  redo: bool,
+  advance: Advance,
+) -> dict[str, Any]:
+  """`evaluate` in a folder that is held. said: what `describe` says."""
+  begin(out, ASKED, said, owned=OWNED, what="evaluation", redo=redo, ignored=(LOCK,))
   if (out / MANIFEST).exists():
     advance(work(chosen, asked))
     return again(out)

@@ -2,21 +2,97 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 STAGE = ".unfinished"
 PART = ".part-"
 LOCK = "lock"  # held by the process that works in a folder
+PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
+
+
+class NoLocksError(OSError):
+  """A file system has no locks."""
+
+
+@contextlib.contextmanager
+def held(folder: str | Path, *, needed: bool = True) -> Iterator[None]:
+  """Holds the folder, which is made where it is lacking; a dead process holds nothing.
+
+  needed: False = on a file system without locks it warns and goes on.
+
+  ValueError: another command works in it. OSError: it can't be made, or not be held.
+  """
+  folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
+  with disk(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  until = time.monotonic() + PATIENCE
+  try:
+    while (file := _hold(folder)) is None:
+      if time.monotonic() > until:
+        raise ValueError(
+          f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep "
+          "--status` says how far it is), or choose another --out."
+        )
+      time.sleep(PATIENCE / 10)
+  except NoLocksError as error:
+    if needed:
+      raise
+    warnings.warn(f"{error} Until then start no second command in it.", stacklevel=3)
+    yield
+    return
+  with file:
+    try:
+      yield
+    finally:
+      (folder / LOCK).unlink(missing_ok=True)
+
+
+def _hold(folder: Path) -> IO[str] | None:
+  """The lock file, held; None where another holds it, or who held it has just removed it."""
+  path = folder / LOCK
+  with disk(folder):
+    file = path.open("a")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+      return file
+  except (BlockingIOError, FileNotFoundError):
+    pass
+  except OSError as error:
+    file.close()
+    raise NoLocksError(
+      f"{folder} can't be held for one command alone ({error.strerror}): choose an --out on a file "
+      "system that has locks."
+    ) from error
+  file.close()
+  return None
+
+
+def is_held(folder: Path) -> bool:
+  """Whether a process works in the folder, which need not be writable."""
+  try:
+    with (folder / LOCK).open() as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
+  return False
 
 
 @contextlib.contextmanager
@@ -24,44 +100,55 @@ def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -
   """Yields a folder to fill; its files move to `out` when the block ends well, else none is left.
 
   owned: whether a name in `out` is of the kind that is written here, so that `redo` replaces it;
-  all other files are left alone.
+  all other files are left alone. `out` is held meanwhile.
 
   Raises:
-    ValueError: `out` is a file, or holds something already and not `redo`.
+    ValueError: `out` is a file, holds something already and not `redo`, or another command works
+      in it.
     OSError: `out` can't be written.
   """
   out = Path(out)
+  _content(out, redo=redo)  # before a lock is written into what is not ours
+  made, stage = _missing_parents(out), out / STAGE
+  try:
+    with held(out, needed=False):
+      there = _content(out, redo=redo)
+      try:
+        with disk(out):
+          shutil.rmtree(stage, ignore_errors=True)
+          stage.mkdir(parents=True)
+        yield stage
+        with disk(out):
+          for name in there:
+            if name.startswith(PART) or owned(name):
+              remove(out / name)
+          for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+            item.rename(out / item.name)
+          stage.rmdir()
+      except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+  except BaseException:
+    for folder in made:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
+
+
+def _content(out: Path, *, redo: bool) -> list[str]:
+  """What lies in `out`; ValueError unless it is empty or `redo`."""
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
-  existed = out.is_dir()
   with disk(out):
-    there = sorted(p.name for p in out.iterdir() if p.name != STAGE) if existed else []
+    names = [p.name for p in out.iterdir()] if out.is_dir() else []
+  there = sorted(set(names) - {STAGE, LOCK})
   if there and not redo:
     more = f" and {len(there) - 1} more" if len(there) > 1 else ""
     raise ValueError(
       f"{out} is not empty (it has {there[0]}{more}): choose another --out, or give --redo to "
       "replace what was written there."
     )
-  stage = out / STAGE
-  made = _missing_parents(out)
-  try:
-    with disk(out):
-      shutil.rmtree(stage, ignore_errors=True)
-      stage.mkdir(parents=True)
-    yield stage
-    with disk(out):
-      for name in there:
-        if name.startswith(PART) or owned(name):
-          remove(out / name)
-      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
-        item.rename(out / item.name)
-      stage.rmdir()
-  except BaseException:
-    shutil.rmtree(stage, ignore_errors=True)
-    for folder in made:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
-    raise
+  return there
 
 
 def begin(

@@ -14,7 +14,6 @@ of day.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import importlib.util
 import json
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +34,8 @@ from jax_videoreason.folders import (
   checksum,
   differences,
   disk,
+  held,
+  is_held,
   plain,
   read_json,
   remove,
@@ -53,7 +54,6 @@ ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
 SAID = {"of", "unit", "rows", "arrays", "seconds", "devices"}  # by a row file
 RUN = "run"
-PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
 Row = dict[str, Any]
 Advance = Callable[[int], Any]
@@ -115,53 +115,6 @@ def share(
     if first:
       finish()
     meet("finished")
-
-
-@contextlib.contextmanager
-def held(folder: str | Path) -> Iterator[None]:
-  """Holds the folder, which is made where it is lacking; a dead process holds nothing.
-
-  ValueError: another command works in it. OSError: it can't be made, or not be held.
-  """
-  folder = Path(folder)
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
-  with disk(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  until = time.monotonic() + PATIENCE
-  while (file := _hold(folder)) is None:
-    if time.monotonic() > until:
-      raise ValueError(
-        f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep --status` "
-        "says how far it is), or choose another --out."
-      )
-    time.sleep(PATIENCE / 10)
-  with file:
-    try:
-      yield
-    finally:
-      (folder / LOCK).unlink(missing_ok=True)
-
-
-def _hold(folder: Path) -> IO[str] | None:
-  """The lock file, held; None where another holds it, or who held it has just removed it."""
-  path = folder / LOCK
-  with disk(folder):
-    file = path.open("a")
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-      return file
-  except (BlockingIOError, FileNotFoundError):
-    pass
-  except OSError as error:
-    file.close()
-    raise OSError(
-      f"{folder} can't be held for one command alone ({error.strerror}): choose an --out on a file "
-      "system that has locks."
-    ) from error
-  file.close()
-  return None
 
 
 def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -> None:
@@ -419,7 +372,7 @@ def status(folder: str | Path) -> Status:
   left = [unit for unit, part in found.items() if isinstance(part, str)]
   each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
   return Status(
-    working=_is_held(folder),
+    working=is_held(folder),
     finished=(folder / MANIFEST).exists(),
     units=units,
     left=left,
@@ -428,18 +381,6 @@ def status(folder: str | Path) -> Status:
     broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
     events=_events(folder),
   )
-
-
-def _is_held(folder: Path) -> bool:
-  """Whether a process works in the folder, which need not be writable."""
-  try:
-    with (folder / LOCK).open() as file:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except FileNotFoundError:
-    return False
-  except BlockingIOError:
-    return True
-  return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,10 @@
 
 import builtins
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -214,6 +217,28 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path):
   (tmp_path / folders.STAGE / "trace.zarr").mkdir(parents=True)
   run_folder.make(tmp_path, seeds=1)
   assert not (tmp_path / folders.STAGE).exists()
+
+
+def test_a_second_command_leaves_the_first_one_its_files(tmp_path):
+  out = tmp_path / "run"
+  with store.run_folder(out) as folder:
+    (folder / "video_000.mp4").write_bytes(b"first")
+    for redo in (False, True):
+      with pytest.raises(ValueError, match="another command works in"):
+        with store.run_folder(out, redo=redo):
+          pass
+  assert [path.name for path in out.iterdir()] == ["video_000.mp4"]
+
+
+def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with pytest.warns(UserWarning, match="start no second command in it"):
+    with store.run_folder(tmp_path / "run") as folder:
+      (folder / "video_000.mp4").write_bytes(b"first")
+  assert (tmp_path / "run" / "video_000.mp4").exists()
 
 
 def test_out_that_cannot_be_a_folder(tmp_path):

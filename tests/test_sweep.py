@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_videoreason import arrays, open_sweep, sweep, tables
+from jax_videoreason import arrays, folders, open_sweep, sweep, tables
 from jax_videoreason.sweep import Part, Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) ->
     return made.compute(unit)
 
   counted = Work(units=UNITS, width=WIDTH, compute=compute, read=made.read)
-  with sweep.held(folder):
+  with folders.held(folder):
     sweep.begin(folder, asked, **options)
     sweep.carry_out(folder, counted, sweep.faults(folder))
     sweep.finish(folder, **MANIFEST)
@@ -272,7 +272,7 @@ def test_a_damaged_row_file_is_recorded_and_done_again(whole, text):
 def test_a_unit_of_a_sweep_that_was_replaced_is_none_of_this_one(whole):
   path = whole / "units" / "00002.json"
   late = path.read_bytes()
-  with sweep.held(whole):
+  with folders.held(whole):
     sweep.begin(whole, {**ASKED, "steps": 10}, redo=True)
     path.write_bytes(late)  # by a process that outlived the one that held the folder
   assert carry_out(whole, {**ASKED, "steps": 10}) == list(range(UNITS))
@@ -401,9 +401,9 @@ def test_a_lock_that_is_removed_while_it_is_opened_holds_nothing(tmp_path, monke
     real(*arguments)
 
   monkeypatch.setattr(fcntl, "flock", flock)
-  with sweep.held(tmp_path):
+  with folders.held(tmp_path):
     assert len(calls) == 2
-    with pytest.raises(ValueError, match="another command works in"), sweep.held(tmp_path):
+    with pytest.raises(ValueError, match="another command works in"), folders.held(tmp_path):
       pass
 
 
@@ -478,7 +478,7 @@ def test_looking_writes_nothing(whole):
 
 def test_units_are_shared_between_processes(whole, tmp_path):
   folder = tmp_path / "two"
-  with sweep.held(folder):
+  with folders.held(folder):
     sweep.begin(folder, ASKED)
     sweep.carry_out(folder, work(), dict.fromkeys((0, 2, 4), ""))
     with pytest.raises(ValueError, match=r"is not whole \(of its units, 1, 3, 5 lacking"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import helpers
-from jax_videoreason import checkpoint, cli, media, settings, sweep
+from jax_videoreason import checkpoint, cli, folders, media, settings
 from jax_videoreason.vbvr import generate, jobs, samples, videos
 
 STEPS = "--config.steps=2"
@@ -82,7 +82,7 @@ def test_the_first_process_writes_the_manifest_when_all_is_there(cases, stubs, t
 
 
 def test_a_second_command_in_the_same_folder_is_refused(cases, stubs, tmp_path, capsys):
-  with sweep.held(tmp_path / "mini"):
+  with folders.held(tmp_path / "mini"):
     assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}") == 2
     assert f"another command works in {tmp_path / 'mini'}" in capsys.readouterr().err
     # parts are several commands on purpose

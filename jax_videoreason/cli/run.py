@@ -235,11 +235,11 @@ def is_done(out: Path, key: str) -> bool:
 
 def check_out(out: Path, *, redo: bool) -> None:
   """ValueError where `out` holds something else than an interrupted study, unless `redo`."""
-  from jax_videoreason.folders import STAGE
+  from jax_videoreason.folders import LOCK, STAGE
 
   if redo or not out.exists():
     return
-  there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, STAGE))
+  there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, LOCK, STAGE))
   if there:
     raise ValueError(
       f"{out} holds something else (it has {there[0]}): choose another --out, or give --redo."

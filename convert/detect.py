@@ -53,17 +53,22 @@ class Source:
     return LatentSpec(channels=config.out_channels, stride=made, patch=config.patch)
 
 
+def check_parts(parts: Sequence[str] | None) -> None:
+  """Faults where a part does not exist, or no bundle can be made of these."""
+  for part in parts or ():
+    if part not in PARTS:
+      raise Faults([f"no part {part!r}; {nearest(part, PARTS)}"])
+  if parts is not None and "dit" not in parts:
+    raise Faults(["a bundle has a transformer: name dit among the parts."])
+
+
 def source(root: Path, parts: Sequence[str] | None = None) -> Source:
   """What lies at a path; parts: of `PARTS`, None = all that the layout has.
 
   Faults: nothing is recognised, files lack or are damaged, configs contradict shapes or each other,
   or a part was asked for that the model does not have.
   """
-  for part in parts or ():
-    if part not in PARTS:
-      raise Faults([f"no part {part!r}; {nearest(part, PARTS)}"])
-  if parts is not None and "dit" not in parts:
-    raise Faults(["a bundle has a transformer: name dit among the parts."])
+  check_parts(parts)
   if root.is_file():
     return _from_file(root)
   if not root.is_dir():

@@ -7,6 +7,7 @@ only importer of huggingface_hub.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .engine import Faults
 
@@ -37,8 +38,20 @@ def local(address: str, parts: Sequence[str] | None = None) -> Path:
   address: hf://owner/name, hf://owner/name@revision, or either with /file after it.
   parts: of `FILES`, None = all. Faults says what is wrong with the address or the hub.
   """
+  return Path(_ask(address, parts) if address.startswith(SCHEME) else address)
+
+
+def lacking(address: str, parts: Sequence[str] | None = None) -> list[tuple[str, int]]:
+  """(file, bytes) of what `local` would download; nothing where the hub is not asked."""
   if not address.startswith(SCHEME):
-    return Path(address)
+    return []
+  found = _ask(address, parts, dry_run=True)
+  each = found if isinstance(found, list) else [found]
+  return [(file.filename, file.file_size or 0) for file in each if file.will_download]
+
+
+def _ask(address: str, parts: Sequence[str] | None, **more: Any) -> Any:
+  """What huggingface_hub says of the files of an address."""
   found = ADDRESS.fullmatch(address)
   if not found:
     raise Faults([f"{address!r}, wanted hf://owner/name or hf://owner/name/file."])
@@ -48,13 +61,14 @@ def local(address: str, parts: Sequence[str] | None = None) -> Path:
     raise Faults(
       [f"{address} is on the hub and huggingface_hub is missing: pip install huggingface_hub."]
     ) from error
-  name, revision = found["repository"], found["revision"]
+  name, more = found["repository"], {"revision": found["revision"], **more}
   wanted = [pattern for part in parts or FILES for pattern in FILES.get(part, ())]
+  if more.get("dry_run") and huggingface_hub.constants.HF_HUB_OFFLINE:
+    return []
   try:
     if found["file"]:
-      return Path(huggingface_hub.hf_hub_download(name, found["file"], revision=revision))
-    folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
-    return Path(folder)
+      return huggingface_hub.hf_hub_download(name, found["file"], **more)
+    return huggingface_hub.snapshot_download(name, allow_patterns=wanted, **more)
   except (OSError, ValueError) as error:  # every error of the hub is one of them
     said = " ".join(str(error).split())
     raise Faults([f"{address} cannot be had from the hub: {said.rstrip('.')}."]) from error

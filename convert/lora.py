@@ -46,6 +46,14 @@ class Wanted:
       raise Faults([f"a LoRA of alpha {self.alpha}, wanted a finite number."])
     if self.order not in ORDERS:
       raise Faults([f"LoRA order {self.order!r}, wanted one of {', '.join(ORDERS)}."])
+    for address in self.addresses:
+      if not address.startswith(hub.SCHEME):
+        _check_file(Path(address))
+
+  @property
+  def addresses(self) -> list[str]:
+    """The files, without the experts they are for."""
+    return [_split(word)[1] for word in self.given]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +103,7 @@ def assign(given: Sequence[str], experts: int) -> list[tuple[str, Path]]:
   names = {"high": "dit_0", "low": "dit_1"} if experts == 2 else {"": "dit_0"}
   found = []
   for word in given:
-    name, equals, file = word.partition("=")
-    if not equals or name not in ("high", "low"):
-      name, file = "", word
+    name, file = _split(word)
     if name not in names:
       wanted = "high=FILE or low=FILE: the model has two experts" if experts == 2 else "FILE alone"
       raise Faults([f"--lora={word}, wanted --lora={wanted}."])
@@ -105,13 +111,23 @@ def assign(given: Sequence[str], experts: int) -> list[tuple[str, Path]]:
   return found
 
 
+def _split(word: str) -> tuple[str, str]:
+  """(expert, file) of "high=F" and "low=F"; ("", F) of "F"."""
+  name, equals, file = word.partition("=")
+  return (name, file) if equals and name in ("high", "low") else ("", word)
+
+
+def _check_file(file: Path) -> None:
+  if not file.is_file():
+    raise Faults([f"{file} is not there: --lora wants a file."])
+
+
 def load(file: Path, part: str, moves: Sequence[Move], tensors: Mapping[str, Header]) -> Lora:
   """A LoRA for a transformer; moves, tensors: of the transformer.
 
   Faults: half a pair, ranks that differ, a tensor that the base lacks or has in another shape.
   """
-  if not file.is_file():
-    raise Faults([f"{file} is not there: --lora wants a file."])
+  _check_file(file)
   base = {(move.target, move.layer): tensors[move.source].shape for move in moves}
   found = headers([file])
   alphas = {

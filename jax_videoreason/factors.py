@@ -61,8 +61,13 @@ class Varied:
 def varied(given: Mapping[str, Any]) -> Varied:
   """What a plain mapping says; ValueError names every fault."""
   faults = []
-  edits = {str(name): dict(edit) for name, edit in given["edits"].items()}
-  if not edits:
+  edits = {}
+  for name, edit in given["edits"].items():
+    if isinstance(edit, Mapping) and isinstance(edit.get("edit"), str):
+      edits[str(name)] = dict(edit)
+    else:
+      faults.append(f"edits.{name}={edit!r}, wanted {{'edit': NAME, ...}}.")
+  if not given["edits"]:
     faults.append("edits={}, wanted at least one: edits.none.edit='none' runs without any.")
   for name, edit in edits.items():
     kind = edit.get("edit")

@@ -31,6 +31,17 @@ JOURNAL = "journal.jsonl"
 RESUME = "make room and start again, it goes on from there"
 
 
+def refuse_existing(path: Path, *, redo: bool) -> None:
+  """ValueError where a bundle can't be written: something is there and not `redo`, or no bundle."""
+  if path.exists() and not redo:
+    raise ValueError(f"{path} exists already: remove it, or give --redo to replace it.")
+  if path.exists() and not (path / checkpoint.DESCRIPTION).is_file():
+    raise ValueError(
+      f"{path} has no {checkpoint.DESCRIPTION}, and --redo replaces bundles alone: remove it, or "
+      "choose another --out."
+    )
+
+
 class LeafWriter:
   """Writes a bundle leaf by leaf, slice by slice, holding one slice at a time.
 
@@ -62,10 +73,12 @@ class LeafWriter:
     self._sha: dict[tuple[str, str], str] = {}
     self._pending: collections.deque[tuple[Any, np.ndarray, dict[str, Any]]] = collections.deque()
     self.notes: dict[str, str] = {}
-    self._refuse_existing()
+    refuse_existing(self.path, redo=self.redo)
     self._journal = self._locked()
     try:
-      self._refuse_existing()  # another process may have ended just before the lock
+      refuse_existing(
+        self.path, redo=self.redo
+      )  # another process may have ended just before the lock
       self._resume(plan)
     except BaseException:
       if not (self.folder / JOURNAL).stat().st_size:
@@ -150,15 +163,6 @@ class LeafWriter:
       (self.path / JOURNAL).unlink()  # not before: without it all would be written again
       remove(old)
     return self.path
-
-  def _refuse_existing(self) -> None:
-    if self.path.exists() and not self.redo:
-      raise ValueError(f"{self.path} exists already: remove it, or give --redo to replace it.")
-    if self.path.exists() and not (self.path / checkpoint.DESCRIPTION).is_file():
-      raise ValueError(
-        f"{self.path} has no {checkpoint.DESCRIPTION}, and --redo replaces bundles alone: remove "
-        "it, or choose another --out."
-      )
 
   def _locked(self) -> TextIO:
     """The journal, which no other process has open; ValueError where one does."""

@@ -48,6 +48,8 @@ def image_of(data: bytes, path: str | Path) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       image.load()
+  except Image.DecompressionBombError as error:
+    raise ValueError(f"image {path} has too many pixels ({error}): make it smaller.") from error
   except Exception as error:  # damaged files raise many types, from OSError to SyntaxError
     raise ValueError(
       f"image {path} is damaged or not an image: give a whole PNG, JPEG, WebP or BMP file."

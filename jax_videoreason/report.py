@@ -91,7 +91,7 @@ def draw_figures(run: Run, change: np.ndarray | None) -> None:
   with disk(figures):
     figures.mkdir(exist_ok=True)
   sound = run.finite.all(0)
-  if change is not None and sound.any():
+  if change is not None and len(change) and sound.any():
     plots.curves(
       figures / "change.png",
       run.sigma[1:],

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -76,6 +77,51 @@ def test_only_the_files_of_the_parts_are_asked_for(monkeypatch):
   assert (asked["repository"], asked["revision"]) == ("Wan-AI/Wan2.2-TI2V-5B", "main")
   assert "Wan2.?_VAE.*" in asked["patterns"]
   assert not [pattern for pattern in asked["patterns"] if "t5" in pattern]
+
+
+def test_a_dry_run_says_what_would_be_downloaded_and_downloads_nothing(monkeypatch, capsys):
+  asked = []
+
+  def file(name, size, cached):
+    return SimpleNamespace(filename=name, file_size=size, will_download=not cached)
+
+  def snapshot(repository, dry_run=False, **_):
+    asked.append((repository, dry_run))
+    return [file("vae/a.safetensors", 1_500_000_000, False), file("config.json", 100, True)]
+
+  def single(repository, name, dry_run=False, **_):
+    asked.append((f"{repository}/{name}", dry_run))
+    return file(name, 250_000_000, False)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", single)
+  words = ["convert", "hf://Wan-AI/Big", "--dry-run", "--lora=high=hf://me/mine/l.safetensors"]
+  assert cli.main(words) == 0
+  said = capsys.readouterr().out
+  assert "vae/a.safetensors" in said and "config.json" not in said
+  assert "1.750 GB would be downloaded" in said
+  assert asked == [("Wan-AI/Big", True), ("me/mine/l.safetensors", True)]
+
+
+def test_offline_a_dry_run_plans_what_is_cached(offline, capsys):
+  assert cli.main(["convert", "hf://Wan-AI/Tiny", "--dry-run"]) == 0
+  assert "original layout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("more", "wanted"),
+  [
+    (["--parts=text"], "name dit among the parts"),
+    (["--parts=foo"], "no part 'foo'"),
+    (["--lora-alpha=nan"], "a LoRA of alpha nan"),
+    (["--lora=high=nowhere.safetensors"], "nowhere.safetensors is not there: --lora wants a file"),
+  ],
+)
+def test_what_is_wrong_is_said_before_anything_is_downloaded(
+  monkeypatch, capsys, tmp_path, more, wanted
+):
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+  assert wanted in refusal(capsys, tmp_path, "hf://Wan-AI/Big", *more)
 
 
 def refusal(capsys, tmp_path, address, *more):

@@ -26,7 +26,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import checkpoint, cli, console, folders
+from jax_videoreason import checkpoint, cli, console, folders, leaves
 
 WORDS = 1
 ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order")
@@ -80,10 +80,16 @@ def main(flags: FlagValues, words: list[str]) -> None:
     _back(flags, words[0])
     return
   detect, bundle, lora, hub = map(_convert, ("detect", "bundle", "lora", "hub"))
-  source = hub.local(words[0], flags.parts)
+  detect.check_parts(flags.parts)
   wanted = lora.Wanted(
     given=tuple(flags.lora), alpha=flags["lora-alpha"].value, order=flags["lora-order"].value
   )
+  if flags["dry-run"].value:
+    if _lacks(hub, [(words[0], flags.parts), *((file, None) for file in wanted.addresses)]):
+      return
+  elif not flags.redo and not _compares(flags):
+    leaves.refuse_existing(Path(flags.out), redo=False)
+  source = hub.local(words[0], flags.parts)
   found = detect.source(source, flags.parts)
   plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics, loras=wanted)
   show(bundle, plan)
@@ -91,7 +97,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     return
   out = Path(flags.out)
   folders.spare(out, plan.files)
-  if flags.verify and (out / "bundle.json").is_file() and not flags.redo:
+  if _compares(flags):
     checkpoint.describe(out)  # refuses a damaged one, or one of a newer version
     with _bar(plan.read_bytes, "compare") as advance:
       bundle.verify(plan, out, advance=advance)
@@ -100,6 +106,24 @@ def main(flags: FlagValues, words: list[str]) -> None:
   with _bar(plan.read_bytes, "convert") as advance:
     bundle.write(plan, out, redo=flags.redo, check=flags.verify, advance=advance)
   console.say(f"bundle: {out.resolve()}")
+
+
+def _compares(flags: FlagValues) -> bool:
+  """Whether --verify finds a bundle to compare with."""
+  there = (Path(flags.out) / checkpoint.DESCRIPTION).is_file()
+  return flags.verify and there and not flags.redo
+
+
+def _lacks(hub: Any, addresses: list[tuple[str, list[str] | None]]) -> bool:
+  """Whether something would be downloaded first; says what."""
+  files = [file for address, parts in addresses for file in hub.lacking(address, parts)]
+  if not files:
+    return False
+  rows = [(name, f"{size / 1e9:.3f}") for name, size in files]
+  console.table("to be downloaded", ("file", "GB"), rows)
+  total = sum(size for _, size in files) / 1e9
+  console.say(f"{total:.3f} GB would be downloaded; once they are here, more can be said.")
+  return True
 
 
 def _back(flags: FlagValues, source: str) -> None:

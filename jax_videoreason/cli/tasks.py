@@ -50,7 +50,7 @@ def export(flags: FlagValues) -> None:
   """Writes the cases that the flags name."""
   names = asked(flags.tasks, flags.split)
   out = Path(flags.out)
-  with folders.whole(out, owned=set(names).__contains__, redo=flags.redo) as folder:
+  with folders.whole(out, owned=tasks.TASKS.__contains__, redo=flags.redo) as folder:
     with console.progress(len(names) * flags.cases, "write", "case") as advance:
       for name in names:
         task = tasks.load(name, size=flags.size, frames=flags.frames)
@@ -64,4 +64,4 @@ def asked(given: str, split: str) -> list[str]:
   """The names that --tasks says; all = those that have the split."""
   if given == "all":
     return [n for n, task in tasks.TASKS.items() if task.held_out == (split == "heldout")]
-  return given.split(",")
+  return list(dict.fromkeys(name.strip() for name in given.split(",")))

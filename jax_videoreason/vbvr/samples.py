@@ -235,6 +235,10 @@ def _choose(
   kept = dict(places)
   there = sorted({split for split, _, _ in kept if split})
   for word in splits:
+    if not there:
+      raise ValueError(
+        f"the data has no splits, so there is none to choose ({word!r}): leave it out."
+      )
     if not any(_is_split(word, split) for split in there):
       raise ValueError(f"no split {word!r} in the data; {nearest(word, there)}")
   if splits:

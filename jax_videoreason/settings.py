@@ -12,6 +12,8 @@ from jax_videoreason.schedules import GRIDS
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.taps import TAP_SITES, TapSpec
 
+SEEDS, MOST_SEEDS = 2**32, 10**6  # a seed is below; as many are counted at most
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TapSettings:
@@ -202,8 +204,13 @@ def _seeds(value: Any) -> tuple[int, ...]:
     seeds = _tuple_of(_whole(0), least=1)(value)
     if len(set(seeds)) < len(seeds):
       raise ValueError("different numbers: a seed twice is one run twice")
+    if max(seeds) >= SEEDS:
+      raise ValueError(f"numbers below {SEEDS}")
     return seeds
-  return tuple(range(_whole(1)(value)))
+  count = _whole(1)(value)
+  if count > MOST_SEEDS:
+    raise ValueError(f"at most {MOST_SEEDS}, for it is a count; one seed is seeds=({count},)")
+  return tuple(range(count))
 
 
 _TAPS: dict[str, Callable[[Any], Any]] = {

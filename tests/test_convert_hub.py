@@ -122,6 +122,10 @@ def test_what_is_wrong_is_said_before_anything_is_downloaded(
 ):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
   assert wanted in refusal(capsys, tmp_path, "hf://Wan-AI/Big", *more)
+  out = tmp_path / "full"
+  out.mkdir()
+  assert cli.main(["convert", "hf://Wan-AI/Big", f"--out={out}"]) == cli.BAD_INPUT
+  assert "full exists already" in capsys.readouterr().err
 
 
 def refusal(capsys, tmp_path, address, *more):

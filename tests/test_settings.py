@@ -67,6 +67,11 @@ def test_taps_become_a_spec():
     ({"shift": 0}, "shift=0, wanted a number above 0"),
     ({"boundary": 875}, "boundary=875, wanted a sigma in 0..1"),
     ({"seeds": []}, "seeds=[], wanted at least 1 of them"),
+    ({"seeds": [2**32]}, "seeds=[4294967296], wanted numbers below 4294967296"),
+    (
+      {"seeds": 1234567890},
+      "wanted at most 1000000, for it is a count; one seed is seeds=(1234567890,)",
+    ),
     ({"seeds": [-1]}, "seeds=[-1], wanted at least 0"),
     ({"negative_prompt": 3}, "negative_prompt=3, wanted a text"),
   ],

@@ -278,8 +278,10 @@ def numbers(name: str, words: Sequence[str]) -> list[int]:
     found = [int(word) for word in words]
   except ValueError as error:
     raise cli.UsageError(f"--{name}={','.join(words)}, wanted numbers as 0,1,2.") from error
-  if any(number < 0 for number in found) or len(set(found)) < len(found):
-    raise cli.UsageError(f"--{name}={','.join(words)}, wanted numbers from 0 on, each once.")
+  if any(not 0 <= number < settings.SEEDS for number in found) or len(set(found)) < len(found):
+    raise cli.UsageError(
+      f"--{name}={','.join(words)}, wanted numbers in 0..{settings.SEEDS - 1}, each once."
+    )
   return found
 
 

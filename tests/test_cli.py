@@ -902,6 +902,15 @@ def test_tasks_export_again_needs_redo(call, refuses, tmp_path):
   assert [p.name for p in (tmp_path / "cases" / "pick").iterdir()] == ["00000"]
 
 
+def test_an_export_is_replaced_as_a_whole_and_takes_a_name_once(call, tmp_path):
+  out = tmp_path / "cases"
+  words = ["tasks", "export", "--size=32", "--cases=1", f"--out={out}"]
+  assert call(*words, "--tasks=maze, pick,maze")[0] == 0
+  assert sorted(p.name for p in out.iterdir()) == ["maze", "pick"]
+  assert call(*words, "--tasks=maze", "--redo")[0] == 0
+  assert [p.name for p in out.iterdir()] == ["maze"]
+
+
 def test_tasks_list_names_them_all(call):
   status, out, _ = call("tasks", "list")
   assert status == 0

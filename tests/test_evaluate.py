@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_videoreason import baselines, cli, evaluate, scorecard, scoring, tables, tasks
+from jax_videoreason import baselines, cli, evaluate, folders, scorecard, scoring, tables, tasks
 
 TASKS = ("pick", "occlusion")
 WORDS = ("--tasks=pick,occlusion", "--cases=2", "--seeds=2", "--config.steps=2")
@@ -60,6 +60,13 @@ def measured(monkeypatch) -> list[str]:
 
 
 # What it leaves
+
+
+def test_a_second_evaluation_in_a_folder_is_refused_meanwhile(tmp_path, measured, capsys):
+  with folders.held(tmp_path / "scores"):
+    assert call(tmp_path / "scores") == cli.BAD_INPUT
+  assert "another command works in" in capsys.readouterr().err
+  assert not measured and not list((tmp_path / "scores").iterdir())
 
 
 def test_every_task_stands_beside_the_clips_that_no_model_made(done):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import toy
-from jax_videoreason import cli, pages, sharding
+from jax_videoreason import cli, folders, pages, settings, sharding
 from jax_videoreason.cli import run
 from jax_videoreason.cli import vbvr as cli_vbvr
 from jax_videoreason.experiments import (
@@ -724,3 +724,75 @@ def test_the_page_of_a_study_shows_verdicts_figures_and_limits(tmp_path):
   for said in ("Does noise move the score?", "noise moves x", "holds", "A test.", "0 in 1 of 1"):
     assert said in page
   assert (tmp_path / "figures" / "moved.png").exists()
+
+
+# The command and its folder
+
+
+def stopped(monkeypatch, out, *words):
+  """`run noise`, which ends where it would begin to compute."""
+
+  def perform(*_, **__):
+    raise ValueError("it got as far as that")
+
+  monkeypatch.setattr("jax_videoreason.experiments.perform", perform)
+  return cli.main(["run", "noise", "--config.cases=1", f"--out={out}", *words])
+
+
+def test_redo_does_not_take_what_an_interrupted_call_left(tmp_path, monkeypatch, capsys):
+  chunk = tmp_path / "noise" / "chunks" / "a"
+  chunk.mkdir(parents=True)
+  assert stopped(monkeypatch, tmp_path / "noise") == cli.BAD_INPUT
+  assert "it got as far as that" in capsys.readouterr().err
+  assert chunk.exists()
+  assert stopped(monkeypatch, tmp_path / "noise", "--redo") == cli.BAD_INPUT
+  assert not chunk.exists()
+
+
+def test_what_a_killed_call_left_is_no_obstacle_and_a_damaged_result_is_named(
+  tmp_path, monkeypatch, capsys
+):
+  out = tmp_path / "noise"
+  (out / folders.STAGE).mkdir(parents=True)
+  assert stopped(monkeypatch, out) == cli.BAD_INPUT
+  assert "it got as far as that" in capsys.readouterr().err
+  (out / "result.json").write_text("{")
+  assert stopped(monkeypatch, out) == cli.BAD_INPUT
+  assert "holds something else (it has result.json)" in capsys.readouterr().err
+  assert stopped(monkeypatch, out, "--redo") == cli.BAD_INPUT
+  assert "it got as far as that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("word", "said"),
+  [
+    ("--config.batch=-1", "batch=-1, wanted at least 1"),
+    ("--config.batch=0", "batch=0, wanted at least 1"),
+    ("--config.cases=0", "cases=0, wanted at least 1"),
+    ("--config.tasks=('pick','pick')", "tasks=('pick', 'pick'), wanted at least one, and none"),
+    ("--config.tasks=()", "tasks=(), wanted at least one"),
+  ],
+)
+@pytest.mark.parametrize("command", [("run", "noise", "--out=x"), ("plan", "run", "noise")])
+def test_cases_that_are_none_are_refused_also_by_a_plan(
+  capsys, tmp_path, monkeypatch, command, word, said
+):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main([*command, word]) == cli.BAD_INPUT
+  assert said in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_case_of_a_study_has_picture_and_prompt_of_another():
+  chosen = settings.from_config({**cli.load_config("mini").to_dict(), "seeds": [0]})
+  cases = setting_module.pick_cases(chosen, ("pick", "maze"), 32)
+  assert len({(case.first_frame.tobytes(), case.prompt) for case in cases}) == 64
+  assert [case.metadata["k"] > 1 for case in cases] == 32 * [False, True]
+
+
+@pytest.mark.parametrize("kind", ["scores", "evaluate"])
+def test_report_refuses_a_folder_of_other_results(tmp_path, capsys, kind):
+  (tmp_path / kind).mkdir()
+  write_json(tmp_path / kind / "result.json", {"overall": 1.0})
+  assert cli.main(["report", str(tmp_path)]) == cli.BAD_INPUT
+  assert f"for {kind} in it is no study: give the folder of one" in capsys.readouterr().err

@@ -87,6 +87,7 @@ BAD_IMAGES = {
   "animated": (
     lambda p: Image.new("RGB", (4, 4)).save(
       p, save_all=True, append_images=[Image.new("RGB", (4, 4), 1)]), "is animated"),
+  "huge": (lambda p: Image.new("1", (20_000, 10_000)).save(p), "too many pixels"),
   "text": (lambda p: p.write_text("hello"), "damaged or not an image"),
   "empty": (lambda p: p.write_bytes(b""), "damaged or not an image"),
   "missing": (lambda p: None, "cannot be read .No such file"),

@@ -342,6 +342,12 @@ def test_the_edits_of_a_sweep_are_those_of_the_library():
   assert factors.edit_for({"edit": "none"}, sizes, schedule, seeds=2) is None
 
 
+@pytest.mark.parametrize("edit", ["noise_at", {"edit": ["noise_at"]}, {"mode": "add"}])
+def test_an_edit_that_is_no_mapping_with_a_name_is_refused(edit):
+  with pytest.raises(ValueError, match=r"edits\.a=.*, wanted {'edit': NAME, \.\.\.}"):
+    made({"a": edit})
+
+
 def test_faults_of_a_sweep_are_told_at_once():
   with pytest.raises(ValueError) as refused:
     made({"a": {"edit": "mix"}, "b": {"edit": "ablate", "gain": 2}}, split="test", cases=0)

@@ -128,6 +128,12 @@ def test_film_strips_and_figures_are_drawn(folder):
   run.verify()
 
 
+def test_a_run_of_one_step_has_no_change_to_draw(tmp_path):
+  out = run_folder.make(tmp_path / "one", seeds=1, steps=1)
+  assert report.render(out).exists()
+  assert {p.name for p in (out / "figures").iterdir()} == {"answers.png"}
+
+
 def test_drawing_again_gives_the_same_page(folder, text):
   (folder / "report.html").unlink()
   assert report.render(folder).read_text(encoding="utf-8") == text

@@ -51,7 +51,15 @@ def main(flags: FlagValues, words: list[str]) -> None:
 
 def everything(folder: Path) -> None:
   """Draws what `run all` left: the studies that have a result, and the table over them."""
-  for path in sorted(folder.glob("*/result.json")):
+  found = sorted(folder.glob("*/result.json"))
+  for path in found:
+    record = folders.read_json(path)
+    if not isinstance(record, dict) or not {"experiment", "axes"} <= record.keys():
+      raise ValueError(
+        f"{folder} is not the --out of one command, for {path.parent.name} in it is no study: give "
+        "the folder of one (scores of VBVR-Bench are shown by `videoreason vbvr table`)."
+      )
+  for path in found:
     judge_again(path.parent)
     pages.render(path.parent)
   table = folder / "claims.json"

@@ -225,11 +225,13 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
 
 
 def is_done(out: Path, key: str) -> bool:
-  """Whether `out` holds the result of this very command."""
+  """Whether `out` holds the result of this very command; a damaged one is none."""
   from jax_videoreason.folders import read_json
 
-  path = out / "result.json"
-  found = read_json(path) if path.is_file() else None
+  try:
+    found = read_json(out / "result.json")
+  except ValueError:
+    return False
   return isinstance(found, dict) and found.get("key") == key
 
 

@@ -1,6 +1,6 @@
 """VBVR on Wan2.2 I2V A14B, as the paper runs it: 50 Euler steps, shift 5, guidance 5, two experts.
 
-  videoreason convert VBVR-Wan2.2 --out ckpt/vbvr_wan22
+  videoreason convert VBVR-Wan2.2 --numerics diffsynth --dtype bf16 --out ckpt/vbvr_wan22
   videoreason sample --config vbvr_wan22 --image FRAME.png --prompt TEXT --out runs/mine
   videoreason sample --config vbvr_wan22:boundary=0.9 --image FRAME.png --prompt TEXT ...
 

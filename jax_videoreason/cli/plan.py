@@ -99,7 +99,12 @@ def main(flags: FlagValues, words: list[str]) -> None:
 
 
 def check(flags: FlagValues, words: list[str]) -> None:
-  """Refuses options of another command than the one that is planned."""
+  """Refuses commands that can't be planned, and options of another than the one that is."""
+  if words not in ([], [SWEEP], GENERATE) and (words[0] != RUN or len(words) != 2):
+    raise cli.UsageError(
+      f"plan {' '.join(words)}: say plan (for a sample), plan sweep, plan run NAME, plan run all "
+      "or plan vbvr generate, and the options after it."
+    )
   of_generate = cli.new_flags()
   importlib.import_module("jax_videoreason.cli.vbvr").define_generate(of_generate)
   of_command = {
@@ -123,14 +128,9 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
     return vbvr.jobs.work(chosen, data, job)
   if words == [RUN, run.ALL]:
     return studies(flags)
-  if words[:1] == [RUN] and len(words) == 2 and "experiment" in flags.config:
+  if words[:1] == [RUN]:
     return [study(words[1], cli.resolved(flags))]
-  if words in ([], [SWEEP]):
-    return [whole(cli.resolved(flags))]
-  raise cli.UsageError(
-    f"plan {' '.join(words)}: say plan, plan sweep, plan run NAME, plan run all or plan vbvr "
-    "generate, and the options after it."
-  )
+  return [whole(cli.resolved(flags))]
 
 
 def whole(config: dict[str, Any]) -> "Work":

@@ -118,7 +118,7 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
     ValueError: a word without a value, or a value of another kind.
   """
   # a comma inside brackets belongs to the value
-  for part in filter(None, re.split(r",(?![^()]*\))", argument or "")):
+  for part in filter(None, re.split(r",(?![^()\[\]{}]*[)\]}])", argument or "")):
     key, equals, value = part.partition("=")
     if not equals:
       raise ValueError(f"argument {part!r}, wanted key=value,other=value.")

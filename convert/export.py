@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import checkpoint, leaves
-from jax_videoreason.folders import beside, disk, remove, spare
+from jax_videoreason.folders import beside, disk, held_beside, remove, spare
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
@@ -177,9 +177,23 @@ def write(
   """Writes the folders; they appear under `out` when they are whole.
 
   check: read what was written and compare before it appears.
-  ValueError: the destination exists, or the disk is too small. OSError: it filled up meanwhile.
+  ValueError: the destination exists, another command writes it, or the disk is too small.
+  OSError: it filled up meanwhile.
   """
   out = Path(os.path.abspath(out))
+  with held_beside(out):
+    return _write(bundle, out, redo, check, shard_bytes, advance)
+
+
+def _write(
+  bundle: str | os.PathLike[str],
+  out: Path,
+  redo: bool,
+  check: bool,
+  shard_bytes: int,
+  advance: Callable[[int], Any],
+) -> Path:
+  """`write` where no other process writes the same."""
   if out.exists() and not redo:
     raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
   if out.exists() and not (out / INDEX).is_file():

@@ -41,6 +41,12 @@ def local(address: str, parts: Sequence[str] | None = None) -> Path:
   return Path(_ask(address, parts) if address.startswith(SCHEME) else address)
 
 
+def names_file(address: str) -> bool:
+  """Whether an address is that of a single file."""
+  found = ADDRESS.fullmatch(address)
+  return found is not None and found["file"] is not None
+
+
 def lacking(address: str, parts: Sequence[str] | None = None) -> list[tuple[str, int]]:
   """(file, bytes) of what `local` would download; nothing where the hub is not asked."""
   if not address.startswith(SCHEME):
@@ -57,18 +63,19 @@ def _ask(address: str, parts: Sequence[str] | None, **more: Any) -> Any:
     raise Faults([f"{address!r}, wanted hf://owner/name or hf://owner/name/file."])
   try:
     import huggingface_hub
+    from huggingface_hub import constants
   except ImportError as error:
     raise Faults(
       [f"{address} is on the hub and huggingface_hub is missing: pip install huggingface_hub."]
     ) from error
   name, more = found["repository"], {"revision": found["revision"], **more}
   wanted = [pattern for part in parts or FILES for pattern in FILES.get(part, ())]
-  if more.get("dry_run") and huggingface_hub.constants.HF_HUB_OFFLINE:
+  if more.get("dry_run") and constants.HF_HUB_OFFLINE:
     return []
   try:
     if found["file"]:
       return huggingface_hub.hf_hub_download(name, found["file"], **more)
     return huggingface_hub.snapshot_download(name, allow_patterns=wanted, **more)
-  except (OSError, ValueError) as error:  # every error of the hub is one of them
+  except Exception as error:  # of the hub, of the library it connects by, of the one it loads by
     said = " ".join(str(error).split())
     raise Faults([f"{address} cannot be had from the hub: {said.rstrip('.')}."]) from error

@@ -49,6 +49,8 @@ class Wanted:
     for address in self.addresses:
       if not address.startswith(hub.SCHEME):
         _check_file(Path(address))
+      elif not hub.names_file(address):
+        raise Faults([f"{address} names no file: --lora wants hf://owner/name/file."])
 
   @property
   def addresses(self) -> list[str]:

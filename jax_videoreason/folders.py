@@ -31,34 +31,65 @@ class NoLocksError(OSError):
 def held(folder: str | Path, *, needed: bool = True) -> Iterator[None]:
   """Holds the folder, which is made where it is lacking; a dead process holds nothing.
 
-  needed: False = on a file system without locks it warns and goes on.
+  A folder that was made and stays empty is removed where the block fails. needed: False = on a file
+  system without locks it warns and goes on.
 
   ValueError: another command works in it. OSError: it can't be made, or not be held.
   """
   folder = Path(folder)
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
-  with disk(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  until = time.monotonic() + PATIENCE
+  made = _missing_parents(folder)
+  file = None
   try:
-    while (file := _hold(folder)) is None:
-      if time.monotonic() > until:
-        raise ValueError(
-          f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep "
-          "--status` says how far it is), or choose another --out."
-        )
-      time.sleep(PATIENCE / 10)
-  except NoLocksError as error:
-    if needed:
-      raise
-    warnings.warn(f"{error} Until then start no second command in it.", stacklevel=3)
-    yield
-    return
-  with file:
+    with disk(folder):
+      folder.mkdir(parents=True, exist_ok=True)
     try:
+      file = _wait_for(folder)
+    except NoLocksError as error:
+      if needed:
+        raise
+      warnings.warn(f"{error} Until then start no second command in it.", stacklevel=3)
+    yield
+  except BaseException:
+    _let_go(folder, file)
+    for path in made:
+      with contextlib.suppress(OSError):
+        path.rmdir()
+    raise
+  _let_go(folder, file)
+
+
+@contextlib.contextmanager
+def held_beside(path: Path) -> Iterator[None]:
+  """`held` for a block that makes the folder `path` at its end, in one move."""
+  guard = path.with_name(f".{path.name}.lock")
+  try:
+    with held(guard, needed=False):
       yield
-    finally:
+  except ValueError as error:
+    raise ValueError(str(error).replace(str(guard), str(path))) from error
+  finally:
+    with contextlib.suppress(OSError):  # not where another one has it already
+      guard.rmdir()
+
+
+def _wait_for(folder: Path) -> IO[str]:
+  """The lock file, held; ValueError where another command keeps it."""
+  until = time.monotonic() + PATIENCE
+  while (file := _hold(folder)) is None:
+    if time.monotonic() > until:
+      raise ValueError(
+        f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep --status` "
+        "says how far it is), or choose another --out."
+      )
+    time.sleep(PATIENCE / 10)
+  return file
+
+
+def _let_go(folder: Path, file: IO[str] | None) -> None:
+  if file is not None:
+    with file:
       (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -92,6 +123,8 @@ def is_held(folder: Path) -> bool:
     return False
   except BlockingIOError:
     return True
+  except OSError:  # without locks nobody holds it
+    return False
   return False
 
 
@@ -109,29 +142,28 @@ def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -
   """
   out = Path(out)
   _content(out, redo=redo)  # before a lock is written into what is not ours
-  made, stage = _missing_parents(out), out / STAGE
+  with held(out, needed=False), filled(out, owned=owned, redo=redo) as stage:
+    yield stage
+
+
+@contextlib.contextmanager
+def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Iterator[Path]:
+  """`whole` for a folder that is held."""
+  there, stage = _content(out, redo=redo), out / STAGE
   try:
-    with held(out, needed=False):
-      there = _content(out, redo=redo)
-      try:
-        with disk(out):
-          shutil.rmtree(stage, ignore_errors=True)
-          stage.mkdir(parents=True)
-        yield stage
-        with disk(out):
-          for name in there:
-            if name.startswith(PART) or owned(name):
-              remove(out / name)
-          for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
-            item.rename(out / item.name)
-          stage.rmdir()
-      except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+    with disk(out):
+      shutil.rmtree(stage, ignore_errors=True)
+      stage.mkdir(parents=True)
+    yield stage
+    with disk(out):
+      for name in there:
+        if name.startswith(PART) or owned(name):
+          remove(out / name)
+      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+        item.rename(out / item.name)
+      stage.rmdir()
   except BaseException:
-    for folder in made:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
+    shutil.rmtree(stage, ignore_errors=True)
     raise
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from jax_videoreason import checkpoint
-from jax_videoreason.folders import disk, remove
+from jax_videoreason.folders import NoLocksError, disk, remove
 from jax_videoreason.pytrees import nest
 from jax_videoreason.structs import ModelBundle
 
@@ -173,10 +173,16 @@ class LeafWriter:
         journal = file.open("a+", encoding="utf-8")
       try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError as error:
+      except BlockingIOError as error:
         journal.close()
         raise ValueError(
           f"{self.path} is being written by another process: wait for it."
+        ) from error
+      except OSError as error:
+        journal.close()
+        raise NoLocksError(
+          f"{self.path.parent} has no locks ({error.strerror}): choose an --out on a file system "
+          "that has them."
         ) from error
       with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(journal.fileno()), file.stat()):

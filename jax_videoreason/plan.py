@@ -128,12 +128,14 @@ def model(name_or_path: str) -> Model:
   described = checkpoint.describe(name_or_path)
 
   def leaves(part: str) -> dict[str, jax.ShapeDtypeStruct]:
+    if part not in described.leaves:
+      return {}
     compute = getattr(described.modules, part.split("_")[0]).config.dtype
     return {
       path: jax.ShapeDtypeStruct(record.shape, jnp.promote_types(record.dtype, compute))
       if jnp.issubdtype(record.dtype, jnp.floating)
       else jax.ShapeDtypeStruct(record.shape, record.dtype)
-      for path, record in described.leaves.get(part, {}).items()
+      for path, record in described.leaves[part].items()
     }
 
   return Model(
@@ -317,7 +319,7 @@ def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, 
   cells = (s.R, s.F, s.H, s.W)
   image = config.image_input != "none"
   key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-  text = made.parts.text.config.dtype
+  text = config.dtype if made.parts.text is None else made.parts.text.config.dtype
   left_out = (None,) * (len(made.experts) - len(problem.experts))
   params = (*(weights(leaves) for leaves in problem.experts), *left_out)
   bundle = ModelBundle(params=params, parts=made.parts, card=made.card)

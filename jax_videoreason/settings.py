@@ -209,7 +209,9 @@ def _seeds(value: Any) -> tuple[int, ...]:
     return seeds
   count = _whole(1)(value)
   if count > MOST_SEEDS:
-    raise ValueError(f"at most {MOST_SEEDS}, for it is a count; one seed is seeds=({count},)")
+    raise ValueError(
+      f"at most {MOST_SEEDS}, for it is a count; sample --seeds takes seeds themselves"
+    )
   return tuple(range(count))
 
 

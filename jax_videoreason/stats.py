@@ -12,7 +12,8 @@ Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -81,6 +82,30 @@ class Test:
   exact: bool
   threshold: float | None = None
   note: str | None = None
+
+
+def bootstrap_within(
+  groups: Sequence[ArrayLike], *, seed: int, level: float = 0.95, draws: int = DRAWS
+) -> Interval:
+  """The mean over all values; its percentile interval draws each group anew by itself.
+
+  groups: the values of each. Where none has two that differ, a note stands instead of an interval.
+
+  Raises ValueError for values that are not finite, or a level outside 0..1.
+  """
+  each = [_cases(group) for group in groups]
+  _check(level, draws)
+  total = sum(len(group) for group in each)
+  estimate = np.asarray(sum(group.sum() for group in each) / total)
+  found = functools.partial(Interval, estimate=estimate, level=level, cases=len(each))
+  if all(np.ptp(group) == 0 for group in each):
+    note = "no group has two values that differ: resampling shows no spread"
+    return found(low=np.asarray(np.nan), high=np.asarray(np.nan), note=note)
+  rng, sums = np.random.default_rng(seed), np.zeros(draws)
+  for group in each:
+    sums += group[rng.integers(len(group), size=(draws, len(group)))].sum(1)
+  low, high = np.quantile(sums / total, [(1 - level) / 2, (1 + level) / 2])
+  return found(low=low, high=high, note=None)
 
 
 def bootstrap(

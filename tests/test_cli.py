@@ -311,6 +311,7 @@ def test_a_config_takes_an_argument_and_overrides(monkeypatch, words, field, val
     (("--config=mini:stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
     (("--config=mini:steps",), "argument 'steps', wanted key=value"),
     (("--config=mini:steps=many",), "wanted a value of type int"),
+    (("--config=mini:taps.layers=[0,1]",), "taps.layers=[0,1]: wanted a value of type tuple"),
     (("--config.steps=many",), "--config.steps=many"),
     (("--config=",), "--config wants a path or a shipped name"),
     (("--config=setup.cfg",), "a config ends in .py"),

@@ -1,6 +1,7 @@
 """Checkpoints become bundles: recognised, whole, resumable, and refused in one sentence."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -238,6 +239,14 @@ def test_a_destination_being_written_is_left_alone(single, tmp_path, refused, re
     assert "is being written by another process" in refused(single, *redo)
     written = leaves.read_slice(writer.folder / part, path, None)
     np.testing.assert_array_equal(written, value)
+
+
+def test_without_locks_nobody_is_waited_for(single, monkeypatch, refused):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  assert "has no locks (No locks available): choose an --out" in refused(single)
 
 
 def test_one_that_ended_just_before_is_not_written_over(single, tmp_path, monkeypatch, refused):

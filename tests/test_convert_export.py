@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import checkpoint, cli, folders
 from jax_videoreason.convert import export, reader, wan
 from published import CLIP, DIT, clip_original, parts, shards, tensors, write_original
 
@@ -124,6 +124,14 @@ def test_a_destination_that_exists_is_kept_unless_redone(converted, tmp_path, re
   assert cli.main(words) == 0
   assert not (out / "mine.txt").exists()
   assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_export_to_a_folder_is_refused_meanwhile(converted, tmp_path, capsys):
+  words = ["convert", str(converted), "--out", str(tmp_path / "out"), "--to=diffusers"]
+  with folders.held_beside(tmp_path / "out"):
+    assert cli.main(words) == cli.BAD_INPUT
+  assert f"another command works in {tmp_path / 'out'}:" in capsys.readouterr().err
+  assert not os.listdir(tmp_path)
 
 
 def test_a_damaged_bundle(converted, tmp_path, refused):

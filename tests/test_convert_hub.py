@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import huggingface_hub
-import huggingface_hub.constants
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli
@@ -30,8 +30,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def offline(cache, monkeypatch):
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 @pytest.mark.slow
@@ -103,6 +103,27 @@ def test_a_dry_run_says_what_would_be_downloaded_and_downloads_nothing(monkeypat
   assert asked == [("Wan-AI/Big", True), ("me/mine/l.safetensors", True)]
 
 
+def test_a_dry_run_of_a_process_that_imported_nothing_else(tmp_path):
+  """huggingface_hub imports its own modules only when they are asked for."""
+  program = """
+import huggingface_hub, sys
+huggingface_hub.snapshot_download = lambda *_, **__: []
+from jax_videoreason.convert import hub
+print(hub.lacking("hf://Wan-AI/Big"))
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_a_library_of_the_hub_raises_is_one_sentence(monkeypatch, capsys, tmp_path):
+  def snapshot(*_, **__):
+    raise type("ProxyError", (Exception,), {})("403 Forbidden")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+  said = refusal(capsys, tmp_path, "hf://Wan-AI/Big")
+  assert "hf://Wan-AI/Big cannot be had from the hub: 403 Forbidden." in said
+
+
 def test_offline_a_dry_run_plans_what_is_cached(offline, capsys):
   assert cli.main(["convert", "hf://Wan-AI/Tiny", "--dry-run"]) == 0
   assert "original layout" in capsys.readouterr().out
@@ -114,6 +135,7 @@ def test_offline_a_dry_run_plans_what_is_cached(offline, capsys):
     (["--parts=text"], "name dit among the parts"),
     (["--parts=foo"], "no part 'foo'"),
     (["--lora-alpha=nan"], "a LoRA of alpha nan"),
+    (["--lora=high=hf://me/mine"], "hf://me/mine names no file: --lora wants hf://owner/name/file"),
     (["--lora=high=nowhere.safetensors"], "nowhere.safetensors is not there: --lora wants a file"),
   ],
 )
@@ -126,6 +148,8 @@ def test_what_is_wrong_is_said_before_anything_is_downloaded(
   out.mkdir()
   assert cli.main(["convert", "hf://Wan-AI/Big", f"--out={out}"]) == cli.BAD_INPUT
   assert "full exists already" in capsys.readouterr().err
+  assert cli.main(["convert", "hf://Wan-AI/Big", f"--out={out}", "--redo"]) == cli.BAD_INPUT
+  assert "full has no bundle.json, and --redo replaces bundles alone" in capsys.readouterr().err
 
 
 def refusal(capsys, tmp_path, address, *more):

@@ -513,6 +513,11 @@ def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
   flags, _ = cli.parse(run, [study.name, *more, "--out=x"])
   assert flags.config.checkpoint == "mini_experts"
   assert flags.config.experiment.settings == ("as is", "switch earlier", "switch later")
+  for words in (["--checkpoint", "mini"], ["--config=mini:shift=3.0"]):
+    (_, study, more) = studies(*words)[-1]
+    flags, _ = cli.parse(run, [study.name, *words, *more, "--out=x"])
+    assert cli.resolved(flags)["checkpoint"] == "mini_experts"
+    assert flags.config.shift == (3.0 if "config" in words[0] else 5.0)
   for words in (["--checkpoint=mine"], ["--config=vbvr_wan22"]):
     assert [place for place, _, _ in studies(*words)] == [*EXPERIMENTS]
 
@@ -761,6 +766,15 @@ def test_what_a_killed_call_left_is_no_obstacle_and_a_damaged_result_is_named(
   assert "holds something else (it has result.json)" in capsys.readouterr().err
   assert stopped(monkeypatch, out, "--redo") == cli.BAD_INPUT
   assert "it got as far as that" in capsys.readouterr().err
+
+
+def test_a_second_study_in_a_folder_is_refused_meanwhile(tmp_path, monkeypatch, capsys):
+  with folders.held(tmp_path / "noise"):
+    assert stopped(monkeypatch, tmp_path / "noise", "--redo") == cli.BAD_INPUT
+  assert "another command works in" in capsys.readouterr().err
+  with folders.held(tmp_path / "all"):
+    assert cli.main(["run", "all", f"--out={tmp_path / 'all'}"]) == cli.BAD_INPUT
+  assert "another command works in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`videoreason plan`: what it says of memory and work, held against arithmetic and the compiler."""
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -8,7 +9,7 @@ import re
 import jax
 import pytest
 
-from jax_videoreason import cli, plan, settings, sharding
+from jax_videoreason import checkpoint, cli, plan, settings, sharding
 from jax_videoreason.experiments import EXPERIMENTS, find
 from jax_videoreason.taps import TapSpec, tap_bytes
 
@@ -102,6 +103,14 @@ def test_one_expert_at_a_time_frees_the_other():
   )
   assert both.parameters - one.parameters == pytest.approx(28.6e9, rel=0.01)
   assert plan.arguments(one.problem, None)[0].params[1] is None
+
+
+def test_a_bundle_without_a_text_encoder_is_planned(tmp_path, capsys):
+  whole = checkpoint.load("mini")
+  parts = dataclasses.replace(whole.parts, text=None)
+  checkpoint.save(dataclasses.replace(whole, text=None, parts=parts), tmp_path / "bare")
+  assert cli.main(["plan", f"--checkpoint={tmp_path / 'bare'}", "--on=gpu:80GB"]) == 0
+  assert "it fits" in capsys.readouterr().out
 
 
 def test_flops_are_those_that_the_compiler_counts():

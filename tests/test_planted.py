@@ -9,10 +9,10 @@ from jax_videoreason import probes as linear
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import with_memory
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
-from jax_videoreason.experiments.layer_maps import agrees
+from jax_videoreason.experiments.layer_maps import agrees, rise, rise_before_last
 from jax_videoreason.experiments.layer_swap import flipped
 from jax_videoreason.experiments.probes import fit, targets_of
-from jax_videoreason.experiments.readings import majority
+from jax_videoreason.experiments.readings import decision, grown, majority
 
 
 def run(name, setting, count=10, **options):
@@ -104,6 +104,13 @@ def test_layer_maps_finds_the_layer_from_which_the_lens_gives_the_answer():
   assert found.values["norm_map"].shape == (4, toy.F, toy.H, toy.W)
 
 
+def test_the_last_layer_is_no_evidence_that_layers_grow_like_it():
+  rows = np.full((3, 12), 0.5)
+  rows[:, -1] = 1.0  # with itself
+  assert rise(rows[None]) == pytest.approx(0.125)
+  assert rise_before_last(rows[None]) == 0
+
+
 def test_a_lens_that_shows_nothing_does_not_agree_with_a_video_that_shows_nothing():
   final = np.array(["left", "left", None], object)
   shown = np.array([["left", "right", None], [None, "left", "left"]], object)
@@ -183,6 +190,39 @@ def test_majority_and_medoid():
 
 
 # early
+
+
+@pytest.mark.parametrize(
+  ("said", "step"),
+  [
+    ("AAAA", 0),
+    ("A..A", 0),  # a gap is no change of mind
+    ("BBAA", 2),
+    ("B.AA", 2),
+    ("BA.A", 1),
+    ("ABA.A", 2),
+    (".ABA", 3),
+    ("..AA", None),  # it became legible
+    ("BBB.", None),
+  ],
+)
+def test_the_decision_is_the_last_change_of_what_can_be_read(said, step):
+  answer = np.array([[None if letter == "." else letter] for letter in said], object)
+  np.testing.assert_array_equal(decision(answer), [np.nan if step is None else step])
+
+
+def test_growth_is_of_answers_that_are_begun_and_not_complete():
+  progress = np.array(
+    [
+      [0.0, 0.3, 0.6, 0.6],  # grows
+      [0.3, 0.6, 0.3, 0.6],  # loses
+      [0.0, 1.0, 1.0, 1.0],  # is there at once
+      [1.0, 1.0, 1.0, 1.0],
+    ]
+  )
+  found = grown(progress.T)
+  assert found["enhanced"].tolist() == [1, 0, 0, 0]
+  assert found["growth_steps"].tolist() == [1, 2, 0, 0]
 
 
 def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():

@@ -203,3 +203,18 @@ def test_an_estimate_is_spelled_with_its_interval_where_there_is_one():
   assert stats.spell(found, digits=3) == "0.612 [0.500, 0.719]"
   assert stats.spell({**found, "low": None, "high": None}) == "0.61"
   assert stats.spell({**found, "estimate": None}) == stats.spell(None) == "-"
+
+
+def test_samples_drawn_anew_within_their_tasks_do_not_change_the_tasks():
+  steady = stats.bootstrap_within([[0.0] * 5, [1.0] * 5, [0.5] * 5], seed=0)
+  assert steady.estimate == 0.5 and np.isnan(steady.low)
+  assert steady.note == "no group has two values that differ: resampling shows no spread"
+  rng = np.random.default_rng(0)
+  means = np.linspace(-1, 1, 100)
+  groups = [mean + 0.1 * rng.normal(size=5) for mean in means]
+  found = stats.bootstrap_within(groups, seed=0)
+  assert found.estimate == pytest.approx(np.mean(groups))
+  spread = 0.1 * np.sqrt(4 / 5) / np.sqrt(500)  # of a mean, drawn from what was seen
+  assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+  freely = stats.bootstrap(np.concatenate(groups), seed=0)
+  assert freely.high - freely.low > 5 * (found.high - found.low)

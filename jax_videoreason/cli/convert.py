@@ -87,8 +87,10 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags["dry-run"].value:
     if _lacks(hub, [(words[0], flags.parts), *((file, None) for file in wanted.addresses)]):
       return
-  elif not flags.redo and not _compares(flags):
-    leaves.refuse_existing(Path(flags.out), redo=False)
+  elif words[0].startswith(hub.SCHEME) and not _compares(flags):
+    leaves.refuse_existing(Path(flags.out), redo=flags.redo)
+  for address in wanted.addresses:  # a wrong one is found before the rest is downloaded
+    hub.local(address)
   source = hub.local(words[0], flags.parts)
   found = detect.source(source, flags.parts)
   plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics, loras=wanted)

@@ -105,6 +105,14 @@ def every(words: Sequence[str], out: Path) -> None:
 
   A study that fails is named, and the others go on; the table says that it is missing.
   """
+  from jax_videoreason import folders
+
+  with folders.held(out, needed=False):
+    _every(words, out)
+
+
+def _every(words: Sequence[str], out: Path) -> None:
+  """`every` in a folder that is held."""
   from jax_videoreason import console, pages
   from jax_videoreason.experiments import claims
 
@@ -140,8 +148,19 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
     for name, more in _presets().BESIDE.items():
       config = more["config"]
       asked = [f"--config.experiment.{key}={value}" for key, value in more[flags.preset].items()]
-      found.append((f"{name}_{config}", EXPERIMENTS[name], ["--config", config, *asked]))
+      words = ["--config", f"{config}:{_argument(flags.config.words)}", "--checkpoint", config]
+      found.append((f"{name}_{config}", EXPERIMENTS[name], [*words, *asked]))
   return found
+
+
+def _argument(words: Sequence[str]) -> str:
+  """What stands after the colon of --config."""
+  name = ""
+  for place, word in enumerate(words):
+    option, equals, value = word.partition("=")
+    if word.startswith("-") and option.lstrip("-") == cli.CONFIG:
+      name = value if equals else words[place + 1]
+  return name.partition(":")[2]
 
 
 def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, redo: bool) -> None:
@@ -164,33 +183,36 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return
   check_out(out, redo=redo)
-  if redo:
-    with folders.disk(out):
-      folders.remove(out / CHUNKS)
-  cases = setting.pick_cases(chosen, own["tasks"], own["cases"], own["split"])
-  made, agreement = choose_reader(made, cases, own["decoder"])
-  result, record, findings = experiments.perform(
-    study,
-    made,
-    cases,
-    options=own["experiment"],
-    batch=batch,
-    chunks=experiments.Chunks(folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"),
-    say=console.say,
-    progress=lambda total, title: console.progress(total, title, "evaluation"),
-  )
-  with folders.whole(out, owned=lambda name: name in OWNED, redo=True) as folder:
-    results.save(folder, result, {**record, "preview_agreement": agreement, "key": key})
-    store.write_manifest(
-      folder,
-      config={**asked, "batch": batch, **own},
-      command=["videoreason", *sys.argv[1:]],
-      device=jax.devices()[0].device_kind,
-      mesh=layout,
-      model=made.bundle.card.name,
-      evaluations=record["evaluations"],
-      seconds=record["seconds"],
+  with folders.held(out, needed=False):
+    if redo:
+      with folders.disk(out):
+        folders.remove(out / CHUNKS)
+    cases = setting.pick_cases(chosen, own["tasks"], own["cases"], own["split"])
+    made, agreement = choose_reader(made, cases, own["decoder"])
+    result, record, findings = experiments.perform(
+      study,
+      made,
+      cases,
+      options=own["experiment"],
+      batch=batch,
+      chunks=experiments.Chunks(
+        folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"
+      ),
+      say=console.say,
+      progress=lambda total, title: console.progress(total, title, "evaluation"),
     )
+    with folders.filled(out, owned=lambda name: name in OWNED, redo=True) as folder:
+      results.save(folder, result, {**record, "preview_agreement": agreement, "key": key})
+      store.write_manifest(
+        folder,
+        config={**asked, "batch": batch, **own},
+        command=["videoreason", *sys.argv[1:]],
+        device=jax.devices()[0].device_kind,
+        mesh=layout,
+        model=made.bundle.card.name,
+        evaluations=record["evaluations"],
+        seconds=record["seconds"],
+      )
   page = pages.render(out)
   console.table(
     study.name,

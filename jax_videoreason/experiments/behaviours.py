@@ -11,13 +11,15 @@ from jax_videoreason import probes as linear
 from jax_videoreason.axes import Array
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
-from jax_videoreason.experiments.readings import per_run
+from jax_videoreason.experiments.readings import grown, per_run
 from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 
 KEPT = 0.9  # preservation from which the picture counts as perceived
+HIDES = 0.9  # process of an occlusion above which its curtain hides what it should
+PARTS = ("preservation", "final", "process")  # of a score
 MOST_HIDDEN = 4  # objects of a case that are probed while they are hidden
 WIDTH = 64  # columns of an object's mean after a fixed random projection
 
@@ -36,7 +38,7 @@ def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
       number=11,
       says="enhancement: incomplete answers grow, nothing taken back",
       of="enhanced",
-      statistic="share of runs whose score rises at a step without any loss before its end",
+      statistic="share of runs whose begun, incomplete answer grows at a step and loses at none",
       above=0.05,
       share=True,
       paper="occurs, no rate given",
@@ -53,7 +55,7 @@ def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
     Claim(
       says="working memory: what a curtain hides comes back unchanged",
       of="remembered",
-      statistic="share of occlusion runs whose final answer is right",
+      statistic="share with a right final answer, of occlusion runs that do hide the objects",
       above=0.5,
       share=True,
       paper="shown on single cases",
@@ -81,8 +83,9 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   """How often does the model correct itself, extend its answer, remember, look before it acts?
 
   From x0 at every step. Correction and relapse: flips wrong to right and right to wrong.
-  Enhancement: the score of an answer that is not yet complete rises at some step and never falls
-  by as much afterwards. Memory: in occlusion a curtain hides objects and must leave them as they
+  Enhancement: an answer that is begun and not complete (final state and process of the score,
+  without preservation) rises at some step and never falls by as much. Memory: in occlusion a
+  curtain hides objects (where the process of the final video scores .9) and must leave them as they
   were; also at which step that is already so, and whether the colour of a square can be read
   linearly from the tokens at its place on the latent frames that show nothing but the curtain
   there (probes as in `probes`, unseen cases, beside shuffled labels; every `stride`-th step).
@@ -101,18 +104,18 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   x0 = np.asarray(trace.x0)
   said = per_run(ctx.read(x0))
   score = said["score"]
-  preserved = preservation(ctx, x0)
+  preserved, final, process = marks(ctx, x0)
+  hides = process[-1] > HIDES
   stands = preserved >= KEPT
   perceived = np.where(stands.any(0), stands.argmax(0) / ctx.sizes.S, np.nan)
   occlusion = np.array([case.task == "occlusion" for case in ctx.cases])
   values = {
-    "enhanced": said["enhanced"],
-    "growth_steps": said["growth_steps"],
+    **grown((final + process) / 2),
     "corrected": said["corrected"],
     "spoiled": said["spoiled"],
     "net_correction": said["corrected"] - said["spoiled"],
-    "remembered": np.where(occlusion, said["right"][-1], np.nan),
-    "remembered_from": np.where(occlusion, said["first_hit"], np.nan),
+    "remembered": np.where(occlusion & hides, said["right"][-1], np.nan),
+    "remembered_from": np.where(occlusion & hides, said["first_hit"], np.nan),
     "perceived": perceived,
     "acted": said["first_hit"],
     "action_after": said["first_hit"] - perceived,
@@ -179,19 +182,18 @@ def with_memory(result: Result) -> Result:
   return dataclasses.replace(result, values=kept, axes=axes, notes=notes, signed=signed)
 
 
-def preservation(ctx: Context, x0: Any) -> np.ndarray:
-  """S R: how much of what must not change is in place."""
+def marks(ctx: Context, x0: Any) -> np.ndarray:
+  """3 S R: preservation of what must not change, final state and process, of the score."""
   clips = ctx.setting.decode(x0)
   tasks = [ctx.task(run) for run in range(ctx.sizes.R)]
-  return np.array(
+  found = [
     [
-      [
-        task.score(clip, case.metadata).preservation
-        for task, clip, case in zip(tasks, row, ctx.cases, strict=True)
-      ]
-      for row in clips
+      task.score(clip, case.metadata)
+      for task, clip, case in zip(tasks, row, ctx.cases, strict=True)
     ]
-  )
+    for row in clips
+  ]
+  return np.array([[[getattr(score, part) for score in row] for row in found] for part in PARTS])
 
 
 TITLES = {
@@ -200,7 +202,7 @@ TITLES = {
   "corrected": "Runs with a flip wrong to right, of those read at two steps before the last",
   "spoiled": "Runs with a flip right to wrong, of those read at two steps before the last",
   "net_correction": "Corrected minus spoiled",
-  "remembered": "Occlusion: right at the end",
+  "remembered": "Occlusion: right at the end, of runs that hide the objects",
   "remembered_from": "Occlusion: first step at which it is right, share of all",
   "memory_accuracy": "Memory: accuracy of a hidden square's colour, by step and layer",
   "memory_shuffled": "The same with shuffled labels",

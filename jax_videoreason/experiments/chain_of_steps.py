@@ -34,7 +34,8 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
     Claim(
       says="the decision falls in the middle of the trajectory",
       of="decided",
-      statistic="step of commitment, share of all steps, of runs that can be read before it",
+      statistic="step of the last change of the answer, share of all steps, of runs that change it "
+      "or show it from step 0 on",
       above=0.4,
       below=0.6,
       paper="steps 20 to 30 of 50",
@@ -42,7 +43,8 @@ OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each othe
     Claim(
       says="disputed: the plan is fixed in the first steps (2603.30043)",
       of="decided",
-      statistic="step of commitment, share of all steps, of runs that can be read before it",
+      statistic="step of the last change of the answer, share of all steps, of runs that change it "
+      "or show it from step 0 on",
       below=0.15,
       paper="first 10 to 15% of the steps, by its follow-up",
     ),
@@ -55,17 +57,17 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   x0 is decoded at every step and its answer parsed; the soft parser counts the candidates that are
   visible and the share of their weight on right answers. Commitment is the first step from which
   the answer equals the final one and stays; beside it stands the first step at which any answer can
-  be read, and the claims about the decision judge only runs that were read before they commit (or
-  commit at step 0). Multi-path: candidates at different places; superposed:
-  candidates that exclude each other at one place (rotate, sort_bars, occlusion). Cases with an odd
-  number are ambiguous (k right answers).
+  be read, and the step of the last change from one answer to another, on which the claims about the
+  decision rest (0 where the answer is there from step 0 on and no other is read). Multi-path:
+  candidates at different places; superposed: candidates that exclude each other at one place
+  (rotate, sort_bars, occlusion). Cases with an odd number are ambiguous (k right answers).
 
   Limits: a candidate counts as visible from a fixed occupancy of its place. Nothing is edited here,
-  so there is no identity control. Runs whose final answer can't be read have no commitment. Where
-  commitment is the first readable step, after step 0, it tells when the picture became legible and
-  not when the answer was made, so it counts for no claim; what is left are runs that changed their
-  answer, or had it from step 0 on. Runs that never show a candidate are not counted as "not
-  several", and runs read at fewer than two steps before the last not as "not corrected".
+  so there is no identity control. Runs whose final answer can't be read have no commitment. Runs
+  that can first be read after step 0 and never say another answer count for no claim: this tells
+  when the picture became legible and not when the answer was made. As those can only have decided
+  later than at step 0, what is left leans to 0. Runs that never show a candidate are not counted as
+  "not several", and runs read at fewer than two steps before the last not as "not corrected".
   """
   _, trace = ctx.denoise()
   said = ctx.read(trace.x0)
@@ -106,11 +108,9 @@ TITLES = {
   "right_answers": "Right answers k",
   "corrected": "Runs with a flip wrong to right, of those read at two steps before the last",
   "spoiled": "Runs with a flip right to wrong, of those read at two steps before the last",
-  "enhanced": "Runs whose incomplete answer grows, nothing taken back",
-  "growth_steps": "Steps at which an incomplete answer grows",
   "flips": "Changes of the answer per run",
   "first_readable": "First step whose answer can be read, share of all steps",
-  "decided": "Step of commitment of runs that can be read before it, share of all steps",
+  "decided": "Step of the last change of the answer (0 = there from step 0 on), share of all steps",
   "commitment": "Step of commitment, share of all steps",
   "commitment_sigma": "Sigma at commitment",
   "first_hit": "First step with a right answer, share of all steps",

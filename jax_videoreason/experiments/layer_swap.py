@@ -64,7 +64,7 @@ def kept_steps(sizes: Sizes, edited: Any) -> list[int]:
     Claim(
       says="a whole stream swap can't single out a layer: it is the same at every layer",
       of="spread_of_stream",
-      statistic="largest minus smallest pull over layers, whole residual stream",
+      statistic="largest minus smallest pull of x0 at step 0 over layers, whole residual stream",
       below=0.01,
       exact=True,
       paper="not considered",
@@ -143,7 +143,8 @@ def layer_swap(
   }
   axes: dict[str, tuple[str, ...]] = dict.fromkeys(values, ("variant", "edited", "layer", "run"))
   if "stream" in variants:
-    stream = values["pull"][variants.index("stream"), 0]
+    # of the guess itself: after one step of many the final video hardly moves, whatever was swapped
+    stream = values["pull_first"][variants.index("stream"), 0]
     values["spread_of_stream"], axes["spread_of_stream"] = np.ptp(stream, axis=0), ("run",)
     turned = values["flip"][variants.index("stream")].max(1, keepdims=True) == 1  # edited 1 run
     values["reversal"] = np.where(turned, values["flip"], np.nan)
@@ -180,5 +181,5 @@ TITLES = {
   "pull_first": "Pull of x0 at step 0 to the counterpart",
   "flip": "Runs whose final answer is the counterpart's, where both clean ones are read and differ",
   "reversal": "Runs whose final answer is the counterpart's, of those that the stream turns round",
-  "spread_of_stream": "Whole stream: largest minus smallest pull over layers",
+  "spread_of_stream": "Whole stream: largest minus smallest pull of x0 at step 0 over layers",
 }

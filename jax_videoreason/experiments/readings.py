@@ -7,24 +7,20 @@ import numpy as np
 from jax_videoreason.answers import readable
 from jax_videoreason.structs import AnswerTrace
 
-GROWN = 0.02  # rise of the score that counts as growth
+GROWN = 0.02  # rise of the progress that counts as growth
 
 
 def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
   """What an AnswerTrace says of each run, as numbers; NaN where there is nothing to say.
 
-  enhanced: the score of an answer that is begun and not complete rises at some step, and never
-  falls by as much. several: NaN where no candidate was ever drawn. corrected, spoiled: NaN where
-  fewer than two steps before the last can be read. first_readable: the first step with an answer
-  that can be read. decided: the commitment of runs that could be read before it, or from step 0
-  on; for the others commitment says when the picture became legible, not when the answer was made.
+  several: NaN where no candidate was ever drawn. corrected, spoiled: NaN where fewer than two steps
+  before the last can be read. first_readable: the first step with an answer that can be read.
+  decided: as `decision` has it.
   """
   steps = len(said.sigma)
-  rise = np.diff(said.score, axis=0)
   legible = readable(said.answer)
   first = np.where(legible.any(0), legible.argmax(0), -1)
   told = legible[:-1].sum(0) >= 2
-  grows = (said.score[:-1] > GROWN) & (rise > GROWN)
 
   def known(index: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.where(index < 0, np.nan, value)
@@ -40,18 +36,39 @@ def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
     "most_candidates": said.candidates.max(0),
     "corrected": np.where(told, said.to_right > 0, np.nan),
     "spoiled": np.where(told, said.to_wrong > 0, np.nan),
-    "enhanced": (grows.any(0) & ~(rise < -GROWN).any(0)).astype(float),
-    "growth_steps": grows.sum(0).astype(float),
     "flips": said.flips.astype(float),
     "first_readable": known(first, first / steps),
-    "decided": np.where(
-      (said.commitment == 0) | (said.commitment > first),
-      known(said.commitment, said.commitment / steps),
-      np.nan,
-    ),
+    "decided": decision(said.answer) / steps,
     "commitment": known(said.commitment, said.commitment / steps),
     "commitment_sigma": said.commitment_sigma,
     "first_hit": known(said.first_hit, said.first_hit / steps),
+  }
+
+
+def decision(answer: np.ndarray) -> np.ndarray:
+  """R: the step of the last change to the final answer; 0 where step 0 says it and no other does.
+
+  answer: S R, None = unreadable, which is no change. NaN where the final one can't be read, and
+  where the first readable step is a later one and no other answer was read: that tells when the
+  picture became legible, not when the answer was made.
+  """
+  found = np.full(answer.shape[1], np.nan)
+  for run, said in enumerate(answer.T):
+    other = [s for s, word in enumerate(said) if word is not None and word != said[-1]]
+    same = [s for s, word in enumerate(said) if word is not None and word == said[-1]]
+    if same and (other or same[0] == 0):
+      found[run] = min(s for s in same if not other or s > other[-1])
+  return found
+
+
+def grown(progress: np.ndarray) -> dict[str, np.ndarray]:
+  """Of progress S R, in 0..1: which runs rise while they are begun and not complete, and never fall
+  by as much; at how many steps they rise so."""
+  rise, before = np.diff(progress, axis=0), progress[:-1]
+  grows = (before > GROWN) & (before < 1.0) & (rise > GROWN)
+  return {
+    "enhanced": (grows.any(0) & ~(rise < -GROWN).any(0)).astype(float),
+    "growth_steps": grows.sum(0).astype(float),
   }
 
 

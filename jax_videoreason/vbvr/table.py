@@ -179,10 +179,15 @@ def over_tasks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _sums(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
   """tasks x (sum of scores, number of samples)."""
+  return np.array([(sum(values), len(values)) for values in _by_task(rows)], float)
+
+
+def _by_task(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+  """The scores of each task."""
   of_task: dict[str, list[float]] = {}
   for row in rows:
     of_task.setdefault(f"{row['split']}/{row['task']}", []).append(row["score"])
-  return np.array([(sum(values), len(values)) for _, values in sorted(of_task.items())], float)
+  return [values for _, values in sorted(of_task.items())]
 
 
 def _ratio(drawn: np.ndarray) -> np.ndarray:
@@ -221,7 +226,7 @@ def difference(a: System, b: System) -> dict[str, Any]:
     p = stats.sign_flip(sums[:, 0] / sums[:, 1], seed=SEED).p
     columns[column] = {
       **over_tasks(rows),
-      "over_samples": _ends(stats.bootstrap([row["score"] for row in rows], seed=SEED)),
+      "over_samples": _ends(stats.bootstrap_within(_by_task(rows), seed=SEED)),
       "p": float(p) if np.isfinite(p) else None,
     }
   return {"a": a.name, "b": b.name, "samples": len(both), "scores": columns}

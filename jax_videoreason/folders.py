@@ -28,11 +28,11 @@ class NoLocksError(OSError):
 
 
 @contextlib.contextmanager
-def held(folder: str | Path, *, needed: bool = True) -> Iterator[None]:
+def held(folder: str | Path, *, needed: bool = True, named: Path | None = None) -> Iterator[None]:
   """Holds the folder, which is made where it is lacking; a dead process holds nothing.
 
   A folder that was made and stays empty is removed where the block fails. needed: False = on a file
-  system without locks it warns and goes on.
+  system without locks it warns and goes on. named: what an error calls it, None = `folder`.
 
   ValueError: another command works in it. OSError: it can't be made, or not be held.
   """
@@ -45,7 +45,7 @@ def held(folder: str | Path, *, needed: bool = True) -> Iterator[None]:
     with disk(folder):
       folder.mkdir(parents=True, exist_ok=True)
     try:
-      file = _wait_for(folder)
+      file = _wait_for(folder, folder if named is None else named)
     except NoLocksError as error:
       if needed:
         raise
@@ -65,22 +65,20 @@ def held_beside(path: Path) -> Iterator[None]:
   """`held` for a block that makes the folder `path` at its end, in one move."""
   guard = path.with_name(f".{path.name}.lock")
   try:
-    with held(guard, needed=False):
+    with held(guard, needed=False, named=path):
       yield
-  except ValueError as error:
-    raise ValueError(str(error).replace(str(guard), str(path))) from error
   finally:
     with contextlib.suppress(OSError):  # not where another one has it already
       guard.rmdir()
 
 
-def _wait_for(folder: Path) -> IO[str]:
+def _wait_for(folder: Path, named: Path) -> IO[str]:
   """The lock file, held; ValueError where another command keeps it."""
   until = time.monotonic() + PATIENCE
   while (file := _hold(folder)) is None:
     if time.monotonic() > until:
       raise ValueError(
-        f"another command works in {folder}: wait for it (of a sweep, `videoreason sweep --status` "
+        f"another command works in {named}: wait for it (of a sweep, `videoreason sweep --status` "
         "says how far it is), or choose another --out."
       )
     time.sleep(PATIENCE / 10)

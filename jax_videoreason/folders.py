@@ -113,16 +113,16 @@ def _hold(folder: Path) -> IO[str] | None:
 
 
 def is_held(folder: Path) -> bool:
-  """Whether a process works in the folder, which need not be writable."""
+  """Whether a process works in the folder, which need not be writable; where no locks are, none."""
   try:
-    with (folder / LOCK).open() as file:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    file = (folder / LOCK).open()
   except FileNotFoundError:
     return False
-  except BlockingIOError:
-    return True
-  except OSError:  # without locks nobody holds it
-    return False
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+      return isinstance(error, BlockingIOError)
   return False
 
 

@@ -415,6 +415,12 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
   said = rf"{tmp_path} can't be held .*\(No locks available\): choose an --out on a file system"
   with pytest.raises(OSError, match=said):
     carry_out(tmp_path)
+  (tmp_path / folders.LOCK).write_text("")
+  assert not folders.is_held(tmp_path)
+  (tmp_path / folders.LOCK).unlink()
+  (tmp_path / folders.LOCK).mkdir()  # what can't be opened is not taken for free
+  with pytest.raises(OSError, match="Is a directory"):
+    folders.is_held(tmp_path)
 
 
 def test_another_config_is_refused_and_the_keys_are_named(whole):

@@ -82,12 +82,18 @@ def _presets() -> Any:
 
 
 def _preset(words: Sequence[str]) -> str:
+  found = _typed(words, "preset")
+  return PRESETS[0] if found is None else found
+
+
+def _typed(words: Sequence[str], option: str) -> str | None:
+  """What is typed for an option, the last time; None = it is not."""
+  found = None
   for place, word in enumerate(words):
-    if word.lstrip("-") == "preset" and place + 1 < len(words):
-      return words[place + 1]
-    if word.lstrip("-").startswith("preset="):
-      return word.partition("=")[2]
-  return PRESETS[0]
+    name, equals, value = word.partition("=")
+    if word.startswith("-") and name.lstrip("-") == option:
+      found = value if equals else next(iter(words[place + 1 :]), found)
+  return found
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
@@ -148,19 +154,10 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
     for name, more in _presets().BESIDE.items():
       config = more["config"]
       asked = [f"--config.experiment.{key}={value}" for key, value in more[flags.preset].items()]
-      words = ["--config", f"{config}:{_argument(flags.config.words)}", "--checkpoint", config]
+      argument = (_typed(flags.config.words, cli.CONFIG) or "").partition(":")[2]
+      words = ["--config", f"{config}:{argument}", "--checkpoint", config]
       found.append((f"{name}_{config}", EXPERIMENTS[name], [*words, *asked]))
   return found
-
-
-def _argument(words: Sequence[str]) -> str:
-  """What stands after the colon of --config."""
-  name = ""
-  for place, word in enumerate(words):
-    option, equals, value = word.partition("=")
-    if word.startswith("-") and option.lstrip("-") == cli.CONFIG:
-      name = value if equals else words[place + 1]
-  return name.partition(":")[2]
 
 
 def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, redo: bool) -> None:

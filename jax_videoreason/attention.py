@@ -28,7 +28,7 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 ROUTES = ("gather", "ring")
 
 BLOCK_BYTES = 32 * 2**20  # scores of one query block in float32; what is below is computed at once
-REFUSED_BYTES = 8 * 2**30  # scores of the whole call, above which an accelerator refuses plain XLA
+REFUSED_BYTES = 8 * 2**30  # scores of one sequence, above which an accelerator refuses plain XLA
 GATHERED_BYTES = 4 * 2**30  # keys and values of a layer on one device, above which they go round
 SPLASH_BLOCK = 512  # queries and keys of a tile
 LANES = 128  # tokens and head width of splash are multiples of it
@@ -68,7 +68,7 @@ def choose(platform: str, dtype: jnp.dtype, queries: Sequence[int], keys: int) -
 
   cuDNN on a GPU and splash on a TPU for bfloat16 and float16 (splash: heads of a multiple of 128),
   query blocks in plain XLA elsewhere. On an accelerator the latter is refused with a ValueError
-  when the scores are over 8 GiB: cost and time there grow with T squared.
+  when the scores of one sequence are over 8 GiB: cost and time there grow with T squared.
   """
   half = dtype in (jnp.bfloat16, jnp.float16)
   if platform == "gpu" and half:
@@ -85,12 +85,13 @@ def _scores(queries: Sequence[int], keys: int) -> int:
 
 
 def _check_plain(platform: str, queries: Sequence[int], keys: int) -> None:
-  scores, (t, n, width) = _scores(queries, keys), queries[-3:]
+  t, n, width = queries[-3:]
+  scores = _scores((t, n, width), keys)
   if platform != "cpu" and scores > REFUSED_BYTES:
     raise ValueError(
       f"plain attention over N={n} T={t} X={keys} has {scores / 1e9:.1f} GB of scores, the limit "
       f"on {platform} is {REFUSED_BYTES / 1e9:.1f} GB: use dtype='bfloat16' (on a TPU with heads "
-      f"of a multiple of {LANES}, here {width}), or fewer tokens or runs."
+      f"of a multiple of {LANES}, here {width}), or fewer tokens."
     )
 
 
@@ -114,7 +115,8 @@ def attend(
     raise ValueError(f"attention implementation {implementation!r}, wanted one of {wanted}.")
   local = functools.partial(_attend, implementation=implementation, keys=keys)
   shards = token_shards()
-  if spread is None or ambient() is None or not (shards > 1 or _platform_now() == "tpu"):
+  # a kernel takes whole arrays: left to the compiler, each device would gather the runs of all
+  if spread is None or ambient() is None or (shards == 1 and _platform_now() == "cpu"):
     return local(q, k, v)
   mine = PartitionSpec(None, "seed", RULES["t"], None, None)
   whole = mine if spread == "qkv" else PartitionSpec(None, "seed", None, None, None)
@@ -213,9 +215,12 @@ def _dense(
   q: Array, k: Array, v: Array, count: Array | int | None, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
   """All scores at once."""
-  scores = jnp.einsum(
-    "...tnk,...xnk->...ntx", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
+  scale = q.shape[-1] ** -0.5
+  product = functools.partial(
+    jnp.einsum, "...tnk,...xnk->...ntx", preferred_element_type=jnp.float32
   )
+  # a scaled query of half precision would be rounded once more than the references round it
+  scores = product(q * scale, k) if q.dtype == jnp.float32 else product(q, k) * scale
   if count is not None:
     scores = jnp.where(jnp.arange(k.shape[-3]) < count, scores, MASKED)
   most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))

@@ -40,7 +40,8 @@ def decode(
   so memory does not grow with them. chunk: latent frames at once, the same result; None = all
   where they are few pixels, else as many as fit.
   last: so many frames at the end alone, which are those of the whole to one level of 255, for a
-    part of the work and without chunks; None = all.
+    part of the work, but without chunks: a long large video takes several times their memory.
+    None = all.
   tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
   mesh: runs and tiles of equal size are spread over all its devices.

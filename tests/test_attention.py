@@ -65,6 +65,14 @@ def test_bfloat16_keeps_its_softmax_in_float32():
   np.testing.assert_array_equal(out, jnp.ones_like(out))
 
 
+def test_a_bfloat16_query_is_not_rounded_once_more_by_its_scale():
+  wide = [jax.random.normal(key, (1, 64, 1, 128)) for key in jax.random.split(jax.random.key(1), 3)]
+  q, k, v = (a.astype(jnp.bfloat16) for a in (2 * wide[0], 2 * wide[1], wide[2]))
+  off = jnp.linalg.norm(attend(q, k, v).astype(jnp.float32) - by_definition(q, k, v))
+  # rounding weights and output leaves 2e-3; a rounded query 4e-3
+  assert off < 2.8e-3 * np.linalg.norm(by_definition(q, k, v))
+
+
 def test_memory_does_not_grow_with_the_square_of_the_tokens():
   def temporary(t):
     shape = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
@@ -81,6 +89,13 @@ def test_an_accelerator_refuses_plain_attention_over_many_tokens(monkeypatch):
   with pytest.raises(ValueError, match=r"T=32760 X=32760 has 171\.7 GB of scores.*bfloat16"):
     jax.eval_shape(attend, shape, shape, shape)
   jax.eval_shape(attend, *(jax.ShapeDtypeStruct((1, 1280, 4, 128), jnp.float32),) * 3)
+
+
+def test_many_short_sequences_are_no_long_one(monkeypatch):
+  """The VAE attends within each frame: 21 frames of 720p at once have 17 GB of scores together."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  frames = jax.ShapeDtypeStruct((21, 14400, 1, 384), jnp.float32)
+  jax.eval_shape(attend, frames, frames, frames)
 
 
 def test_unknown_implementations_are_refused():

@@ -179,6 +179,25 @@ def test_without_a_mix_field_no_device_talks_to_another():
   assert collectives(bundle_of("concat"), 4, mesh, gate) == []
 
 
+def test_a_kernel_for_whole_runs_makes_no_device_talk_to_another(monkeypatch):
+  """cuDNN takes guidance branches and runs as one axis, which no sharding of runs can say."""
+
+  plain = jax.nn.dot_product_attention
+
+  def kernel(q, k, v, *, implementation, **more):
+    assert implementation == "cudnn"
+    return plain(q, k, v, implementation="xla", **more)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+  mesh = sharding.make_mesh(seed=2)
+  by_run = jax.NamedSharding(mesh, jax.P(None, "seed"))
+  a = jax.ShapeDtypeStruct((2, 4, 8, 2, 16), jnp.bfloat16, sharding=by_run)
+  call = functools.partial(attention.attend, spread="qkv")
+  with jax.set_mesh(mesh), attention.compiling_for("gpu"):
+    text = jax.jit(call, out_shardings=by_run).lower(a, a, a).compile().as_text()
+  assert "all-gather" not in text
+
+
 def mixes(sizes) -> dict:
   """Every kind of mix: of latents, inside the blocks, of the guess, of the velocity."""
   sigma = np.asarray(tiny_schedule(STEPS).sigma)

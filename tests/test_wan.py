@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,20 @@ def run():
     return apply({"params": params}, latents, time, cond)[0]
 
   return call
+
+
+def test_what_stays_float32_in_a_bfloat16_model_is_multiplied_in_float32():
+  """By default a GPU rounds such factors to TF32 and a TPU to bfloat16."""
+  bundle = tiny_bundle("concat", numerics="official", dtype="bfloat16")
+  cond = tiny_inputs(len(LATENTS))[1]
+  with jax.default_matmul_precision("default"):
+    lowered = jax.jit(bundle.parts.dit.apply).lower(
+      {"params": bundle.params[0]}, LATENTS, TIME, cond
+    )
+  products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+  wide = [line for line in products if re.search(r"\(tensor<[^>]*f32>, tensor<[^>]*f32>\)", line)]
+  assert len(wide) == 4  # two of the time embedding, its projection, the head
+  assert all("precision = [HIGHEST, HIGHEST]" in line for line in wide)
 
 
 # the published checkpoints: their settings and how many parameters they hold

@@ -30,6 +30,7 @@ from jax_videoreason.structs import Conditioning, Sizes
 from jax_videoreason.taps import SITES, TapAids, TapSpec, empty_buffers, layer_slots
 
 xavier = nn.initializers.xavier_uniform()
+EXACT = jax.lax.Precision.HIGHEST  # of the small products that may stay float32 in a bfloat16 model
 At = Callable[[str, Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 
@@ -95,29 +96,30 @@ class WanConfig:
     return jnp.dtype(jnp.float32) if float32 else self.compute
 
 
-def _dense(width: int, dtype: jnp.dtype, name: str, init=xavier) -> nn.Dense:
-  return nn.Dense(width, dtype=dtype, kernel_init=init, name=name)
+def _dense(width: int, dtype: jnp.dtype, name: str, init=xavier, precision=None) -> nn.Dense:
+  return nn.Dense(width, dtype=dtype, kernel_init=init, precision=precision, name=name)
 
 
 class MLP(nn.Module):
-  """Dense, activation, Dense."""
+  """Dense, activation, Dense. precision: of the products; None = the backend's default."""
 
   hidden: int
   out: int
   dtype: jnp.dtype
   activation: Literal["gelu", "gelu_erf", "silu"] = "gelu"
   init_std: float | None = None
+  precision: jax.lax.Precision | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     init = xavier if self.init_std is None else nn.initializers.normal(self.init_std)
-    h = _dense(self.hidden, self.dtype, "up", init)(x)
+    h = _dense(self.hidden, self.dtype, "up", init, self.precision)(x)
     h = h.astype(jnp.float32)
     if self.activation == "silu":
       h = nn.silu(h)
     else:
       h = nn.gelu(h, approximate=self.activation == "gelu")
-    return _dense(self.out, self.dtype, "down", init)(h)
+    return _dense(self.out, self.dtype, "down", init, self.precision)(h)
 
 
 class SelfAttention(nn.Module):
@@ -244,7 +246,8 @@ class Head(nn.Module):
 
     def velocity(x: Array) -> Array:
       h = modulate(x, shift, scale, wide).astype(dtype)
-      return h @ kernel.astype(dtype) + bias.astype(dtype)[None, None, None]
+      out = jnp.matmul(h, kernel.astype(dtype), precision=EXACT)
+      return out + bias.astype(dtype)[None, None, None]
 
     return velocity
 
@@ -284,9 +287,12 @@ class WanDiT(nn.Module):
     x = constrain(x.astype(c.kept(c.precision.residual)), "g r t d")
 
     projected = c.kept(c.precision.time_projection)
-    embed = MLP(c.width, c.width, c.kept(c.precision.time), "silu", 0.02, name="time_embed")
+    embed = MLP(
+      c.width, c.width, c.kept(c.precision.time), "silu", 0.02, precision=EXACT, name="time_embed"
+    )
     e = embed(time if time.ndim == 3 else time[None]).astype(projected)
-    modulation = _dense(6 * c.width, projected, "time_project")(nn.silu(e))
+    project = _dense(6 * c.width, projected, "time_project", precision=EXACT)
+    modulation = project(nn.silu(e))
     head = Head(c, name="head")(e, given)
     inner = {
       "modulation": rearrange(modulation, "r row (six d) -> r row six d", six=6),

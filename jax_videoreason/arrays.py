@@ -38,19 +38,51 @@ class StoredArray:
     return self.shape[0]
 
   def __getitem__(self, where: Any) -> np.ndarray:
-    first = where[0] if isinstance(where, tuple) and where else where
-    if isinstance(first, int | np.integer) and not -len(self) <= first < len(self):
-      raise IndexError(f"row {first} is not in {self.path.name}; it has {len(self)} rows.")
-    if isinstance(first, int | np.integer) and first < 0:
-      rest = where[1:] if isinstance(where, tuple) else ()
-      where = (first + len(self), *rest)
+    nothing = np.broadcast_to(np.zeros((), self.stored.dtype.numpy_dtype), self.shape)
     try:
-      return np.asarray(self.stored[where].read().result())
+      found = nothing[where]
+    except IndexError as error:
+      raise IndexError(f"{self.path.name} is {self.shape}: {error}.") from error
+    if not found.size:
+      return found.copy()
+    needed, within = _needed(where, self.shape)
+    try:
+      return np.asarray(self.stored.oindex[needed].read().result())[within]
     except ValueError as error:
       raise ValueError(
         f"{self.path} can't be read at {where!r}, a chunk is missing or damaged: run it "
         "again, or copy the folder again."
       ) from error
+
+
+def _needed(where: Any, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+  """The places of each axis that a numpy index asks for, in order and each once, and the index
+  into an array of these alone. The index is in range and asks for something."""
+  items: list[Any] = []
+  for item in where if isinstance(where, tuple) else (where,):
+    if item is None or item is Ellipsis or isinstance(item, slice):
+      items.append(item)
+    else:
+      places = np.asarray(item)
+      items.extend(np.nonzero(places) if places.dtype == bool else [places])
+  rest = len(shape) - sum(item is not None and item is not Ellipsis for item in items)
+  at = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
+  items[at : at + 1] = [slice(None)] * rest
+  needed, within, sizes = [], [], iter(shape)
+  for item in items:
+    if item is None:
+      within.append(item)
+      continue
+    size = next(sizes)
+    if isinstance(item, slice):
+      places = range(*item.indices(size))
+      needed.append(slice(min(places), max(places) + 1))
+      within.append(slice(None, None, places.step))
+    else:
+      places, inside = np.unique(item % size, return_inverse=True)
+      needed.append(places)
+      within.append(inside.reshape(item.shape)[()])
+  return tuple(needed), tuple(within)
 
 
 def put(

@@ -159,6 +159,41 @@ def test_taps_in_bfloat16_go_on_in_the_trace_of_a_branch(tmp_path):
   np.testing.assert_array_equal(again[:], whole.taps["attn_out/norm"].astype(np.float32))
 
 
+INDICES = (
+  np.s_[-2:], np.s_[:-1], np.s_[2::-1], np.s_[1::-1], np.s_[::-2], np.s_[:100], np.s_[2:100],
+  np.s_[5:], np.s_[3:1], np.s_[-1], np.s_[np.int64(-2)], np.s_[:, -1], np.s_[..., -3:],
+  np.s_[..., 0, ::2], np.s_[-1, ..., [0, -1]], [-1], [-1, 0, 2, 0], [], np.s_[[0, 3], :, [1, 2]],
+  np.s_[[[0], [3]], [1, 2]], np.s_[:, None, 1], np.array([True, False, True, False]),
+  np.s_[1, np.arange(3) > 0], (), ...,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", INDICES, ids=str)
+def test_a_stored_array_is_indexed_as_one_in_memory(tmp_path, where):
+  value = np.arange(4 * 3 * 5, dtype=np.float32).reshape(4, 3, 5)
+  arrays.put(tmp_path / "of", "x", ("step", "run", "value"), value, chunk=(1, 2, 5))
+  found = arrays.open_group(tmp_path / "of")["x"][where]
+  assert found.dtype == value.dtype
+  np.testing.assert_array_equal(found, value[where])
+
+
+@pytest.mark.parametrize("where", [4, -5, np.s_[:, 0:2, 5], [0, 9], np.s_[0, 0, 0, 0]], ids=str)
+def test_an_index_beyond_a_stored_array_is_no_damage(tmp_path, where):
+  arrays.put(tmp_path / "of", "x", ("step", "run", "value"), np.zeros((4, 3, 5), np.float32))
+  with pytest.raises(IndexError, match=r"x is \(4, 3, 5\): .*(out of bounds|too many indices)"):
+    arrays.open_group(tmp_path / "of")["x"][where]
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+  value = np.arange(12, dtype=np.float32).reshape(4, 3)
+  arrays.put(tmp_path / "of", "x", ("step", "run"), value, chunk=(1, 3))
+  (tmp_path / "of" / "x" / "c" / "1" / "0").unlink()
+  stored = arrays.open_group(tmp_path / "of")["x"]
+  np.testing.assert_array_equal(stored[[-1, 0]], value[[3, 0]])
+  with pytest.raises(ValueError, match="a chunk is missing or damaged"):
+    stored[:2]
+
+
 def test_a_chunk_holds_one_step_of_as_many_runs_as_fit():
   small = store._chunk(store.LATENT_AXES, (50, 1024, 5, 8, 8, 16), 4)
   assert small == [1, 51, 5, 8, 8, 16]
@@ -359,7 +394,9 @@ def test_a_trace_without_sigma(copy):
 
 def test_a_step_that_is_not_there(folder):
   run = store.open_run(folder)
-  with pytest.raises(IndexError, match="row 6 is not in x0; it has 6 rows"):
+  with pytest.raises(
+    IndexError, match=r"x0 is \(6, 4, 2, 4, 4, 4\): index 6 is out of bounds for axis 0 with size 6"
+  ):
     run.x0[6]
   np.testing.assert_array_equal(run.x0[-1], run.x0[5])
 

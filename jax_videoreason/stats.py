@@ -89,7 +89,9 @@ def bootstrap_within(
 ) -> Interval:
   """The mean over all values; its percentile interval draws each group anew by itself.
 
-  groups: the values of each. Where none has two that differ, a note stands instead of an interval.
+  groups: the values of each, whose deviations are widened by sqrt(n / (n - 1)): n values spread
+  less about their own mean than about that of all. A note stands instead of an interval for a group
+  of one value, for fewer than LEAST values, and where no group has two that differ.
 
   Raises ValueError for values that are not finite, or a level outside 0..1.
   """
@@ -98,13 +100,21 @@ def bootstrap_within(
   total = sum(len(group) for group in each)
   estimate = np.asarray(sum(group.sum() for group in each) / total)
   found = functools.partial(Interval, estimate=estimate, level=level, cases=len(each))
+  note = None
   if all(np.ptp(group) == 0 for group in each):
     note = "no group has two values that differ: resampling shows no spread"
+  elif min(len(group) for group in each) == 1:
+    note = "a group has one value, whose spread is not known"
+  elif total < LEAST:
+    note = f"{total} values: an interval needs at least {LEAST}"
+  if note is not None:
     return found(low=np.asarray(np.nan), high=np.asarray(np.nan), note=note)
-  rng, sums = np.random.default_rng(seed), np.zeros(draws)
+  rng, away = np.random.default_rng(seed), np.zeros(draws)
   for group in each:
-    sums += group[rng.integers(len(group), size=(draws, len(group)))].sum(1)
-  low, high = np.quantile(sums / total, [(1 - level) / 2, (1 + level) / 2])
+    count = len(group)
+    wide = (group - group.mean()) * np.sqrt(count / (count - 1))
+    away += wide[rng.integers(count, size=(draws, count))].sum(1)
+  low, high = estimate + np.quantile(away / total, [(1 - level) / 2, (1 + level) / 2])
   return found(low=low, high=high, note=None)
 
 

@@ -214,7 +214,17 @@ def test_samples_drawn_anew_within_their_tasks_do_not_change_the_tasks():
   groups = [mean + 0.1 * rng.normal(size=5) for mean in means]
   found = stats.bootstrap_within(groups, seed=0)
   assert found.estimate == pytest.approx(np.mean(groups))
-  spread = 0.1 * np.sqrt(4 / 5) / np.sqrt(500)  # of a mean, drawn from what was seen
+  spread = 0.1 / np.sqrt(500)  # of a mean of 500
   assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
   freely = stats.bootstrap(np.concatenate(groups), seed=0)
   assert freely.high - freely.low > 5 * (found.high - found.low)
+  for few in ([[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0] * 5, [0.5]]):
+    assert np.isnan(stats.bootstrap_within(few, seed=0).low)
+
+
+def test_an_interval_within_groups_covers_the_mean_also_of_pairs():
+  rng, hits = np.random.default_rng(1), 0
+  for trial in range(200):
+    found = stats.bootstrap_within(rng.normal(size=(30, 2)), seed=trial, draws=500)
+    hits += found.low <= 0 <= found.high
+  assert hits >= 180  # 95% of them are 190; without the widening about 165

@@ -28,15 +28,27 @@ def test_the_nine_tasks_and_the_two_held_out_ones():
     tasks.load("bounce").generate("train", 0)
 
 
-@pytest.mark.parametrize("frames", (13, 17, 33))
+# The fewest frames make the longest steps, the most the shortest.
+CASES = {13: 30, 17: 10, 33: 10, 81: 2, 121: 1}
+
+
+@pytest.mark.parametrize("frames", list(CASES))
 @pytest.mark.parametrize("name", list(tasks.TASKS))
 def test_the_truth_scores_one_in_many_cases_and_lengths(name, frames):
   task = tasks.load(name, size=32, frames=frames)
   split = "heldout" if task.held_out else "train"
-  for index in range(30 if frames == 13 else 10):  # the fewest frames make the longest steps
+  for index in range(CASES[frames]):
     case = task.generate(split, index)
     assert task.score(case.frames, case.metadata).value == 1, index
     assert task.parse(case.frames, case.metadata) == case.metadata["answer"]
+
+
+@pytest.mark.parametrize("frames", (17, 25, 81, 121))
+def test_a_mark_grows_evenly_over_any_number_of_frames(frames):
+  even = np.clip((np.arange(frames) - 3) / (frames - 5), 0, 1)
+  assert base.growth(even, steps=5) == 1
+  jump = (even == 1).astype(float)
+  assert base.growth(jump, steps=5) == 0
 
 
 # --- occlusion ---

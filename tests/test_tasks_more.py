@@ -1,12 +1,13 @@
 """What single tasks promise beyond the contract of test_tasks.py."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, draw, occlusion, rotate
+from jax_videoreason.tasks import base, draw, occlusion, rotate, tictactoe
 
 
 def test_the_nine_tasks_and_the_two_held_out_ones():
@@ -49,6 +50,78 @@ def test_a_mark_grows_evenly_over_any_number_of_frames(frames):
   assert base.growth(even, steps=5) == 1
   jump = (even == 1).astype(float)
   assert base.growth(jump, steps=5) == 0
+
+
+# --- what must not happen ---
+
+Edit = Callable[[base.Task, base.Case], np.ndarray]
+
+
+def wrong_ring(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with 55% of a ring round a wrong disc, until it is erased for the last two frames."""
+  centre = task.centre(task.wrong_answers(case.metadata)[0])
+  ring = draw.ring(task.size, centre, *draw.ring_radii(task.slot))
+  ring &= draw.clockwise(task.size, centre) < 0.55 * 2 * np.pi
+  return over(case, slice(1, -2), ring, draw.WHITE)
+
+
+def wrong_cell(task: base.Task, case: base.Case) -> np.ndarray:
+  """The same of a wrong cell: 55% of it filled."""
+  y0, x0, y1, x1 = tictactoe.layout(task.size)[0][task.wrong_answers(case.metadata)[0]]
+  part = draw.rectangle(task.size, (y1 - int(0.55 * (y1 - y0)), x0, y1, x1))
+  return over(case, slice(1, -2), part, draw.colour(case.metadata["problem"]["mover"]))
+
+
+def one_wrong_member(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a whole ring round one of two wrong shapes, from the right rings' first frame
+  to the last but two."""
+  problem = case.metadata["problem"]
+  other = task.members(problem)[1 - task.options(problem).index(case.metadata["answer"])]
+  ring = draw.ring(task.size, other[0], *draw.ring_radii(task.slot))
+  return over(case, slice(draw.RING_START, -2), ring, draw.WHITE)
+
+
+def over(case: base.Case, when: slice, mask: np.ndarray, colour: int) -> np.ndarray:
+  """The truth with the pixels of a mask in a colour on some frames."""
+  out = case.frames.copy()
+  out[when, mask] = draw.RGB[colour]
+  return out
+
+
+def two_wrong(task: base.Task, case: base.Case) -> bool:
+  problem = case.metadata["problem"]
+  others = task.members(problem)[1 - task.options(problem).index(case.metadata["answer"])]
+  return len(others) == 2
+
+
+WRONG: list[tuple[str, Edit]] = [
+  ("select_largest", wrong_ring),
+  ("tictactoe", wrong_cell),
+  ("pick", one_wrong_member),
+]
+
+
+def cases_for(task: base.Task, edit: Edit, count: int = 3) -> list[base.Case]:
+  """The first plain cases that an edit can be made in."""
+  split = "heldout" if task.held_out else "train"
+  plain = (task.generate(split, index) for index in range(0, 200, 2))
+  fits = FITS.get(edit, lambda _task, _case: True)
+  return list(itertools.islice((case for case in plain if fits(task, case)), count))
+
+
+FITS = {one_wrong_member: two_wrong}
+
+
+@pytest.mark.parametrize("size", (32, 64))
+@pytest.mark.parametrize(("name", "edit"), WRONG, ids=[edit.__name__ for _, edit in WRONG])
+def test_what_must_not_happen_is_no_strict_success(name, edit, size):
+  task = tasks.load(name, size=size)
+  for case in cases_for(task, edit):
+    frames = edit(task, case)
+    assert (frames[0] == case.first_frame).all()
+    score = task.score(frames, case.metadata)
+    assert not score.strict, (case.index, score)
+    assert score.value < 0.95, (case.index, score)
 
 
 # --- occlusion ---

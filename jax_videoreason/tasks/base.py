@@ -26,6 +26,7 @@ MOST_ANSWERS = 4
 TRIES = 20_000
 ENDING = 2  # frames that show the answer
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
+WHOLE, ABSENT = 0.85, 0.15  # drawn shares from which a mark is there, and up to which it isn't
 GREW = 0.02  # least share by which a mark grows on a frame; less in clips of more than 25 frames
 
 Answer = str | int
@@ -121,14 +122,15 @@ def growth(amount: np.ndarray, steps: int) -> float:
   return float(min(1.0, (grew & partly).sum() / steps))
 
 
-def lone_growth(amounts: np.ndarray, steps: int) -> float:
+def lone_growth(amounts: np.ndarray, steps: int, most: np.ndarray | None = None) -> float:
   """`growth` of the mark that ends largest, times the share of frames that show no other one.
 
-  amounts: (T, N), the drawn share of each of N possible marks.
+  amounts: (T, N), the drawn share of each of N possible marks. most: (T, N), of a mark in several
+  parts the share of its most drawn one, by which it is seen where it must not be; None = `amounts`.
   """
   target = int(amounts[-1].argmax())
-  others = np.delete(amounts, target, axis=1)
-  alone = (others <= draw.SHARE).all(axis=1).mean()
+  others = np.delete(amounts if most is None else most, target, axis=1)
+  alone = (others <= ABSENT).all(axis=1).mean()
   return growth(amounts[:, target], steps) * float(alone)
 
 
@@ -137,11 +139,15 @@ def only_mark(amounts: np.ndarray) -> int | None:
 
   amounts: (T, N), the drawn share of each of N possible marks.
   """
-  whole = amounts[-2:].min(axis=0) >= 0.85
-  absent = amounts[-2:].max(axis=0) <= 0.15
+  whole, absent = at_the_end(amounts)
   if whole.sum() != 1 or not (whole | absent).all():
     return None
   return int(whole.argmax())
+
+
+def at_the_end(amounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Which marks (T, N) are whole on both last frames, and which are absent: bool (N,) each."""
+  return amounts[-2:].min(axis=0) >= WHOLE, amounts[-2:].max(axis=0) <= ABSENT
 
 
 def digest(value: Any) -> str:

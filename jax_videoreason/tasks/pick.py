@@ -167,18 +167,18 @@ class Pick(base.Task):
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
     """The half all of whose members have a ring while no member of the other has one."""
     amounts, half = self.drawn(labels, problem)
-    whole = amounts[-2:].min(axis=0) >= 0.85
-    absent = amounts[-2:].max(axis=0) <= 0.15
+    whole, absent = base.at_the_end(amounts)
     for i, option in enumerate(self.options(problem)):
       if whole[half == i].all() and absent[half != i].all():
         return option
     return None
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
-    """The rings of one group grow gradually and together; the other group never has one."""
+    """The rings of one group grow gradually and together; no member of the other ever has one."""
     amounts, half = self.drawn(labels, metadata["problem"])
-    groups = np.stack([amounts[:, half == i].mean(axis=1) for i in (0, 1)], axis=1)
-    return base.lone_growth(groups, steps=5)
+    groups = [amounts[:, half == i] for i in (0, 1)]
+    mean, most = (np.stack([f(g, axis=1) for g in groups], axis=1) for f in (np.mean, np.max))
+    return base.lone_growth(mean, steps=5, most=most)
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     """A group is as marked as the least marked of its members."""

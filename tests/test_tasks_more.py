@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, draw, occlusion, rotate, tictactoe
+from jax_videoreason.tasks import base, bounce, draw, occlusion, rotate, sort_bars, tictactoe
 
 
 def test_the_nine_tasks_and_the_two_held_out_ones():
@@ -81,6 +81,46 @@ def one_wrong_member(task: base.Task, case: base.Case) -> np.ndarray:
   return over(case, slice(draw.RING_START, -2), ring, draw.WHITE)
 
 
+def second_ball(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a ball of another colour that crosses the box, its way mirrored."""
+  problem, out = case.metadata["problem"], case.frames.copy()
+  colour = another_colour([problem["colour"]])
+  radius = bounce.RADIUS * task.size
+  for canvas, middle in zip(out[1:], task.path(problem, problem["degrees"])[1:], strict=True):
+    ball = draw.disc(task.size, middle, radius)
+    canvas[draw.disc(task.size, task.size - middle, radius) & ~ball] = draw.RGB[colour]
+  return out
+
+
+def extra_bar(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the shortest of bars, of a colour that no bar has, in the upper row."""
+  problem = case.metadata["problem"]
+  short = problem | {"bars": [bar | {"height": sort_bars.LEAST} for bar in problem["bars"]]}
+  box = task.box(short, 0, 1, task.pixels(sort_bars.UPPER))
+  colour = another_colour(sort_bars.colours_of(problem))
+  return over(case, slice(3, None), draw.rectangle(task.size, box), colour)
+
+
+def square_above(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a square across two eighths of the strip where the curtain hung."""
+  y0, x0, y1, x1 = task.square(0)
+  box = (0, task.size // 16, y1 - y0, task.size // 16 + x1 - x0)
+  return over(case, slice(1, None), draw.rectangle(task.size, box), draw.RED)
+
+
+def marks_grey(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the mover's two marks of the line grey until the end of the flash."""
+  answer = case.metadata["answer"]
+  line = tictactoe.lines_through(case.metadata["problem"]["board"], answer)[0]
+  tiles = tictactoe.layout(task.size)[0][[cell for cell in line if cell != answer]]
+  mask = np.any([draw.rectangle(task.size, tile) for tile in tiles], axis=0)
+  return over(case, slice(1, -2), mask, draw.GREY)
+
+
+def another_colour(taken: list[str]) -> int:
+  return draw.colour(next(name for name in ("red", "green", "blue", "cyan") if name not in taken))
+
+
 def over(case: base.Case, when: slice, mask: np.ndarray, colour: int) -> np.ndarray:
   """The truth with the pixels of a mask in a colour on some frames."""
   out = case.frames.copy()
@@ -98,6 +138,10 @@ WRONG: list[tuple[str, Edit]] = [
   ("select_largest", wrong_ring),
   ("tictactoe", wrong_cell),
   ("pick", one_wrong_member),
+  ("bounce", second_ball),
+  ("sort_bars", extra_bar),
+  ("occlusion", square_above),
+  ("tictactoe", marks_grey),
 ]
 
 

@@ -76,10 +76,21 @@ class Kept:
 
   allowed: bool (N, 10): the colours each region may show; the last column is "undecided". A
   region where an answer may be drawn allows its own colour, the mark, and the mixture on the way.
+  stray: None = a region shows the colour that most of it has; a number = it is kept while other
+  colours than the allowed ones cover less than this share of it, wherever they stand.
   """
 
   regions: draw.Regions
   allowed: np.ndarray
+  stray: float | None = None
+
+  def good(self, labels: np.ndarray) -> np.ndarray:
+    """Which regions are kept: labels int8 (T height width) -> bool (T, N)."""
+    if self.stray is not None:
+      others = draw.shares(labels, self.regions) * ~self.allowed[:, : len(draw.NAMES)]
+      return others.sum(axis=-1) < self.stray
+    seen = draw.majority(labels, self.regions)
+    return self.allowed[np.arange(len(self.regions))[None], seen]
 
 
 def kept(regions: draw.Regions, allowed: Sequence[Sequence[int]]) -> Kept:
@@ -97,13 +108,20 @@ def never(regions: draw.Regions, wrong: Sequence[int]) -> Kept:
   return Kept(regions, table)
 
 
+def no_other(where: np.ndarray, colours: Sequence[int], pixels: float) -> Kept:
+  """Kept while no object of another colour is in the mask `where`: none covers draw.SHARE of
+  `pixels`, the area of the smallest thing the task draws there. Pixels here and there may have any
+  colour, as blurred edges do."""
+  regions = draw.regions([where])
+  group = kept(regions, [colours])
+  return dataclasses.replace(group, stray=draw.SHARE * pixels / int(where.sum()))
+
+
 def preservation(labels: np.ndarray, groups: Sequence[Kept]) -> float:
   """Mean over frames of clip((p - .8) / .2), p = share of regions kept, in the worst group."""
   worst = np.ones(len(labels))
   for group in groups:
-    seen = draw.majority(labels, group.regions)
-    good = group.allowed[np.arange(len(group.regions))[None], seen]
-    worst = np.minimum(worst, good.mean(-1))
+    worst = np.minimum(worst, group.good(labels).mean(-1))
   return float(np.clip((worst - 0.8) / 0.2, 0, 1).mean().round(12))
 
 

@@ -117,7 +117,8 @@ class Bounce(base.Task):
     return (ahead > 0) & (ahead <= TIP) & (abs(aside) <= 1.75 / 32) & ~ball
 
   def draw_answer(self, problem: base.Problem, answer: base.Answer) -> np.ndarray:
-    """The arrow is seen on the first frame alone."""
+    """The arrow is seen on the first frame alone. A clip in which it lasts loses nothing: what the
+    ball does not cover of it is scored as ground."""
     rim = round(RIM * self.size)
     ground = draw.canvas(self.size, WALL)
     ground[rim:-rim, rim:-rim] = GROUND
@@ -130,7 +131,8 @@ class Bounce(base.Task):
   # --- reading ---
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """The walls; and in the box no colour but those of ground, ball, arrow and their blends."""
+    """The walls; and in the box no colour but those of ground, ball, arrow and their blends, by
+    blocks of a quarter of the side and over the area of a ball anywhere."""
     rim = round(RIM * self.size)
     inside = draw.rectangle(self.size, (rim, rim, self.size - rim, self.size - rim))
     edges = [round(i * self.size / 4) for i in range(5)]
@@ -144,6 +146,7 @@ class Bounce(base.Task):
     return [
       base.kept(draw.regions(walls), [[WALL]] * len(walls)),
       base.kept(draw.regions([block & inside for block in blocks]), [inner] * len(blocks)),
+      base.no_other(inside, inner, np.pi * (RADIUS * self.size) ** 2),
     ]
 
   def places(self, labels: np.ndarray, problem: base.Problem) -> np.ndarray:

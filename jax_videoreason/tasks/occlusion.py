@@ -85,14 +85,24 @@ class Occlusion(base.Task):
     return y0 + rim, x0 + rim, y1 - rim, x1 - rim
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
+    """The squares' cells, the empty ones, and round them all no square: neither where the curtain
+    hung nor at the sides."""
     own = {s["cell"]: draw.colour(s["colour"]) for s in problem["squares"]}
     empty = [c for c in range(SIDE * SIDE) if c not in own]
-    return [
+    y0, x0, y1, x1 = self.square(0)
+    around = base.no_other(self.around(), [GROUND, CURTAIN], (y1 - y0) * (x1 - x0))
+    cells = [
       base.kept(
         self.regions(list(cells)), [[own.get(c, GROUND), CURTAIN, draw.UNDECIDED] for c in cells]
       )
       for cells in (own, empty)
     ]
+    return [*cells, around]
+
+  def around(self) -> np.ndarray:
+    """Mask of the picture beyond the cells."""
+    boxes = self.boxes()
+    return ~draw.rectangle(self.size, (*boxes[0, 0, :2], *boxes[-1, -1, 2:]))
 
   def regions(self, cells: list[int]) -> draw.Regions:
     return draw.cells(self.size, np.array([self.square(c) for c in cells]))

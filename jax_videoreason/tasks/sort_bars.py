@@ -130,7 +130,8 @@ class SortBars(base.Task):
   # --- reading ---
 
   def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """The floor; and nowhere a colour that no bar has."""
+    """The floor; and nowhere a colour that no bar has: by blocks, and over the area of the shortest
+    bar there could be. The latter may be grey, as where two bars blend."""
     floor = self.pixels(LOWER)
     edges = [round(i * self.size / 4) for i in range(5)]
     floors = [(floor, x0, self.size, x1) for x0, x1 in itertools.pairwise(edges)]
@@ -144,7 +145,15 @@ class SortBars(base.Task):
     return [
       base.kept(draw.regions([draw.rectangle(self.size, b) for b in floors]), [[FLOOR]] * 4),
       base.kept(draw.regions([draw.rectangle(self.size, b) for b in blocks]), [bars] * 16),
+      base.no_other(
+        draw.rectangle(self.size, (0, 0, floor, self.size)), [*bars, draw.GREY], self.least(problem)
+      ),
     ]
+
+  def least(self, problem: base.Problem) -> int:
+    """Pixels of the shortest bar there could be."""
+    _, x0, _, x1 = self.standing(problem, 0, 0)
+    return self.pixels(LEAST) * (x1 - x0)
 
   def tracks(self, labels: np.ndarray, problem: base.Problem) -> tuple[np.ndarray, np.ndarray]:
     """Area of each bar's colour over the bar's own (T, bars), and its middle (T, bars, 2)."""

@@ -22,6 +22,7 @@ LINES = (
 SIDES = ("red", "green", "blue", "yellow", "purple", "cyan")
 GROUND, EMPTY, FLASH = draw.BLACK, draw.WHITE, draw.GREY
 GROWING = 6  # frames in which the cell fills
+CALM = -5  # until here nothing flashes: the flash is on frames T - 4 and T - 3, or one early
 TEMPLATES = (
   "Tic-tac-toe: {mover} plays against {other}. {Mover} fills the cell that completes three in a "
   "line.",
@@ -170,8 +171,14 @@ class TicTacToe(base.Task):
     return cell if legal and (seen[:, cell] == draw.colour(problem["mover"])).all() else None
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
-    """One cell fills gradually, and no other empty cell is ever filled."""
-    return base.lone_growth(self.filled(labels, metadata["problem"]), steps=2)
+    """One cell fills gradually, and no other empty cell is ever filled; times the share of frames
+    before the flash on which no tile flashes and all marks show their colours."""
+    problem = metadata["problem"]
+    grown = base.lone_growth(self.filled(labels, problem), steps=2)
+    seen = draw.majority(labels[:CALM], layout(self.size)[1])
+    taken = np.array([mark != "." for mark in problem["board"]])
+    calm = np.where(taken, seen == np.array(self.tile_colours(problem)), seen != FLASH)
+    return grown * float(calm.all(axis=1).mean())
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     options = empty(problem["board"])

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from jax_videoreason import tasks
-from jax_videoreason.tasks import base, bounce, draw, occlusion, rotate, sort_bars, tictactoe
+from jax_videoreason.tasks import (
+  base,
+  bounce,
+  draw,
+  maze,
+  occlusion,
+  rotate,
+  select_largest,
+  sort_bars,
+  tictactoe,
+)
 
 
 def test_the_nine_tasks_and_the_two_held_out_ones():
@@ -117,6 +127,84 @@ def marks_grey(task: base.Task, case: base.Case) -> np.ndarray:
   return over(case, slice(1, -2), mask, draw.GREY)
 
 
+def smaller_disc(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with its largest disc redrawn smaller than any that is not the largest."""
+  disc = max(case.metadata["problem"]["discs"], key=lambda d: d["radius"])
+  centre, radius = task.centre(disc["slot"]), disc["radius"] * task.slot
+  less = radius - 2 * select_largest.GAP * task.slot
+  return over(case, slice(1, None), draw.ring(task.size, centre, less, radius), draw.BLACK)
+
+
+def extra_disc(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a disc of middle size in an empty slot."""
+  centre = task.centre(empty_slots(task, case)[0])
+  return over(case, slice(1, None), draw.disc(task.size, centre, 0.2 * task.slot), draw.RED)
+
+
+def empty_slots(task: base.Task, case: base.Case) -> list[int]:
+  return sorted(set(range(task.side**2)) - {d["slot"] for d in case.metadata["problem"]["discs"]})
+
+
+def bar_gone(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a bar that can't be seen on five frames."""
+  name = case.metadata["problem"]["bars"][0]["colour"]
+  out = case.frames.copy()
+  part = out[6:11]
+  part[(part == draw.RGB[draw.colour(name)]).all(axis=-1)] = draw.RGB[draw.BLACK]
+  return out
+
+
+def other_leaf(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with another leaf yellow on five frames."""
+  problem = case.metadata["problem"]
+  wrong = task.path(problem, task.wrong_answers(case.metadata)[0])[-1]
+  leaf = draw.rectangle(task.size, task.boxes(problem)[wrong])
+  return over(case, slice(5, 10), leaf, draw.YELLOW)
+
+
+def edge_erased(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the last edge of the tree gone."""
+  edge = task.edges(case.metadata["problem"])[-1]
+  return over(case, slice(1, None), edge, draw.BLACK)
+
+
+def gaps_painted(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the tiles joined: the ground between them has the colour of the mover."""
+  tiles = tictactoe.layout(task.size)[0]
+  free = ~np.any([draw.rectangle(task.size, tile) for tile in tiles], axis=0)
+  return over(case, slice(1, None), free, draw.colour(case.metadata["problem"]["mover"]))
+
+
+def piece_shrinks(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a piece of half its width and height on five frames of its turn."""
+  out, half = case.frames.copy(), task.size // 2
+  for canvas in out[6:11]:
+    panel = canvas[half:, half:]
+    rim = (half - half // 2) // 2
+    small = panel[::2, ::2].copy()
+    panel[:] = draw.RGB[draw.WHITE]
+    panel[rim : rim + len(small), rim : rim + len(small)] = small
+  return out
+
+
+def tail_lost(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the first cell of the trail white again from the middle to the end."""
+  rows = case.metadata["problem"]["rows"]
+  box = maze.layout(task.size, len(rows))[0][second_cell(case)]
+  return over(case, slice(8, None), draw.rectangle(task.size, box), draw.WHITE)
+
+
+def tail_blinks(task: base.Task, case: base.Case) -> np.ndarray:
+  """The same, but the cell is red again on the last two frames."""
+  out = tail_lost(task, case)
+  out[-2:] = case.frames[-2:]
+  return out
+
+
+def second_cell(case: base.Case) -> tuple[int, int]:
+  return maze.walk(tuple(case.metadata["problem"]["start"]), case.metadata["answer"])[1]
+
+
 def another_colour(taken: list[str]) -> int:
   return draw.colour(next(name for name in ("red", "green", "blue", "cyan") if name not in taken))
 
@@ -142,6 +230,15 @@ WRONG: list[tuple[str, Edit]] = [
   ("sort_bars", extra_bar),
   ("occlusion", square_above),
   ("tictactoe", marks_grey),
+  ("tictactoe", gaps_painted),
+  ("select_largest", smaller_disc),
+  ("select_largest", extra_disc),
+  ("sort_bars", bar_gone),
+  ("tree_reach", other_leaf),
+  ("tree_reach", edge_erased),
+  ("rotate", piece_shrinks),
+  ("maze", tail_lost),
+  ("maze", tail_blinks),
 ]
 
 
@@ -153,7 +250,7 @@ def cases_for(task: base.Task, edit: Edit, count: int = 3) -> list[base.Case]:
   return list(itertools.islice((case for case in plain if fits(task, case)), count))
 
 
-FITS = {one_wrong_member: two_wrong}
+FITS = {one_wrong_member: two_wrong, extra_disc: lambda task, case: bool(empty_slots(task, case))}
 
 
 @pytest.mark.parametrize("size", (32, 64))

@@ -18,6 +18,7 @@ LEAST, MOST = 4, 15
 UPPER, LOWER = 15, 30  # where the bars of either row stand
 AREA = (0.3, 1.4)  # least and most of its area that a bar may show: edges blur away at 32 pixels
 HIDDEN = 2  # bars that those on their way may hide on one frame
+HIDING = 0.7  # share of the frames of one bar's way for which it may be hidden, in all
 SEEN = 0.15  # share of a bar that must be visible to say where it is
 STEP = 1.4  # furthest way in one frame, in slots: more is a leap
 TEMPLATES = {
@@ -108,11 +109,15 @@ class SortBars(base.Task):
     boxes = [self.box(problem, bar, s, self.pixels(foot)) for bar, s in enumerate(slots)]
     return np.array([((y0 + y1) / 2, (x0 + x1) / 2) for y0, x0, y1, x1 in boxes])
 
+  @property
+  def travel(self) -> int:
+    """Frames that a bar is on its way."""
+    return -(-(self.frames - 2) // 3)
+
   def draw_answer(self, problem: base.Problem, answer: base.Answer) -> np.ndarray:
     """The bars start in the order of their goals; a bar on its way is in front."""
     names, goals = colours_of(problem), slots_of(problem, answer)
-    last = self.frames - 2
-    travel = -(-last // 3)
+    last, travel = self.frames - 2, self.travel
     starts = [round(i * (last - travel) / (len(goals) - 1)) for i in range(len(goals))]
     ground = draw.canvas(self.size, GROUND)
     ground[self.pixels(LOWER) :] = FLOOR
@@ -224,7 +229,7 @@ class SortBars(base.Task):
     if not self.begins(labels, problem):
       return 0.0
     area, middle = self.tracks(labels, problem)
-    whole = (area <= AREA[1]).all(axis=1) & ((area < AREA[0]).sum(axis=1) <= HIDDEN)
+    whole = self.whole(area)
     source = self.middles(problem, list(range(area.shape[1])), UPPER)
     best = 0.0
     for answer in metadata["answers"]:
@@ -235,6 +240,13 @@ class SortBars(base.Task):
       ]
       best = max(best, sum(ways) / len(ways))
     return best * float(whole.mean())
+
+  def whole(self, area: np.ndarray) -> np.ndarray:
+    """Frames on which the bars have their areas (T, bars) but for what others may hide: few at a
+    time, and none for long, or it is gone."""
+    hidden = area < AREA[0]
+    gone = hidden & (hidden.sum(axis=0) > HIDING * self.travel)
+    return (area <= AREA[1]).all(axis=1) & (hidden.sum(axis=1) <= HIDDEN) & ~gone.any(axis=1)
 
   def way(self, middle: np.ndarray, source: np.ndarray, target: np.ndarray, slot: int) -> float:
     """Share of the line from source to target that the middles (T, 2) cover in small steps."""

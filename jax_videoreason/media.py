@@ -1,4 +1,4 @@
-"""PNG, MP4 and resizing of uint8 RGB; the only importer of av and, with tasks/draw.py, of PIL.
+"""PNG, MP4 and resizing of uint8 RGB; the only importer of av and of PIL.
 
 Files are made in memory and written by `folders.atomic`: a full disk leaves the old file or none.
 """

@@ -124,7 +124,7 @@ HOMES = {
   "tokenizers": ("tokenizer",),
   "ftfy": ("tokenizer",),
   "av": ("media",),
-  "PIL": ("media", "tasks.draw"),
+  "PIL": ("media",),
   "matplotlib": ("plots",),
   "jinja2": ("report",),
   "rich": ("console",),

@@ -1,7 +1,8 @@
-"""From the marks of single clips to numbers per task, with intervals over cases.
+"""From the marks of single clips to numbers per task, with intervals over problems.
 
-A row is one clip: {task, system, case (number within the evaluation), k, seed, score, ...}. Seeds
-of a case are averaged first; cases are resampled.
+A row is one clip: {task, system, case (number within the evaluation), problem, k, seed, score,
+...}. Seeds of a case and cases of a problem (another picture or wording of it) are averaged first:
+they are not independent. Problems are resampled.
 """
 
 import math
@@ -38,28 +39,35 @@ def said(found: stats.Interval) -> dict[str, Any]:
   }
 
 
-def per_case(rows: Sequence[Row], system: str, measure: str) -> np.ndarray:
-  """N: the mean over the seeds of each case, in the order of the cases."""
-  of_case: dict[int, list[float]] = {}
-  for row in rows:
-    if row["system"] == system:
-      of_case.setdefault(row["case"], []).append(row[measure])
-  return np.array([np.mean(of_case[case]) for case in sorted(of_case)])
+def per_problem(rows: Sequence[Row], system: str, measure: str) -> np.ndarray:
+  """N: the mean over the cases and seeds of each problem, in the order of the problems' names."""
+  own = [row for row in rows if row["system"] == system]
+  return _by_problem([row[measure] for row in own], [row["problem"] for row in own])
+
+
+def _by_problem(values: Sequence[float], problems: Sequence[str]) -> np.ndarray:
+  """The mean of the values of each problem, in the order of their names."""
+  _, of = np.unique(problems, return_inverse=True)
+  return np.bincount(of, weights=values) / np.bincount(of)
 
 
 def measures(rows: Sequence[Row], system: str) -> dict[str, Any]:
   """Score, strict success and right answers of one system."""
   return {
-    name: said(interval(per_case(rows, system, name), seed=SEED))
+    name: said(interval(per_problem(rows, system, name), seed=SEED))
     for name, interval in MEASURES.items()
   }
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-  """a - b, case by case: its interval, and the p-value of a sign-flip test."""
-  p = stats.sign_flip(a - b, seed=SEED).p
-  found = said(stats.paired(a, b, seed=SEED))
-  return {**found, "p": float(p) if np.isfinite(p) else None}
+  """a - b, problem by problem: its interval, and the p-value of a sign-flip test."""
+  return _lead(stats.paired(a, b, seed=SEED), a - b)
+
+
+def _lead(found: stats.Interval, differences: np.ndarray) -> dict[str, Any]:
+  """An interval of differences with the p-value of their sign-flip test."""
+  p = stats.sign_flip(differences, seed=SEED).p
+  return {**said(found), "p": float(p) if np.isfinite(p) else None}
 
 
 def summary(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -70,15 +78,16 @@ def summary(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[str,
     "plain": [row for row in own if row["k"] == 1],
     "ambiguous": [row for row in own if row["k"] > 1],
   }
-  score = per_case(rows, MODEL, "score")
+  score = per_problem(rows, MODEL, "score")
+  cases = len({row["case"] for row in own})
   return {
-    "cases": len(score),
+    "cases": cases,
     "problems": len({row["problem"] for row in own}),
-    "seeds": len({(row["case"], row["seed"]) for row in own}) // len(score),
+    "seeds": len({(row["case"], row["seed"]) for row in own}) // cases,
     "broken": sum(row["broken"] for row in own),
     "systems": {name: measures(rows, name) for name in systems},
     "differences": {
-      name: difference(score, per_case(rows, name, "score"))
+      name: difference(score, per_problem(rows, name, "score"))
       for name in systems
       if name not in (MODEL, VAE, baselines.TRUTH)
     },
@@ -104,21 +113,23 @@ def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[st
   found: dict[str, Any] = {"cases": len(cases), "seeds": seeds}
   ks = [own[0]["k"] for own in cases.values()]
   found["k"] = float(np.mean(ks))
-  kinds = [[kind(row) for row in own] for own in cases.values()]
+  problems = [own[0]["problem"] for own in cases.values()]
   for name in ("right", "wrong", "unreadable"):
-    shares = [np.mean([one == name for one in own]) for own in kinds]
-    found[name] = said(stats.share(shares, seed=SEED))
+    shares = [float(np.mean([kind(row) == name for row in own])) for own in cases.values()]
+    found[name] = said(stats.share(_by_problem(shares, problems), seed=SEED))
   if seeds > 1:
     good = [[row["answer"] for row in own if kind(row) == "right"] for own in cases.values()]
-    several = [(answers, k) for answers, k in zip(good, ks, strict=True) if len(answers) > 1]
+    several = [one for one in zip(good, ks, problems, strict=True) if len(one[0]) > 1]
     found["compared"] = len(several)
     if several:
-      spread = [entropy(answers) for answers, _ in several]
-      found["entropy"] = said(stats.bootstrap(spread, seed=SEED))
-      found["log_k"] = float(np.mean([np.log2(k) for _, k in several]))
-      found["even"] = float(np.mean([even_entropy(k, len(answers)) for answers, k in several]))
+      of = [problem for _, _, problem in several]
+      spread = [entropy(answers) for answers, _, _ in several]
+      even = [even_entropy(k, len(answers)) for answers, k, _ in several]
+      found["entropy"] = said(stats.bootstrap(_by_problem(spread, of), seed=SEED))
+      found["log_k"] = float(_by_problem([math.log2(k) for _, k, _ in several], of).mean())
+      found["even"] = float(_by_problem(even, of).mean())
   if watched is not None:
-    found["steps"] = along_steps(watched)
+    found["steps"] = along_steps(watched, {row["case"]: row["problem"] for row in rows})
   return found
 
 
@@ -145,43 +156,47 @@ def even_entropy(k: int, seeds: int) -> float:
   return k * total
 
 
-def along_steps(watched: Mapping[str, Any]) -> dict[str, Any]:
-  """Mean over cases of what x0 shows at each step, with intervals.
+def along_steps(watched: Mapping[str, Any], problem_of: Mapping[int, str]) -> dict[str, Any]:
+  """Mean over problems of what x0 shows at each step, with intervals.
 
-  candidates: the effective number, 2^entropy of the soft reading over the answers, over the runs
-  in which anything is drawn (`drawn`, a share). by_k: the same for the cases with k right answers.
-  truth: what the same reading makes of the videos that solve the cases: where a run can end.
+  problem_of: the problem of each case. candidates: the effective number, 2^entropy of the soft
+  reading over the answers, over the runs in which anything is drawn (`drawn`, a share). by_k: the
+  same for the cases with k right answers. truth: what the same reading makes of the videos that
+  solve the cases: where a run can end.
   """
   case, k = np.asarray(watched["case"]), np.asarray(watched["k"])
+  problem = np.array([problem_of[number] for number in watched["case"]])
   bits = np.array(watched["entropy"], float)  # S W, NaN where nothing is drawn
   several = 2.0**bits
-  which = np.unique(case)
-  k_of = np.array([k[case == c][0] for c in which])
+  which = np.unique(problem)
+  k_of = np.array([k[problem == one][0] for one in which])
   return {
     "step": watched["step"],
     "sigma": watched["sigma"],
-    "candidates": _means(several, case, which),
-    "visible": _means(np.array(watched["visible"], float), case, which),
-    "right": _means(np.array(watched["mass"], float), case, which),
+    "candidates": _means(several, problem, which),
+    "visible": _means(np.array(watched["visible"], float), problem, which),
+    "right": _means(np.array(watched["mass"], float), problem, which),
     "drawn": [float(row.mean()) for row in np.isfinite(bits)],
-    "truth": _means(2.0 ** np.array([watched["truth"]], float), case, which)[0],
+    "truth": _means(2.0 ** np.array([watched["truth"]], float), problem, which)[0],
     "by_k": {
       str(n): {
-        "cases": int((k_of == n).sum()),
-        "candidates": _means(several, case, which[k_of == n]),
+        "cases": len(np.unique(case[k == n])),
+        "candidates": _means(several, problem, which[k_of == n]),
       }
       for n in np.unique(k_of)
     },
   }
 
 
-def _means(values: np.ndarray, case: np.ndarray, which: np.ndarray) -> list[dict[str, Any] | None]:
-  """For each row of values (S W): the mean over cases, of the runs that have a number."""
+def _means(
+  values: np.ndarray, problem: np.ndarray, which: np.ndarray
+) -> list[dict[str, Any] | None]:
+  """For each row of values (S W): the mean over problems, of the runs that have a number."""
   rows = []
   for row in values:
-    good = np.isfinite(row)
-    means = [row[good & (case == c)].mean() for c in which if (good & (case == c)).any()]
-    rows.append(said(stats.bootstrap(means, seed=SEED, draws=2000)) if means else None)
+    good = np.isfinite(row) & np.isin(problem, which)
+    means = _by_problem(row[good], problem[good]) if good.any() else None
+    rows.append(None if means is None else said(stats.bootstrap(means, seed=SEED, draws=2000)))
   return rows
 
 
@@ -197,9 +212,10 @@ def shown(rows: Sequence[Row], *, best: bool) -> list[dict[str, Any]]:
 
 
 def over_tasks(of_task: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-  """The mean over tasks of every system, and the model's lead; all tasks have as many cases.
+  """The mean over tasks of every system, and the model's lead.
 
-  Case i of every task makes one row: the tasks are independent, so any pairing would do.
+  Problems are drawn anew within each task; a task counts as much as another, however many of its
+  cases are of one problem.
   """
   systems = [
     name
@@ -207,19 +223,34 @@ def over_tasks(of_task: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     if all(any(row["system"] == name for row in rows) for rows in of_task.values())
   ]
 
-  def mean(system: str, measure: str) -> np.ndarray:
-    return np.mean([per_case(rows, system, measure) for rows in of_task.values()], axis=0)
+  def each(system: str, measure: str) -> list[np.ndarray]:
+    return [per_problem(rows, system, measure) for rows in of_task.values()]
 
-  # A mean over tasks is no share of cases, so its interval is that of a mean, also where the
+  # A mean over tasks is no share of problems, so its interval is that of a mean, also where the
   # measure is a share.
+  leads = {
+    system: _of_equal_weight(
+      [a - b for a, b in zip(each(MODEL, "score"), each(system, "score"), strict=True)]
+    )
+    for system in systems
+    if system not in (MODEL, VAE, baselines.TRUTH)
+  }
   return {
     "systems": {
-      system: {name: said(stats.bootstrap(mean(system, name), seed=SEED)) for name in MEASURES}
+      system: {
+        name: said(stats.bootstrap_within(_of_equal_weight(each(system, name)), seed=SEED))
+        for name in MEASURES
+      }
       for system in systems
     },
     "differences": {
-      system: difference(mean(MODEL, "score"), mean(system, "score"))
-      for system in systems
-      if system not in (MODEL, VAE, baselines.TRUTH)
+      system: _lead(stats.bootstrap_within(lead, seed=SEED), np.concatenate(lead))
+      for system, lead in leads.items()
     },
   }
+
+
+def _of_equal_weight(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Groups whose mean over all values is the mean of the means of the groups."""
+  total = sum(len(group) for group in groups)
+  return [group * total / (len(groups) * len(group)) for group in groups]

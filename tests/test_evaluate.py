@@ -112,7 +112,7 @@ def test_every_video_of_the_model_is_kept(done):
 def test_entropy_is_set_beside_even_draws_of_as_many_right_answers():
   answers = {0: "aabb", 1: ["a", "b", None, "z"], 2: ["a", "y", "z", None]}
   rows = [
-    {"case": case, "answer": answer, "right": answer in ("a", "b"), "k": 2}
+    {"case": case, "problem": f"p{case}", "answer": answer, "right": answer in ("a", "b"), "k": 2}
     for case, said in answers.items()
     for answer in said
   ]
@@ -367,6 +367,30 @@ def test_seeds_of_a_case_are_averaged_before_cases_are_resampled():
   assert often["cases"] == 12
 
 
+def test_cases_of_one_problem_are_no_independent_cases():
+  rng = np.random.default_rng(0)
+  scores, truth = rng.random((12, 1)), np.ones((12, 1))
+  once = [*rows_of(scores), *rows_of(truth, "static")]
+  twins = [{**row, "case": row["case"] + 12} for row in once]
+  alone, twice = (scoring.summary(rows, None) for rows in (once, once + twins))
+  assert (twice["cases"], twice["problems"]) == (24, 12)
+  for part in ("systems", "differences"):
+    assert twice[part] == alone[part]
+  assert scoring.over_tasks({"a": once, "b": once}) == scoring.over_tasks(
+    {"a": once, "b": once + twins}
+  )
+
+
+def test_every_task_weighs_as_much_in_the_mean_however_many_problems_it_has():
+  rng = np.random.default_rng(0)
+  many, few = rng.random((32, 1)), rng.random((16, 1)) / 2
+  rows = {"a": rows_of(many), "b": rows_of(few)}
+  found = scoring.over_tasks(rows)["systems"]["model"]["score"]
+  assert found["estimate"] == pytest.approx((many.mean() + few.mean()) / 2)
+  spread = np.sqrt(many.var(ddof=1) / 32 + few.var(ddof=1) / 16) / 2
+  assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
 def test_the_lead_over_a_clip_is_paired_by_case():
   rng = np.random.default_rng(0)
   hard = rng.random((16, 1)) / 2
@@ -448,7 +472,7 @@ def test_candidates_fall_from_k_to_one():
     "mass": [[1.0, None, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
     "truth": [0.0, 0.0, 1.0, 1.0],
   }
-  found = scoring.along_steps(watched)
+  found = scoring.along_steps(watched, {0: "p0", 1: "p1"})
   assert [one["estimate"] for one in found["candidates"]] == [2.0, 1.0]
   assert found["drawn"] == [0.75, 1.0]
   assert found["truth"]["estimate"] == 1.5

@@ -4,7 +4,7 @@
   videoreason evaluate --tasks maze,pick --cases 16 --seeds 16 --ambiguous ambiguous --out ...
   videoreason evaluate --checkpoint DIR --split ood --out runs/ood
 
-Per task: score, strict success and right answers, each with a 95% bootstrap interval over cases,
+Per task: score, strict success and right answers, each with a 95% bootstrap interval over problems,
 beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
 nearest training clip and the truth. Where several answers are right: whether seeds differ, and how
 many candidates x0 shows along the steps. Stopped at any time, the same command goes on with the

@@ -21,11 +21,13 @@ def sigmas(steps: int, shift: float = 5.0) -> np.ndarray:
 def guesses(task: Any, case: Any, sigma: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """S frames height width 3 uint8: a wrong answer, a blend, then the truth, under noise that fades.
 
-  In one run of four the wrong answer stays.
+  In one run of four the wrong answer stays. Where there is none the first frame stands for it.
   """
   wrong = task.wrong_answers(case.metadata)
   truth = case.frames.astype(np.float32)
-  other = task.render(case.metadata, wrong[int(rng.integers(len(wrong)))])
+  other = np.broadcast_to(case.first_frame, truth.shape)
+  if wrong:
+    other = task.render(case.metadata, wrong[int(rng.integers(len(wrong)))])
   turn, stays = rng.uniform(0.7, 0.97), rng.random() < 0.25
   rows = []
   for s in sigma:

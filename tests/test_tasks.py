@@ -135,12 +135,15 @@ def compressed_truths(name: str, size: int) -> list[np.ndarray]:
 def test_each_kind_of_clip_scores_as_the_contract_says(name, size, kind):
   task = tasks.load(name, size=size)
   least, most = CONTRACT[kind]
+  seen = 0
   for i, case in enumerate(cases(name, size)):
     lossy = kind == "truth, compressed"
     for frames in [compressed_truths(name, size)[i]] if lossy else clip(task, case, kind):
       score = task.score(frames, case.metadata)
       assert least <= score.value <= most, (case.split, case.index, score)
       assert score.strict == (kind in ("truth", "truth, compressed")), (case.index, score)
+      seen += 1
+  assert seen >= len(cases(name, size)) / 2  # a maze of one corridor has no wrong answer
 
 
 @each_task
@@ -246,6 +249,23 @@ def test_frames_are_flat_begin_with_the_problem_and_end_with_the_answer(name, si
     assert (draw.paint(draw.label(case.frames)) == case.frames).all()
     for answer in task.options(case.metadata["problem"])[:6]:
       assert (task.render(case.metadata, answer)[0] == case.first_frame).all()
+
+
+@pytest.mark.parametrize("split", ("train", "id", "ood"))
+def test_some_mazes_are_one_corridor_and_most_can_be_answered_wrongly(split):
+  task = tasks.load("maze", size=32)
+  metas = [task.generate(split, index).metadata for index in range(0, 80, 2)]
+  alone = [m for m in metas if not task.wrong_answers(m)]
+  assert 0 < len(alone) < len(metas) / 4
+  assert all(task.options(m["problem"]) == m["answers"] for m in alone)
+
+
+@pytest.mark.parametrize("name", ("tictactoe", "select_largest", "pick"))
+def test_a_flawless_wrong_mark_earns_half(name):
+  task = tasks.load(name, size=32)
+  case = task.generate("train", 0)
+  wrong = task.render(case.metadata, task.wrong_answers(case.metadata)[0])
+  assert task.score(wrong, case.metadata).value == 0.5
 
 
 @each_task

@@ -61,6 +61,10 @@ class Score:
   """value = preservation * (final + process) / 2; all in 0..1.
 
   strict: preservation > .9, final = 1 and process > .9.
+
+  In tictactoe, select_largest and pick `process` asks how the mark is drawn and not whether the
+  answer is right: a flawless wrong move earns .5. In the other tasks the way is compared with that
+  of a right answer, of which a wrong one may share a part, and in rotate all: a turn too far.
   """
 
   value: float

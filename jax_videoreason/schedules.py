@@ -1,6 +1,7 @@
 """Flow-matching schedules: sigmas of three grids, timesteps and their sinusoids, expert per step.
 
-Everything is computed on the host in float64; the leaves are numpy arrays that jit takes as data.
+Everything is computed on the host, in float64 but for DiffSynth's grid, which is float32.
+The leaves are numpy arrays that jit takes as data.
 """
 
 import itertools
@@ -114,7 +115,14 @@ def _official(steps: int, shift: float) -> np.ndarray:
 
 
 def _diffsynth(steps: int, shift: float) -> np.ndarray:
-  return _shifted(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
+  """float32, to the bit what DiffSynth's PyTorch makes of it on a CPU."""
+  # torch.linspace counts from either end to the middle and rounds each value once.
+  step = np.float64(np.float32(-1.0 / steps))
+  place = np.arange(steps)
+  u = np.where(place < (steps + 1) // 2, 1.0 + step * place, -step * (steps - place))
+  u = u.astype(np.float32)
+  with np.errstate(all="ignore"):  # a shift that float32 can't hold is refused by `build`
+    return np.float32(shift) * u / (np.float32(1.0) + np.float32(shift - 1.0) * u)
 
 
 def _diffusers(steps: int, shift: float) -> np.ndarray:
@@ -133,6 +141,10 @@ GRIDS: dict[str, Callable[[int, float], np.ndarray]] = {
   "diffusers": _diffusers,
   "diffsynth": _diffsynth,
 }
+
+# How far below the boundary a timestep is still the first expert's: float64 that should lie on it
+# may miss it by a rounding. DiffSynth compares its float32 as they are.
+SLACK: dict[str, float] = {"official": 1e-6, "diffusers": 1e-6, "diffsynth": 0.0}
 
 
 def _truncated(timestep: np.ndarray) -> np.ndarray:
@@ -190,7 +202,8 @@ def build(
   guidance: one scale; (high, low), a pair, where a boundary is given; or one scale per step.
   boundary: sigma in 0..1; the first expert makes the steps whose timestep before rounding is at
     least 1000 * boundary. None = one expert.
-  grid: where the sigmas lie, "official", "diffusers" (0.37 and later) or "diffsynth".
+  grid: where the sigmas lie, "official", "diffusers" (0.37 and later) or "diffsynth", whose
+    sigmas and timesteps are float32: one that should lie on the boundary may fall short of it.
   numerics: how the timestep is rounded and embedded; "official" and "diffusers" truncate it to
     an integer, "diffsynth" rounds it to bfloat16.
   ValueError names the argument.
@@ -206,17 +219,17 @@ def build(
       f"boundary={boundary}, wanted a sigma in 0..1 (0.875 for timestep 875), or None for a "
       "model with one expert."
     )
-  sigma = np.append(GRIDS[grid](steps, float(shift)), 0.0)
-  if np.any(np.diff(sigma) >= 0):
+  sigma = GRIDS[grid](steps, float(shift))
+  timestep = (TRAIN_STEPS * sigma).astype(np.float64)  # multiplied in the grid's own precision
+  sigma = np.append(sigma.astype(np.float64), 0.0)
+  if not (np.all(np.isfinite(sigma)) and np.all(np.diff(sigma) < 0)):
     raise ValueError(
       f"shift={shift} with steps={steps} puts several steps at one sigma: use fewer steps or "
       "a shift nearer to 1."
     )
-  timestep = TRAIN_STEPS * sigma[:-1]
   which: Any = None
   if boundary is not None:
-    # The slack lets a step that lies on the boundary stay with the first expert.
-    which = (timestep < TRAIN_STEPS * boundary - 1e-6).astype(np.int32)
+    which = (timestep < TRAIN_STEPS * boundary - SLACK[grid]).astype(np.int32)
   rounded = ROUNDING[numerics](timestep)
   time = np.stack([rounded, np.zeros_like(rounded)], axis=1)
   tables = {

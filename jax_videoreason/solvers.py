@@ -58,7 +58,7 @@ def _unipc_coefficients(sigma: np.ndarray) -> dict[str, np.ndarray]:
   """
   sigma = np.asarray(sigma, np.float64)
   steps = len(sigma) - 1
-  alpha = 1.0 - sigma
+  alpha = np.maximum(1.0 - sigma, 0.0)  # the first sigma may have been rounded to above 1
   with np.errstate(divide="ignore"):
     lam = np.log(alpha) - np.log(sigma)
   names = ("pred_x", "pred_x0", "pred_diff", "corr_x", "corr_x0", "corr_1", "corr_2", "corr_past")

@@ -67,8 +67,33 @@ def test_experts_change_at_the_boundary():
   exact = build(steps=10, boundary=0.9782, numerics="official")
   assert exact.timestep[1] == 978
   assert exact.which.tolist() == [0, 0] + [1] * 8
-  # 12 steps of shift 5 meet .875 exactly, which belongs to the first expert.
+
+
+def test_a_step_on_the_boundary_is_where_float32_puts_it():
+  """The 6th of 12 steps of shift 5 and the 4th of 10 of shift 3 would both lie on .875.
+
+  In DiffSynth's float32 the one does, and is the first expert's; the other is at 874.99994.
+  """
   assert build(steps=12, boundary=0.875).which.tolist() == [0] * 6 + [1] * 6
+  assert build(steps=10, shift=3.0, boundary=0.875).which.tolist() == [0] * 3 + [1] * 7
+  assert build(steps=50, shift=3.0, boundary=0.875).which.tolist() == [0] * 15 + [1] * 35
+
+
+def test_a_boundary_is_compared_in_float64():
+  """100 is less than 1000 * .1000000001, though not in float32."""
+  assert build(steps=10, shift=1.0, boundary=0.1000000001).which.tolist() == [0] * 9 + [1]
+
+
+def test_bfloat16_rounds_the_float32_timestep():
+  """749.99994, the 13th of 15 steps of shift 12, rounds to 748; 750 would round to 752."""
+  assert build(steps=15, shift=12.0, numerics="diffsynth").timestep[12] == 748
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.2, 1.32, 2.14])
+def test_a_first_sigma_that_rounds_above_1_has_coefficients(shift):
+  schedule = build(steps=5, shift=shift, solver="unipc")
+  for name, values in schedule.coef.items():
+    assert np.all(np.isfinite(values)), name
 
 
 def test_guidance_is_a_scale_a_pair_or_a_plan():
@@ -167,6 +192,8 @@ def test_all_numbers_are_data():
     ({"shift": 0.0}, r"shift=0.0, wanted a number above 0"),
     ({"shift": math.nan}, r"shift=nan, wanted"),
     ({"shift": 1e18}, r"shift=1e\+18 with steps=5 puts several steps at one sigma"),
+    ({"shift": 1e39}, r"shift=1e\+39 with steps=5"),
+    ({"shift": 1e-9}, r"shift=1e-09 with steps=5"),
     ({"boundary": 875}, r"boundary=875, wanted a sigma in 0..1 \(0.875"),
     ({"solver": "heun"}, r"no solver 'heun'; there are: euler, unipc"),
     ({"grid": "karras"}, r"no grid 'karras'; there are: official, diffusers, diffsynth"),
@@ -194,4 +221,4 @@ def test_only_stays_inside():
 
 
 def test_every_stack_has_a_grid_and_a_rounding():
-  assert set(schedules.GRIDS) == set(schedules.ROUNDING)
+  assert set(schedules.GRIDS) == set(schedules.ROUNDING) == set(schedules.SLACK)

@@ -44,17 +44,23 @@ def test_the_official_grid_is_the_old_diffusers_grid(steps, shift):
   np.testing.assert_allclose(schedule.sigma[:-1], sigma, rtol=1e-7)
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("boundary", [0.875, 0.9, 0.358])
-def test_the_diffsynth_grid_in_torch_float32(steps, boundary):
+@pytest.mark.parametrize("steps", [1, 2, *STEPS, 12, 15, 60, 82, 100, 120])
+@pytest.mark.parametrize("shift", [1.0, 2.7, 3.0, 5.0, 8.0, 12.0])
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+def test_the_diffsynth_grid_is_torch_float32(steps, shift, boundary):
+  """To the last bit: sigmas and their differences, timesteps (bfloat16 or truncated), experts."""
   u = torch.linspace(1.0, 0.0, steps + 1)[:-1]
-  sigma = 5.0 * u / (1 + 4.0 * u)
+  sigma = shift * u / (1 + (shift - 1) * u)
   timestep = sigma * 1000
-  schedule = build(steps=steps, numerics="diffsynth", boundary=boundary)
-  np.testing.assert_allclose(schedule.sigma[:-1], sigma.numpy(), rtol=2e-7)
+  whole = torch.cat([sigma, torch.zeros(1)])
+  schedule = build(steps=steps, shift=shift, numerics="diffsynth", boundary=boundary)
+  np.testing.assert_array_equal(schedule.sigma, whole.numpy())
+  np.testing.assert_array_equal(schedule.coef["delta"], torch.diff(whole).numpy())
   rounded = timestep.to(torch.bfloat16).float().numpy()
   np.testing.assert_array_equal(schedule.timestep, rounded)
-  np.testing.assert_array_equal(schedule.which == 0, (timestep >= boundary * 1000).numpy())
+  assert schedule.which.tolist() == [int(t.item() < boundary * 1000) for t in timestep]
+  truncated = build(steps=steps, shift=shift, numerics="official").timestep
+  np.testing.assert_array_equal(truncated, timestep.trunc().numpy())
 
 
 def frequencies():

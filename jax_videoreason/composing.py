@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason.edits import LETTERS, Intervention, check_edit, known_sites, site_names
-from jax_videoreason.places import At, Select, full_mask, is_known, selection, space_of, token_mask
+from jax_videoreason.places import At, Select, full_mask, selection, space_of, token_mask
+from jax_videoreason.pytrees import is_known
 from jax_videoreason.structs import Sizes
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason.axes import Array
-from jax_videoreason.places import is_known
-from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.sharding import over_runs, whole
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES

@@ -31,7 +31,6 @@ from jax_videoreason.places import (
   Select,
   depth,
   full_mask,
-  is_known,
   pairs,
   per_step,
   refuse,
@@ -43,6 +42,7 @@ from jax_videoreason.places import (
   to_scalar,
   where,
 )
+from jax_videoreason.pytrees import is_known
 from jax_videoreason.structs import Sizes
 
 __all__ = [

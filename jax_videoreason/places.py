@@ -7,15 +7,13 @@ a traced step, layer, run or number works too, without those checks.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_videoreason.axes import Array
-from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.structs import Sizes
 
 Select = int | slice | Sequence[int] | ArrayLike | None
@@ -197,10 +195,3 @@ def _region(region: ArrayLike, sizes: Sizes) -> Any:
 def space_of(*values: Any) -> Any:
   """numpy while all values are known, so that they can be checked; jax.numpy under a trace."""
   return np if is_known(*values) else jnp
-
-
-def is_known(*values: Any) -> bool:
-  """Are all values here to be looked at: neither traced nor on other hosts?"""
-  leaves = jax.tree.leaves(values)
-  arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-  return not any(isinstance(leaf, Tracer) or not leaf.is_fully_addressable for leaf in arrays)

@@ -1,6 +1,6 @@
 """Frozen dataclasses that jax walks through: `@pytree`, with `static()` for what is structure.
 
-Also nested dicts as flat ones, by paths such as "blocks/q/kernel".
+Also nested dicts as flat ones, by paths such as "blocks/q/kernel", and whether leaves are known.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jax.core import Tracer
 
 T = TypeVar("T")
 
@@ -43,3 +44,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(key, {})
     node[name] = leaf
   return tree
+
+
+def is_known(*values: Any) -> bool:
+  """Are all values here to be looked at: neither traced nor on other hosts?"""
+  arrays = [leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, jax.Array)]
+  return not any(isinstance(leaf, Tracer) or not leaf.is_fully_addressable for leaf in arrays)

@@ -8,14 +8,14 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason.axes import Array
-from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.solvers import SOLVERS
 
 HOLD = 2
@@ -86,13 +86,10 @@ class Schedule:
   def only(self, start: int | Array, stop: int | Array) -> "Schedule":
     """The same schedule with every step outside start <= s < stop held.
 
-    Shapes stay, so a sweep over `start` is one compilation; both may be traced.
+    Shapes stay, so a sweep over `start` is one compilation; both may be traced, and then are not
+    checked.
     """
-    if isinstance(start, int) and isinstance(stop, int):
-      if not 0 <= start <= stop <= len(self):
-        raise ValueError(
-          f"only({start}, {stop}) of {len(self)} steps: wanted 0 <= start <= stop <= {len(self)}."
-        )
+    start, stop = self._bounds(start, stop)
     rows = jnp.arange(len(self), dtype=jnp.int32)
     inside = (rows >= start) & (rows < stop)
     which = jnp.zeros_like(rows) if self.which is None else self.which
@@ -107,6 +104,21 @@ class Schedule:
       solver=self.solver,
       total=self.total,
     )
+
+  def _bounds(self, *bounds: int | Array) -> list[int | Array]:
+    """`start` and `stop` of `only`: an int where it is known, and then one that is possible."""
+    try:
+      wanted = [operator.index(b) if is_known(b) else b for b in bounds]
+    except TypeError:
+      self._refuse(bounds, "whole numbers")
+    known = [0, *(b for b in wanted if is_known(b)), len(self)]
+    if known != sorted(known):
+      self._refuse(wanted, f"0 <= start <= stop <= {len(self)}")
+    return wanted
+
+  def _refuse(self, bounds: Sequence[Any], wanted: str) -> NoReturn:
+    said = ", ".join(str(b) if is_known(b) else "?" for b in bounds)
+    raise ValueError(f"only({said}) of {len(self)} steps: wanted {wanted}.") from None
 
 
 def _official(steps: int, shift: float) -> np.ndarray:

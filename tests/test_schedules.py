@@ -215,9 +215,27 @@ def test_a_piece_is_a_run_of_steps(rows):
     _ = build(steps=5)[rows]
 
 
-def test_only_stays_inside():
-  with pytest.raises(ValueError, match=r"only\(2, 9\) of 5 steps"):
-    build(steps=5).only(2, 9)
+@pytest.mark.parametrize("kind", [int, np.int64, np.array, jnp.int32])
+def test_only_stays_inside(kind):
+  schedule = build(steps=5)
+  for start, stop in [(2, 9), (9, 99), (-1, 3), (3, 2)]:
+    with pytest.raises(ValueError, match=rf"only\({start}, {stop}\) of 5 steps: wanted 0 <="):
+      schedule.only(kind(start), kind(stop))
+    with pytest.raises(ValueError, match=rf"only\({start}, {stop}\) of 5 steps"):
+      schedule.only(kind(start), stop)
+  assert schedule.only(kind(1), kind(3)).which.tolist() == [HOLD, 0, 0, HOLD, HOLD]
+
+
+def test_only_checks_what_is_known_beside_a_traced_bound():
+  schedule = build(steps=5)
+  with pytest.raises(ValueError, match=r"only\(\?, 9\) of 5 steps"):
+    jax.eval_shape(lambda start: schedule.only(start, 9), jnp.int32(0))
+
+
+@pytest.mark.parametrize("start", [1.5, np.float32(1), np.array([1]), "1", None])
+def test_only_wants_whole_numbers(start):
+  with pytest.raises(ValueError, match=r"only\(.* of 5 steps: wanted whole numbers"):
+    build(steps=5).only(start, 3)
 
 
 def test_every_stack_has_a_grid_and_a_rounding():

@@ -80,8 +80,9 @@ class Kept:
 
   allowed: bool (N, 10): the colours each region may show; the last column is "undecided". A
   region where an answer may be drawn allows its own colour, the mark, and the mixture on the way.
-  stray: None = a region shows the colour that most of it has; a number = it is kept while other
-  colours than the allowed ones cover less than this share of it, wherever they stand.
+  stray: None = a region shows the colour that most of it has; a number = it is kept while squares
+  of 2 x 2 pixels in one colour that is not allowed cover less than this share of it. Blurred edges,
+  a pixel wide, make no such squares.
   """
 
   regions: draw.Regions
@@ -91,8 +92,8 @@ class Kept:
   def good(self, labels: np.ndarray) -> np.ndarray:
     """Which regions are kept: labels int8 (T height width) -> bool (T, N)."""
     if self.stray is not None:
-      others = draw.shares(labels, self.regions) * ~self.allowed[:, : len(draw.NAMES)]
-      return others.sum(axis=-1) < self.stray
+      found = draw.squares(labels)
+      return (draw.shares(found, self.regions) * ~self.allowed[:, :-1]).sum(axis=-1) < self.stray
     seen = draw.majority(labels, self.regions)
     return self.allowed[np.arange(len(self.regions))[None], seen]
 

@@ -260,6 +260,17 @@ def label(frames: np.ndarray) -> np.ndarray:
   return rearrange(found, "(t h w) -> t h w", t=len(frames), h=frames.shape[1])
 
 
+def squares(labels: np.ndarray) -> np.ndarray:
+  """Labels (T height width) in squares of 2 x 2 pixels of one colour, UNDECIDED elsewhere."""
+  corner = labels[:, :-1, :-1]
+  others = (labels[:, 1:, :-1], labels[:, :-1, 1:], labels[:, 1:, 1:])
+  alike = np.logical_and.reduce([corner == other for other in others])
+  within = np.zeros(labels.shape, bool)
+  for y, x in itertools.product((slice(None, -1), slice(1, None)), repeat=2):
+    within[:, y, x] |= alike
+  return np.where(within, labels, UNDECIDED)
+
+
 def shares(labels: np.ndarray, where: Regions) -> np.ndarray:
   """Share of each colour in each region: labels (T height width) -> (T, N, 9)."""
   picked = rearrange(labels, "t h w -> t (h w)")[:, where.index]

@@ -320,6 +320,17 @@ def test_sort_bars_wants_heights_kept_and_no_leaps():
   assert score.process < 0.3
 
 
+@pytest.mark.parametrize(("frames", "most"), ((13, 3), (17, 4), (33, 8)))
+def test_sort_bars_one_that_is_hidden_for_long_is_gone(frames, most):
+  """Once edges blur, other bars hide one for `most` frames at 13; more rarely in longer clips."""
+  task = tasks.load("sort_bars", size=64, frames=frames)
+  area = np.ones((frames, 4))
+  area[4 : 4 + most, 1] = 0
+  assert task.whole(area).all()
+  area[4 + most, 1] = 0
+  assert task.whole(area).sum() == frames - most - 1
+
+
 # --- rotate ---
 
 

@@ -120,7 +120,10 @@ def experiment(
   taps: (sizes, options...) -> the largest taps of a batch, for plans.
   finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
   least: option -> the smallest number that it, or any entry of it, may be.
+
+  ValueError: a role that is none.
   """
+  _check_roles(runs)
 
   def make(function: Callable[..., Result]) -> Study:
     paragraphs = [" ".join(p.split()) for p in (inspect.getdoc(function) or "").split("\n\n")]
@@ -146,6 +149,12 @@ def experiment(
     )
 
   return make
+
+
+def _check_roles(runs: Sequence[str]) -> None:
+  """ValueError for runs= that is empty, a text, or names a role that is not there or twice."""
+  if isinstance(runs, str) or not runs or set(runs) - ROLES.keys() or len(set(runs)) < len(runs):
+    raise ValueError(f"runs={runs!r}, wanted some of {tuple(ROLES)}, each once.")
 
 
 def counterpart(task: Task, case: Case) -> Case:
@@ -295,6 +304,7 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
   tally = ctx.tally
   spent, broken = tally.evaluations + tally.reused, len(tally.broken)
   found = study.run(ctx, **options)
+  _check_result(study, found, ctx)
   found = dataclasses.replace(found, values=_without_lost(found, ctx))
   if not ctx.control:
     told = {
@@ -304,6 +314,36 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
     }
     ctx.chunks.put(key, {**found.values, ".told": np.asarray(json.dumps(plain(told)))})
   return found
+
+
+def _check_result(study: Study, found: Any, ctx: Context) -> None:
+  """ValueError for what a study may not return: its rows would be taken for those of other runs."""
+  if not isinstance(found, Result):
+    raise ValueError(
+      f"{study.name} returned {type(found).__name__}, wanted Result(values={{name: array}}, "
+      "axes={name: its axes})."
+    )
+  there = ", ".join(found.values) or "none"
+  for what, names in (("axes=", found.axes), ("zero=", study.zero if ctx.control else ())):
+    unknown = [name for name in names if name not in found.values]
+    if unknown:
+      raise ValueError(
+        f"{study.name}: {what} names {unknown[0]!r}, wanted a value that it returns: {there}."
+      )
+  seeds = len(ctx.setting.chosen.seeds)
+  role = "case" if "case" in study.roles else study.roles[0]
+  pairs = len(ctx.runs(role))
+  wanted = {"run": (pairs, "case and seed"), "case": (pairs // seeds, "case")}
+  for name, value in found.values.items():
+    for axis, size in zip(found.axes[name], np.shape(value), strict=True):
+      count, each = wanted.get(axis, (size, ""))
+      if size != count:
+        whole = axis == "run" and size == ctx.sizes.R
+        remedy = f"take value[ctx.runs({role!r})]" if whole else f"give those of {role!r} alone"
+        raise ValueError(
+          f"{study.name}: axis {axis} of {name!r} has {size} places, wanted {count}, one per "
+          f"{each}: {remedy}."
+        )
 
 
 def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:

@@ -1,0 +1,66 @@
+"""Studies that users write: what is wrong with one is said in a sentence, and never scored."""
+
+import numpy as np
+import pytest
+
+import toy
+from jax_videoreason.experiments import Result, experiment, perform
+
+BOTH = ("counterpart", "case")
+
+
+def study_of(give, *, axes=("run",), **declared):
+  """A study that returns `give(ctx)` as the value v, or as it is where that is no array."""
+
+  def own(ctx):
+    """A question."""
+    made = give(ctx)
+    return Result(values={"v": made}, axes={"v": axes}) if isinstance(made, np.ndarray) else made
+
+  return experiment(**{"tasks": "sides", **declared})(own)
+
+
+def carried_out(study, *, count=3, seeds=(0,)):
+  return perform(study, toy.setting(seeds=seeds), toy.cases(count))
+
+
+def test_the_runs_of_one_role_are_scored_as_the_study_returned_them():
+  study = study_of(lambda ctx: np.arange(ctx.sizes.R)[ctx.runs("case")], runs=BOTH)
+  found, _, _ = carried_out(study, seeds=(0, 1))
+  assert found.values["v"].tolist() == [[6, 7], [8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize(
+  ("study", "said"),
+  [
+    (
+      study_of(lambda ctx: np.zeros(ctx.sizes.R), runs=BOTH),
+      "axis run of 'v' has 12 places, wanted 6, one per case and seed: "
+      r"take value\[ctx.runs\('case'\)\]",
+    ),
+    (
+      study_of(lambda ctx: np.zeros(ctx.sizes.R), runs=("counterpart", "case"), axes=("case",)),
+      "axis case of 'v' has 12 places, wanted 3, one per case: give those of 'case' alone",
+    ),
+    (study_of(lambda ctx: np.zeros(1)), "axis run of 'v' has 1 places, wanted 6"),
+    (study_of(lambda ctx: {"v": 1}), r"own returned dict, wanted Result\(values="),
+    (study_of(lambda ctx: None), "own returned NoneType, wanted Result"),
+    (
+      study_of(lambda ctx: Result(values={}, axes={"u": ("run",)})),
+      "axes= names 'u', wanted a value that it returns: none",
+    ),
+    (
+      study_of(lambda ctx: np.zeros(6), zero=("w",)),
+      "zero= names 'w', wanted a value that it returns: v",
+    ),
+  ],
+)
+def test_what_a_study_may_not_return_is_refused(study, said):
+  with pytest.raises(ValueError, match=said):
+    carried_out(study, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("runs", [("counterprat", "case"), ("case", "case"), (), "case"])
+def test_roles_that_are_none_are_refused_where_they_are_declared(runs):
+  with pytest.raises(ValueError, match=r"wanted some of \('case', 'counterpart'\), each once"):
+    study_of(lambda ctx: None, runs=runs)

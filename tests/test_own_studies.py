@@ -1,10 +1,15 @@
 """Studies that users write: what is wrong with one is said in a sentence, and never scored."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 
 import toy
-from jax_videoreason.experiments import Result, experiment, perform
+from jax_videoreason.cli import run
+from jax_videoreason.experiments import EXPERIMENTS, Result, experiment, find, perform
+from jax_videoreason.folders import write_json
 
 BOTH = ("counterpart", "case")
 
@@ -64,3 +69,49 @@ def test_what_a_study_may_not_return_is_refused(study, said):
 def test_roles_that_are_none_are_refused_where_they_are_declared(runs):
   with pytest.raises(ValueError, match=r"wanted some of \('case', 'counterpart'\), each once"):
     study_of(lambda ctx: None, runs=runs)
+
+
+# A study in a file of its own
+
+FILE = '''
+import numpy as np
+from jax_videoreason.experiments import Result, experiment
+from jax_videoreason.interventions import identity
+
+@experiment(tasks="pick")
+def {name}(ctx, *, k=3):
+  """A question."""
+  return Result(values={{"v": np.full(ctx.sizes.R, {value})}}, axes={{"v": ("run",)}})
+'''
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+  """Writes the module `own_file`, which is then imported anew."""
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def write(text):
+    (tmp_path / "own_file.py").write_text(text)
+    sys.modules.pop("own_file", None)
+    importlib.invalidate_caches()
+    return "own_file:own"
+
+  yield write
+  sys.modules.pop("own_file", None)
+
+
+def test_code_that_changed_is_new_work_and_a_result_of_other_code_is_named(write, tmp_path):
+  sources = []
+  for value in ("1.0", "22.0"):
+    study = find(write(FILE.format(name="own", value=value)))
+    sources.append(study.source())
+  assert [source["module"] for source in sources] == ["own_file"] * 2
+  assert sources[0]["sha256"] != sources[1]["sha256"]
+  assert EXPERIMENTS["noise"].source() is None
+  out = tmp_path / "out"
+  out.mkdir()
+  write_json(out / "result.json", {"key": "k", "source": sources[0]})
+  with pytest.raises(ValueError, match="it was made by other code than own_file has now"):
+    run.check_out(out, redo=False, source=sources[1])
+  with pytest.raises(ValueError, match=r"\(it has result.json\)"):
+    run.check_out(out, redo=False, source=sources[0])

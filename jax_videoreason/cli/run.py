@@ -175,11 +175,14 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   study.check(own["experiment"])
   made = setting.load(chosen, sharding.mesh_here(mesh))
   layout = None if made.mesh is None else dict(made.mesh.shape)
-  key = _key(study.name, asked, own, setting.fingerprint(chosen))
+  source = study.source()
+  key = _key(
+    study.name, asked, own, setting.fingerprint(chosen), *([] if source is None else [source])
+  )
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return
-  check_out(out, redo=redo)
+  check_out(out, redo=redo, source=source)
   with folders.held(out, needed=False):
     if redo:
       with folders.disk(out):
@@ -199,7 +202,9 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       progress=lambda total, title: console.progress(total, title, "evaluation"),
     )
     with folders.filled(out, owned=lambda name: name in OWNED, redo=True) as folder:
-      results.save(folder, result, {**record, "preview_agreement": agreement, "key": key})
+      results.save(
+        folder, result, {**record, "preview_agreement": agreement, "key": key, "source": source}
+      )
       store.write_manifest(
         folder,
         config={**asked, "batch": batch, **own},
@@ -245,26 +250,37 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
 
 def is_done(out: Path, key: str) -> bool:
   """Whether `out` holds the result of this very command; a damaged one is none."""
-  from jax_videoreason.folders import read_json
-
-  try:
-    found = read_json(out / "result.json")
-  except ValueError:
-    return False
-  return isinstance(found, dict) and found.get("key") == key
+  return _record(out).get("key") == key
 
 
-def check_out(out: Path, *, redo: bool) -> None:
-  """ValueError where `out` holds something else than an interrupted study, unless `redo`."""
+def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) -> None:
+  """ValueError where `out` holds something else than an interrupted study, unless `redo`.
+
+  source: of the study, if it does not ship.
+  """
   from jax_videoreason.folders import LOCK, STAGE
 
   if redo or not out.exists():
     return
   there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, LOCK, STAGE))
   if there:
+    before = _record(out).get("source")
+    changed = source is not None and before is not None and before != source
+    code = f"; it was made by other code than {source['module']} has now" if changed else ""
     raise ValueError(
-      f"{out} holds something else (it has {there[0]}): choose another --out, or give --redo."
+      f"{out} holds something else (it has {there[0]}{code}): choose another --out, or give --redo."
     )
+
+
+def _record(out: Path) -> dict[str, Any]:
+  """What result.json says; nothing where it is missing or damaged."""
+  from jax_videoreason.folders import read_json
+
+  try:
+    found = read_json(out / "result.json")
+  except ValueError:
+    return {}
+  return found if isinstance(found, dict) else {}
 
 
 def _key(*parts: Any) -> str:

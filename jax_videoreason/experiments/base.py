@@ -6,6 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax_videoreason.experiments.context import (
   title,
 )
 from jax_videoreason.experiments.results import Claim, Finding, Result
-from jax_videoreason.folders import plain
+from jax_videoreason.folders import checksum, plain
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Case, Task
@@ -59,6 +60,30 @@ class Study:
   least: Mapping[str, int]
   options: Mapping[str, Any]
 
+  @property
+  def module(self) -> str:
+    """Where its function was written."""
+    return self.run.__module__
+
+  @property
+  def shipped(self) -> bool:
+    return ships(self.module)
+
+  def source(self) -> dict[str, str] | None:
+    """Module and sha256 of the file of a study that does not ship; None = it ships.
+
+    Of one that has no file, such as one typed in, the sha256 is empty.
+    """
+    if self.shipped:
+      return None
+    try:
+      file = inspect.getsourcefile(inspect.unwrap(self.run))
+    except TypeError:
+      file = None
+    path = None if file is None else Path(file)
+    known = path is not None and path.is_file()
+    return {"module": self.module, "sha256": checksum(path) if known else ""}
+
   def trajectories(
     self, sizes: Sizes, options: Mapping[str, Any], *, switch: bool = False
   ) -> float:
@@ -90,6 +115,11 @@ class Study:
   def tapped(self, sizes: Sizes, options: Mapping[str, Any]) -> TapSpec:
     """The largest taps of a batch."""
     return self.taps(sizes, **_asked(self.taps, options))
+
+
+def ships(module: str) -> bool:
+  """Whether a module is one of those beside this one."""
+  return module.rpartition(".")[0] == __package__
 
 
 def _asked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +260,7 @@ def perform(
   )
   record = {
     "experiment": study.name,
+    "module": study.module,
     "question": study.question,
     "method": study.method,
     "limits": study.limits,

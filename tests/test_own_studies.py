@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 
 import toy
+from jax_videoreason import cli
 from jax_videoreason.cli import run
-from jax_videoreason.experiments import EXPERIMENTS, Result, experiment, find, perform
+from jax_videoreason.experiments import (
+  EXPERIMENTS,
+  Claim,
+  Result,
+  experiment,
+  find,
+  judge_again,
+  perform,
+  results,
+)
 from jax_videoreason.folders import write_json
 
 BOTH = ("counterpart", "case")
@@ -115,3 +125,33 @@ def test_code_that_changed_is_new_work_and_a_result_of_other_code_is_named(write
     run.check_out(out, redo=False, source=sources[1])
   with pytest.raises(ValueError, match=r"\(it has result.json\)"):
     run.check_out(out, redo=False, source=sources[0])
+
+
+def test_an_own_study_named_like_one_that_ships_is_not_taken_for_it(write, tmp_path, monkeypatch):
+  asked = []
+
+  def stop(study, *_, options, chunks, **__):
+    asked.append((study.module, options, chunks.of))
+    raise ValueError("it got as far as that")
+
+  monkeypatch.setattr("jax_videoreason.experiments.perform", stop)
+  for value in ("1.0", "22.0"):
+    write(FILE.format(name="noise", value=value))
+    words = ["run", "own_file:noise", "--config.cases=1", f"--out={tmp_path / 'out'}"]
+    assert cli.main(words) == cli.BAD_INPUT
+  (module, options, before), (_, _, after) = asked
+  assert (module, options) == ("own_file", {"k": 3})
+  assert before != after  # chunks of other code
+
+
+def test_a_report_leaves_the_claims_of_an_own_study_alone(tmp_path):
+  claim = Claim(says="s", of="v", statistic="mean", above=0.1)
+
+  def noise(ctx):
+    """A question."""
+    return Result(values={"v": np.ones(ctx.sizes.R)}, axes={"v": ("run",)})
+
+  found, record, _ = carried_out(experiment(tasks="sides", claims=[claim])(noise))
+  results.save(tmp_path, found, record)
+  judge_again(tmp_path)
+  assert [row["says"] for row in results.load(tmp_path)[1]["claims"]] == ["s"]

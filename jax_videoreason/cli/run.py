@@ -62,7 +62,7 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   preset = _preset(words)
   study = None if name == ALL else find(name)
   try:
-    presets = _presets().get(preset, name.rpartition(":")[2])
+    presets = _presets().get(preset, study.name if study is not None and study.shipped else "")
   except KeyError as error:
     also = " (and paper for ensemble)" if preset == "paper" else ""
     raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}{also}.") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_videoreason import store
 from jax_videoreason.experiments import results
-from jax_videoreason.experiments.base import Study, experiment, perform, verdicts
+from jax_videoreason.experiments.base import Study, experiment, perform, ships, verdicts
 from jax_videoreason.experiments.behaviours import behaviours
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks, Context, Setting
@@ -66,13 +66,14 @@ def judge_again(folder: str | Path) -> None:
 
   Nothing is computed by a model. What the run declared before its data (value, statistic, region)
   stays; where the claims of today differ, the row says so under "today". A claim that no longer
-  ships keeps its verdict, as does a study. Where something changed, "judged_again" of the record
-  says when, and by which revision.
+  ships keeps its verdict, as does a study, also one named like one that ships. Where something
+  changed, "judged_again" of the record says when, and by which revision.
   """
   folder = Path(folder)
   result, record = results.load(folder)
   study = EXPERIMENTS.get(record["experiment"])
-  if study is None:
+  module = record.get("module")  # older results have none
+  if study is None or (module is not None and not ships(module)):
     return
   today = {(claim.number, claim.says): claim for claim in study.claims}
   rows = []

@@ -155,3 +155,29 @@ def test_a_report_leaves_the_claims_of_an_own_study_alone(tmp_path):
   results.save(tmp_path, found, record)
   judge_again(tmp_path)
   assert [row["says"] for row in results.load(tmp_path)[1]["claims"]] == ["s"]
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("def f(:", r"own_file: SyntaxError: .*own_file.py, line 1"),
+    ("1 / 0", "own_file: ZeroDivisionError: division by zero; mend it there"),
+    ("import nowhere", "No module named 'nowhere'"),
+    ("", "has no attribute 'own'"),
+    (FILE.format(name="own", value=1.0).replace("*, k=3", "k=3"), "'k' is no option, wanted key"),
+    (FILE.format(name="own", value=1.0).replace("k=3", "k"), "option 'k' has no default: give"),
+  ],
+)
+def test_a_file_that_is_no_study_is_told_in_a_sentence(write, text, said):
+  with pytest.raises(ValueError, match=said):
+    find(write(text))
+
+
+@pytest.mark.parametrize(
+  ("word", "value"), [("4", 4), ("step", "step"), ("(1,2)", (1, 2)), ("None", None)]
+)
+def test_an_option_that_is_none_at_first_takes_any_value(write, word, value):
+  write(FILE.format(name="own", value=1.0).replace("k=3", "k=None"))
+  flags, _ = cli.parse(run, ["own_file:own", f"--config.experiment.k={word}"])
+  assert cli.resolved(flags)["experiment"] == {"k": value}
+  assert cli.resolved(cli.parse(run, ["own_file:own"])[0])["experiment"] == {"k": None}

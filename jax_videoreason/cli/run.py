@@ -52,7 +52,7 @@ def define(flags: FlagValues) -> None:
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   """The config with the keys of a study in it, as the preset of the command line has them."""
-  from ml_collections import ConfigDict
+  from ml_collections import ConfigDict, config_dict
 
   from jax_videoreason.experiments import find
 
@@ -73,7 +73,13 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
     config.words = tuple(words)
     config.update(presets)
     if study is not None:
-      config.experiment = ConfigDict({**study.options, **own})
+      options = {**study.options, **own}
+      config.experiment = ConfigDict(
+        {  # None alone has a type that no value given has
+          name: config_dict.placeholder(object) if value is None else value
+          for name, value in options.items()
+        }
+      )
   return config
 
 

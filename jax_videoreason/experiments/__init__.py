@@ -56,6 +56,8 @@ def find(name: str) -> Study:
     study = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError) as error:
     raise ValueError(f"{name}: {error}; wanted module:function of an @experiment.") from error
+  except Exception as error:  # whatever the code of a user raises
+    raise ValueError(f"{module}: {type(error).__name__}: {error}; mend it there.") from error
   if not isinstance(study, Study):
     raise ValueError(f"{name} is {type(study).__name__}, wanted a function under @experiment.")
   return study

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from jax_videoreason.tasks import Case, Task
 EVENT = "backend_compile_duration"
 PROGRAM = "_trajectory"
 LIMITS = "Limits: "
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 ROLES: dict[str, Callable[[Task, Case], Case]] = {
   "case": lambda task, case: case,
@@ -151,7 +152,7 @@ def experiment(
   finish: (result of all cases, options...) -> Result, for what needs all of them, such as probes.
   least: option -> the smallest number that it, or any entry of it, may be.
 
-  ValueError: a role that is none.
+  ValueError: a role that is none; an argument that is no option, or an option without default.
   """
   _check_roles(runs)
 
@@ -161,10 +162,11 @@ def experiment(
     limits = [text[:1].upper() + text[1:] for text in limits]
     rest = [p for p in paragraphs if not p.startswith(LIMITS)]
     signature = inspect.signature(function).parameters.values()
+    _check_signature(function.__name__, signature)
     return Study(
       name=function.__name__,
       run=function,
-      question=rest[0],
+      question=rest[0] if rest else "",
       method="\n".join(rest[1:]),
       limits="\n".join(limits),
       claims=tuple(claims),
@@ -185,6 +187,19 @@ def _check_roles(runs: Sequence[str]) -> None:
   """ValueError for runs= that is empty, a text, or names a role that is not there or twice."""
   if isinstance(runs, str) or not runs or set(runs) - ROLES.keys() or len(set(runs)) < len(runs):
     raise ValueError(f"runs={runs!r}, wanted some of {tuple(ROLES)}, each once.")
+
+
+def _check_signature(name: str, signature: Iterable[inspect.Parameter]) -> None:
+  """ValueError where a function can't be called with ctx and its options alone."""
+  _, *more = [p.name for p in signature if p.kind in POSITIONAL] or [None]
+  if more:
+    raise ValueError(
+      f"{name}: argument {more[0]!r} is no option, wanted keyword-only ones, after *, as in "
+      f"(ctx, *, {more[0]}=1)."
+    )
+  for p in signature:
+    if p.kind is p.KEYWORD_ONLY and p.default is p.empty:
+      raise ValueError(f"{name}: option {p.name!r} has no default: give one, as in {p.name}=1.")
 
 
 def counterpart(task: Task, case: Case) -> Case:

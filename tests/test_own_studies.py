@@ -19,7 +19,7 @@ from jax_videoreason.experiments import (
   perform,
   results,
 )
-from jax_videoreason.folders import write_json
+from jax_videoreason.folders import remove, write_json
 
 BOTH = ("counterpart", "case")
 
@@ -181,3 +181,38 @@ def test_an_option_that_is_none_at_first_takes_any_value(write, word, value):
   flags, _ = cli.parse(run, ["own_file:own", f"--config.experiment.k={word}"])
   assert cli.resolved(flags)["experiment"] == {"k": value}
   assert cli.resolved(cli.parse(run, ["own_file:own"])[0])["experiment"] == {"k": None}
+
+
+@pytest.mark.parametrize(
+  ("more", "of", "said"),
+  [
+    ({}, "w", "claim 's' can't be judged: no value 'w'; there are: v"),
+    ({"zero": ("v",)}, "v[layer=9]", r"axis 'layer' has no place '9'; it has: \[\]"),
+    ({"finish": lambda result: result}, "w", "no value 'w'; there are: v"),
+  ],
+)
+def test_a_claim_about_what_a_study_does_not_return_is_named(more, of, said):
+  claim = Claim(says="s", of=of, statistic="mean", above=0.1)
+  study = study_of(lambda ctx: np.zeros(ctx.sizes.R), claims=[claim], **more)
+  with pytest.warns(UserWarning, match=said):
+    _, _, (finding,) = carried_out(study)
+  assert finding.verdict == "not run here"
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("[]", "result.json is missing or damaged"),
+    ('{"overall": 1.0}', "result.json has no 'axes', so it is damaged or not of a study"),
+    (None, "arrays.zarr/v is missing or damaged"),
+  ],
+)
+def test_a_result_that_is_damaged_is_named(tmp_path, text, said):
+  results.save(tmp_path, Result(values={"v": np.ones(3)}, axes={"v": ("case",)}), {})
+  if text is None:
+    remove(tmp_path / "arrays.zarr")
+  else:
+    (tmp_path / "result.json").write_text(text)
+  for read in (results.load, judge_again):
+    with pytest.raises(ValueError, match=said):
+      read(tmp_path)

@@ -22,7 +22,7 @@ from jax_videoreason.experiments.layer_swap import layer_swap
 from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
-from jax_videoreason.folders import checksum, read_json, write_json
+from jax_videoreason.folders import checksum, damaged, read_json, write_json
 from jax_videoreason.settings import nearest
 
 EXPERIMENTS: dict[str, Study] = {
@@ -73,10 +73,12 @@ def judge_again(folder: str | Path) -> None:
   """
   folder = Path(folder)
   result, record = results.load(folder)
-  study = EXPERIMENTS.get(record["experiment"])
+  study = EXPERIMENTS.get(record.get("experiment", ""))
   module = record.get("module")  # older results have none
   if study is None or (module is not None and not ships(module)):
     return
+  if not {"claims", "control"} <= record.keys():
+    raise damaged(folder / "result.json")
   today = {(claim.number, claim.says): claim for claim in study.claims}
   rows = []
   for row in record["claims"]:

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,16 +259,22 @@ def perform(
     if study.zero:
       found = _batch(study, first, given)
       control = {name: _largest(found, name) for name in study.zero}
+      _warn_of_claims(study, found, counts, len(setting.chosen.seeds))
       tally = dataclasses.replace(tally, evaluations=0, saved=0, reused=0)
     with bar as advance:
       tally.advance = advance
-      parts = [_batch(study, context(i, control=False), given) for i in range(len(groups))]
+      parts = []
+      for number in range(len(groups)):
+        parts.append(_batch(study, context(number, control=False), given))
+        if number == 0 and not study.zero:
+          _warn_of_claims(study, parts[0], counts, len(setting.chosen.seeds))
   result = results.join(parts, len(setting.chosen.seeds), counts)
   points = {**result.points, "case": [title(case) for case in cases]}
   points = {**points, "seed": list(setting.chosen.seeds)}
   result = dataclasses.replace(result, points=points)
   if study.finish is not None:
     result = study.finish(result, **given)
+    _name_missing(study, result)
   findings = verdicts(study, result, control)
   say(
     f"{study.name}: {tally.evaluations:,} evaluations, {tally.saved:,} saved by shared prefixes, "
@@ -390,6 +397,23 @@ def _check_result(study: Study, found: Any, ctx: Context) -> None:
           f"{study.name}: axis {axis} of {name!r} has {size} places, wanted {count}, one per "
           f"{each}: {remedy}."
         )
+
+
+def _warn_of_claims(study: Study, part: Result, counts: Sequence[int], seeds: int) -> None:
+  """`_name_missing` as soon as a batch is there, unless `finish` makes more values of all."""
+  if study.finish is None:
+    _name_missing(study, results.join([part], seeds, counts[:1]))
+
+
+def _name_missing(study: Study, result: Result) -> None:
+  """Warns of claims about what a study does not return; those that ship may leave out some."""
+  for claim in () if study.shipped else study.claims:
+    for of in (claim.of,) if isinstance(claim.of, str) else claim.of:
+      if not result.has(of):
+        try:
+          result.per_case(of)
+        except ValueError as error:
+          warnings.warn(f"claim {claim.says!r} can't be judged: {error}", stacklevel=3)
 
 
 def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:

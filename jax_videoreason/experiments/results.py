@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import arrays, stats
-from jax_videoreason.folders import plain, read_json, write_json
+from jax_videoreason.folders import damaged, plain, read_json, write_json
 
 SEED = 0  # of every resampling
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
@@ -273,10 +273,25 @@ def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
 
 
 def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
-  """(the arrays, all of `result.json`) of a folder that an experiment left."""
+  """(the arrays, all of `result.json`) of a folder that an experiment left.
+
+  ValueError: it is none, or a file of it is missing or damaged.
+  """
   folder = Path(folder)
-  record = read_json(folder / "result.json")
-  stored = arrays.open_group(folder / "arrays.zarr")
+  path, root = folder / "result.json", folder / "arrays.zarr"
+  record = read_json(path)
+  if not isinstance(record, dict):
+    raise damaged(path)
+  lacking = [key for key in ("axes", "points", "titles", "notes") if key not in record]
+  if lacking:
+    raise ValueError(
+      f"{path} has no {lacking[0]!r}, so it is damaged or not of a study: give the --out of "
+      "`videoreason run NAME`, or run it again."
+    )
+  stored = arrays.open_group(root)
+  for name in record["axes"]:
+    if name not in stored:
+      raise damaged(root / name)
   result = Result(
     values={name: stored[name][...] for name in record["axes"]},
     axes={name: tuple(stored[name].axes) for name in record["axes"]},

@@ -64,6 +64,11 @@ from jax_videoreason.taps import TapSpec
 from jax_videoreason.version import __version__
 
 FORMAT = 1
+OTHERS = {  # a file that other folders have -> what such a folder is
+  "sweep.json": "a sweep, no run: open it by open_sweep",
+  "evaluation.json": "an evaluation, no run: read its result.json and table.parquet",
+  "result.json": "a study, no run: open it by open_study",
+}
 CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
@@ -445,6 +450,9 @@ def open_run(folder: str | Path) -> Run:
   folder = Path(folder)
   if not folder.is_dir():
     raise ValueError(f"there is no folder {folder}: give the --out of a run.")
+  other = next((said for name, said in OTHERS.items() if (folder / name).is_file()), None)
+  if other is not None and not (folder / "runs.json").is_file():
+    raise ValueError(f"{folder} is {other}.")
   if not (folder / "manifest.json").is_file():
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import jax_videoreason
 import toy
 from jax_videoreason import cli
 from jax_videoreason.cli import run
@@ -216,3 +217,16 @@ def test_a_result_that_is_damaged_is_named(tmp_path, text, said):
   for read in (results.load, judge_again):
     with pytest.raises(ValueError, match=said):
       read(tmp_path)
+
+
+def test_a_study_is_opened_in_python_and_open_run_names_what_it_is(tmp_path):
+  with pytest.raises(ValueError, match=r"has no result.json, so it is no finished study"):
+    jax_videoreason.open_study(tmp_path)
+  results.save(tmp_path, Result(values={"v": np.ones(3)}, axes={"v": ("case",)}), {"steps": 8})
+  found, record = jax_videoreason.open_study(tmp_path)
+  assert (found.values["v"].tolist(), record["steps"]) == ([1, 1, 1], 8)
+  with pytest.raises(ValueError, match="is a study, no run: open it by open_study"):
+    jax_videoreason.open_run(tmp_path)
+  write_json(tmp_path / "sweep.json", {})
+  with pytest.raises(ValueError, match="is a sweep, no run: open it by open_sweep"):
+    jax_videoreason.open_run(tmp_path)

@@ -228,6 +228,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     [(f.claim.says, f.estimate, f.low, f.high, f.verdict) for f in findings],
   )
   console.say(f"report: {page.resolve().as_uri()}")
+  console.say(f"in Python: jax_videoreason.open_study({str(out.resolve())!r})")
 
 
 def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, float | None]:

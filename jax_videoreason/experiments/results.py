@@ -272,6 +272,20 @@ def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
   )
 
 
+def open_study(folder: str | Path) -> tuple[Result, dict[str, Any]]:
+  """(arrays with named axes, all of `result.json`) of the --out of `videoreason run NAME`.
+
+  Raises:
+    ValueError: the folder is no finished study, or a file of it is missing or damaged.
+  """
+  if not (Path(folder) / "result.json").is_file():
+    raise ValueError(
+      f"{folder} has no result.json, so it is no finished study: give the --out of "
+      "`videoreason run NAME`."
+    )
+  return load(folder)
+
+
 def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
   """(the arrays, all of `result.json`) of a folder that an experiment left.
 

@@ -64,8 +64,8 @@ class Study:
 
   @property
   def module(self) -> str:
-    """Where its function was written."""
-    return self.run.__module__
+    """Where its function was written; empty where nobody knows, as of a text that is executed."""
+    return self.run.__module__ or ""
 
   @property
   def shipped(self) -> bool:

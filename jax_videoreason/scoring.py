@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jax_videoreason import baselines, stats
 
@@ -45,10 +46,10 @@ def per_problem(rows: Sequence[Row], system: str, measure: str) -> np.ndarray:
   return _by_problem([row[measure] for row in own], [row["problem"] for row in own])
 
 
-def _by_problem(values: Sequence[float], problems: Sequence[str]) -> np.ndarray:
+def _by_problem(values: ArrayLike, problems: ArrayLike) -> np.ndarray:
   """The mean of the values of each problem, in the order of their names."""
   _, of = np.unique(problems, return_inverse=True)
-  return np.bincount(of, weights=values) / np.bincount(of)
+  return np.bincount(of, weights=np.asarray(values, float)) / np.bincount(of)
 
 
 def measures(rows: Sequence[Row], system: str) -> dict[str, Any]:

@@ -271,9 +271,9 @@ def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) ->
     return
   there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, LOCK, STAGE))
   if there:
-    before = _record(out).get("source")
-    changed = source is not None and before is not None and before != source
-    code = f"; it was made by other code than {source['module']} has now" if changed else ""
+    before, code = _record(out).get("source"), ""
+    if source is not None and before is not None and before != source:
+      code = f"; it was made by other code than {source['module']} has now"
     raise ValueError(
       f"{out} holds something else (it has {there[0]}{code}): choose another --out, or give --redo."
     )

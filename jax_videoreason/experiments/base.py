@@ -79,12 +79,10 @@ class Study:
     if self.shipped:
       return None
     try:
-      file = inspect.getsourcefile(inspect.unwrap(self.run))
+      file = Path(inspect.getsourcefile(inspect.unwrap(self.run)) or "")
     except TypeError:
-      file = None
-    path = None if file is None else Path(file)
-    known = path is not None and path.is_file()
-    return {"module": self.module, "sha256": checksum(path) if known else ""}
+      file = Path()
+    return {"module": self.module, "sha256": checksum(file) if file.is_file() else ""}
 
   def trajectories(
     self, sizes: Sizes, options: Mapping[str, Any], *, switch: bool = False

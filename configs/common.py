@@ -125,8 +125,8 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
     *path, last = key.strip().split(".")
     place: Any = config
     for name in path:
-      place = place[name]
-    if last not in place:
+      place = place.get(name) if isinstance(place, ConfigDict) else None
+    if not isinstance(place, ConfigDict) or last not in place:
       raise KeyError(key.strip())
     try:
       place[last] = _literal(value.strip())

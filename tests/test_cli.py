@@ -310,6 +310,7 @@ def test_a_config_takes_an_argument_and_overrides(monkeypatch, words, field, val
   [
     (("--config.stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
     (("--config=mini:stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
+    (("--config=mini:steps.foo=3",), "has no key 'steps.foo'; did you mean 'steps'?"),
     (("--config=mini:steps",), "argument 'steps', wanted key=value"),
     (("--config=mini:steps=many",), "wanted a value of type int"),
     (("--config.steps=many",), "--config.steps=many"),
@@ -326,20 +327,46 @@ def test_a_wrong_config_is_refused_with_the_nearest_right_one(monkeypatch, words
   assert said in str(caught.value)
 
 
+OWN = "from jax_videoreason.configs import mini\ndef get_config"
+MINI = "  c = mini.get_config()\n"
+
+
 @pytest.mark.parametrize(
   ("source", "said"),
   [
     ("def get_config(argument=None):\n  return 3\n", "returned int, wanted a ConfigDict"),
     ("x = (\n", "was never closed"),
-    ("x = 3\n", "get_config"),
+    ("x = 3\n", "own.py has no get_config: define one"),
+    ("import os\nx = os.environ['NOPE_X']\n", "own.py: KeyError: NOPE_X"),
+    (f"{OWN}(argument=None):\n  return {{}}['x']\n", "own.py: KeyError: x"),
+    (f"{OWN}(argument=None):\n  return stepz\n", "own.py: NameError: name 'stepz' is not defined"),
+    (f"{OWN}():\n  return 1 / 0\n", "own.py: ZeroDivisionError: division by zero"),
+    (f"{OWN}():\n{MINI}  c.stepz = 4\n", "own.py has no key 'stepz'; did you mean 'steps'?"),
+    (f"{OWN}():\n{MINI}  c.taps.xyz = 4\n", "own.py has no key 'xyz'; it takes no new ones"),
   ],
 )
 def test_a_broken_config_file_is_refused(tmp_path, source, said):
   path = tmp_path / "own.py"
   path.write_text(source)
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(cli.UsageError) as caught:
     configured(f"--config={path}")
   assert said in str(caught.value)
+  assert len(str(caught.value)) < 200 + len(str(path))
+
+
+def test_get_config_needs_no_parameter(tmp_path):
+  path = tmp_path / "own.py"
+  path.write_text(f"{OWN}():\n{MINI}  c.steps = 4\n  return c\n")
+  assert configured(f"--config={path}").steps == 4
+  with pytest.raises(cli.UsageError, match="takes no argument, 'steps=3' was given"):
+    configured(f"--config={path}:steps=3")
+
+
+def test_a_fault_of_a_config_file_is_not_laid_on_its_argument(tmp_path):
+  path = tmp_path / "own.py"
+  path.write_text(f"{OWN}(argument=None):\n  return {{}}['NOPE']\n")
+  with pytest.raises(cli.UsageError, match="KeyError: NOPE"):
+    configured(f"--config={path}:steps=3")
 
 
 # sample

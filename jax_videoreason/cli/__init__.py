@@ -6,7 +6,9 @@ is its help. Nothing is imported before the command is known, so `videoreason --
 
 import importlib
 import importlib.util
+import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -313,16 +315,66 @@ def load_config(name: str) -> "ConfigDict":
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.get_config(argument or None)
-  except KeyError as error:
-    known = [key for key, _ in _flat(module.get_config())]
-    key = str(error.args[0])
-    raise UsageError(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
-  except (SyntaxError, ImportError, AttributeError, TypeError, ValueError) as error:
-    raise UsageError(f"config {name}: {error}") from error
+    config = _made(module, base, argument)
+  except UsageError:
+    raise
+  except Exception as error:  # whatever the code of a config may raise
+    raise UsageError(_refused(error, base, argument)) from error
   if not isinstance(config, ConfigDict):
     raise UsageError(f"get_config of {path} returned {type(config).__name__}, wanted a ConfigDict.")
   return config.lock()
+
+
+def _made(module: Any, base: str, argument: str) -> Any:
+  """What get_config returns, given the argument where it takes one.
+
+  UsageError: there is no get_config, or no such key or argument.
+  """
+  make = getattr(module, "get_config", None)
+  if make is None:
+    raise UsageError(f"config {base} has no get_config: define one that returns a ConfigDict.")
+  if not _takes_argument(make):
+    if argument:
+      raise UsageError(
+        f"config {base} takes no argument, {argument!r} was given: leave it out, or write "
+        "get_config(argument=None)."
+      )
+    return make()
+  try:
+    return make(argument or None)
+  except KeyError as error:
+    key = str(error.args[0]) if error.args else ""
+    if not key or key not in argument:
+      raise
+    known = [name for name, _ in _flat(make(None))]
+    raise UsageError(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
+
+
+def _takes_argument(make: Callable[..., Any]) -> bool:
+  try:
+    inspect.signature(make).bind(None)
+  except TypeError:
+    return False
+  return True
+
+
+def _refused(error: Exception, base: str, argument: str) -> str:
+  """One sentence of what the code of a config raised."""
+  cause: Any = error
+  while cause.args and isinstance(cause.args[0], BaseException):  # a ConfigDict wraps its own
+    cause = cause.args[0]
+  text = str(cause.args[0] if isinstance(cause, KeyError) and cause.args else cause)
+  if unknown := re.match(r'Key "(.+?)" does not exist', text):
+    near = re.search(r'Did you mean "(.+?)"', text)
+    said = (
+      f"did you mean {near[1]!r}?"
+      if near
+      else "it takes no new ones: leave it out, or add it inside `with config.unlocked()`."
+    )
+    return f"config {base} has no key {unknown[1]!r}; {said}"
+  if isinstance(error, ValueError):  # the sentence of one that refuses its argument
+    return f"config {base}{argument and ':'}{argument}: {text}"
+  return f"config {base}: {type(error).__name__}: {text}"
 
 
 def shipped() -> Path:

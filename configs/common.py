@@ -1,6 +1,7 @@
 """What configurations share: the fields of a run, and `parse` for their argument."""
 
 import ast
+import itertools
 import re
 from typing import Any
 
@@ -15,6 +16,10 @@ NEGATIVE_PROMPT = (
 )
 # A shaking camera too: put before it for image to video of Wan2.1.
 STEADY = "镜头晃动，"
+
+# a quote opens where a value may begin, so not in don't
+_QUOTED = re.compile(r"""(?<=[=(\[{,:\s])('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+_INNERMOST = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 
 
 def sample() -> ConfigDict:
@@ -117,23 +122,43 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
     KeyError: the key, where the config has none of that name.
     ValueError: a word without a value, or a value of another kind.
   """
-  # a comma inside brackets belongs to the value
-  for part in filter(None, re.split(r",(?![^()\[\]{}]*[)\]}])", argument or "")):
+  for part in _parts(argument or ""):
     key, equals, value = part.partition("=")
     if not equals:
-      raise ValueError(f"argument {part!r}, wanted key=value,other=value.")
+      raise ValueError(
+        f"argument {part!r}, wanted key=value,other=value, and several values of one key in "
+        "brackets."
+      )
     *path, last = key.strip().split(".")
     place: Any = config
     for name in path:
       place = place.get(name) if isinstance(place, ConfigDict) else None
     if not isinstance(place, ConfigDict) or last not in place:
       raise KeyError(key.strip())
+    given = _literal(value.strip())
+    if place.get_type(last) is tuple and not isinstance(given, tuple | list | None):
+      given = (given,)
     try:
-      place[last] = _literal(value.strip())
+      place[last] = given
     except TypeError as error:
       kind = place.get_type(last).__name__
       raise ValueError(f"{part}: wanted a value of type {kind}.") from error
   return config
+
+
+def _parts(argument: str) -> list[str]:
+  """Cut at its commas; those in quotes and in brackets belong to a value."""
+  masked = _QUOTED.sub(_mask, argument)
+  before = ""
+  while masked != before:
+    before, masked = masked, _INNERMOST.sub(_mask, masked)
+  cuts = [-1, *(at for at, sign in enumerate(masked) if sign == ","), len(argument)]
+  parts = [argument[low + 1 : high] for low, high in itertools.pairwise(cuts)]
+  return [part for part in parts if part]
+
+
+def _mask(found: re.Match[str]) -> str:
+  return "_" * len(found[0])
 
 
 def _literal(value: str) -> Any:

@@ -297,12 +297,25 @@ def test_every_shipped_config_is_read_and_documented():
     (("--config.taps.sites=('attn_out',)",), "taps", settings.TapSettings(sites=("attn_out",))),
     (("--config=mini:taps.layers=(1,2)",), "taps", settings.TapSettings(layers=(1, 2))),
     (("--config=mini:taps.layers=[1,2],steps=3",), "taps", settings.TapSettings(layers=(1, 2))),
+    (("--config=mini:guidance=1.0",), "guidance", (1.0,)),
+    (("--config=mini:taps.sites=attn_out",), "taps", settings.TapSettings(sites=("attn_out",))),
+    (("--config=mini:taps.layers=3,steps=3",), "taps", settings.TapSettings(layers=(3,))),
+    (("--config=mini:taps.layers=None",), "taps", settings.TapSettings()),
+    (("--config=mini:negative_prompt='a, b',steps=3",), "negative_prompt", "a, b"),
+    (("--config=mini:negative_prompt='a, (b',steps=3",), "steps", 3),
+    (("--config=mini:negative_prompt=don't (blur),steps=3",), "negative_prompt", "don't (blur)"),
     (("--checkpoint=some/folder",), "checkpoint", "some/folder"),
   ],
 )
 def test_a_config_takes_an_argument_and_overrides(monkeypatch, words, field, value):
   monkeypatch.chdir(ROOT)
   assert getattr(configured(*words), field) == value
+
+
+def test_an_argument_takes_one_value_for_a_tuple_and_nested_brackets():
+  assert cli.load_config("seeds_mini:tasks=maze").tasks == ("maze",)
+  edits = "edits={'a':{'edit':'noise_at','steps':(1,2),'frames':(0,1)},'none':{'edit':'none'}}"
+  assert list(cli.load_config(f"seeds_mini:{edits},cases=2").edits) == ["a", "none"]
 
 
 @pytest.mark.parametrize(

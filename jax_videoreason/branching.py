@@ -156,7 +156,12 @@ def parse(words: str | None, step: int) -> dict[str, Any]:
     raise ValueError(f"--intervene={words}: no edit {name!r}; {settings.nearest(name, known)}")
   said: dict[str, Any] = {"edit": name}
   for word in filter(None, rest.split(",")):
-    key, _, text = word.partition("=")
+    key, equals, text = word.partition("=")
+    if not equals:
+      raise ValueError(
+        f"--intervene={words}: {word!r} is no key=value; several sites are joined by +, as "
+        "sites=attn_out+mlp_out."
+      )
     if key not in known[name]:
       wanted = settings.nearest(key, known[name])
       raise ValueError(f"--intervene={words}: {name} takes no {key!r}; {wanted}")

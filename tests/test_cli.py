@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -194,7 +195,9 @@ def test_every_command_explains_itself(call, command):
   status, out, _ = call(command, "--help")
   assert status == 0
   assert f"videoreason {command}" in out
-  assert "options:" in out
+  _, _, options = out.partition("options:\n")
+  assert options
+  assert all(re.match(r"  --[\w.=-]+  +\S", line) for line in options.splitlines() if line)
 
 
 def test_version(call):
@@ -585,6 +588,10 @@ BAD_BRANCHES = {
   "unknown site later": (
     ["--step=1", "--intervene=ablate:sites=attn_out+mlp"],
     "--intervene=ablate:sites=attn_out+mlp: no site 'mlp'",
+  ),
+  "sites in brackets": (
+    ["--step=1", "--intervene=ablate:sites=('attn_out','mlp_out')"],
+    "several sites are joined by +, as sites=attn_out+mlp_out",
   ),
   "no mode": (["--step=1", "--intervene=noise_at"], "noise_at: noise_at needs mode, of replace"),
   "no sites": (["--step=1", "--intervene=ablate:gate=0"], "ablate needs sites, of resid_pre"),

@@ -168,10 +168,11 @@ def _command_help(module: Any) -> str:
   flags = new_flags()
   module.define(flags)
   lines = [(module.__doc__ or "").strip(), "", "options:"]
+  wide = max(12, *(len(name) + 2 for name in flags))
   for name in sorted(flags):
     flag = flags[name]
     default = "" if flag.default in (None, False, "") else f" (default: {flag.default_as_str})"
-    lines.append(f"  --{name:<12}{flag.help}{default}")
+    lines.append(f"  --{name:<{wide}}{flag.help}{default}")
   if CONFIG in flags:
     lines.append("  --config.KEY=VALUE  changes one value of the config, as --config.steps=10")
   return "\n".join(lines)

@@ -2,7 +2,7 @@
 
   videoreason sample --image FRAME.png --prompt "..." --out runs/mine
   videoreason sample --config mini:steps=50 --seeds 0,1,2 --image ... --prompt ... --out ...
-  videoreason sample --from runs/mine/trace.zarr --step 12 \
+  videoreason sample --from runs/mine/trace.zarr --step 12 \\
     --intervene noise_at:mode=add_sigma,gain=0.5 --out runs/branch
 
 Leaves manifest.json, runs.json, final_latents.npy, trace.zarr, video_<run>.mp4, x0_<run>.png and
@@ -99,7 +99,10 @@ def define(flags: FlagValues) -> None:
 
   DEFINE_string("from", None, "a stored run (or its trace.zarr) to take up", flag_values=flags)
   DEFINE_integer("step", None, "the step before which it is taken up", flag_values=flags)
-  said = "what is edited then, as noise_at:mode=add_sigma,gain=0.5"
+  said = (
+    "what is edited then, as noise_at:mode=add_sigma,gain=0.5; several sites are joined by +, as "
+    "ablate:sites=attn_out+mlp_out"
+  )
   DEFINE_string("intervene", None, said, flag_values=flags)
 
 

@@ -222,6 +222,9 @@ def test_version(call):
     (("tasks", "export", "--out=x", "--cases=0"), "--cases=0"),
     (("tasks", "export", "--out=x", "--frames=16"), "frames=16, wanted 1 + 4k"),
     (("demo", "--tasks=mase"), "no task 'mase'"),
+    (("demo", "--tasks=maze, mase"), "no task 'mase'"),
+    (("demo", "--out="), "--out is empty, wanted a path"),
+    (("tasks", "export", "--out", ""), "--out is empty, wanted a path"),
     (("demo", "--config=minni"), "did you mean 'mini'?"),
     (("demo", "--config.width=64"), "tasks are square"),
   ],
@@ -253,6 +256,15 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
   monkeypatch.setattr(cli, "_dispatch", broken)
   with pytest.raises(KeyError):
     cli.main(["report", "x"])
+
+
+def test_a_leading_tilde_is_the_home_folder(call, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  words = ("--tasks=pick", "--cases=1", "--size=32", "--frames=17")
+  assert call("tasks", "export", *words, "--out=~/cases")[0] == 0
+  assert [item.name for item in tmp_path.iterdir()] == ["home"]
+  assert (tmp_path / "home" / "cases").is_dir()
 
 
 # Configs

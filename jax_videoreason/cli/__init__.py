@@ -37,6 +37,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 CONFIG = "config"
 SWEEPS = "sweeps"
+# options that name a file or a folder
+PATHS = ("out", "from", "image", "noise", "data", "videos", "evalkit", "environment", "checkpoint")
 
 
 class UsageError(ValueError):
@@ -168,11 +170,11 @@ def _command_help(module: Any) -> str:
   flags = new_flags()
   module.define(flags)
   lines = [(module.__doc__ or "").strip(), "", "options:"]
-  wide = max(12, *(len(name) + 2 for name in flags))
+  wide = max([12, *(len(name) + 2 for name in flags)])
   for name in sorted(flags):
     flag = flags[name]
-    default = "" if flag.default in (None, False, "") else f" (default: {flag.default_as_str})"
-    lines.append(f"  --{name:<{wide}}{flag.help}{default}")
+    default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default_as_str})"
+    lines.append(f"  --{name:<{wide}}{' '.join(flag.help.split())}{default}")
   if CONFIG in flags:
     lines.append("  --config.KEY=VALUE  changes one value of the config, as --config.steps=10")
   return "\n".join(lines)
@@ -242,10 +244,25 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
     left = flags(["videoreason", *words])[1:]
   except absl_flags.Error as error:
     raise UsageError(f"{error}; --help says more.") from error
+  _find_home(flags)
   most = getattr(module, "WORDS", 0)
   if len(left) > most:
     raise UsageError(f"unexpected word {left[most]!r}: options begin with --.")
   return flags, left
+
+
+def _find_home(flags: "FlagValues") -> None:
+  """Puts the home folder for a leading ~, which shells leave in --out=~/runs.
+
+  UsageError: a path that was given is empty.
+  """
+  for name in PATHS:
+    if name in flags and flags[name].present and flags[name].value is not None:
+      if not flags[name].value:
+        raise UsageError(
+          f"--{name} is empty, wanted a path: give one, or set the shell variable given there."
+        )
+      flags[name].value = os.path.expanduser(flags[name].value)
 
 
 def _parse_config(

@@ -33,7 +33,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     )
   questions = []
   for name in flags.tasks.split(","):
-    task = tasks.load(name, size=chosen.height, frames=chosen.frames)
+    task = tasks.load(name.strip(), size=chosen.height, frames=chosen.frames)
     split = "heldout" if task.held_out else "id"
     for index in range(flags.cases):
       case = task.generate(split, index)

@@ -778,7 +778,16 @@ def test_a_command_line_that_makes_no_sense_is_one_sentence(words, said, capsys)
 def test_settings_that_make_no_sense_are_one_sentence(bench, tmp_path, capsys, words, said):
   out = tmp_path / "videos"
   assert call("generate", f"--data={bench}", f"--out={out}", *words) == 2
-  assert said in capsys.readouterr().err
+  err = capsys.readouterr().err
+  assert said in err and "denoise:" not in err  # before a bar begins
+  assert not out.exists()
+
+
+def test_clips_that_are_not_there_are_refused_before_a_bar_begins(bench, tmp_path, capsys):
+  out = tmp_path / "clips"
+  assert call("baselines", f"--data={bench}", f"--out={out}", "--clips=static,foo") == 2
+  err = capsys.readouterr().err
+  assert "no clips 'foo'; there are: static" in err and "write:" not in err
   assert not out.exists()
 
 

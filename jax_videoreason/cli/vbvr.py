@@ -28,7 +28,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import cli, console, distributed, folders, plan, settings, sharding
+from jax_videoreason import checkpoint, cli, console, distributed, folders, plan, settings, sharding
 from jax_videoreason.vbvr import (
   audit,
   baselines,
@@ -135,6 +135,9 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   cli.required(flags, "data", *([] if dry else ["out"]))
   process = (0, 1) if dry else distributed.initialize()
   data, chosen, job = asked(flags)
+  mesh = None if dry else sharding.mesh_here(flags.mesh)
+  if not dry:  # before a bar begins
+    generate.check(chosen, job, checkpoint.describe(chosen.checkpoint), redo=flags.redo, mesh=mesh)
   cost = plan.totals(jobs.work(chosen, data, job), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
   if dry:
@@ -150,7 +153,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
       redo=flags.redo,
       process=process,
       meet=distributed.meet,
-      mesh=sharding.mesh_here(flags.mesh),
+      mesh=mesh,
       guidance="sequential" if flags.sequential else "parallel",
       experts=flags.experts,
       draw=maps.draw,
@@ -300,6 +303,7 @@ def environment(flags: FlagValues) -> Path:
 def write_clips(
   out: Path, data: samples.Data, names: Sequence[str], *, redo: bool = False
 ) -> list[Path]:
+  baselines.check(names)
   with console.progress(len(data.samples) * len(names), "write", "clip") as advance:
     return baselines.write(out, data, names, redo=redo, advance=advance)
 

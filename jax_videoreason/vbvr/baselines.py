@@ -56,6 +56,13 @@ CLIPS: dict[str, tuple[Callable[[Sample], np.ndarray], str]] = {
 }
 
 
+def check(names: Sequence[str]) -> None:
+  """ValueError: an unknown name."""
+  unknown = [name for name in names if name not in CLIPS]
+  if unknown:
+    raise ValueError(f"no clips {unknown[0]!r}; there are: {', '.join(CLIPS)}.")
+
+
 def write(
   out: Path,
   data: Data,
@@ -69,9 +76,7 @@ def write(
   advance: told of every video. Raises ValueError for an unknown name, or a folder that holds
   something else.
   """
-  unknown = [name for name in names if name not in CLIPS]
-  if unknown:
-    raise ValueError(f"no clips {unknown[0]!r}; there are: {', '.join(CLIPS)}.")
+  check(names)
   folders = []
   for name in names:
     folder = out / name

@@ -193,9 +193,9 @@ def begin(
 ) -> None:
   """Makes `folder` ready to be filled piece by piece: new, or begun by a call that asked the same.
 
-  file: the name under which `asked` is kept there. owned: the names that `redo` removes; all others
-  are left alone. what: of which kind the content is, such as "evaluation". ignored: names that do
-  not count as content.
+  file: the name under which `asked` is kept there. owned: the names that `redo` removes where
+  `file` is there too; all others are left alone. what: of which kind the content is, such as
+  "evaluation". ignored: names that do not count as content.
 
   Raises:
     ValueError: `folder` is a file, holds something else, or what was asked otherwise.
@@ -207,7 +207,13 @@ def begin(
   with disk(folder):
     names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     there = sorted(names - set(ignored))
-    for name in set(there) & set(owned) if redo else ():
+    ours = sorted(set(there) & set(owned), key=lambda name: name == file)  # that tells whose, last
+    if redo and ours and file not in ours:
+      raise ValueError(
+        f"{folder} has {ours[0]} and no {file}, so it holds no {what} that --redo may replace: "
+        "choose another --out."
+      )
+    for name in ours if redo else ():
       remove(folder / name)
   if file in there and not redo:
     differ = list(differences(read_json(folder / file), asked))
@@ -219,9 +225,10 @@ def begin(
     return
   if there and not redo:
     more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    remedy = "" if ours else ", or give --redo to write beside it"
     raise ValueError(
       f"{folder} is not empty (it has {there[0]}{more}) and has no {file}, so nobody knows how "
-      "what is there was made: choose another --out, or give --redo to replace what is ours there."
+      f"what is there was made: choose another --out{remedy}."
     )
   with disk(folder):
     folder.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,13 @@ OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
   r"|(first|shown|x0)_\d+\.png|first_\d+\.npy|video_\d+\.mp4"
 )
+# what tells a folder of another kind
+OTHERS = {
+  "sweep.json": "a sweep",
+  "evaluation.json": "an evaluation",
+  "generation.json": "videos of vbvr",
+  "result.json": "results of a study",
+}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint", "av", "matplotlib")
 
 
@@ -93,7 +100,32 @@ def run_folder(
   """
   if not first:
     return contextlib.nullcontext(Path(out) / STAGE)
+  if redo:
+    _check_ours(Path(out))
   return whole(out, owned=OWNED.fullmatch, redo=redo)
+
+
+def _check_ours(out: Path) -> None:
+  """ValueError where files that `redo` would remove are of another kind, or were never written."""
+  there = {item.name for item in out.iterdir()} if out.is_dir() else set()
+  for name, kind in OTHERS.items():
+    if name in there:
+      raise ValueError(f"{out} holds {kind}, which no run replaces: choose another --out.")
+  lost = sorted(filter(OWNED.fullmatch, there))
+  # a killed command leaves its stage until all files are moved
+  if lost and not there & {STAGE, "trace.zarr"} and not _is_manifest(out / "manifest.json"):
+    raise ValueError(
+      f"{out} has {lost[0]} and no manifest of a run, so it holds nothing that --redo may replace: "
+      "choose another --out."
+    )
+
+
+def _is_manifest(path: Path) -> bool:
+  try:
+    found = read_json(path)
+  except ValueError:
+    return False
+  return isinstance(found, dict) and {"format", "files"} <= found.keys()
 
 
 def write_final_latents(folder: str | Path, latents: Any) -> None:

@@ -127,7 +127,13 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
   with disk(folder):
     there = sorted(item.name for item in folder.iterdir() if item.name != LOCK)
     if redo:
-      for name in set(there) & set(OWNED):
+      ours = sorted(set(there) & set(OWNED), key=lambda name: name == ASKED)  # tells whose, last
+      if ours and ASKED not in ours:
+        raise ValueError(
+          f"{folder} has {ours[0]} and no {ASKED}, so it holds no sweep that --redo may replace: "
+          "choose another --out."
+        )
+      for name in ours:
         remove(folder / name)
       there = []
   if ASKED in there:

@@ -221,6 +221,44 @@ def test_a_full_folder_is_refused_and_redo_replaces_only_what_a_run_wrote(folder
   assert not (out / "video_5.mp4").exists()
 
 
+@pytest.mark.parametrize("name", ["figures/fig1.pdf", "report.html", "manifest.json"])
+def test_redo_removes_nothing_that_no_run_wrote(tmp_path, name):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_text("{}")
+  with pytest.raises(ValueError, match="holds nothing that --redo may replace"):
+    run_folder.make(tmp_path, seeds=1, redo=True)
+  assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize(("name", "kind"), store.OTHERS.items())
+def test_redo_makes_no_mixture_of_two_kinds(tmp_path, name, kind):
+  (tmp_path / name).write_text("{}")
+  (tmp_path / "manifest.json").write_text('{"format": 1, "files": {}}')
+  with pytest.raises(ValueError, match=f"holds {kind}, which no run replaces"):
+    run_folder.make(tmp_path, seeds=1, redo=True)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_redo_takes_what_a_kill_left_while_files_were_moved(tmp_path):
+  (tmp_path / folders.STAGE).mkdir()
+  (tmp_path / "runs.json").write_text("[]")
+  store.open_run(run_folder.make(tmp_path, seeds=1, redo=True)).verify()
+
+
+def test_redo_of_a_begun_folder_needs_what_was_asked(tmp_path):
+  more = {"owned": ("asked.json", "tasks"), "what": "evaluation", "redo": True}
+  todo = tmp_path / "tasks" / "todo.md"
+  todo.parent.mkdir()
+  todo.write_text("mine")
+  with pytest.raises(ValueError, match=r"has tasks and no asked\.json, so it holds no evaluation"):
+    folders.begin(tmp_path, "asked.json", {}, **more)
+  assert todo.read_text() == "mine"
+  (tmp_path / "asked.json").write_text("damaged")
+  folders.begin(tmp_path, "asked.json", {}, **more)
+  assert not todo.exists()
+
+
 @pytest.mark.parametrize("existed", (True, False))
 def test_a_run_that_fails_leaves_nothing(tmp_path, existed):
   out = tmp_path / "deep" / "run"

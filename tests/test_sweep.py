@@ -445,6 +445,14 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
   assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_redo_removes_no_units_that_no_sweep_made(tmp_path):
+  (tmp_path / "units").mkdir()
+  (tmp_path / "units" / "mine.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"has units and no sweep\.json"):
+    carry_out(tmp_path, redo=True)
+  assert (tmp_path / "units" / "mine.txt").read_text() == "mine"
+
+
 def test_a_clock_that_is_set_back_changes_nothing(whole, tmp_path, monkeypatch):
   folder = tmp_path / "clock"
   with pytest.raises(KeyboardInterrupt):

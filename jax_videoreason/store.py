@@ -64,10 +64,11 @@ from jax_videoreason.taps import TapSpec
 from jax_videoreason.version import __version__
 
 FORMAT = 1
-OTHERS = {  # a file that other folders have -> what such a folder is
-  "sweep.json": "a sweep, no run: open it by open_sweep",
-  "evaluation.json": "an evaluation, no run: read its result.json and table.parquet",
-  "result.json": "a study, no run: open it by open_study",
+OTHERS = {  # a file that other folders have -> what such a folder is, and how it is read
+  "sweep.json": ("a sweep", "open it by open_sweep"),
+  "evaluation.json": ("an evaluation", "read its result.json and table.parquet"),
+  "generation.json": ("videos of vbvr", "`videoreason vbvr score` takes it"),
+  "result.json": ("a study", "open it by open_study"),
 }
 CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
@@ -78,13 +79,6 @@ OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
   r"|(first|shown|x0)_\d+\.png|first_\d+\.npy|video_\d+\.mp4"
 )
-# what tells a folder of another kind
-OTHERS = {
-  "sweep.json": "a sweep",
-  "evaluation.json": "an evaluation",
-  "generation.json": "videos of vbvr",
-  "result.json": "results of a study",
-}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tensorstore", "orbax-checkpoint", "av", "matplotlib")
 
 
@@ -108,7 +102,7 @@ def run_folder(
 def _check_ours(out: Path) -> None:
   """ValueError where files that `redo` would remove are of another kind, or were never written."""
   there = {item.name for item in out.iterdir()} if out.is_dir() else set()
-  for name, kind in OTHERS.items():
+  for name, (kind, _) in OTHERS.items():
     if name in there:
       raise ValueError(f"{out} holds {kind}, which no run replaces: choose another --out.")
   lost = sorted(filter(OWNED.fullmatch, there))
@@ -484,7 +478,7 @@ def open_run(folder: str | Path) -> Run:
     raise ValueError(f"there is no folder {folder}: give the --out of a run.")
   other = next((said for name, said in OTHERS.items() if (folder / name).is_file()), None)
   if other is not None and not (folder / "runs.json").is_file():
-    raise ValueError(f"{folder} is {other}.")
+    raise ValueError(f"{folder} is {other[0]}, no run: {other[1]}.")
   if not (folder / "manifest.json").is_file():
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."

@@ -257,12 +257,14 @@ def _find_home(flags: "FlagValues") -> None:
   UsageError: a path that was given is empty.
   """
   for name in PATHS:
-    if name in flags and flags[name].present and flags[name].value is not None:
-      if not flags[name].value:
-        raise UsageError(
-          f"--{name} is empty, wanted a path: give one, or set the shell variable given there."
-        )
-      flags[name].value = os.path.expanduser(flags[name].value)
+    given = flags[name].value if name in flags and flags[name].present else None
+    if given is None:
+      continue
+    if not given:
+      raise UsageError(
+        f"--{name} is empty, wanted a path: give one, or set the shell variable given there."
+      )
+    flags[name].value = os.path.expanduser(given)
 
 
 def _parse_config(

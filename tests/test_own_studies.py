@@ -188,7 +188,7 @@ def test_an_option_that_is_none_at_first_takes_any_value(write, word, value):
   ("more", "of", "said"),
   [
     ({}, "w", "claim 's' can't be judged: no value 'w'; there are: v"),
-    ({"zero": ("v",)}, "v[layer=9]", r"axis 'layer' has no place '9'; it has: \[\]"),
+    ({"zero": ("v",)}, "w[layer=9]", r"no value 'w\[layer=9\]'; there are: v"),
     ({"finish": lambda result: result}, "w", "no value 'w'; there are: v"),
   ],
 )

@@ -404,14 +404,14 @@ def _warn_of_claims(study: Study, part: Result, counts: Sequence[int], seeds: in
 
 
 def _name_missing(study: Study, result: Result) -> None:
-  """Warns of claims about what a study does not return; those that ship may leave out some."""
+  """Warns of claims about a value that is none of those returned; studies that ship may leave out
+  some, and any may leave out places of an axis, by its options."""
   for claim in () if study.shipped else study.claims:
     for of in (claim.of,) if isinstance(claim.of, str) else claim.of:
-      if not result.has(of):
-        try:
-          result.per_case(of)
-        except ValueError as error:
-          warnings.warn(f"claim {claim.says!r} can't be judged: {error}", stacklevel=3)
+      if of.partition("[")[0] not in result.values:
+        there = ", ".join(result.values)
+        said = f"claim {claim.says!r} can't be judged: no value {of!r}; there are: {there}."
+        warnings.warn(said, stacklevel=3)
 
 
 def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:

@@ -150,11 +150,12 @@ def make_study(**declared):
     Limits: a test.
     """
     base = identity(ctx.sizes, edits=("noise",))
-    clean, _ = ctx.denoise(base)
+    _, clean = ctx.denoise(base)
 
     def at(step):
-      final, _ = ctx.denoise(noise_at(base, where(ctx.sizes, steps=step), mode="replace"))
-      return np.abs(final - clean).max(axis=(1, 2, 3, 4))
+      _, trace = ctx.denoise(noise_at(base, where(ctx.sizes, steps=step), mode="replace"))
+      # Before the last step: after it a toy holds its guess, and of the noise a rounding at most.
+      return np.abs(trace.latents[-1] - clean.latents[-1]).max(axis=(1, 2, 3, 4))
 
     moved = ctx.map(at, steps)
     return Result(
@@ -226,8 +227,7 @@ def test_a_run_that_is_not_finite_is_named_and_left_out():
   assert np.isnan(found.values["moved"][:, 1]).all()
   assert np.isfinite(np.delete(found.values["moved"], 1, axis=1)).all()
   assert record["broken"] == ["sides id 1, seed 0 is not finite from step 0 on"]
-  assert findings[0].cases == 9
-  assert "1 of 10 cases have no number" in str(findings[0].note)
+  assert (findings[0].cases, findings[0].note) == (9, "1 of 10 cases have no number")
 
 
 def test_a_run_that_is_not_finite_keeps_its_name_when_a_study_goes_on(tmp_path, monkeypatch):
@@ -677,15 +677,13 @@ def test_the_table_shows_a_claim_once_that_only_one_study_could_ask(tmp_path):
     found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
     (tmp_path / name).mkdir()
     results.save(tmp_path / name, found, record)
-  (row,) = [row for row in claims.write(tmp_path) if row["number"] == 14]
-  assert row["experiment"] == "one" and row["verdict"] != "not run here"
+  rows = [row for row in claims.write(tmp_path) if row["number"] == 14]
+  assert [(row["experiment"], row["verdict"]) for row in rows] == [("one", "holds")]
 
 
 def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
   claim = Claim(says="s", of="moved[point=1]", statistic="m", above=0.0)
-  found, record, (finding,) = perform(
-    make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8)
-  )
+  found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
   for name in ("now", "failed", "before"):
     (tmp_path / name).mkdir()
     results.save(tmp_path / name, found, record)
@@ -696,7 +694,7 @@ def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
   assert cli.main(["report", str(tmp_path)]) == 0  # keeps the choice
   rows = [r for r in read_json(tmp_path / "claims.json")["claims"] if r["number"] is None]
   assert [(r["says"], r["verdict"]) for r in rows] == [
-    ("s", finding.verdict),
+    ("s", "holds"),
     ("the claims of failed", "not run here"),
     ("the claims of before", "not run here"),
   ]

@@ -3,10 +3,9 @@
 The lattice alternates rooms (even row, even column) and passages. An answer is the route in moves
 of one cell, e.g. "RRDDLL"; a clip that ends in a dead end gives that route, which is wrong.
 
-Some plain mazes are one corridor from end to end (13 to 17% of those of training and `id` at 32
-pixels, 6% at 64, fewer in `ood`): they have one option, no wrong answer, and a cut to a random
-answer is always right. In up to 5% of ambiguous ones all options are right. They stay, since the
-weights and sets that ship were made with them.
+Some plain mazes are one corridor from end to end: they have one option, no wrong answer, and a cut
+to a random answer is always right. In a few ambiguous ones all options are right. They stay, since
+the weights and sets that ship were made with them.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """Low-rank updates of a transformer, merged tensor by tensor on its way into the bundle.
 
-Reads the DiffSynth and the PEFT names, with A [r, in] and B [out, r]: W' = W + alpha * scale * B A,
-where scale is the file's own alpha over its rank, 1 where it has none.
+Reads the names of DiffSynth, of PEFT and of kohya (musubi-tuner: `lora_unet_blocks_0_ffn_2`), with
+A [r, in] and B [out, r]: W' = W + alpha * scale * B A, where scale is the file's own alpha over its
+rank, 1 where it has none.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ KEY = re.compile(r"(?P<name>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up)(\.def
 PREFIX = re.compile(
   r"(base_model\.model\.|pipe\.|diffusion_model\.|transformer(_2)?\.|model\.|dit2?\.)+"
 )
+FLAT = "lora_unet_"  # kohya's prefix, before names with underscores for dots
 NOTES = "lora_adapter_metadata"  # what diffusers writes into the header
 Target = tuple[str, int | None]
 
@@ -202,9 +204,11 @@ def _plain(key: str) -> str:
 
 
 def _target(name: str) -> Target | None:
-  """The leaf and layer of a module's weight, in either naming."""
+  """The leaf and layer of a module's weight, in either naming, or flat as kohya's are."""
+  flat = name.startswith(FLAT)
+  weight = f"{name.removeprefix(FLAT)}_weight" if flat else f"{name}.weight"
   for row in (*wan.table("original"), *wan.table("diffusers")):
-    match = re.fullmatch(row[0], f"{name}.weight")
+    match = re.fullmatch(row[0].replace(r"\.", "_") if flat else row[0], weight)
     if match:
       return row[1], int(match["L"]) if "L" in match.re.groupindex else None
   return None

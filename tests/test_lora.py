@@ -143,6 +143,20 @@ def pefts(given, before="", rename=lambda name: name):
   }
 
 
+def kohyas(given, rename=lambda name: name):
+  """As musubi-tuner saves it: one word for the module, and an alpha beside every pair."""
+  flat = {f"lora_unet_{rename(name).replace('.', '_')}": pair for name, pair in given.items()}
+  return {
+    key: value
+    for name, (a, b) in flat.items()
+    for key, value in (
+      (f"{name}.lora_down.weight", a),
+      (f"{name}.lora_up.weight", b),
+      (f"{name}.alpha", np.array(2, np.float32)),
+    )
+  }
+
+
 def as_diffusers(name):
   for ours, theirs in DIFFUSERS.items():
     name = name.replace(ours, theirs)
@@ -158,6 +172,8 @@ NAMINGS = {
     key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value
     for key, value in pefts(given).items()
   },
+  "kohya": lambda given: kohyas(given),
+  "kohya of the diffusers names": lambda given: kohyas(given, as_diffusers),
 }
 
 
@@ -179,13 +195,15 @@ def loaded(single, file):
   return lora.load(file, "dit_0", made, part.tensors)
 
 
-@pytest.mark.parametrize("place", ["tensor", "header", "config"])
+@pytest.mark.parametrize("place", ["tensor", "kohya", "header", "config"])
 def test_alpha_over_rank_scales_it(single, published, tmp_path, place):
   """A number beside each pair, the notes of diffusers, or the config of PEFT."""
   given = updates(published["dit_0"], seed=8, targets=TARGETS[:2])
   file, tensors, notes = tmp_path / "adapter_model.safetensors", pefts(given, "transformer."), None
   if place == "tensor":
     tensors |= {f"transformer.{name}.alpha": np.array(2, np.float32) for name in given}
+  if place == "kohya":
+    tensors = kohyas(given)
   if place == "header":
     notes = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}
   if place == "config":

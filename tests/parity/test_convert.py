@@ -293,3 +293,33 @@ def test_a_lora_gives_what_diffusers_gives_with_its_weights_merged(tmp_path):
   bundle = checkpoint.load(out)
   for expert, theirs in enumerate((made.transformer, made.transformer_2)):
     assert relative(*velocities(bundle, expert, theirs)) <= 2e-5
+
+
+def test_a_lora_with_kohyas_names_gives_what_diffusers_makes_of_it(tmp_path):
+  """Every module of a block, each with an alpha of its own."""
+  from diffusers.loaders.lora_conversion_utils import _convert_musubi_wan_lora_to_diffusers
+  from safetensors.torch import save_file
+
+  made = pipeline("i2v")
+  made.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
+  wide, narrow, stored = 48, 64, {}
+  for layer in range(2):
+    sizes = {f"{kind}_attn_{name}": (wide, wide) for kind in ("self", "cross") for name in "qkvo"}
+    for i, (name, (rows, columns)) in enumerate(
+      (sizes | {"ffn_0": (narrow, wide), "ffn_2": (wide, narrow)}).items()
+    ):
+      module = f"lora_unet_blocks_{layer}_{name}"
+      stored[f"{module}.lora_down.weight"] = torch.randn(3, columns) * 0.3
+      stored[f"{module}.lora_up.weight"] = torch.randn(rows, 3) * 0.3
+      stored[f"{module}.alpha"] = torch.tensor(1.0 + i)
+  save_file(stored, tmp_path / "lora.safetensors")
+  theirs = _convert_musubi_wan_lora_to_diffusers(dict(stored))
+  for key in [key for key in theirs if key.endswith("lora_A.weight")]:
+    name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+    with torch.no_grad():
+      weight = made.transformer.get_submodule(name).weight
+      weight += theirs[key.replace("lora_A", "lora_B")] @ theirs[key]
+  assert cli.main(["convert", str(tmp_path / "hub"), "--out", str(tmp_path / "bundle"),
+                   "--parts=dit", f"--lora=high={tmp_path / 'lora.safetensors'}"]) == 0  # fmt: skip
+  bundle = checkpoint.load(tmp_path / "bundle")
+  assert relative(*velocities(bundle, 0, made.transformer)) <= 2e-5

@@ -32,6 +32,7 @@ REFUSED_BYTES = 8 * 2**30  # scores of one sequence, above which an accelerator 
 GATHERED_BYTES = 4 * 2**30  # keys and values of a layer on one device, above which they go round
 SPLASH_BLOCK = 512  # queries and keys of a tile
 LANES = 128  # tokens and head width of splash are multiples of it
+CUDNN_STEP, CUDNN_WIDEST = 8, 128  # head widths that cuDNN takes on every GPU with bfloat16
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # the score of a key that does not count; finite
 
 # part of the key of every compiled program, so none is reused for another platform or route
@@ -66,14 +67,16 @@ def choose_route(platform: str, keys: Sequence[int], itemsize: int) -> Route:
 def choose(platform: str, dtype: jnp.dtype, queries: Sequence[int], keys: int) -> Implementation:
   """The implementation for a platform; queries: (..., T, N, K), the shape of q. keys: X.
 
-  cuDNN on a GPU and splash on a TPU for bfloat16 and float16 (splash: heads of a multiple of 128),
-  query blocks in plain XLA elsewhere. On an accelerator the latter is refused with a ValueError
-  when the scores of one sequence are over 8 GiB: cost and time there grow with T squared.
+  For bfloat16 and float16, cuDNN on a GPU (heads of a multiple of 8, up to 128) and splash on a TPU
+  (heads of a multiple of 128); query blocks in plain XLA elsewhere. On an accelerator the latter is
+  refused with a ValueError when the scores of one sequence are over 8 GiB: cost and time there grow
+  with T squared.
   """
   half = dtype in (jnp.bfloat16, jnp.float16)
-  if platform == "gpu" and half:
+  width = queries[-1]
+  if platform == "gpu" and half and width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST:
     return "cudnn"
-  if platform == "tpu" and half and queries[-1] % LANES == 0:
+  if platform == "tpu" and half and width % LANES == 0:
     return "splash"
   _check_plain(platform, queries, keys)
   return "xla"
@@ -88,10 +91,12 @@ def _check_plain(platform: str, queries: Sequence[int], keys: int) -> None:
   t, n, width = queries[-3:]
   scores = _scores((t, n, width), keys)
   if platform != "cpu" and scores > REFUSED_BYTES:
+    on_gpu = f"a multiple of {CUDNN_STEP}, up to {CUDNN_WIDEST}"
+    wanted = on_gpu if platform == "gpu" else f"a multiple of {LANES}"
     raise ValueError(
       f"plain attention over N={n} T={t} X={keys} has {scores / 1e9:.1f} GB of scores, the limit "
-      f"on {platform} is {REFUSED_BYTES / 1e9:.1f} GB: use dtype='bfloat16' (on a TPU with heads "
-      f"of a multiple of {LANES}, here {width}), or fewer tokens."
+      f"on {platform} is {REFUSED_BYTES / 1e9:.1f} GB: use dtype='bfloat16' with heads of {wanted} "
+      f"(here of {width}), or fewer tokens."
     )
 
 

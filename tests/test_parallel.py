@@ -456,7 +456,11 @@ def test_attention_is_chosen_by_device():
     assert attention.choose(platform, full, small, 80) == "xla"
     with pytest.raises(ValueError, match=f"the limit on {platform} is 8.6 GB"):
       attention.choose(platform, full, large, 32760)
-  with pytest.raises(ValueError, match="here 96"):
+  with pytest.raises(ValueError, match=r"a multiple of 128 \(here of 96\)"):
     attention.choose("tpu", half, (*large[:-1], 96), 32760)
+  for width, chosen in ((24, "cudnn"), (96, "cudnn"), (20, "xla"), (160, "xla")):
+    assert attention.choose("gpu", half, (*small[:-1], width), 80) == chosen
+  with pytest.raises(ValueError, match=r"a multiple of 8, up to 128 \(here of 160\)"):
+    attention.choose("gpu", half, (*large[:-1], 160), 32760)
   with pytest.raises(ValueError, match="wanted one of 'xla', 'cudnn', 'splash'"):
     attention.attend(*draw(4, 4), implementation="flash")  # type: ignore

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,15 @@ import numpy as np
 STAGE = ".unfinished"
 PART = ".part-"
 LOCK = "lock"  # held by the process that works in a folder
+KINDS = (  # names that lie in a folder -> what it is, and how it is read; the first one counts
+  (("runs.json",), "run", "open it by open_run"),
+  (("sweep.json",), "sweep", "open it by open_sweep"),
+  (("evaluation.json",), "evaluation", "read its result.json and table.parquet"),
+  (("generation.json",), "set of videos", "`videoreason vbvr score` takes it"),
+  (("table.json",), "table", "open its report.html"),
+  (("result.json", "samples"), "set of scores", "`videoreason vbvr table` takes it"),
+  (("result.json",), "study", "open it by open_study"),
+)
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
 
@@ -126,12 +135,40 @@ def is_held(folder: Path) -> bool:
   return False
 
 
+def expect(folder: str | Path, what: str) -> None:
+  """ValueError where a folder to be read is of another of the `KINDS` than `what`."""
+  kind, reading = _kind(Path(folder))
+  if kind not in (None, what):
+    raise ValueError(f"{folder} is {_a(kind)}, no {what}: {reading}.")
+
+
+def refuse_other(out: str | Path, what: str) -> None:
+  """ValueError where a folder to be written is of another of the `KINDS` than `what`."""
+  kind, _ = _kind(Path(out))
+  if kind not in (None, what):
+    raise ValueError(f"{out} holds {_a(kind)}, which no {what} replaces: choose another --out.")
+
+
+def _kind(folder: Path) -> tuple[str | None, str]:
+  for names, kind, reading in KINDS:
+    if all((folder / name).exists() for name in names):
+      return kind, reading
+  return None, ""
+
+
+def _a(kind: str | None) -> str:
+  return f"{'an' if kind == 'evaluation' else 'a'} {kind}"
+
+
 @contextlib.contextmanager
-def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -> Iterator[Path]:
+def whole(
+  out: str | Path, *, what: str, owned: Callable[[str], Any], redo: bool = False
+) -> Iterator[Path]:
   """Yields a folder to fill; its files move to `out` when the block ends well, else none is left.
 
-  owned: whether a name in `out` is of the kind that is written here, so that `redo` replaces it;
-  all other files are left alone. `out` is held meanwhile.
+  what: of which kind it will be; a folder of another one of the `KINDS` is refused. owned: whether
+  a name in `out` is of the kind that is written here, so that `redo` replaces it; all other files
+  are left alone. `out` is held meanwhile.
 
   Raises:
     ValueError: `out` is a file, holds something already and not `redo`, or another command works
@@ -139,6 +176,7 @@ def whole(out: str | Path, *, owned: Callable[[str], Any], redo: bool = False) -
     OSError: `out` can't be written.
   """
   out = Path(out)
+  refuse_other(out, what)
   _content(out, redo=redo)  # before a lock is written into what is not ours
   with held(out, needed=False), filled(out, owned=owned, redo=redo) as stage:
     yield stage
@@ -181,6 +219,23 @@ def _content(out: Path, *, redo: bool) -> list[str]:
   return there
 
 
+def replaceable(
+  there: Iterable[str], owned: Iterable[str], *, marks: Sequence[str], what: str, folder: Path
+) -> list[str]:
+  """The names that --redo removes of those that are there, `marks` last: they tell whose it is.
+
+  owned: names that are written here. what: of which kind such content is, such as "evaluation".
+  ValueError: some are there and none of `marks`, so somebody else may have written them.
+  """
+  ours = sorted(set(there) & set(owned), key=lambda name: (name in marks, name))
+  if ours and ours[-1] not in marks:
+    raise ValueError(
+      f"{folder} has {ours[0]} and no {' or '.join(marks)}, so it holds no {what} that --redo may "
+      "replace: choose another --out."
+    )
+  return ours
+
+
 def begin(
   folder: Path,
   file: str,
@@ -203,17 +258,13 @@ def begin(
   """
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
+  refuse_other(folder, what)
   asked = plain(asked)
   with disk(folder):
     names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     there = sorted(names - set(ignored))
-    ours = sorted(set(there) & set(owned), key=lambda name: name == file)  # that tells whose, last
-    if redo and ours and file not in ours:
-      raise ValueError(
-        f"{folder} has {ours[0]} and no {file}, so it holds no {what} that --redo may replace: "
-        "choose another --out."
-      )
-    for name in ours if redo else ():
+    ours = set(there) & set(owned)
+    for name in replaceable(there, owned, marks=[file], what=what, folder=folder) if redo else ():
       remove(folder / name)
   if file in there and not redo:
     differ = list(differences(read_json(folder / file), asked))

@@ -52,10 +52,12 @@ from jax_videoreason.folders import (
   checksum,
   damaged,
   disk,
+  expect,
   name_of,
   part_of,
   plain,
   read_json,
+  refuse_other,
   whole,
   write_json,
 )
@@ -64,12 +66,6 @@ from jax_videoreason.taps import TapSpec
 from jax_videoreason.version import __version__
 
 FORMAT = 1
-OTHERS = {  # a file that other folders have -> what such a folder is, and how it is read
-  "sweep.json": ("a sweep", "open it by open_sweep"),
-  "evaluation.json": ("an evaluation", "read its result.json and table.parquet"),
-  "generation.json": ("videos of vbvr", "`videoreason vbvr score` takes it"),
-  "result.json": ("a study", "open it by open_study"),
-}
 CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
@@ -96,15 +92,13 @@ def run_folder(
     return contextlib.nullcontext(Path(out) / STAGE)
   if redo:
     _check_ours(Path(out))
-  return whole(out, owned=OWNED.fullmatch, redo=redo)
+  return whole(out, what="run", owned=OWNED.fullmatch, redo=redo)
 
 
 def _check_ours(out: Path) -> None:
-  """ValueError where files that `redo` would remove are of another kind, or were never written."""
+  """ValueError where no run wrote the files that `redo` would remove."""
+  refuse_other(out, "run")
   there = {item.name for item in out.iterdir()} if out.is_dir() else set()
-  for name, (kind, _) in OTHERS.items():
-    if name in there:
-      raise ValueError(f"{out} holds {kind}, which no run replaces: choose another --out.")
   lost = sorted(filter(OWNED.fullmatch, there))
   # a killed command leaves its stage until all files are moved
   if lost and not there & {STAGE, "trace.zarr"} and not _is_manifest(out / "manifest.json"):
@@ -476,9 +470,7 @@ def open_run(folder: str | Path) -> Run:
   folder = Path(folder)
   if not folder.is_dir():
     raise ValueError(f"there is no folder {folder}: give the --out of a run.")
-  other = next((said for name, said in OTHERS.items() if (folder / name).is_file()), None)
-  if other is not None and not (folder / "runs.json").is_file():
-    raise ValueError(f"{folder} is {other[0]}, no run: {other[1]}.")
+  expect(folder, "run")
   if not (folder / "manifest.json").is_file():
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."

@@ -34,11 +34,14 @@ from jax_videoreason.folders import (
   checksum,
   differences,
   disk,
+  expect,
   held,
   is_held,
   plain,
   read_json,
+  refuse_other,
   remove,
+  replaceable,
   write_json,
 )
 
@@ -124,16 +127,11 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
   ValueError: it holds something else, or what was asked otherwise; it names the keys.
   """
   folder, asked = Path(folder), plain(asked)
+  refuse_other(folder, "sweep")
   with disk(folder):
     there = sorted(item.name for item in folder.iterdir() if item.name != LOCK)
     if redo:
-      ours = sorted(set(there) & set(OWNED), key=lambda name: name == ASKED)  # tells whose, last
-      if ours and ASKED not in ours:
-        raise ValueError(
-          f"{folder} has {ours[0]} and no {ASKED}, so it holds no sweep that --redo may replace: "
-          "choose another --out."
-        )
-      for name in ours:
+      for name in replaceable(there, OWNED, marks=[ASKED], what="sweep", folder=folder):
         remove(folder / name)
       there = []
   if ASKED in there:
@@ -464,6 +462,7 @@ def open_sweep(folder: str | Path) -> Sweep:
 
 
 def _asked(folder: Path) -> dict[str, Any]:
+  expect(folder, "sweep")
   if not (folder / ASKED).is_file():
     raise ValueError(f"{folder} has no {ASKED}, so it is no sweep: give the --out of a sweep.")
   asked = read_json(folder / ASKED)

@@ -970,6 +970,43 @@ def test_an_export_is_replaced_as_a_whole_and_takes_a_name_once(call, tmp_path):
   assert [p.name for p in out.iterdir()] == ["maze"]
 
 
+@pytest.mark.parametrize("name", ["maze", "maze/todo.md", "maze/00000/todo.md"])
+def test_redo_of_an_export_removes_cases_alone(refuses, tmp_path, name):
+  mine = tmp_path / "cases" / name
+  mine.parent.mkdir(parents=True)
+  mine.write_text("mine")
+  words = ["tasks", "export", "--size=32", "--cases=1", "--tasks=pick", "--redo"]
+  said = refuses(*words, f"--out={tmp_path / 'cases'}")
+  assert f"{mine} is no part of a case, and --redo replaces cases alone" in said
+  assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["figures", "report.html", "manifest.json", "arrays.zarr"])
+def test_redo_of_a_study_removes_nothing_that_no_study_wrote(tmp_path, name):
+  from jax_videoreason.cli import run
+
+  (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match=f"has {name} and no result.json or chunks, so it holds no"):
+    run.check_out(tmp_path, redo=True)
+  for mark in ("result.json", "chunks"):
+    (tmp_path / mark).mkdir()
+    run.check_out(tmp_path, redo=True)
+    (tmp_path / mark).rmdir()
+  (tmp_path / "sweep.json").touch()
+  for redo in (False, True):
+    with pytest.raises(ValueError, match="holds a sweep, which no study replaces"):
+      run.check_out(tmp_path, redo=redo)
+
+
+def test_a_file_is_no_folder_for_a_study(tmp_path):
+  from jax_videoreason.cli import run
+
+  (tmp_path / "mine").write_text("mine")
+  for redo in (False, True):
+    with pytest.raises(ValueError, match="mine is a file, wanted a folder: choose another --out"):
+      run.check_out(tmp_path / "mine", redo=redo)
+
+
 def test_tasks_list_names_them_all(call):
   status, out, _ = call("tasks", "list")
   assert status == 0

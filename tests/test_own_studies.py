@@ -227,6 +227,8 @@ def test_a_study_is_opened_in_python_and_open_run_names_what_it_is(tmp_path):
   assert (found.values["v"].tolist(), record["steps"]) == ([1, 1, 1], 8)
   with pytest.raises(ValueError, match="is a study, no run: open it by open_study"):
     jax_videoreason.open_run(tmp_path)
+  with pytest.raises(ValueError, match="is a study, no sweep: open it by open_study"):
+    jax_videoreason.open_sweep(tmp_path)
   write_json(tmp_path / "sweep.json", {})
-  with pytest.raises(ValueError, match="is a sweep, no run: open it by open_sweep"):
-    jax_videoreason.open_run(tmp_path)
+  with pytest.raises(ValueError, match="is a sweep, no study: open it by open_sweep"):
+    jax_videoreason.open_study(tmp_path)

@@ -20,7 +20,7 @@ import pytest
 import zarr
 
 import run_folder
-from jax_videoreason import arrays, folders, store
+from jax_videoreason import arrays, folders, store, sweep
 from jax_videoreason.branching import Branch
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Trace
@@ -231,19 +231,48 @@ def test_redo_removes_nothing_that_no_run_wrote(tmp_path, name):
   assert path.read_text() == "{}"
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, kind) for n, (kind, _) in store.OTHERS.items()])
-def test_redo_makes_no_mixture_of_two_kinds(tmp_path, name, kind):
-  (tmp_path / name).write_text("{}")
-  (tmp_path / "manifest.json").write_text('{"format": 1, "files": {}}')
-  with pytest.raises(ValueError, match=f"holds {kind}, which no run replaces"):
-    run_folder.make(tmp_path, seeds=1, redo=True)
-  assert len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("redo", [False, True])
+@pytest.mark.parametrize(("names", "kind"), [found[:2] for found in folders.KINDS])
+def test_one_kind_of_folder_is_never_made_into_another(tmp_path, names, kind, redo):
+  for name in (*names, "manifest.json"):
+    (tmp_path / name).write_text("{}")
+  said = f"holds an? {kind}, which no {{}} replaces: choose another --out"
+  with pytest.raises(ValueError, match=said.format("sweep" if kind == "run" else "run")):
+    if kind == "run":
+      sweep.begin(tmp_path, {"units": 1, "width": 1}, redo=redo)
+    else:
+      run_folder.make(tmp_path, seeds=1, redo=redo)
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "manifest.json"])
+
+
+@pytest.mark.parametrize(
+  ("names", "kind", "reading"), [found for found in folders.KINDS if found[1] != "run"]
+)
+def test_a_folder_of_another_kind_is_named_where_a_run_is_opened(tmp_path, names, kind, reading):
+  for name in names:
+    (tmp_path / name).write_text("{}")
+  with pytest.raises(ValueError, match=f"is an? {kind}, no run: {reading}"):
+    store.open_run(tmp_path)
 
 
 def test_redo_takes_what_a_kill_left_while_files_were_moved(tmp_path):
   (tmp_path / folders.STAGE).mkdir()
   (tmp_path / "runs.json").write_text("[]")
   store.open_run(run_folder.make(tmp_path, seeds=1, redo=True)).verify()
+
+
+def test_redo_takes_the_trace_of_a_run_that_lost_its_other_files(tmp_path):
+  (run_folder.make(tmp_path, seeds=1) / "manifest.json").unlink()
+  store.open_run(run_folder.make(tmp_path, seeds=1, redo=True)).verify()
+
+
+def test_what_tells_whose_a_folder_is_goes_last(tmp_path):
+  """A kill between two removals leaves a folder that --redo still knows."""
+  there = ["asked.json", "tasks", "zeros", "mine"]
+  given = {"what": "evaluation", "folder": tmp_path}
+  found = folders.replaceable(there, there[:3], marks=["asked.json"], **given)
+  assert found == ["tasks", "zeros", "asked.json"]
+  assert folders.replaceable(["mine"], there[:3], marks=["asked.json"], **given) == []
 
 
 def test_redo_of_a_begun_folder_needs_what_was_asked(tmp_path):

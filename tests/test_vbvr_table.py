@@ -140,6 +140,16 @@ def test_published_rows_are_marked_everywhere(tmp_path, capsys):
     assert line.count("&") == len(published.COLUMNS)
 
 
+def test_redo_replaces_a_table_and_nothing_else(tmp_path, capsys):
+  place = written(tmp_path, system("a", np.ones(20)))[0]
+  words = ["table", place, f"--out={tmp_path / 'table'}"]
+  assert [call(*words), call(*words), call(*words, "--redo")] == [0, 2, 0]
+  (tmp_path / "table" / "table.json").unlink()
+  capsys.readouterr()
+  assert call(*words, "--redo") == 2
+  assert "has report.html and no table.json, so it holds no table" in capsys.readouterr().err
+
+
 def test_prompts_and_names_are_escaped(tmp_path):
   result = system("<b>bold</b>", np.ones(20))
   for row in result["samples"]:

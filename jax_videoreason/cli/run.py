@@ -261,15 +261,23 @@ def is_done(out: Path, key: str) -> bool:
 
 
 def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) -> None:
-  """ValueError where `out` holds something else than an interrupted study, unless `redo`.
+  """ValueError where `out` holds something else than an interrupted study, or with `redo` than a
+  study.
 
   source: of the study, if it does not ship.
   """
-  from jax_videoreason.folders import LOCK, STAGE
+  from jax_videoreason.folders import LOCK, STAGE, refuse_other, replaceable
 
-  if redo or not out.exists():
+  if not out.exists():
     return
-  there = sorted(path.name for path in out.iterdir() if path.name not in (CHUNKS, LOCK, STAGE))
+  if not out.is_dir():
+    raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
+  refuse_other(out, "study")
+  names = {path.name for path in out.iterdir()}
+  if redo:
+    replaceable(names, OWNED, marks=["result.json", CHUNKS], what="study", folder=out)
+    return
+  there = sorted(names - {CHUNKS, LOCK, STAGE})
   if there:
     before, code = _record(out).get("source"), ""
     if source is not None and before is not None and before != source:

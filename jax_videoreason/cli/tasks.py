@@ -50,7 +50,12 @@ def export(flags: FlagValues) -> None:
   """Writes the cases that the flags name."""
   names = asked(flags.tasks, flags.split)
   out = Path(flags.out)
-  with folders.whole(out, owned=tasks.TASKS.__contains__, redo=flags.redo) as folder:
+  if flags.redo:
+    for name in tasks.TASKS:
+      layout.check_replaceable(out / name)
+  with folders.whole(
+    out, what="set of cases", owned=tasks.TASKS.__contains__, redo=flags.redo
+  ) as folder:
     with console.progress(len(names) * flags.cases, "write", "case") as advance:
       for name in names:
         task = tasks.load(name, size=flags.size, frames=flags.frames)

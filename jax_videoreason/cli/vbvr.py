@@ -195,7 +195,10 @@ def run_table(flags: FlagValues, words: Sequence[str]) -> None:
   if flags.out is None:
     return
   out = Path(flags.out)
-  with folders.whole(out, owned=MADE.__contains__, redo=flags.redo) as folder:
+  if flags.redo and out.is_dir():
+    names = [path.name for path in out.iterdir()]
+    folders.replaceable(names, MADE, marks=["table.json"], what="table", folder=out)
+  with folders.whole(out, what="table", owned=MADE.__contains__, redo=flags.redo) as folder:
     folders.write_json(folder / "table.json", folders.plain(made))
     with folders.atomic(folder / "table.tex") as file:
       file.write_text(table.latex(made), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import arrays, stats
-from jax_videoreason.folders import damaged, plain, read_json, write_json
+from jax_videoreason.folders import damaged, expect, plain, read_json, write_json
 
 SEED = 0  # of every resampling
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
@@ -278,6 +278,7 @@ def open_study(folder: str | Path) -> tuple[Result, dict[str, Any]]:
   Raises:
     ValueError: the folder is no finished study, or a file of it is missing or damaged.
   """
+  expect(folder, "study")
   if not (Path(folder) / "result.json").is_file():
     raise ValueError(
       f"{folder} has no result.json, so it is no finished study: give the --out of "

@@ -34,6 +34,18 @@ def write_case(folder: Path, case: Case) -> Path:
   return folder
 
 
+def check_replaceable(folder: Path) -> None:
+  """ValueError where a folder of a task's cases holds anything that `write_cases` never writes."""
+  items = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+  for item in items:
+    whole = item.is_dir() and re.fullmatch(r"\d{5,}", item.name)
+    strange = [inner for inner in item.iterdir() if inner.name not in FILES] if whole else [item]
+    if strange:
+      raise ValueError(
+        f"{strange[0]} is no part of a case, and --redo replaces cases alone: choose another --out."
+      )
+
+
 def read(root: str | Path) -> Iterator[Case]:
   """The cases below a folder in the order of their paths, one at a time: the videos are large.
 

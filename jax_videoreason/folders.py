@@ -191,16 +191,17 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
       shutil.rmtree(stage, ignore_errors=True)
       stage.mkdir(parents=True)
     yield stage
-    with disk(out):
-      for name in there:
-        if name.startswith(PART) or owned(name):
-          remove(out / name)
-      for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
-        item.rename(out / item.name)
-      stage.rmdir()
   except BaseException:
     shutil.rmtree(stage, ignore_errors=True)
     raise
+  # stopped from here on, the stage stays: it tells that what lies beside it is half of a whole
+  with disk(out):
+    for name in there:
+      if name.startswith(PART) or owned(name):
+        remove(out / name)
+    for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+      item.rename(out / item.name)
+    stage.rmdir()
 
 
 def _content(out: Path, *, redo: bool) -> list[str]:

@@ -261,6 +261,23 @@ def test_redo_takes_what_a_kill_left_while_files_were_moved(tmp_path):
   store.open_run(run_folder.make(tmp_path, seeds=1, redo=True)).verify()
 
 
+def test_redo_goes_on_where_an_interrupt_came_while_files_were_moved(tmp_path, monkeypatch):
+  rename, moved = Path.rename, []
+
+  def interrupted(self, target):
+    moved.append(target)
+    if len(moved) == 3:
+      raise KeyboardInterrupt
+    return rename(self, target)
+
+  monkeypatch.setattr(Path, "rename", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    run_folder.make(tmp_path / "run", seeds=1)
+  monkeypatch.undo()
+  shutil.rmtree(tmp_path / "run" / "trace.zarr", ignore_errors=True)
+  store.open_run(run_folder.make(tmp_path / "run", seeds=1, redo=True)).verify()
+
+
 def test_redo_takes_the_trace_of_a_run_that_lost_its_other_files(tmp_path):
   (run_folder.make(tmp_path, seeds=1) / "manifest.json").unlink()
   store.open_run(run_folder.make(tmp_path, seeds=1, redo=True)).verify()

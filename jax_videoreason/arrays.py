@@ -38,13 +38,12 @@ class StoredArray:
     return self.shape[0]
 
   def __getitem__(self, where: Any) -> np.ndarray:
-    nothing = np.broadcast_to(np.zeros((), self.stored.dtype.numpy_dtype), self.shape)
     try:
-      found = nothing[where]
+      shape = np.broadcast_to(np.uint8(0), self.shape)[where].shape
     except IndexError as error:
       raise IndexError(f"{self.path.name} is {self.shape}: {error}.") from error
-    if not found.size:
-      return found.copy()
+    if 0 in shape:
+      return np.empty(shape, self.stored.dtype.numpy_dtype)
     needed, within = _needed(where, self.shape)
     try:
       return np.asarray(self.stored.oindex[needed].read().result())[within]
@@ -62,26 +61,30 @@ def _needed(where: Any, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[An
   for item in where if isinstance(where, tuple) else (where,):
     if item is None or item is Ellipsis or isinstance(item, slice):
       items.append(item)
+    elif (places := np.asarray(item)).dtype == bool:
+      items.extend(np.nonzero(places) if places.ndim else [True])  # True takes no axis
     else:
-      places = np.asarray(item)
-      items.extend(np.nonzero(places) if places.dtype == bool else [places])
-  rest = len(shape) - sum(item is not None and item is not Ellipsis for item in items)
-  at = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
-  items[at : at + 1] = [slice(None)] * rest
+      items.append(places.astype(np.intp))
+  rest = len(shape) - sum(isinstance(item, slice | np.ndarray) for item in items)
+  at = next((i for i, item in enumerate(items, 1) if item is Ellipsis), len(items))
+  items[at:at] = [slice(None)] * rest  # an Ellipsis stays: it parts indices even of no axes
+  alone = sum(item is True or isinstance(item, np.ndarray) for item in items) == 1
   needed, within, sizes = [], [], iter(shape)
   for item in items:
-    if item is None:
-      within.append(item)
-      continue
-    size = next(sizes)
     if isinstance(item, slice):
+      size = next(sizes)
       places = range(*item.indices(size))
-      needed.append(slice(min(places), max(places) + 1))
-      within.append(slice(None, None, places.step))
-    else:
-      places, inside = np.unique(item % size, return_inverse=True)
+      step = min(abs(places.step), size)
+      needed.append(slice(min(places), max(places) + 1, step))
+      within.append(slice(None, None, 1 if places.step > 0 else -1))
+    elif isinstance(item, np.ndarray):
+      places, inside = np.unique(item % next(sizes), return_inverse=True)
+      inside = inside.reshape(item.shape)
+      as_read = alone and np.array_equal(inside, np.arange(item.size))
       needed.append(places)
-      within.append(inside.reshape(item.shape)[()])
+      within.append(slice(None) if as_read else inside[()])
+    else:
+      within.append(item)
   return tuple(needed), tuple(within)
 
 

@@ -407,24 +407,26 @@ class Sweep:
     return self.column(RUN)
 
   def column(self, name: str) -> np.ndarray:
-    """A column of the table; lists, texts and what is missing come as objects."""
+    """A column of the table; lists, texts and what is missing come as objects, runs as integers."""
     if self.rows and name not in self.rows[0]:
       raise ValueError(f"no column {name!r}; there are: {', '.join(self.rows[0])}.")
     values = [row[name] for row in self.rows]
     plain_numbers = all(isinstance(v, bool | int | float) for v in values)
     if plain_numbers:
-      return np.array(values)
+      return np.array(values, int if name == RUN else None)
     made = np.empty(len(values), object)
     made[:] = values
     return made
 
   def of(self, name: str, runs: Any = None) -> np.ndarray:
-    """The array `name` of some runs, by their numbers and in that order; None = of all."""
+    """The array `name` of some runs, by their numbers and in that order, or by a mask over the axis
+    `run`; None = of all."""
     if name not in self.arrays:
       raise ValueError(f"no array {name!r}; there are: {', '.join(self.arrays)}.")
     array = self.arrays[name]
     at = array.axes.index(RUN)
     wanted = self.runs if runs is None else np.atleast_1d(runs)
+    wanted = wanted if wanted.size else wanted.astype(int)
     return array[tuple(wanted if i == at else slice(None) for i in range(len(array.axes)))]
 
   def to_pandas(self) -> Any:

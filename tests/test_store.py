@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -164,7 +166,10 @@ INDICES = (
   np.s_[5:], np.s_[3:1], np.s_[-1], np.s_[np.int64(-2)], np.s_[:, -1], np.s_[..., -3:],
   np.s_[..., 0, ::2], np.s_[-1, ..., [0, -1]], [-1], [-1, 0, 2, 0], [], np.s_[[0, 3], :, [1, 2]],
   np.s_[[[0], [3]], [1, 2]], np.s_[:, None, 1], np.array([True, False, True, False]),
-  np.s_[1, np.arange(3) > 0], (), ...,
+  np.s_[1, np.arange(3) > 0], (), ..., np.s_[::10**30], np.s_[::-10**30],
+  np.s_[:2, [1, -1], ..., -2], np.s_[:3, -2, ..., [[0, -1], [2, 1]]],
+  np.s_[0, ..., 0, 0], np.s_[0, 0, 0], np.array(2), True, False, np.True_,
+  np.s_[:2, True, [1, 0]], np.s_[True, :, [0, 1]],
 )  # fmt: skip
 
 
@@ -173,8 +178,84 @@ def test_a_stored_array_is_indexed_as_one_in_memory(tmp_path, where):
   value = np.arange(4 * 3 * 5, dtype=np.float32).reshape(4, 3, 5)
   arrays.put(tmp_path / "of", "x", ("step", "run", "value"), value, chunk=(1, 2, 5))
   found = arrays.open_group(tmp_path / "of")["x"][where]
-  assert found.dtype == value.dtype
-  np.testing.assert_array_equal(found, value[where])
+  assert type(found) is type(value[where])
+  np.testing.assert_array_equal(found, value[where], strict=True)
+
+
+def drawn_index(rng: random.Random, shape: tuple[int, ...]) -> tuple[Any, ...]:
+  """An index of every kind that numpy knows, now and then one that it refuses."""
+
+  def some(size: int, dtype: type, count: tuple[int, ...]) -> np.ndarray:
+    beyond = rng.random() < 0.05
+    low = max(-size - beyond, np.iinfo(dtype).min)
+    high = min(size - 1 + beyond, np.iinfo(dtype).max)
+    drawn = [rng.randint(low, high) for _ in range(int(np.prod(count)))]
+    return np.array(drawn, dtype).reshape(count)
+
+  def mask(sizes: tuple[int, ...]) -> np.ndarray:
+    made = np.zeros(sizes, bool)
+    made.flat[rng.sample(range(made.size), rng.choice((0, 1, 2, 2)))] = True
+    return made
+
+  def item(size: int) -> Any:
+    dtype = rng.choice((np.int8, np.uint8, np.int32, np.int64, np.uint64))
+    ends = (None, *(rng.randint(-size - 2, size + 2) for _ in range(3)))
+    step = rng.choice((None, 1, 2, 3, 50, -1, -2, -7))
+    kind = rng.choice(("slice", "slice", "integer", "number", "list", "array", "array", "mask"))
+    return {
+      "slice": slice(rng.choice(ends), rng.choice(ends), step),
+      "integer": int(some(size, np.int64, ())),
+      "number": some(size, dtype, ())[()],
+      "list": some(size, np.int64, (2,)).tolist(),
+      "array": some(size, dtype, rng.choice(((1,), (2,), (2, 1), (2, 2)))),
+      "mask": mask((size,)),
+    }[kind]
+
+  def items(sizes: tuple[int, ...]) -> list[Any]:
+    if len(sizes) > 1 and rng.random() < 0.1:
+      return [mask(sizes[:2]), *items(sizes[2:])]
+    return [item(sizes[0]), *items(sizes[1:])] if sizes else []
+
+  first, last = sorted(rng.randint(0, len(shape)) for _ in range(2))
+  made = items(shape[:first])
+  if rng.random() < 0.6:
+    made += [..., *items(shape[last:])]
+  for more, odds in ((None, 0.3), (True, 0.1), (0, 0.05)):
+    if rng.random() < odds:
+      made.insert(rng.randint(0, len(made)), more)
+  return tuple(made)
+
+
+def test_any_index_finds_what_numpy_finds_or_is_refused_as_by_numpy(tmp_path):
+  value = np.arange(300 * 4 * 3, dtype=np.int16).reshape(300, 4, 3)
+  arrays.put(tmp_path / "of", "x", ("step", "run", "value"), value, chunk=(70, 3, 3))
+  stored, rng, refused = arrays.open_group(tmp_path / "of")["x"], random.Random(0), 0
+  for _ in range(600):
+    where = drawn_index(rng, value.shape)
+    try:
+      wanted = value[where]
+    except IndexError:
+      refused += 1
+      with pytest.raises(IndexError, match=r"x is \(300, 4, 3\): "):
+        stored[where]
+    else:
+      found = stored[where]
+      assert type(found) is type(wanted), where
+      np.testing.assert_array_equal(found, wanted, strict=True, err_msg=f"{where}")
+  assert 20 < refused < 200
+
+
+NUMBERS = (
+  np.uint8(3), np.int8(-1), np.uint64(3), np.array([3, 255], np.uint8),
+  np.array([-1, 127], np.int8), np.array([-300, 299], np.int16), np.array([0, 299], np.uint64),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", NUMBERS, ids=repr)
+def test_an_index_may_be_of_any_integer_dtype(tmp_path, where):
+  value = np.arange(300)
+  arrays.put(tmp_path / "of", "x", ("step",), value, chunk=(100,))
+  np.testing.assert_array_equal(arrays.open_group(tmp_path / "of")["x"][where], value[where])
 
 
 @pytest.mark.parametrize("where", [4, -5, np.s_[:, 0:2, 5], [0, 9], np.s_[0, 0, 0, 0]], ids=str)
@@ -192,6 +273,31 @@ def test_only_what_is_asked_for_is_read(tmp_path):
   np.testing.assert_array_equal(stored[[-1, 0]], value[[3, 0]])
   with pytest.raises(ValueError, match="a chunk is missing or damaged"):
     stored[:2]
+
+
+@pytest.mark.parametrize("where", [np.s_[::2], np.s_[::-2], np.s_[2::-2], np.s_[-1:0:-2]], ids=str)
+def test_a_step_reads_nothing_between(tmp_path, where):
+  value = np.arange(21, dtype=np.float32).reshape(7, 3)
+  arrays.put(tmp_path / "of", "x", ("step", "run"), value, chunk=(1, 3))
+  for row in (1, 3, 5):
+    (tmp_path / "of" / "x" / "c" / str(row) / "0").unlink()
+  np.testing.assert_array_equal(arrays.open_group(tmp_path / "of")["x"][where], value[where])
+
+
+@pytest.mark.parametrize(
+  ("where", "copies"), [(np.arange(200), 0), (np.arange(200) > 99, 0), (np.arange(200)[::-1], 1)]
+)
+def test_an_index_array_is_read_without_copies_of_what_it_finds(tmp_path, where, copies):
+  """What TensorStore itself reads into is not traced."""
+  value = np.ones((200, 5000), np.float32)
+  arrays.put(tmp_path / "of", "x", ("step", "value"), value, chunk=(50, 5000))
+  stored = arrays.open_group(tmp_path / "of")["x"]
+  tracemalloc.start()
+  try:
+    found = stored[where]
+    assert tracemalloc.get_traced_memory()[1] < (copies + 0.3) * found.nbytes
+  finally:
+    tracemalloc.stop()
 
 
 def test_a_chunk_holds_one_step_of_as_many_runs_as_fit():

@@ -1,6 +1,7 @@
 """A sweep on disk: nothing is lost and nothing doubled, whatever happens to the process."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.util
@@ -105,6 +106,33 @@ def test_a_row_per_run_and_arrays_beside_it(whole):
   np.testing.assert_array_equal(found.of("taps/norm", 3), wanted.mean(2).T[:, [3]])
   assert found.column("score").dtype == np.float64
   assert found.column("answers")[1] == [None, "1"]
+
+
+def test_runs_are_chosen_by_a_filter(whole):
+  found = open_sweep(whole)
+  wanted = np.concatenate([value_of(unit) for unit in range(UNITS)])
+  high = found.column("score") > 0
+  assert 0 < high.sum() < len(high)
+  for chosen in (high, high.tolist(), found.runs[high]):
+    np.testing.assert_array_equal(found.of("latents", chosen), wanted[high])
+
+
+def test_a_filter_that_finds_nothing_gives_no_runs(whole):
+  found = open_sweep(whole)
+  mask = found.column("score") > 1e9
+  for none in ([], (), np.array([]), mask, found.runs[mask]):
+    for name, shape in (("latents", (0, 5, 50)), ("taps/norm", (5, 0))):
+      values = found.of(name, none)
+      assert values.shape == shape
+      assert values.dtype == np.float32
+
+
+def test_a_sweep_without_rows_has_integers_for_runs(whole):
+  found = dataclasses.replace(open_sweep(whole), rows=[])
+  assert found.runs.shape == found.column("run").shape == (0,)
+  assert found.runs.dtype == open_sweep(whole).runs.dtype == int
+  assert found.of("latents").shape == found.of("latents", found.runs).shape == (0, 5, 50)
+  assert found.of("latents", found.column("score") > 0).shape == (0, 5, 50)
 
 
 def test_a_wrong_name_is_answered_with_the_right_ones(whole):

@@ -29,13 +29,13 @@ Row = Mapping[str, Any]
 
 
 def said(found: stats.Interval) -> dict[str, Any]:
-  """An interval of one number as JSON can say it; None = no interval, `note` says why."""
+  """An interval over problems as JSON can say it; None = no interval, `note` says why."""
   ends = [float(x) if np.isfinite(x) else None for x in (found.low, found.high)]
   return {
     "estimate": float(found.estimate),
     "low": ends[0],
     "high": ends[1],
-    "cases": found.cases,
+    "problems": found.cases,
     "note": found.note,
   }
 
@@ -113,8 +113,8 @@ def ambiguity(rows: Sequence[Row], watched: Mapping[str, Any] | None) -> dict[st
   seeds = len(next(iter(cases.values())))
   found: dict[str, Any] = {"cases": len(cases), "seeds": seeds}
   ks = [own[0]["k"] for own in cases.values()]
-  found["k"] = float(np.mean(ks))
   problems = [own[0]["problem"] for own in cases.values()]
+  found["k"] = float(_by_problem(ks, problems).mean())
   for name in ("right", "wrong", "unreadable"):
     shares = [float(np.mean([kind(row) == name for row in own])) for own in cases.values()]
     found[name] = said(stats.share(_by_problem(shares, problems), seed=SEED))
@@ -177,7 +177,7 @@ def along_steps(watched: Mapping[str, Any], problem_of: Mapping[int, str]) -> di
     "candidates": _means(several, problem, which),
     "visible": _means(np.array(watched["visible"], float), problem, which),
     "right": _means(np.array(watched["mass"], float), problem, which),
-    "drawn": [float(row.mean()) for row in np.isfinite(bits)],
+    "drawn": [float(_by_problem(row, problem).mean()) for row in np.isfinite(bits)],
     "truth": _means(2.0 ** np.array([watched["truth"]], float), problem, which)[0],
     "by_k": {
       str(n): {

@@ -8,7 +8,8 @@ cells, so what cells have in common stays.
 
 Sources: Clopper and Pearson 1934 (the exact interval of a share); Efron 1987 (BCa); Hesterberg
 2015, The American Statistician 69(4) (the percentile interval widened for few cases); Westfall and
-Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0).
+Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0); Satterthwaite 1946
+(degrees of freedom of a sum of variances).
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtrit
 
 LEAST = 8  # cases an interval needs: with fewer, resampling knows too little of the spread
 LEAST_MOVING = 6  # of them off the commonest value: what so few show may be missing by chance
@@ -89,9 +90,11 @@ def bootstrap_within(
 ) -> Interval:
   """The mean over all values; its percentile interval draws each group anew by itself.
 
-  groups: the values of each, whose deviations are widened by sqrt(n / (n - 1)): n values spread
-  less about their own mean than about that of all. A note stands instead of an interval for a group
-  of one value, for fewer than LEAST values, and where no group has two that differ.
+  groups: the values of each. n values spread less about their own mean than about that of all, and
+  few say little of their spread: the percentiles lie further out, by t instead of z, its degrees of
+  freedom after Welch and Satterthwaite. A note stands instead of an interval for a group of one
+  value, for fewer than LEAST - 1 values more than groups, and where no group has two that differ.
+  `cases` of the interval is the number of values.
 
   Raises ValueError for values that are not finite, or a level outside 0..1.
   """
@@ -99,22 +102,24 @@ def bootstrap_within(
   _check(level, draws)
   total = sum(len(group) for group in each)
   estimate = np.asarray(sum(group.sum() for group in each) / total)
-  found = functools.partial(Interval, estimate=estimate, level=level, cases=len(each))
+  found = functools.partial(Interval, estimate=estimate, level=level, cases=total)
   note = None
   if all(np.ptp(group) == 0 for group in each):
     note = "no group has two values that differ: resampling shows no spread"
   elif min(len(group) for group in each) == 1:
     note = "a group has one value, whose spread is not known"
-  elif total < LEAST:
-    note = f"{total} values: an interval needs at least {LEAST}"
+  elif total - len(each) < LEAST - 1:
+    note = f"{total} values in {len(each)} groups: an interval needs {LEAST - 1 + len(each)}"
   if note is not None:
     return found(low=np.asarray(np.nan), high=np.asarray(np.nan), note=note)
-  rng, away = np.random.default_rng(seed), np.zeros(draws)
-  for group in each:
-    count = len(group)
-    wide = (group - group.mean()) * np.sqrt(count / (count - 1))
-    away += wide[rng.integers(count, size=(draws, count))].sum(1)
-  low, high = estimate + np.quantile(away / total, [(1 - level) / 2, (1 + level) / 2])
+  rng = np.random.default_rng(seed)
+  drawn = sum(g[rng.integers(len(g), size=(draws, len(g)))].sum(1) for g in each) / total
+  resampled = np.array([np.square(group - group.mean()).sum() for group in each])
+  freedom = np.array([len(group) - 1 for group in each])
+  wanted = resampled * (freedom + 1) / freedom  # of the sums of groups, as resampled
+  t = stdtrit(wanted.sum() ** 2 / (wanted**2 / freedom).sum(), (1 + level) / 2)
+  tail = NORMAL.cdf(float(-t * np.sqrt(wanted.sum() / resampled.sum())))
+  low, high = np.quantile(drawn, [tail, 1 - tail])
   return found(low=low, high=high, note=None)
 
 
@@ -340,7 +345,7 @@ def _bounds(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Low and high (M,) of the resampled summaries drawn (D, M)."""
   # Plain percentiles are too narrow for few cases: they have z for t, and n for n - 1.
-  z = _t(NORMAL.inv_cdf((1 + level) / 2), count - 1) * np.sqrt(count / (count - 1))
+  z = float(stdtrit(count - 1, (1 + level) / 2) * np.sqrt(count / (count - 1)))
   if method == "percentile":
     tail = NORMAL.cdf(-z)
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
@@ -362,16 +367,6 @@ def _skew(x: np.ndarray) -> np.ndarray:
   away = x - x.mean(0, keepdims=True)
   square = (away**2).sum(0)
   return (away**3).sum(0) / np.where(square > 0, 6 * square**1.5, 1.0)
-
-
-def _t(z: float, freedom: int) -> float:
-  """The t quantile at the normal quantile z (Abramowitz and Stegun 26.7.5; 1e-3 from 7 up)."""
-  return (
-    z
-    + (z**3 + z) / (4 * freedom)
-    + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-  )
 
 
 def _cases(values: ArrayLike) -> np.ndarray:

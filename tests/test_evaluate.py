@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import baselines, cli, evaluate, folders, scorecard, scoring, tables, tasks
+from jax_videoreason.cli.evaluate import notes
 
 TASKS = ("pick", "occlusion")
 WORDS = ("--tasks=pick,occlusion", "--cases=2", "--seeds=2", "--config.steps=2")
@@ -364,7 +365,7 @@ def test_seeds_of_a_case_are_averaged_before_cases_are_resampled():
   once = scoring.measures(rows_of(cases), "model")["score"]
   often = scoring.measures(rows_of(np.repeat(cases, 50, axis=1)), "model")["score"]
   assert often == pytest.approx(once)
-  assert often["cases"] == 12
+  assert often["problems"] == 12
 
 
 def test_cases_of_one_problem_are_no_independent_cases():
@@ -379,6 +380,66 @@ def test_cases_of_one_problem_are_no_independent_cases():
   assert scoring.over_tasks({"a": once, "b": once}) == scoring.over_tasks(
     {"a": once, "b": once + twins}
   )
+
+
+def test_cases_of_one_problem_count_once_where_several_answers_are_right():
+  answers = {0: "aabb", 1: ["a", "a", None, "z"], 2: ["a", "y", "b", "b"]}
+  rows = [
+    {"case": case, "problem": f"p{case}", "answer": answer, "right": answer in ("a", "b"),
+     "k": 2 + case}
+    for case, said in answers.items()
+    for answer in said
+  ]  # fmt: skip
+  twins = [{**row, "case": row["case"] + 3} for row in rows if row["case"] == 1]
+  once, twice = (scoring.ambiguity(given, None) for given in (rows, rows + twins))
+  assert (once.pop("cases"), twice.pop("cases")) == (3, 4)
+  assert (once.pop("compared"), twice.pop("compared")) == (3, 4)
+  assert once == twice
+
+  def along(*cases):
+    bits = {0: [1.0, None], 1: [0.0, 1.0], 2: [1.0, 1.0]}
+    watched = {
+      "case": [case for case in cases for _ in range(2)],
+      "k": [2] * 2 * len(cases),
+      "step": [0],
+      "sigma": [1.0],
+      "entropy": [[bit for case in cases for bit in bits[case % 3]]],
+      "visible": [[case % 3 for case in cases for _ in range(2)]],
+      "mass": [[0.5 * (case % 3) for case in cases for _ in range(2)]],
+      "truth": [float(case % 3) for case in cases for _ in range(2)],
+    }
+    return scoring.along_steps(watched, {case: f"p{case % 3}" for case in cases})
+
+  alone, again = along(0, 1, 2), along(0, 1, 2, 4)
+  assert (alone["by_k"]["2"].pop("cases"), again["by_k"]["2"].pop("cases")) == (3, 4)
+  assert alone == again
+
+
+def test_the_lead_over_a_system_is_judged_by_the_leads():
+  rng = np.random.default_rng(0)
+  good, bad = 0.5 + 0.1 * rng.random((12, 1)), 0.1 * rng.random((12, 1))
+
+  def lead(model, other):
+    rows = [*rows_of(model), *rows_of(other, "static")]
+    return scoring.over_tasks({"a": rows, "b": rows})["differences"]["static"]
+
+  assert lead(good, bad)["p"] < 0.001
+  assert lead(good, bad)["estimate"] == pytest.approx((good - bad).mean())
+  assert lead(good, good[::-1])["p"] > 0.5
+
+
+def test_what_has_no_interval_is_said_once_with_the_tasks_it_is_about():
+  rows = [*rows_of(np.linspace(0, 1, 6)[:, None]), *rows_of(np.ones((6, 1)), "static")]
+  twins = [{**row, "case": row["case"] + 6} for row in rows]
+  tables = {"maze": rows, "pick": rows + twins}
+  blocks = {name: scoring.summary(given, None) for name, given in tables.items()}
+  result = {"tasks": blocks, "mean": scoring.over_tasks(tables)}
+  assert notes(result) == [
+    "no interval for maze, pick: 6 cases: an interval needs at least 8.",
+    "pick: its 12 cases are 6 different problems, over which intervals are taken.",
+  ]
+  result["tasks"] = {"maze": blocks["maze"]}
+  assert notes(result) == ["no interval for maze: 6 cases: an interval needs at least 8."]
 
 
 def test_every_task_weighs_as_much_in_the_mean_however_many_problems_it_has():

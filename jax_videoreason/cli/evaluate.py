@@ -127,7 +127,7 @@ def show(result: dict[str, Any]) -> None:
         for name, found in watched.items()
       ],
     )
-  for note in sorted(notes(result)):
+  for note in notes(result):
     console.say(note)
 
 
@@ -144,13 +144,20 @@ def spread(found: dict[str, Any]) -> tuple[str, str, str, str]:
   return f"{found['compared']} of {found['cases']}", *numbers
 
 
-def notes(result: dict[str, Any]) -> set[str]:
-  """Why some number has no interval, and what was not finite."""
-  said = set()
+def notes(result: dict[str, Any]) -> list[str]:
+  """Why some numbers have no interval, over what intervals are taken, and what was not finite."""
+  without: dict[str, list[str]] = {}
+  mean = {"the mean over tasks": result["mean"]} if len(result["tasks"]) > 1 else {}
+  for name, block in {**result["tasks"], **mean}.items():
+    for note in {found["note"] for found in block["systems"][scoring.MODEL].values()} - {None}:
+      without.setdefault(note, []).append(name)
+  said = [f"no interval for {', '.join(names)}: {note}." for note, names in without.items()]
   for name, block in result["tasks"].items():
-    for found in block["systems"][scoring.MODEL].values():
-      if found["note"]:
-        said.add(f"no interval: {found['note']}.")
+    if block["problems"] < block["cases"]:
+      said.append(
+        f"{name}: its {block['cases']} cases are {block['problems']} different problems, over "
+        "which intervals are taken."
+      )
     if block["broken"]:
-      said.add(f"{name}: {block['broken']} runs are not finite and count as 0.")
+      said.append(f"{name}: {block['broken']} runs are not finite and count as 0.")
   return said

@@ -129,6 +129,8 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
         f"argument {part!r}, wanted key=value,other=value, and several values of one key in "
         "brackets."
       )
+    if not key.strip():
+      raise ValueError(f'argument {part!r} has no key before "=", wanted key=value.')
     *path, last = key.strip().split(".")
     place: Any = config
     for name in path:

@@ -160,7 +160,7 @@ def open_group(root: Path) -> dict[str, StoredArray]:
 def _open(path: Path, meta: Mapping[str, Any]) -> StoredArray:
   try:
     stored = ts.open({**_spec(path), "fill_missing_data_reads": False}, read=True).result()
-    axes = tuple(meta["dimension_names"])
+    axes = tuple(meta["dimension_names"]) if meta["shape"] else ()  # a number has none
   except (KeyError, TypeError, ValueError) as error:
     raise damaged(path / "zarr.json") from error
   return StoredArray(path, stored, axes, meta.get("attributes", {}))

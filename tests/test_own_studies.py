@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from jax_videoreason import cli
 from jax_videoreason.cli import run
 from jax_videoreason.experiments import (
   EXPERIMENTS,
+  Chunks,
   Claim,
   Result,
   experiment,
@@ -36,8 +38,13 @@ def study_of(give, *, axes=("run",), **declared):
   return experiment(**{"tasks": "sides", **declared})(own)
 
 
-def carried_out(study, *, count=3, seeds=(0,)):
-  return perform(study, toy.setting(seeds=seeds), toy.cases(count))
+def carried_out(study, *, count=3, seeds=(0,), **more):
+  return perform(study, toy.setting(seeds=seeds), toy.cases(count), **more)
+
+
+def named(name, value, axes=()):
+  """A study that returns this one value."""
+  return study_of(lambda ctx: Result(values={name: value}, axes={name: axes}))
 
 
 def test_the_runs_of_one_role_are_scored_as_the_study_returned_them():
@@ -69,11 +76,155 @@ def test_the_runs_of_one_role_are_scored_as_the_study_returned_them():
       study_of(lambda ctx: np.zeros(6), zero=("w",)),
       "zero= names 'w', wanted a value that it returns: v",
     ),
+    (
+      study_of(lambda ctx: Result(values={"v": np.zeros(6)}, axes={"v": ("run",)}, signed=("w",))),
+      "signed= names 'w', wanted a value that it returns: v",
+    ),
+    (
+      study_of(lambda ctx: np.zeros((6, 6)), axes=("run", "run")),
+      r"own: value 'v' has the axes \('run', 'run'\), wanted each once",
+    ),
+    (
+      study_of(lambda ctx: np.zeros((6, 3)), axes=("run", "case")),
+      "'run' becomes 'case' and 'seed'",
+    ),
+    (
+      study_of(lambda ctx: np.zeros((6, 2)), axes=("run", "seed")),
+      "'run' becomes 'case' and 'seed'",
+    ),
+    (
+      study_of(lambda ctx: np.full(6, "left")),
+      "own: value 'v' has dtype <U4, wanted bool or real numbers; texts can be labels in points=",
+    ),
+    (
+      study_of(lambda ctx: np.full(6, None)),
+      "own: value 'v' has dtype object, wanted bool or real",
+    ),
+    (study_of(lambda ctx: np.zeros(6, complex)), "value 'v' has dtype complex128, wanted bool or"),
+    (named("v", None), "value 'v' has dtype object, wanted bool or real numbers"),
+    (
+      study_of(lambda ctx: np.full(6, None), finish=lambda result: result),
+      "value 'v' has dtype object, wanted bool, numbers or texts",
+    ),
+    (
+      study_of(lambda ctx: np.full(6, "left"), finish=lambda result: result),
+      "value 'v' has dtype <U4, wanted bool or real numbers",
+    ),
+    (study_of(lambda ctx: np.zeros(6), finish=lambda result: 3), "own returned int, wanted Result"),
+    (
+      named("../x", 1.0),
+      "own: a value can't be named '../x': choose another name of letters, digits, _ and -",
+    ),
+    (named("a b", 1.0), "a value can't be named 'a b'"),
+    (named("", 1.0), "a value can't be named ''"),
+    (named(3, 1.0), "a value can't be named 3"),
+    (named("file", 1.0), "a value can't be named 'file'"),
   ],
 )
 def test_what_a_study_may_not_return_is_refused(study, said):
   with pytest.raises(ValueError, match=said):
     carried_out(study, seeds=(0, 1))
+
+
+def test_a_value_that_cannot_be_kept_ends_the_first_batch():
+  batches = []
+
+  def give(ctx):
+    batches.append(ctx.place)
+    return np.full(ctx.sizes.R, "left")
+
+  with pytest.raises(ValueError, match="has dtype <U4"):
+    carried_out(study_of(give), batch=1)
+  assert len(batches) == 1
+
+
+def test_texts_may_be_what_finish_makes_numbers_of():
+  def right(result):
+    return Result(values={"right": result.values["v"] == "left"}, axes={"right": ("case", "seed")})
+
+  found, _, _ = carried_out(study_of(lambda ctx: np.full(ctx.sizes.R, "left"), finish=right))
+  assert found.values["right"].all()
+
+
+@pytest.mark.parametrize("value", [np.float64(4), np.int32(4), np.bool_(True), 4, 4.5, True])
+def test_a_number_is_kept_and_read_back(tmp_path, value):
+  for place in ("fresh", "resumed"):
+    chunks = Chunks(folder=tmp_path / "chunks")
+    found, record, _ = carried_out(named("n", value), batch=1, chunks=chunks)
+    (tmp_path / place).mkdir()
+    results.save(tmp_path / place, found, record)
+    opened, _ = jax_videoreason.open_study(tmp_path / place)
+    assert (opened.axes["n"], opened.values["n"].shape) == ((), ())
+    assert opened.values["n"] == value
+    assert opened.values["n"].dtype == np.asarray(value).dtype
+
+
+def test_a_claim_about_a_value_without_cases_ends_the_first_batch():
+  batches = []
+
+  def give(ctx):
+    batches.append(ctx.place)
+    return Result(values={"n": np.asarray(4.0)}, axes={"n": ()})
+
+  claim = Claim(says="s", of="n", statistic="mean", above=0.1)
+  with pytest.raises(ValueError, match="n has no axis 'case' to resample"):
+    carried_out(study_of(give, claims=[claim]), batch=1)
+  assert len(batches) == 1
+
+
+def test_a_value_in_bfloat16_is_the_same_fresh_and_resumed(tmp_path):
+  study = study_of(lambda ctx: np.full(ctx.sizes.R, 1.5, jnp.bfloat16))
+  for _ in range(2):
+    found, _, _ = carried_out(study, chunks=Chunks(folder=tmp_path))
+    assert found.values["v"].tolist() == [[1.5]] * 3
+    assert found.values["v"].dtype == np.float32
+
+
+def test_an_option_that_is_no_json_is_refused_before_the_first_batch():
+  @experiment(tasks="sides")
+  def own(ctx, *, places=range(3)):
+    """A question."""
+    raise AssertionError("a batch began")
+
+  said = r"own: option places=range\(0, 3\) can't be kept as JSON, wanted numbers, texts"
+  with pytest.raises(ValueError, match=said):
+    carried_out(own)
+  with pytest.raises(ValueError, match=r"option places=\{1j\}"):
+    carried_out(own, options={"places": {1j}})
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), OSError(2, "gone", "f")])
+def test_what_the_code_of_a_study_raises_is_left_as_it_is_and_finished_work_stays(tmp_path, error):
+  left, said = [error], []
+
+  def give(ctx):
+    if "batch 1" in ctx.place and left:
+      raise left.pop()
+    return ctx.denoise()[0].mean((1, 2, 3, 4))
+
+  study, chunks = study_of(give), Chunks(folder=tmp_path)
+  with pytest.raises(type(error)) as caught:
+    carried_out(study, batch=1, chunks=chunks, say=said.append)
+  assert caught.value is error
+  assert said[-1].startswith(f"own: what is finished stays in {tmp_path}; the same command goes on")
+  _, record, _ = carried_out(study, batch=1, chunks=chunks)
+  assert record["reused"] * 2 == record["evaluations"] > 0
+
+
+def test_nothing_is_said_to_stay_where_nothing_is_finished(tmp_path):
+  said = []
+  with pytest.raises(ZeroDivisionError):
+    carried_out(
+      study_of(lambda ctx: 1 / 0), chunks=Chunks(folder=tmp_path / "chunks"), say=said.append
+    )
+  assert not any("stays" in line for line in said)
+
+
+@pytest.mark.parametrize("text", ["np.zeros(3) + np.zeros(2)", 'ctx.runs("wrong")'])
+def test_a_sentence_out_of_a_study_names_its_line(write, text):
+  study = find(write(FILE.format(name="own", value=text)))
+  with pytest.raises(ValueError, match=r"^own_file.py, line 9: (operands|no run here is 'wrong')"):
+    carried_out(study)
 
 
 @pytest.mark.parametrize("runs", [("counterprat", "case"), ("case", "case"), (), "case"])
@@ -167,11 +318,27 @@ def test_a_report_leaves_the_claims_of_an_own_study_alone(tmp_path):
     ("", "has no attribute 'own'"),
     (FILE.format(name="own", value=1.0).replace("*, k=3", "k=3"), "'k' is no option, wanted key"),
     (FILE.format(name="own", value=1.0).replace("k=3", "k"), "option 'k' has no default: give"),
+    (
+      FILE.format(name="own", value=1.0).replace("ctx, *", "*"),
+      r"own takes no ctx, wanted it as the first argument, as in \(ctx, \*, k=1\)",
+    ),
+    ("raise ValueError()", "own_file: ValueError; mend it there"),
+    ("raise ImportError()", "own_file:own: ImportError; wanted module:function"),
+    (
+      "import sys; sys.exit()",
+      "own_file calls sys.exit when it is imported: put that under `if __",
+    ),
   ],
 )
 def test_a_file_that_is_no_study_is_told_in_a_sentence(write, text, said):
   with pytest.raises(ValueError, match=said):
     find(write(text))
+
+
+@pytest.mark.parametrize("name", [":own", "own_file:", ":", ".own_file:own"])
+def test_a_name_without_a_module_or_a_function_is_refused(name):
+  with pytest.raises(ValueError, match=f"^'{name}' names no study, wanted module:function, as in"):
+    find(name)
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,8 @@ def load_config(name: str) -> "ConfigDict":
     config = _made(module, base, argument)
   except UsageError:
     raise
+  except SystemExit as error:
+    raise UsageError(f"config {base} calls sys.exit: take that out.") from error
   except Exception as error:  # whatever the code of a config may raise
     raise UsageError(_refused(error, base, argument)) from error
   if not isinstance(config, ConfigDict):
@@ -392,9 +394,9 @@ def _refused(error: Exception, base: str, argument: str) -> str:
       else "it takes no new ones: leave it out, or add it inside `with config.unlocked()`."
     )
     return f"config {base} has no key {unknown[1]!r}; {said}"
-  if isinstance(error, ValueError):  # the sentence of one that refuses its argument
+  if isinstance(error, ValueError) and text:  # the sentence of one that refuses its argument
     return f"config {base}{argument and ':'}{argument}: {text}"
-  return f"config {base}: {type(error).__name__}: {text}"
+  return f"config {base}: {type(error).__name__}{text and ': '}{text}"
 
 
 def shipped() -> Path:

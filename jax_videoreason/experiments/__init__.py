@@ -52,12 +52,22 @@ def find(name: str) -> Study:
   module, colon, function = name.partition(":")
   if not colon:
     raise ValueError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
+  if not module or module.startswith(".") or not function:
+    raise ValueError(
+      f"{name!r} names no study, wanted module:function, as in early_attention:early_attention."
+    )
   try:
     study = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError) as error:
-    raise ValueError(f"{name}: {error}; wanted module:function of an @experiment.") from error
+    said = str(error) or type(error).__name__
+    raise ValueError(f"{name}: {said}; wanted module:function of an @experiment.") from error
+  except SystemExit as error:
+    raise ValueError(
+      f'{module} calls sys.exit when it is imported: put that under `if __name__ == "__main__"`.'
+    ) from error
   except Exception as error:  # whatever the code of a user raises
-    raise ValueError(f"{module}: {type(error).__name__}: {error}; mend it there.") from error
+    said = f": {error}" if str(error) else ""
+    raise ValueError(f"{module}: {type(error).__name__}{said}; mend it there.") from error
   if not isinstance(study, Study):
     raise ValueError(f"{name} is {type(study).__name__}, wanted a function under @experiment.")
   return study

@@ -5,8 +5,9 @@ import dataclasses
 import inspect
 import json
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,19 @@ class Study:
     return round(sizes.S * sizes.R * sizes.G * batches * each)
 
   def check(self, options: Mapping[str, Any]) -> None:
-    """ValueError for an option that is unknown, empty, or holds a number below its least."""
+    """ValueError for an option that is unknown, no JSON, empty, or has a number below its least."""
     unknown = sorted(options.keys() - self.options.keys())
     if unknown:
       known = ", ".join(self.options) or "none"
       raise ValueError(f"{self.name} has no option {unknown[0]!r}; its options: {known}.")
+    for name, value in {**self.options, **options}.items():
+      try:
+        plain(value)
+      except ValueError as error:
+        raise ValueError(
+          f"{self.name}: option {name}={value!r} can't be kept as JSON, wanted numbers, texts, "
+          "lists or dicts."
+        ) from error
     for name, least in self.least.items():
       value = options.get(name, self.options[name])
       each = value if isinstance(value, tuple | list) else [value]
@@ -188,8 +197,10 @@ def _check_roles(runs: Sequence[str]) -> None:
     raise ValueError(f"runs={runs!r}, wanted some of {tuple(ROLES)}, each once.")
 
 
-def _check_signature(name: str, signature: Iterable[inspect.Parameter]) -> None:
+def _check_signature(name: str, signature: Collection[inspect.Parameter]) -> None:
   """ValueError where a function can't be called with ctx and its options alone."""
+  if not any(p.kind in (*POSITIONAL, inspect.Parameter.VAR_POSITIONAL) for p in signature):
+    raise ValueError(f"{name} takes no ctx, wanted it as the first argument, as in (ctx, *, k=1).")
   _, *more = [p.name for p in signature if p.kind in POSITIONAL] or [None]
   if more:
     raise ValueError(
@@ -244,7 +255,7 @@ def perform(
     group = group + [group[-1]] * (size - len(group))
     return _context(study, setting, group, tally, chunks, number, control)
 
-  with _count_programs() as programs:
+  with _count_programs() as programs, _keeping(study, chunks, say):
     first = context(0, control=bool(study.zero))
     switch = setting.bundle.card.boundary is not None
     total = study.evaluations(first.sizes, given, len(groups), switch=switch)
@@ -266,14 +277,16 @@ def perform(
         parts.append(_batch(study, context(number, control=False), given))
         if number == 0 and not study.zero:
           _warn_of_claims(study, parts[0], counts, len(setting.chosen.seeds))
-  result = results.join(parts, len(setting.chosen.seeds), counts)
-  points = {**result.points, "case": [title(case) for case in cases]}
-  points = {**points, "seed": list(setting.chosen.seeds)}
-  result = dataclasses.replace(result, points=points)
-  if study.finish is not None:
-    result = study.finish(result, **given)
-    _name_missing(study, result)
-  findings = verdicts(study, result, control)
+    result = results.join(parts, len(setting.chosen.seeds), counts)
+    points = {**result.points, "case": [title(case) for case in cases]}
+    points = {**points, "seed": list(setting.chosen.seeds)}
+    result = dataclasses.replace(result, points=points)
+    if study.finish is not None:
+      with _placed(study):
+        result = study.finish(result, **given)
+      _check_parts(study, result, whole=True)
+      _name_missing(study, result)
+    findings = verdicts(study, result, control)
   say(
     f"{study.name}: {tally.evaluations:,} evaluations, {tally.saved:,} saved by shared prefixes, "
     f"{tally.reused:,} reused, {len(programs)} programs compiled"
@@ -354,7 +367,8 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
     )
   tally = ctx.tally
   spent, broken = tally.evaluations + tally.reused, len(tally.broken)
-  found = study.run(ctx, **options)
+  with _placed(study):
+    found = study.run(ctx, **options)
   _check_result(study, found, ctx)
   found = dataclasses.replace(found, values=_without_lost(found, ctx))
   if not ctx.control:
@@ -367,20 +381,66 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
   return found
 
 
-def _check_result(study: Study, found: Any, ctx: Context) -> None:
-  """ValueError for what a study may not return: its rows would be taken for those of other runs."""
+@contextlib.contextmanager
+def _keeping(study: Study, chunks: Chunks, say: Callable[[str], Any]) -> Iterator[None]:
+  """Where an own study fails, says that the work it has finished stays."""
+  try:
+    yield
+  except Exception:
+    folder = chunks.folder
+    if not study.shipped and folder is not None and any(folder.glob("*.npz")):
+      say(
+        f"{study.name}: what is finished stays in {folder}; the same command goes on behind it, "
+        "unless the file of the study changes."
+      )
+    raise
+
+
+@contextlib.contextmanager
+def _placed(study: Study) -> Iterator[None]:
+  """Puts the line of an own study before what a ValueError says, which is shown without its
+  traceback."""
+  try:
+    yield
+  except ValueError as error:
+    code = getattr(inspect.unwrap(study.run), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if code and frame.filename == code.co_filename]
+    if study.shipped or not lines:
+      raise
+    said = str(error) or type(error).__name__
+    raise ValueError(f"{Path(lines[-1].filename).name}, line {lines[-1].lineno}: {said}") from error
+
+
+def _check_parts(study: Study, found: Any, *, whole: bool) -> None:
+  """ValueError for what is no Result, or can't be kept.
+
+  whole: whether nothing is made of it any more, as where the study has no `finish`.
+  """
   if not isinstance(found, Result):
     raise ValueError(
       f"{study.name} returned {type(found).__name__}, wanted Result(values={{name: array}}, "
       "axes={name: its axes})."
     )
-  there = ", ".join(found.values) or "none"
-  for what, names in (("axes=", found.axes), ("zero=", study.zero if ctx.control else ())):
-    unknown = [name for name in names if name not in found.values]
-    if unknown:
-      raise ValueError(
-        f"{study.name}: {what} names {unknown[0]!r}, wanted a value that it returns: {there}."
-      )
+  _check_named(study, found, "axes=", found.axes)
+  _check_named(study, found, "signed=", found.signed if whole else ())
+  results.check_values(study.name, found, texts=not whole)
+
+
+def _check_named(study: Study, found: Result, what: str, names: Iterable[str]) -> None:
+  """ValueError where one of the names is no value."""
+  there = ", ".join(map(str, found.values)) or "none"
+  unknown = [name for name in names if name not in found.values]
+  if unknown:
+    raise ValueError(
+      f"{study.name}: {what} names {unknown[0]!r}, wanted a value that it returns: {there}."
+    )
+
+
+def _check_result(study: Study, found: Any, ctx: Context) -> None:
+  """ValueError for what a study may not return: its rows would be taken for those of other runs."""
+  _check_parts(study, found, whole=study.finish is None)
+  _check_named(study, found, "zero=", study.zero if ctx.control else ())
   seeds = len(ctx.setting.chosen.seeds)
   role = "case" if "case" in study.roles else study.roles[0]
   pairs = len(ctx.runs(role))
@@ -405,13 +465,15 @@ def _warn_of_claims(study: Study, part: Result, counts: Sequence[int], seeds: in
 
 def _name_missing(study: Study, result: Result) -> None:
   """Warns of claims about a value that is none of those returned; studies that ship may leave out
-  some, and any may leave out places of an axis, by its options."""
+  some, and any may leave out places of an axis, by its options. ValueError: one without cases."""
   for claim in () if study.shipped else study.claims:
     for of in (claim.of,) if isinstance(claim.of, str) else claim.of:
       if of.partition("[")[0] not in result.values:
         there = ", ".join(result.values)
         said = f"claim {claim.says!r} can't be judged: no value {of!r}; there are: {there}."
         warnings.warn(said, stacklevel=3)
+      elif result.has(of):
+        result.per_case(of)
 
 
 def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:
@@ -420,6 +482,8 @@ def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:
   values = {}
   for name, value in found.values.items():
     value = np.asarray(value)
+    if value.dtype.name == "bfloat16":  # a chunk on disk would lose it
+      value = value.astype(np.float32)
     for axis, lost in (("run", ctx.lost), ("case", {pair // seeds for pair in ctx.lost})):
       if lost and axis in found.axes[name]:
         text = value.dtype.kind == "U"

@@ -1,6 +1,7 @@
 """What an experiment claims and what it found: named arrays, intervals, verdicts, on disk."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from jax_videoreason.folders import damaged, expect, plain, read_json, write_jso
 SEED = 0  # of every resampling
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")
+NAME = re.compile(r"\w[\w-]*")  # of a value, which names a folder and a figure
+TAKEN = ("file", "allow_pickle")  # np.savez has them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Result:
   """Arrays with named axes.
 
   values: name -> array. axes: name -> its axes; what an experiment returns has "run", which
-  becomes "case" and "seed", or "case" where its seeds are one.
+  becomes "case" and "seed", or "case" where its seeds are one; or () for a number.
   points: axis -> a label for each place: numbers or texts.
   titles: name -> what it is, with its unit, for the figures. notes: what a reader must know.
   signed: values as likely above 0 as below it where there is no effect (drops, gains,
@@ -252,6 +255,37 @@ def join(batches: Sequence[Result], seeds: int, counts: Sequence[int]) -> Result
   return dataclasses.replace(batches[0], values=values, axes=axes, notes=notes)
 
 
+def check_values(of: str, result: Result, *, texts: bool = False) -> None:
+  """ValueError for a value that `save` can't keep, or whose axes can't be told apart.
+
+  of: the study, for the sentence. texts: whether values may also be texts, which is so before
+  `finish` makes numbers of them.
+  """
+  for name, value in result.values.items():
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name in TAKEN:
+      raise ValueError(
+        f"{of}: a value can't be named {name!r}: choose another name of letters, digits, _ and -."
+      )
+    kind = np.asarray(value).dtype
+    if kind.hasobject if texts else not storable(kind):
+      wanted = "bool, numbers or texts" if texts else "bool or real numbers"
+      raise ValueError(
+        f"{of}: value {name!r} has dtype {kind}, wanted {wanted}; texts can be labels in points=."
+      )
+    axes = tuple(result.axes[name])
+    become = [part for axis in axes for part in (REPEATS if axis == "run" else (axis,))]
+    if len(set(become)) < len(become):
+      raise ValueError(
+        f"{of}: value {name!r} has the axes {axes}, wanted each once; 'run' becomes 'case' and "
+        "'seed'."
+      )
+
+
+def storable(dtype: np.dtype) -> bool:
+  """Whether an array on disk can have this dtype."""
+  return dtype.name == "bfloat16" or (dtype.kind in "biuf" and dtype.itemsize <= 8)
+
+
 def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
   """Writes `arrays.zarr` and, last, `result.json` with the labels of the axes and `record`."""
   folder = Path(folder)
@@ -308,7 +342,7 @@ def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
     if name not in stored:
       raise damaged(root / name)
   result = Result(
-    values={name: stored[name][...] for name in record["axes"]},
+    values={name: np.asarray(stored[name][...]) for name in record["axes"]},
     axes={name: tuple(stored[name].axes) for name in record["axes"]},
     points=record["points"],
     titles=record["titles"],

@@ -71,7 +71,7 @@ def sweep() -> ConfigDict:
       "ambiguous": "both",
       # name -> none, noise_at, ablate or ensemble_runs, with its arguments
       "edits": {"none": {"edit": "none"}},
-      # runs of a work unit; None = 32; whole cases with all their seeds
+      # runs of a work unit; None = 32; whole cases, or a share of the seeds of one
       "unit": config_dict.placeholder(int),
       # of the devices of a process, as seed=2,fsdp=2; None = as many runs side by side as divide
       "mesh": config_dict.placeholder(str),

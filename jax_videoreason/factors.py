@@ -1,7 +1,8 @@
 """What a sweep multiplies: cases, seeds and edits; their product, cut into units of equal size.
 
-Runs are ordered edit by edit, case by case, seeds inside. A unit holds whole cases of one edit, so
-all seeds of a case ride together and an ensemble finds its members.
+Runs are ordered edit by edit, case by case, seeds inside. A unit holds whole cases of one edit, or
+equal shares of the seeds of a case that has many; where an edit mixes seeds always whole cases, so
+that an ensemble finds its members.
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ UNIT = 32  # runs of a unit where nothing is said
 # of a configuration
 KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")
 READERS = ("vae", "preview")
+MIXING = "ensemble_runs"
 EDITS = {
   "none": (),
   "noise_at": ("mode", "gain", "steps", "frames"),
   "ablate": ("sites", "gate", "steps", "layers"),
-  "ensemble_runs": ("what", "keep", "amount", "steps", "layers"),
+  MIXING: ("what", "keep", "amount", "steps", "layers"),
 }
 NEEDED = {"noise_at": {"mode": NOISE_MODES}, "ablate": {"sites": SITES}}
 PLACES = ("steps", "layers", "frames")
@@ -42,10 +44,10 @@ class Varied:
 
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
   edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
-  unit: runs of a work unit, rounded down to whole cases, of which it holds at least one. mesh: axes
-  of the devices of a process, or of all; None = as many runs side by side as divide a unit. reader:
-  what shows x0 at every step, the VAE or the preview of the bundle, a small and quick decoder
-  taught by it.
+  unit: runs of a work unit at most, rounded down to whole cases or to an equal share of the seeds
+  of one; a case whose seeds an edit mixes is never cut. mesh: axes of the devices of a process, or
+  of all; None = as many runs side by side as divide a unit. reader: what shows x0 at every step,
+  the VAE or the preview of the bundle, a small and quick decoder taught by it.
   """
 
   tasks: tuple[str, ...]
@@ -142,33 +144,30 @@ def _is_number(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-  """All cases, and how they are cut: units_of_edit units of `cases_of_unit` cases for each edit."""
+  """All cases, and how they are cut: units of `width` runs."""
 
   chosen: SampleSettings
   varied: Varied
   tasks: Mapping[str, Task]
   cases: Sequence[Case]
-  cases_of_unit: int
-
-  @property
-  def width(self) -> int:
-    return self.cases_of_unit * len(self.chosen.seeds)
+  width: int
 
   @property
   def units(self) -> int:
-    return len(self.varied.edits) * len(self.cases) // self.cases_of_unit
+    return len(self.varied.edits) * self._runs_of_edit // self.width
+
+  @property
+  def _runs_of_edit(self) -> int:
+    return len(self.cases) * len(self.chosen.seeds)
 
   def edit_of(self, unit: int) -> str:
-    return list(self.varied.edits)[unit * self.cases_of_unit // len(self.cases)]
-
-  def cases_in(self, unit: int) -> np.ndarray:
-    """The numbers of the cases of a unit."""
-    low = unit * self.cases_of_unit % len(self.cases)
-    return np.arange(low, low + self.cases_of_unit)
+    return list(self.varied.edits)[unit * self.width // self._runs_of_edit]
 
   def runs_in(self, unit: int) -> list[tuple[int, int]]:
     """(number of the case, seed) of the runs of a unit."""
-    return [(int(case), seed) for case in self.cases_in(unit) for seed in self.chosen.seeds]
+    seeds, low = self.chosen.seeds, unit * self.width % self._runs_of_edit
+    places = (divmod(run, len(seeds)) for run in range(low, low + self.width))
+    return [(case, seeds[seed]) for case, seed in places]
 
   def asked(self) -> dict[str, Any]:
     """What two calls must share for one to go on where the other stopped."""
@@ -184,18 +183,31 @@ class Product:
 
 
 def cut(wanted: Varied, seeds: int) -> tuple[int, int]:
-  """(units, cases of a unit): all units hold equally many whole cases."""
-  cases = len(wanted.tasks) * wanted.cases
-  most = max(1, (wanted.unit or UNIT) // seeds)
-  size = max(n for n in range(1, min(most, cases) + 1) if cases % n == 0)
-  return len(wanted.edits) * cases // size, size
+  """(units, runs of each): whole cases, or an equal share of the seeds of one."""
+  cases, most = len(wanted.tasks) * wanted.cases, wanted.unit or UNIT
+  if most < seeds and not any(said["edit"] == MIXING for said in wanted.edits.values()):
+    width = _divisor(seeds, most)
+  else:
+    width = seeds * _divisor(cases, max(1, most // seeds))
+  return len(wanted.edits) * cases * seeds // width, width
+
+
+def _divisor(of: int, most: int) -> int:
+  """The largest divisor of a number that is at most `most`."""
+  return max(n for n in range(1, min(most, of) + 1) if of % n == 0)
 
 
 def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
   """Draws the cases and cuts the units.
 
-  ValueError: a task without the split, too few cases, an edit that the model has no place for.
+  ValueError: a task without the split, too few cases, an edit that the model has no place for, taps
+  of a unit that are over their budget.
   """
+  if chosen.batch is not None:
+    raise ValueError(
+      f"batch={chosen.batch}: the runs of a unit are denoised together, so give "
+      f"--config.unit={chosen.batch} in its place."
+    )
   if chosen.height != chosen.width:
     raise ValueError(
       f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
@@ -218,9 +230,10 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     varied=wanted,
     tasks=loaded,
     cases=cases,
-    cases_of_unit=cut(wanted, len(chosen.seeds))[1],
+    width=cut(wanted, len(chosen.seeds))[1],
   )
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=made.width)
+  problem.check_taps()
   for name, said in wanted.edits.items():
     try:
       edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))

@@ -32,7 +32,7 @@ from jax_videoreason.pytrees import nest
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes
-from jax_videoreason.taps import TapSpec, tap_bytes
+from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
 
 FITS = 0.92  # of the memory, for arguments, temporaries, outputs and code together
 SPARE = 1.3  # compiled for a TPU, a program was seen to take up to 1.27 of the arithmetic
@@ -297,6 +297,11 @@ class Problem:
   def kept(self) -> float:
     """Bytes of the taps of all runs."""
     return float(tap_bytes(self.spec, self.sizes, self.model.parts.dit.config.dtype))
+
+  def check_taps(self) -> None:
+    """ValueError where the taps of all runs are over the budget of the settings."""
+    budget, dtype = self.chosen.taps.budget_gb * 1e9, self.model.parts.dit.config.dtype
+    check_budget(self.spec, self.sizes, budget, dtype=dtype)
 
 
 def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, Conditioning]:

@@ -1,5 +1,6 @@
 """Studies that users write: what is wrong with one is said in a sentence, and never scored."""
 
+import dataclasses
 import importlib
 import sys
 
@@ -23,6 +24,7 @@ from jax_videoreason.experiments import (
   results,
 )
 from jax_videoreason.folders import remove, write_json
+from jax_videoreason.taps import TapSpec
 
 BOTH = ("counterpart", "case")
 
@@ -170,6 +172,34 @@ def test_a_claim_about_a_value_without_cases_ends_the_first_batch():
   with pytest.raises(ValueError, match="n has no axis 'case' to resample"):
     carried_out(study_of(give, claims=[claim]), batch=1)
   assert len(batches) == 1
+
+
+def test_rows_in_bfloat16_are_the_same_fresh_and_resumed(tmp_path):
+  """As taps of a bfloat16 model are."""
+  seen = []
+
+  def own(ctx):
+    rows = [ctx.once(lambda: np.full(ctx.sizes.R, 1.5, jnp.bfloat16))]
+    rows += list(ctx.map(lambda point: {"x": np.full(2, point, jnp.bfloat16)}, [1.5, 2.5])["x"])
+    seen.append([(row.dtype, row.tolist()) for row in rows])
+    if len(seen) == 1:
+      raise KeyboardInterrupt
+    return np.zeros(ctx.sizes.R)
+
+  with pytest.raises(KeyboardInterrupt):
+    carried_out(study_of(own), chunks=Chunks(folder=tmp_path))
+  carried_out(study_of(own), chunks=Chunks(folder=tmp_path))
+  assert seen[0] == seen[1]
+  assert seen[0][1] == (np.float32, [1.5, 1.5])
+
+
+def test_taps_over_the_budget_are_refused_before_they_are_taken():
+  study = study_of(lambda ctx: ctx.denoise(taps=TapSpec(sites=("attn_out",)))[0][:, 0, 0, 0, 0])
+  small = dataclasses.replace(toy.setting(seeds=(0,)).chosen.taps, budget_gb=1e-9)
+  given = toy.setting(seeds=(0,))
+  given = dataclasses.replace(given, chosen=dataclasses.replace(given.chosen, taps=small))
+  with pytest.raises(ValueError, match=r"need .* GB, the budget is 1e-09: give a smaller --config"):
+    perform(study, given, toy.cases(3))
 
 
 def test_a_value_in_bfloat16_is_the_same_fresh_and_resumed(tmp_path):

@@ -325,6 +325,7 @@ def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, 
 # Edits
 
 
+ABLATED = {"edit": "ablate", "sites": ("attn_out",), "gate": 0.5}
 ENSEMBLE = {"edit": "ensemble_runs", "what": "out", "steps": (0, 2)}
 
 
@@ -332,7 +333,8 @@ def test_the_edits_of_a_sweep_are_those_of_the_library():
   of = made({"none": {"edit": "none"}, "mean": ENSEMBLE})
   assert (of.units, of.width) == (4, 4)
   assert [of.edit_of(unit) for unit in range(4)] == ["none", "none", "mean", "mean"]
-  assert [of.cases_in(unit).tolist() for unit in range(4)] == [[0, 1], [2, 3]] * 2
+  runs = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(2, 0), (2, 1), (3, 0), (3, 1)]]
+  assert [of.runs_in(unit) for unit in range(4)] == runs * 2
   sizes = Sizes(S=3, R=4, G=2, L=8, F=5, H=8, W=8, C=16, T=80, D=128)
   schedule = prepare.schedule(of.chosen, checkpoint.load("mini", parts=("preview",)))
   edit = factors.edit_for(ENSEMBLE, sizes, schedule, seeds=2)
@@ -340,6 +342,40 @@ def test_the_edits_of_a_sweep_are_those_of_the_library():
   half = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]])
   np.testing.assert_array_equal(np.asarray(edit.mix_out), [half, half, np.eye(4)])
   assert factors.edit_for({"edit": "none"}, sizes, schedule, seeds=2) is None
+
+
+def test_the_seeds_of_a_case_are_cut_unless_an_edit_mixes_them():
+  many = {"seeds": 1024, "cases": 1, "tasks": ("pick",)}
+  of = made(unit=100, **many)
+  assert (of.units, of.width) == (16, 64)
+  assert of.runs_in(1) == [(0, seed) for seed in range(64, 128)]
+  of = made({"none": {"edit": "none"}, "mean": ENSEMBLE}, unit=100, **many)
+  assert (of.units, of.width) == (2, 1024)
+  of = made({"none": {"edit": "none"}, "half": ABLATED}, unit=4, seeds=6, cases=2)
+  assert (of.units, of.width) == (2 * 2 * 2 * 2, 3)
+  assert [of.edit_of(unit) for unit in (7, 8)] == ["none", "half"]
+  assert [of.runs_in(unit) for unit in (3, 11)] == [[(1, 3), (1, 4), (1, 5)]] * 2
+
+
+def test_runs_are_the_same_however_the_seeds_of_a_case_are_cut(done, tmp_path):
+  out = tmp_path / "cut"
+  assert call(out, "--config.unit=1") == 0
+  whole, cut = open_sweep(done), open_sweep(out)
+  assert (len(list((out / "units").iterdir())), len(cut.rows)) == (TOTAL, TOTAL)
+  assert [row["answers"] for row in cut.rows] == [row["answers"] for row in whole.rows]
+  np.testing.assert_allclose(cut.of("final_latents"), whole.of("final_latents"), atol=1e-5)
+  assert (out / "report.html").read_text().count("<video") == (
+    (done / "report.html").read_text().count("<video")
+  )
+
+
+def test_what_a_sweep_would_not_heed_is_refused():
+  with pytest.raises(ValueError, match=r"batch=2: .* give --config.unit=2 in its place"):
+    made(batch=2)
+  taps = {"sites": ("attn_out",), "reduce": ("norm",), "layers": None, "steps": None,
+          "branches": (0,), "budget_gb": 1e-7}  # fmt: skip
+  with pytest.raises(ValueError, match=r"taps need .*; the budget is 100 bytes"):
+    made(taps=taps)
 
 
 @pytest.mark.parametrize("edit", ["noise_at", {"edit": ["noise_at"]}, {"mode": "add"}])
@@ -429,7 +465,7 @@ def test_an_edit_that_the_model_has_no_place_for_is_told_before_anything_is_run(
 def test_units_hold_whole_cases_and_are_all_of_one_size():
   assert made(unit=5).width == 4
   assert made(cases=3, unit=8).width == 6  # 6 cases in threes
-  assert made(unit=1).width == 2
+  assert made({"mean": ENSEMBLE}, unit=1).width == 2
 
 
 def test_the_shipped_sweeps_are_what_they_say():

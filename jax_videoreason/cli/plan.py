@@ -141,8 +141,7 @@ def whole(config: dict[str, Any]) -> "Work":
   chosen = settings.from_config(config)
   together, videos = min(chosen.batch or len(chosen.seeds), len(chosen.seeds)), len(chosen.seeds)
   if own:
-    units, cases = factors.cut(factors.varied(own), len(chosen.seeds))
-    together = cases * len(chosen.seeds)
+    units, together = factors.cut(factors.varied(own), len(chosen.seeds))
     videos = units * together
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
   each = problem.sizes.S * problem.sizes.G

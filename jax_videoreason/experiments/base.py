@@ -21,6 +21,7 @@ from jax_videoreason.experiments.context import (
   Setting,
   Tally,
   assemble,
+  storable,
   title,
 )
 from jax_videoreason.experiments.results import Claim, Finding, Result
@@ -481,9 +482,7 @@ def _without_lost(found: Result, ctx: Context) -> dict[str, np.ndarray]:
   seeds = len(ctx.setting.chosen.seeds)
   values = {}
   for name, value in found.values.items():
-    value = np.asarray(value)
-    if value.dtype.name == "bfloat16":  # a chunk on disk would lose it
-      value = value.astype(np.float32)
+    value = storable(value)
     for axis, lost in (("run", ctx.lost), ("case", {pair // seeds for pair in ctx.lost})):
       if lost and axis in found.axes[name]:
         text = value.dtype.kind == "U"

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle, Noise, Sizes, Trace
-from jax_videoreason.taps import TapSpec
+from jax_videoreason.taps import TapSpec, tap_bytes
 from jax_videoreason.tasks import Case, Task
 
 Point = Any
@@ -99,6 +100,12 @@ class Chunks:
       path.parent.mkdir(parents=True, exist_ok=True)
       with atomic(path) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **dict(value))
+
+
+def storable(value: Any) -> np.ndarray:
+  """An array as a chunk can hold it: bfloat16, which a chunk would lose, as float32."""
+  made = np.asarray(value)
+  return made.astype(np.float32) if made.dtype.name == "bfloat16" else made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +190,7 @@ class Context:
   def _denoise(
     self, schedule: Schedule, edit: Intervention | None, taps: Any, state: Any, held: int
   ) -> tuple[np.ndarray, Trace]:
+    self._check_taps(taps)
     if self.control and edit is not None:
       edit = neutral(edit, self.sizes)
     mesh = self.setting.mesh
@@ -199,6 +207,17 @@ class Context:
     self.tally.advance(one * (self.sizes.S - held))
     self._note_broken(trace.finite)
     return np.asarray(latents), trace
+
+  def _check_taps(self, taps: TapSpec | None) -> None:
+    """ValueError where the taps of the batch are over the budget of the settings."""
+    budget = self.setting.chosen.taps.budget_gb
+    dtype = self.bundle.parts.dit.config.dtype
+    need = 0 if taps is None else tap_bytes(taps, self.sizes, dtype) / 1e9
+    if need > budget:
+      raise ValueError(
+        f"the taps of a batch of {self.sizes.R} runs need {need:.3g} GB, the budget is {budget:g}: "
+        f"give a smaller --config.batch, or --config.taps.budget_gb={math.ceil(need)}."
+      )
 
   def _note_broken(self, finite: np.ndarray) -> None:
     pairs = len(next(iter(self.roles.values())))
@@ -244,7 +263,7 @@ class Context:
       return found
     before, named = self.tally.evaluations, len(self.tally.broken)
     made = fn()
-    row = {k: np.asarray(v) for k, v in (made if isinstance(made, dict) else {"": made}).items()}
+    row = {k: storable(v) for k, v in (made if isinstance(made, dict) else {"": made}).items()}
     spent = {
       ".evaluations": np.asarray(self.tally.evaluations - before),
       ".lost": np.array(sorted(self.lost), int),

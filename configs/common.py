@@ -18,7 +18,8 @@ NEGATIVE_PROMPT = (
 STEADY = "镜头晃动，"
 
 # a quote opens where a value may begin, so not in don't
-_QUOTED = re.compile(r"""(?<=[=(\[{,:\s])('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+_QUOTED = re.compile(r"""(?<![^=(\[{,:\s])('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+_BRACKETED = re.compile(r"[(\[][^()\[\]{}]*[)\]]")
 _INNERMOST = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 
 
@@ -38,8 +39,8 @@ def sample() -> ConfigDict:
       "boundary": config_dict.placeholder(float),
       "solver": "euler",
       "grid": "diffsynth",
-      # how many: the seeds 0, 1, 2, ...
-      "seeds": 1,
+      # how many: the seeds 0, 1, 2, ...; or the numbers themselves, as (3, 5)
+      "seeds": config_dict.FieldReference(1, field_type=object),
       "negative_prompt": "",
       # whose tiles the VAE works in: diffusers or diffsynth; None = whole frames
       "tiles": config_dict.placeholder(str),
@@ -116,7 +117,7 @@ def choose(argument: str | None, *choices: str) -> tuple[str, str]:
 
 
 def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
-  """`config` with "key=value,taps.sites=('attn_out',)" set; a value is a Python literal or a text.
+  """`config` with "key=value,taps.sites=(attn_out,mlp_out)" set; a value is a literal or a text.
 
   Raises:
     KeyError: the key, where the config has none of that name.
@@ -127,25 +128,43 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
     if not equals:
       raise ValueError(
         f"argument {part!r}, wanted key=value,other=value, and several values of one key in "
-        "brackets."
+        "brackets, as key=(one,two)."
       )
     if not key.strip():
       raise ValueError(f'argument {part!r} has no key before "=", wanted key=value.')
-    *path, last = key.strip().split(".")
-    place: Any = config
-    for name in path:
-      place = place.get(name) if isinstance(place, ConfigDict) else None
-    if not isinstance(place, ConfigDict) or last not in place:
-      raise KeyError(key.strip())
-    given = _literal(value.strip())
-    if place.get_type(last) is tuple and not isinstance(given, tuple | list | None):
-      given = (given,)
+    place, last = place_of(config, key.strip())
+    kind, value = place.get_type(last), value.strip()
     try:
-      place[last] = given
+      place[last] = several(value) if kind is tuple else _literal(value)
     except TypeError as error:
-      kind = place.get_type(last).__name__
-      raise ValueError(f"{part}: wanted a value of type {kind}.") from error
+      raise ValueError(f"{part}: wanted a value of type {kind.__name__}.") from error
   return config
+
+
+def named(argument: str) -> set[str]:
+  """The keys that an argument sets."""
+  return {part.partition("=")[0].strip() for part in _parts(argument)}
+
+
+def place_of(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+  """Where "taps.sites" lies: the config below `config`, and the name there; KeyError: nowhere."""
+  *path, last = key.split(".")
+  place: Any = config
+  for name in path:
+    place = place.get(name) if isinstance(place, ConfigDict) else None
+  if not isinstance(place, ConfigDict) or last not in place:
+    raise KeyError(key)
+  return place, last
+
+
+def several(text: str) -> tuple[Any, ...] | list[Any] | None:
+  """The values of a key that has several: a Python literal, or words, in brackets or without."""
+  given = _literal(text)
+  if given is text:  # no literal
+    inside = _BRACKETED.fullmatch(_QUOTED.sub(_mask, text)) is not None
+    words = _parts(text[1:-1] if inside else text)
+    given = tuple(_literal(word.strip()) for word in words) or text
+  return given if isinstance(given, tuple | list | None) else (given,)
 
 
 def _parts(argument: str) -> list[str]:
@@ -156,7 +175,7 @@ def _parts(argument: str) -> list[str]:
     before, masked = masked, _INNERMOST.sub(_mask, masked)
   cuts = [-1, *(at for at, sign in enumerate(masked) if sign == ","), len(argument)]
   parts = [argument[low + 1 : high] for low, high in itertools.pairwise(cuts)]
-  return [part for part in parts if part]
+  return [part for part in parts if part.strip()]
 
 
 def _mask(found: re.Match[str]) -> str:
@@ -164,7 +183,8 @@ def _mask(found: re.Match[str]) -> str:
 
 
 def _literal(value: str) -> Any:
+  """What a Python literal says; the text itself where it is none."""
   try:
     return ast.literal_eval(value)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError):
     return value

@@ -5,6 +5,7 @@ printed before anything runs. With `mini` on 2 cores, `run all` is meant to take
 (quick, most of it compilation) and 60 (full, about 279,000 evaluations). Answers are read from the
 VAE: `chain_of_steps` prints how often mini's preview agrees with it, which is less than .98.
 `paper` is the ensemble as it is described: three seeds, one step of 50, the middle layers.
+They take the place of what the file of a config says, not of `NAME:key=value` or `--config.key=`.
 """
 
 from typing import Any

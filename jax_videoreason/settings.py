@@ -210,7 +210,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
   count = _whole(1)(value)
   if count > MOST_SEEDS:
     raise ValueError(
-      f"at most {MOST_SEEDS}, for it is a count; sample --seeds takes seeds themselves"
+      f"at most {MOST_SEEDS}, for it is a count; seeds themselves stand in brackets, as (7,)"
     )
   return tuple(range(count))
 

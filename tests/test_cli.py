@@ -277,6 +277,9 @@ def configured(*words: str) -> settings.SampleSettings:
   return settings.from_config(cli.resolved(cli.parse(Command, words)[0]))
 
 
+TWO_SITES = settings.TapSettings(sites=("attn_out", "mlp_out"))
+
+
 def test_every_shipped_config_is_read_and_documented():
   names = [p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[:2] != "__"]
   names = [name for name in names if name not in ("common", "presets")]
@@ -306,7 +309,12 @@ def test_every_shipped_config_is_read_and_documented():
     (("--config=mini:guidance=(4.0,3.0),steps=3",), "guidance", (4.0, 3.0)),
     (("--config.guidance=(4,3)",), "guidance", (4.0, 3.0)),
     (("--config.guidance=1",), "guidance", (1.0,)),
+    (("--config.guidance=4,3",), "guidance", (4.0, 3.0)),
     (("--config.boundary=0.9",), "boundary", 0.9),
+    (("--config=mini:seeds=(3,5),steps=3",), "seeds", (3, 5)),
+    (("--config=mini:seeds=(3,5)", "--config.seeds=2"), "seeds", (0, 1)),
+    (("--config.seeds", "2"), "seeds", (0, 1)),
+    (("--config.seeds=3,5",), "seeds", (3, 5)),
     (("--config.negative_prompt=dull, grey",), "negative_prompt", "dull, grey"),
     (("--config.taps.sites=('attn_out',)",), "taps", settings.TapSettings(sites=("attn_out",))),
     (("--config=mini:taps.layers=(1,2)",), "taps", settings.TapSettings(layers=(1, 2))),
@@ -314,10 +322,16 @@ def test_every_shipped_config_is_read_and_documented():
     (("--config=mini:guidance=1.0",), "guidance", (1.0,)),
     (("--config=mini:taps.sites=attn_out",), "taps", settings.TapSettings(sites=("attn_out",))),
     (("--config=mini:taps.layers=3,steps=3",), "taps", settings.TapSettings(layers=(3,))),
+    (("--config=mini:taps.sites=(attn_out,mlp_out),steps=3",), "taps", TWO_SITES),
+    (("--config=mini:taps.sites=['attn_out',mlp_out]",), "taps", TWO_SITES),
+    (("--config.taps.sites=attn_out,mlp_out",), "taps", TWO_SITES),
+    (("--config.taps.sites", "(attn_out, mlp_out)"), "taps", TWO_SITES),
+    (("--config.taps.sites=attn_out", "--config.taps.sites=mlp_out"), "taps", TWO_SITES),
     (("--config=mini:taps.layers=None",), "taps", settings.TapSettings()),
     (("--config=mini:negative_prompt='a, b',steps=3",), "negative_prompt", "a, b"),
     (("--config=mini:negative_prompt='a, (b',steps=3",), "steps", 3),
     (("--config=mini:negative_prompt=don't (blur),steps=3",), "negative_prompt", "don't (blur)"),
+    (("--config=mini:negative_prompt=(dull, grey)",), "negative_prompt", "(dull, grey)"),
     (("--checkpoint=some/folder",), "checkpoint", "some/folder"),
   ],
 )
@@ -328,6 +342,7 @@ def test_a_config_takes_an_argument_and_overrides(monkeypatch, words, field, val
 
 def test_an_argument_takes_one_value_for_a_tuple_and_nested_brackets():
   assert cli.load_config("seeds_mini:tasks=maze").tasks == ("maze",)
+  assert cli.load_config("seeds_mini:tasks=(maze, pick),cases=2").tasks == ("maze", "pick")
   edits = "edits={'a':{'edit':'noise_at','steps':(1,2),'frames':(0,1)},'none':{'edit':'none'}}"
   assert list(cli.load_config(f"seeds_mini:{edits},cases=2").edits) == ["a", "none"]
 
@@ -339,6 +354,9 @@ def test_an_argument_takes_one_value_for_a_tuple_and_nested_brackets():
     (("--config=mini:stepz=3",), "config mini has no key 'stepz'; did you mean 'steps'?"),
     (("--config=mini:steps.foo=3",), "has no key 'steps.foo'; did you mean 'steps'?"),
     (("--config=mini:steps",), "argument 'steps', wanted key=value"),
+    (("--config=mini:taps.sites=attn_out,mlp_out",), "in brackets, as key=(one,two)"),
+    (("--config=mini:seeds=many",), "seeds='many', wanted a whole number"),
+    (("--config.steps",), "Missing value for flag --config.steps"),
     (("--config=mini:steps=many",), "wanted a value of type int"),
     (("--config=mini:=3",), """config mini:=3: argument '=3' has no key before "=\""""),
     (("--config.steps=many",), "--config.steps=many"),

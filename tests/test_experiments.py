@@ -504,6 +504,42 @@ def test_run_takes_presets_options_and_names_what_it_does_not_know():
       cli.parse(run, words)
 
 
+def asked_of(*words):
+  return cli.parse(run, [*words, "--out=x"])[0].config
+
+
+@pytest.mark.parametrize("typed", ["--config=mini:steps=3,seeds=5", "--config.steps=3"])
+def test_a_preset_does_not_change_what_is_typed(typed):
+  config = asked_of("noise", typed, "--preset=full")
+  assert (config.steps, config.seeds) == (3, 5 if "seeds" in typed else 1)
+  assert (config.batch, config.cases) == (12, 8)  # as the preset has them
+
+
+def test_a_preset_comes_before_a_config_file_and_that_before_the_study(tmp_path):
+  own = tmp_path / "own.py"
+  own.write_text(
+    "from jax_videoreason.configs import common, mini\n"
+    "def get_config(argument=None):\n"
+    "  config = mini.get_config()\n"
+    "  config.steps = 30\n"
+    "  with config.unlocked():\n"
+    "    config.update({'cases': 20, 'split': 'ood', 'tasks': ('maze',)})\n"
+    "    config.experiment = {'gain': 2.0, 'stride': 4}\n"
+    "  return common.parse(config, argument)\n"
+  )
+  config = asked_of("noise", f"--config={own}")
+  assert (config.steps, config.cases, config.experiment.stride) == (8, 3, 1)  # of the preset
+  assert (config.split, config.tasks, config.experiment.gain) == ("ood", ("maze",), 2.0)
+  config = asked_of("noise", f"--config={own}:cases=9,tasks=(pick,maze),experiment.stride=2")
+  assert (config.steps, config.cases, config.experiment.stride) == (8, 9, 2)
+  assert config.tasks == ("pick", "maze")
+
+
+def test_words_with_commas_are_several_tasks():
+  for tasks in ("maze,pick", "(maze, pick)", "('maze','pick')"):
+    assert asked_of("noise", f"--config.tasks={tasks}").tasks == ("maze", "pick")
+
+
 def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
   def studies(*words):
     return run.every_study(cli.parse(run, ["all", *words])[0])
@@ -519,6 +555,9 @@ def test_run_all_on_mini_also_moves_the_switch_of_mini_experts():
     flags, _ = cli.parse(run, [study.name, *words, *more, "--out=x"])
     assert cli.resolved(flags)["checkpoint"] == "mini_experts"
     assert flags.config.shift == (3.0 if "config" in words[0] else 5.0)
+  for words in (["--config", "mini:steps=3"], ["--config=mini", "--config.steps=3"]):
+    for _, study, more in studies(*words):
+      assert asked_of(study.name, *words, *more).steps == 3
   for words in (["--checkpoint=mine"], ["--config=vbvr_wan22"]):
     assert [place for place, _, _ in studies(*words)] == [*EXPERIMENTS]
 

@@ -266,6 +266,11 @@ def test_a_study_is_planned_whole(capsys):
   assert evaluations > 1000
   assert cli.main([*words, "--config.cases=30"]) == 0
   assert whole_of(capsys.readouterr().out) > 5 * evaluations
+  counts = []
+  for less in (["--config=mini:steps=3"], ["--config.steps=3"]):
+    assert cli.main([*words, *less]) == 0
+    counts.append(whole_of(capsys.readouterr().out))
+  assert counts[0] == counts[1] < evaluations
 
 
 def whole_of(said: str) -> int:

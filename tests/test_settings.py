@@ -70,7 +70,7 @@ def test_taps_become_a_spec():
     ({"seeds": [2**32]}, "seeds=[4294967296], wanted numbers below 4294967296"),
     (
       {"seeds": 1234567890},
-      "wanted at most 1000000, for it is a count; sample --seeds takes seeds themselves",
+      "wanted at most 1000000, for it is a count; seeds themselves stand in brackets, as (7,)",
     ),
     ({"seeds": [-1]}, "seeds=[-1], wanted at least 0"),
     ({"negative_prompt": 3}, "negative_prompt=3, wanted a text"),

@@ -292,19 +292,37 @@ def _parse_config(
   config = load_config(name)
   if complete is not None:
     config = complete(config, words)
-  known = {key for key, _ in _flat(config)}
-  for word in rest:
-    option = word.partition("=")[0].lstrip("-")
-    if word.startswith("-") and option.startswith(f"{CONFIG}."):
-      key = option.removeprefix(f"{CONFIG}.")
-      if key not in known:
-        raise UsageError(f"config {name} has no key {key!r}; {did_you_mean(key, known)}")
+  rest = _spelled(rest, config, name)
   delattr(flags, CONFIG)
   config_flags.DEFINE_config_dict(
     CONFIG, config, flag_values=flags, sys_argv=["videoreason", *rest], lock_config=True
   )
   flags[CONFIG].using_default_value = not named
   return rest
+
+
+def _spelled(words: Sequence[str], config: "ConfigDict", name: str) -> list[str]:
+  """The words with --config.KEY VALUE as one, and several values as a Python tuple.
+
+  UsageError: the config of that name has no such key.
+  """
+  common = importlib.import_module("jax_videoreason.configs.common")
+  known = {key for key, _ in _flat(config)}
+  left, spelled = list(words), []
+  while left:
+    option, equals, value = left.pop(0).partition("=")
+    if option.startswith("-") and option.lstrip("-").startswith(f"{CONFIG}."):
+      key = option.lstrip("-").removeprefix(f"{CONFIG}.")
+      if key not in known:
+        raise UsageError(f"config {name} has no key {key!r}; {did_you_mean(key, known)}")
+      place, last = common.place_of(config, key)
+      kind = place.get_type(last)
+      if not equals and kind is not bool and left and not left[0].startswith("-"):
+        equals, value = "=", left.pop(0)
+      if equals and kind is tuple:
+        value = repr(common.several(value.strip()))
+    spelled.append(f"{option}{equals}{value}")
+  return spelled
 
 
 def _flat(config: "ConfigDict", prefix: str = "") -> list[tuple[str, Any]]:

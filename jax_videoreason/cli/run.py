@@ -7,6 +7,9 @@
   videoreason run mymodule:my_experiment --out runs/mine
   videoreason run noise --config wan22_i2v_a14b:height=480,width=480 --mesh context=4 --out ...
 
+A preset sets cases, seeds, steps, batch and more of a study, whatever the file of the config says
+of them; what is typed is kept, as --config mini:steps=3,seeds=2 or --config.steps=3.
+
 Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
 """
 
@@ -40,7 +43,10 @@ def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
   cli.define_out(flags)
   DEFINE_string(
-    "preset", "quick", "size of the study: quick, full, or paper (ensemble)", flag_values=flags
+    "preset",
+    "quick",
+    "size of the study, in place of what a config file says: quick, full, or paper (ensemble)",
+    flag_values=flags,
   )
   DEFINE_string(
     "mesh",
@@ -51,7 +57,10 @@ def define(flags: FlagValues) -> None:
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
-  """The config with the keys of a study in it, as the preset of the command line has them."""
+  """The config with the keys of a study in it.
+
+  A value is that of the argument, else of the preset, else of the file, else of the study.
+  """
   from ml_collections import ConfigDict, config_dict
 
   from jax_videoreason.experiments import find
@@ -66,14 +75,18 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   except KeyError as error:
     also = " (and paper for ensemble)" if preset == "paper" else ""
     raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}{also}.") from error
+  typed = importlib.import_module("jax_videoreason.configs.common").named(_argument(words))
   own = presets.pop("experiment", {})
+  plain = {"split": "id", "tasks": study.tasks if study else (), "cases": 8, "decoder": "auto"}
   with config.unlocked():
-    config.update({"split": "id", "tasks": () if study is None else study.tasks, "cases": 8})
-    config.decoder = "auto"
     config.words = tuple(words)
-    config.update(presets)
+    for key, value in {**plain, **presets}.items():
+      if key not in config or (key in presets and key not in typed):
+        config[key] = value
     if study is not None:
-      options = {**study.options, **own}
+      of_preset = {key: value for key, value in own.items() if f"experiment.{key}" not in typed}
+      of_file: Any = config.get("experiment", {})
+      options = {**study.options, **of_file, **of_preset}
       config.experiment = ConfigDict(
         {  # None alone has a type that no value given has
           name: config_dict.placeholder(object) if value is None else value
@@ -90,6 +103,11 @@ def _presets() -> Any:
 def _preset(words: Sequence[str]) -> str:
   found = _typed(words, "preset")
   return PRESETS[0] if found is None else found
+
+
+def _argument(words: Sequence[str]) -> str:
+  """What is typed after NAME: of --config."""
+  return (_typed(words, cli.CONFIG) or "").partition(":")[2]
 
 
 def _typed(words: Sequence[str], option: str) -> str | None:
@@ -160,7 +178,7 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
     for name, more in _presets().BESIDE.items():
       config = more["config"]
       asked = [f"--config.experiment.{key}={value}" for key, value in more[flags.preset].items()]
-      argument = (_typed(flags.config.words, cli.CONFIG) or "").partition(":")[2]
+      argument = _argument(flags.config.words)
       words = ["--config", f"{config}:{argument}", "--checkpoint", config]
       found.append((f"{name}_{config}", EXPERIMENTS[name], [*words, *asked]))
   return found

@@ -2,7 +2,7 @@
 
   videoreason sweep --config seeds_mini --out runs/seeds
   videoreason sweep --config seeds_mini:cases=2,seeds=2 --out runs/small
-  videoreason sweep --config mini --config.tasks "('maze','pick')" --config.cases=8 --out ...
+  videoreason sweep --config mini --config.tasks maze,pick --config.cases=8 --out ...
   videoreason sweep --status runs/seeds        (from another terminal)
   videoreason report runs/seeds                the page of what is done so far (likewise)
 

@@ -223,6 +223,12 @@ def test_version(call):
     (("demo", "--tasks=mase"), "no task 'mase'"),
     (("demo", "--tasks=maze, mase"), "no task 'mase'"),
     (("demo", "--out="), "--out is empty, wanted a path"),
+    (("sweep", "--status="), "--status is empty, wanted a path"),
+    (("report", ""), "DIR is empty, wanted a path"),
+    (("vbvr", "table", ""), "RESULT is empty, wanted a path"),
+    (("convert", "", "--out=x"), "SRC is empty, wanted a path"),
+    (("convert", "x", "--out=x", "--lora="), "--lora is empty, wanted a path"),
+    (("convert", "x", "--out=x", "--lora=high="), "--lora is empty, wanted a path"),
     (("tasks", "export", "--out", ""), "--out is empty, wanted a path"),
     (("demo", "--config=minni"), "did you mean 'mini'?"),
     (("demo", "--config.width=64"), "tasks are square"),
@@ -264,6 +270,25 @@ def test_a_leading_tilde_is_the_home_folder(call, tmp_path, monkeypatch):
   assert call("tasks", "export", *words, "--out=~/cases")[0] == 0
   assert [item.name for item in tmp_path.iterdir()] == ["home"]
   assert (tmp_path / "home" / "cases").is_dir()
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("sweep", "--status=~/x"),
+    ("report", "~/x"),
+    ("vbvr", "table", "~/x"),
+    ("convert", "~/x", "--out=out"),
+    ("convert", "src", "--out=out", "--lora=~/x"),
+    ("convert", "src", "--out=out", "--lora=high=~/x"),
+    ("demo", "--config=mini:checkpoint=~/x"),
+    ("demo", "--config.checkpoint=~/x"),
+  ],
+)
+def test_every_path_takes_a_leading_tilde(refuses, tmp_path, monkeypatch, words):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  assert f"{tmp_path / 'home' / 'x'}" in refuses(*words)
 
 
 # Configs
@@ -356,6 +381,8 @@ def test_an_argument_takes_one_value_for_a_tuple_and_nested_brackets():
     (("--config=mini:steps",), "argument 'steps', wanted key=value"),
     (("--config=mini:taps.sites=attn_out,mlp_out",), "in brackets, as key=(one,two)"),
     (("--config=mini:seeds=many",), "seeds='many', wanted a whole number"),
+    (("--config=mini:checkpoint=",), "checkpoint of the config is empty, wanted a path"),
+    (("--config.checkpoint=",), "checkpoint of the config is empty, wanted a path"),
     (("--config.steps",), "Missing value for flag --config.steps"),
     (("--config=mini:steps=many",), "wanted a value of type int"),
     (("--config=mini:=3",), """config mini:=3: argument '=3' has no key before "=\""""),

@@ -38,7 +38,10 @@ INTERRUPTED = 130
 CONFIG = "config"
 SWEEPS = "sweeps"
 # options that name a file or a folder
-PATHS = ("out", "from", "image", "noise", "data", "videos", "evalkit", "environment", "checkpoint")
+PATHS = (
+  *("out", "from", "image", "noise", "data", "videos", "evalkit", "environment", "checkpoint"),
+  "status",
+)
 
 
 class UsageError(ValueError):
@@ -252,19 +255,23 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
 
 
 def _find_home(flags: "FlagValues") -> None:
-  """Puts the home folder for a leading ~, which shells leave in --out=~/runs.
-
-  UsageError: a path that was given is empty.
-  """
+  """Puts the home folder for a leading ~ in the options of `PATHS`."""
   for name in PATHS:
     given = flags[name].value if name in flags and flags[name].present else None
-    if given is None:
-      continue
-    if not given:
-      raise UsageError(
-        f"--{name} is empty, wanted a path: give one, or set the shell variable given there."
-      )
-    flags[name].value = os.path.expanduser(given)
+    if given is not None:
+      flags[name].value = typed_path(given, f"--{name}")
+
+
+def typed_path(given: str, name: str) -> str:
+  """A path with the home folder for a leading ~, which shells leave in --out=~/runs.
+
+  UsageError: it is empty; name: of the option or the word.
+  """
+  if not given:
+    raise UsageError(
+      f"{name} is empty, wanted a path: give one, or set the shell variable given there."
+    )
+  return os.path.expanduser(given)
 
 
 def _parse_config(
@@ -438,7 +445,10 @@ def config_path(base: str) -> Path:
 def resolved(flags: "FlagValues") -> dict[str, Any]:
   """The config of a parsed command as a plain mapping, --checkpoint in its place."""
   values = flags.config.to_dict()
-  return {**values, "checkpoint": flags.checkpoint} if flags.checkpoint else values
+  named = flags.checkpoint or values.get("checkpoint")
+  if isinstance(named, str):
+    values["checkpoint"] = typed_path(named, "checkpoint of the config")
+  return values
 
 
 def given(flags: "FlagValues") -> list[str]:

@@ -74,24 +74,27 @@ def define(flags: FlagValues) -> None:
 def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no source given: videoreason convert SRC --out DST.")
+  asked = cli.typed_path(words[0], "SRC")
   if not flags["dry-run"].value:
     cli.required(flags, "out")
   if flags.to == "diffusers":
-    _back(flags, words[0])
+    _back(flags, asked)
     return
   detect, bundle, lora, hub = map(_convert, ("detect", "bundle", "lora", "hub"))
   detect.check_parts(flags.parts)
   wanted = lora.Wanted(
-    given=tuple(flags.lora), alpha=flags["lora-alpha"].value, order=flags["lora-order"].value
+    given=tuple(map(_lora, flags.lora)),
+    alpha=flags["lora-alpha"].value,
+    order=flags["lora-order"].value,
   )
   if flags["dry-run"].value:
-    if _lacks(hub, [(words[0], flags.parts), *((file, None) for file in wanted.addresses)]):
+    if _lacks(hub, [(asked, flags.parts), *((file, None) for file in wanted.addresses)]):
       return
-  elif words[0].startswith(hub.SCHEME) and not _compares(flags):
+  elif asked.startswith(hub.SCHEME) and not _compares(flags):
     leaves.refuse_existing(Path(flags.out), redo=flags.redo)
   for address in wanted.addresses:  # a wrong one is found before the rest is downloaded
     hub.local(address)
-  source = hub.local(words[0], flags.parts)
+  source = hub.local(asked, flags.parts)
   found = detect.source(source, flags.parts)
   plan = bundle.plan(found, dtype=flags.dtype, numerics=flags.numerics, loras=wanted)
   show(bundle, plan)
@@ -108,6 +111,14 @@ def main(flags: FlagValues, words: list[str]) -> None:
   with _bar(plan.read_bytes, "convert") as advance:
     bundle.write(plan, out, redo=flags.redo, check=flags.verify, advance=advance)
   console.say(f"bundle: {out.resolve()}")
+
+
+def _lora(word: str) -> str:
+  """One --lora with its path as `cli.typed_path` has it, behind high= or low=."""
+  expert, equals, file = (
+    word.partition("=") if word.startswith(("high=", "low=")) else ("", "", word)
+  )
+  return f"{expert}{equals}{cli.typed_path(file, '--lora')}"
 
 
 def _compares(flags: FlagValues) -> bool:

@@ -35,7 +35,7 @@ def define(flags: FlagValues) -> None:
 def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no folder given: videoreason report DIR, the --out of a run.")
-  folder = Path(words[0])
+  folder = Path(cli.typed_path(words[0], "DIR"))
   if any(folder.glob("*/result.json")) and not (folder / "result.json").exists():
     everything(folder)
     return

@@ -124,7 +124,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     raise cli.UsageError(f"vbvr {word} takes no --{given[0]}; --help says more.")
   if rest and word != "table":
     raise cli.UsageError(f"unexpected word {rest[0]!r}: options begin with --.")
-  run(flags, rest)
+  run(flags, [cli.typed_path(word, "RESULT") for word in rest])
 
 
 # The commands

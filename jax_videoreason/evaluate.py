@@ -84,7 +84,8 @@ def plan(names: str, split: str, cases: int, kind: str) -> Plan:
   """The plan of a command line; names: "a,b" or "all", those that have the split and the kind.
 
   Raises:
-    ValueError: an unknown split or kind, fewer than 2 cases, a task that lacks the split or kind.
+    ValueError: an unknown split or kind, fewer than 2 cases, a task that is not there, has no name
+      or lacks the split or kind.
   """
   for name, value, known in (("split", split, SPLITS), ("ambiguous", kind, tuple(KINDS))):
     if value not in known:
@@ -99,7 +100,7 @@ def plan(names: str, split: str, cases: int, kind: str) -> Plan:
       if task.held_out == (split == "heldout") and (task.ambiguous or kind != "ambiguous")
     ]
   else:
-    wanted = list(dict.fromkeys(word.strip() for word in names.split(",")))
+    wanted = tasks.names_of(names)
   for name in wanted:
     task = tasks.load(name)
     task.check_split(split, 0)

@@ -217,11 +217,15 @@ def test_version(call):
     (("tasks",), "say videoreason tasks export"),
     (("tasks", "export"), "--out must be given"),
     (("tasks", "export", "--out=x", "--tasks=mase"), "no task 'mase'"),
+    (("tasks", "export", "--out=x", "--tasks=maze,,pick"), "--tasks=maze,,pick has an empty name"),
     (("tasks", "export", "--out=x", "--split=test"), "no split 'test'"),
     (("tasks", "export", "--out=x", "--cases=0"), "--cases=0"),
     (("tasks", "export", "--out=x", "--frames=16"), "frames=16, wanted 1 + 4k"),
     (("demo", "--tasks=mase"), "no task 'mase'"),
     (("demo", "--tasks=maze, mase"), "no task 'mase'"),
+    (("demo", "--tasks=maze,,pick"), "--tasks=maze,,pick has an empty name"),
+    (("evaluate", "--out=x", "--tasks=maze,,pick"), "--tasks=maze,,pick has an empty name"),
+    (("evaluate", "--out=x", "--tasks="), "--tasks= has an empty name"),
     (("demo", "--out="), "--out is empty, wanted a path"),
     (("sweep", "--status="), "--status is empty, wanted a path"),
     (("report", ""), "DIR is empty, wanted a path"),
@@ -1054,6 +1058,17 @@ def test_a_file_is_no_folder_for_a_study(tmp_path):
   for redo in (False, True):
     with pytest.raises(ValueError, match="mine is a file, wanted a folder: choose another --out"):
       run.check_out(tmp_path / "mine", redo=redo)
+
+
+@pytest.mark.parametrize(
+  ("names", "said"),
+  [("maze, mase", "no task 'mase'"), ("pick,bounce", "bounce has no split 'id'")],
+)
+def test_an_export_checks_all_names_before_a_bar_begins(call, tmp_path, names, said):
+  status, _, err = call("tasks", "export", f"--tasks={names}", f"--out={tmp_path / 'x'}")
+  assert status == 2
+  assert err.startswith(f"videoreason: {said}") and len(err.splitlines()) == 1
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_tasks_list_names_them_all(call):

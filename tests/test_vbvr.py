@@ -768,6 +768,10 @@ def test_a_command_line_that_makes_no_sense_is_one_sentence(words, said, capsys)
   [
     (["--seeds=1,1"], "each once"),
     (["--seeds=a"], "wanted numbers"),
+    (["--seeds="], "--seeds= has an empty place"),
+    (["--tasks="], "--tasks= has an empty place"),
+    (["--tasks=O-39,,G-3"], "--tasks=O-39,,G-3 has an empty place"),
+    (["--split="], "--split= has an empty place"),
     (["--part=3/2"], "--part=3/2, wanted one of several"),
     (["--config.taps.sites=('attn_out',)"], "keeps no taps"),
     (["--keep-steps=20"], "wanted steps below"),
@@ -777,10 +781,21 @@ def test_a_command_line_that_makes_no_sense_is_one_sentence(words, said, capsys)
 )
 def test_settings_that_make_no_sense_are_one_sentence(bench, tmp_path, capsys, words, said):
   out = tmp_path / "videos"
-  assert call("generate", f"--data={bench}", f"--out={out}", *words) == 2
-  err = capsys.readouterr().err
-  assert said in err and "denoise:" not in err  # before a bar begins
+  for more in ([], ["--dry-run"]):
+    assert call("generate", f"--data={bench}", f"--out={out}", *words, *more) == 2
+    heard = capsys.readouterr()
+    assert said in heard.err and "denoise:" not in heard.err  # before a bar begins
+    assert "network evaluations" not in heard.out
   assert not out.exists()
+
+
+def test_a_model_that_is_not_here_yet_is_asked_for_steps_and_layers_it_has(bench, capsys):
+  words = [f"--data={bench}", "--config=vbvr_wan22", "--keep-steps=49"]
+  for command in (["vbvr", "generate", "--dry-run"], ["plan", "vbvr", "generate", "--on=cpu"]):
+    assert cli.main([*command, *words, "--token-layers=40"]) == 2
+    assert "--token-layers=40, wanted layers below 40" in capsys.readouterr().err
+    assert cli.main([*command, *words, "--config.steps=49"]) == 2
+    assert "--keep-steps=49, wanted steps below 49" in capsys.readouterr().err
 
 
 def test_clips_that_are_not_there_are_refused_before_a_bar_begins(bench, tmp_path, capsys):
@@ -788,6 +803,8 @@ def test_clips_that_are_not_there_are_refused_before_a_bar_begins(bench, tmp_pat
   assert call("baselines", f"--data={bench}", f"--out={out}", "--clips=static,foo") == 2
   err = capsys.readouterr().err
   assert "no clips 'foo'; there are: static" in err and "write:" not in err
+  assert call("baselines", f"--data={bench}", f"--out={out}", "--clips=") == 2
+  assert "--clips= has an empty place" in capsys.readouterr().err
   assert not out.exists()
 
 

@@ -32,8 +32,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
       f"--config.height={chosen.width}."
     )
   questions = []
-  for name in flags.tasks.split(","):
-    task = tasks.load(name.strip(), size=chosen.height, frames=chosen.frames)
+  for name in tasks.names_of(flags.tasks):
+    task = tasks.load(name, size=chosen.height, frames=chosen.frames)
     split = "heldout" if task.held_out else "id"
     for index in range(flags.cases):
       case = task.generate(split, index)

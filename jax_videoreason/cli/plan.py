@@ -122,9 +122,13 @@ def check(flags: FlagValues, words: list[str]) -> None:
 def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
   """What the command of `words` takes."""
   if words == GENERATE:
+    from jax_videoreason import plan
+
     vbvr = importlib.import_module("jax_videoreason.cli.vbvr")
     cli.required(flags, "data")
     data, chosen, job = vbvr.asked(flags)
+    model = plan.model(chosen.checkpoint).parts
+    vbvr.generate.check(chosen, job, model, redo=False, mesh=None)
     return vbvr.jobs.work(chosen, data, job)
   if words == [RUN, run.ALL]:
     return studies(flags)

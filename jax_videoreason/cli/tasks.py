@@ -49,6 +49,8 @@ def listing() -> None:
 def export(flags: FlagValues) -> None:
   """Writes the cases that the flags name."""
   names = asked(flags.tasks, flags.split)
+  for name in names:  # before a bar begins
+    tasks.load(name, size=flags.size, frames=flags.frames).check_split(flags.split, 0)
   out = Path(flags.out)
   if flags.redo:
     for name in tasks.TASKS:
@@ -66,7 +68,7 @@ def export(flags: FlagValues) -> None:
 
 
 def asked(given: str, split: str) -> list[str]:
-  """The names that --tasks says; all = those that have the split."""
+  """The names that --tasks says, each once; all = those that have the split."""
   if given == "all":
     return [n for n, task in tasks.TASKS.items() if task.held_out == (split == "heldout")]
-  return list(dict.fromkeys(name.strip() for name in given.split(",")))
+  return tasks.names_of(given)

@@ -47,6 +47,7 @@ WORDS = 100
 CARD = "gpu:141GB"  # for which `generate` says its cost; `plan vbvr generate` takes others
 DATA = ("data", "out", "split", "tasks", "cases")
 KIT = ("evalkit", "environment", "setup", "other-evalkit", "limit", "workers", "allow-partial")
+LISTS = ("split", "tasks", "seeds", "clips")  # none of which stands for none
 MADE = ("table.json", "table.tex", "report.html")
 
 
@@ -136,8 +137,9 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   process = (0, 1) if dry else distributed.initialize()
   data, chosen, job = asked(flags)
   mesh = None if dry else sharding.mesh_here(flags.mesh)
-  if not dry:  # before a bar begins
-    generate.check(chosen, job, checkpoint.describe(chosen.checkpoint), redo=flags.redo, mesh=mesh)
+  name = chosen.checkpoint  # only a dry run takes one that is not here yet
+  model = plan.model(name).parts if dry else checkpoint.describe(name).modules
+  generate.check(chosen, job, model, redo=flags.redo, mesh=mesh)  # before a bar begins
   cost = plan.totals(jobs.work(chosen, data, job), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
   if dry:
@@ -253,7 +255,17 @@ COMMANDS: dict[str, tuple[Callable[[FlagValues, Sequence[str]], None], tuple[str
 
 
 def load(flags: FlagValues) -> samples.Data:
-  """The data of the flags; says which tasks of the benchmark are not there."""
+  """The data of the flags; says which tasks of the benchmark are not there.
+
+  UsageError: one of `LISTS` has an empty place.
+  """
+  for name in LISTS:
+    given = flags[name].value if name in flags and flags[name].present else None
+    if given is not None and not all(given or [""]):
+      raise cli.UsageError(
+        f"--{name}={','.join(given)} has an empty place, wanted values as one,two: "
+        f"fill it, or leave --{name} out."
+      )
   data = samples.load(flags.data, splits=flags.split, names=flags.tasks, cases=flags.cases)
   if data.absent and not flags.tasks:
     missed = samples.listing(data.absent)

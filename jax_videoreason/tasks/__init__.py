@@ -27,6 +27,14 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
+def names_of(text: str) -> list[str]:
+  """The names of "maze, pick", each once; ValueError where one is empty."""
+  names = [name.strip() for name in text.split(",")]
+  if not all(names):
+    raise ValueError(f"--tasks={text} has an empty name, wanted names as maze,pick.")
+  return list(dict.fromkeys(names))
+
+
 def load(name: str, size: int = 64, frames: int = 17) -> Task:
   """The task `name` at `size` x `size` pixels and `frames` pixel frames."""
   if name not in TASKS:
@@ -45,4 +53,5 @@ __all__ = [
   "Task",
   "Unseen",
   "load",
+  "names_of",
 ]

@@ -33,7 +33,7 @@ from jax_videoreason.decode import decode
 from jax_videoreason.folders import checksum, disk, plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Trace
+from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Parts, Trace
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.vbvr import layout, tokens, videos
 from jax_videoreason.vbvr.jobs import MEMBERS, PAPER, Job, Unit, deviations, folder_of, units
@@ -78,7 +78,7 @@ def generate(
     OSError: a folder can't be written.
   """
   found = checkpoint.describe(chosen.checkpoint)
-  check(chosen, job, found, redo=redo, mesh=mesh)
+  check(chosen, job, found.modules, redo=redo, mesh=mesh)
   if experts is not None and experts < found.experts and process[1] > 1:
     raise ValueError(
       f"--experts={experts} with {process[1]} processes, which load together and not unit by unit: "
@@ -138,15 +138,13 @@ def generate(
   return list(folders.values())
 
 
-def check(
-  chosen: SampleSettings, job: Job, found: checkpoint.Described, *, redo: bool, mesh: Mesh | None
-) -> None:
+def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, mesh: Mesh | None) -> None:
   """ValueError: settings that contradict each other or the model."""
   if chosen.taps.sites:
     raise ValueError("vbvr generate keeps no taps: use --token-layers, or `videoreason sample`.")
   if any(step >= chosen.steps for step in job.steps):
     raise ValueError(f"--keep-steps={_list(job.steps)}, wanted steps below {chosen.steps}.")
-  layers = found.modules.dit.config.layers
+  layers = model.dit.config.layers
   if any(layer >= layers for layer in job.layers):
     raise ValueError(f"--token-layers={_list(job.layers)}, wanted layers below {layers}.")
   if job.layers and not job.steps:

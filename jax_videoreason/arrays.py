@@ -150,11 +150,15 @@ def group(path: Path) -> None:
 
 def open_group(root: Path) -> dict[str, StoredArray]:
   """Every array of a group by its name, as taps/attn_out/norm; ValueError for a damaged one."""
-  return {
-    path.parent.relative_to(root).as_posix(): _open(path.parent, meta)
-    for path in sorted(root.rglob("zarr.json"))
-    if (meta := read_json(path)).get("node_type") == "array"
-  }
+  found = {}
+  for path in sorted(root.rglob("zarr.json")):
+    meta = read_json(path)
+    kind = meta.get("node_type") if isinstance(meta, dict) else None
+    if kind not in ("array", "group"):
+      raise damaged(path)
+    if kind == "array":
+      found[path.parent.relative_to(root).as_posix()] = _open(path.parent, meta)
+  return found
 
 
 def _open(path: Path, meta: Mapping[str, Any]) -> StoredArray:

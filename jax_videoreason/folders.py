@@ -376,6 +376,12 @@ def checksum(path: Path) -> str:
 # JSON
 
 
+def digest(value: Any) -> str:
+  """sha256 of the canonical JSON of `value`, in hex."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_json(path: str | Path, value: Any) -> None:
   """Writes `value` as JSON; not-a-number is not JSON, so it must be None already (`plain`)."""
   with atomic(path) as part:

@@ -1,9 +1,11 @@
 """The units of a product: run through the one sampler, read into rows, carried out as a sweep."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,12 @@ def stills(videos: np.ndarray) -> np.ndarray:
 # All units
 
 
+@contextlib.contextmanager
+def silently(done: int) -> Iterator[sweep.Advance]:
+  """Progress that nobody sees."""
+  yield lambda runs: None
+
+
 def perform(
   out: str | Path,
   product: Product,
@@ -299,13 +307,14 @@ def perform(
   redo: bool = False,
   process: tuple[int, int] = (0, 1),
   meet: Callable[[str], Any] = lambda place: None,
-  advance: sweep.Advance = lambda runs: None,
+  progress: Callable[[int], AbstractContextManager[sweep.Advance]] = silently,
 ) -> None:
   """Carries out a sweep in the folder `out`, or what is left of it.
 
   mesh: as `mesh_for` makes it. process: (number, count); `shares` says which units it does. The
   first one holds the folder and writes table and manifest, and where the mesh lies on several
-  processes, the units too. meet: returns when every process has come to that place.
+  processes, the units too. meet: returns when every process has come to that place. progress:
+  entered with the number of this process' runs that are there already; gives what is told of more.
 
   Raises:
     ValueError: the folder is held by another sweep, or holds something else; units are lacking when
@@ -327,19 +336,20 @@ def perform(
     meet("looked")  # before the first one writes
     if not left:
       return
-    bench = ready(product, mesh)  # processes load together, also those with nothing left to do
-    if number > 0 and distributed.spans(mesh):
-      for unit in left:  # no device of the mesh may be missing where the first one computes
-        compute(bench, unit)
-      return
-    work = Work(
-      units=product.units,
-      width=product.width,
-      compute=functools.partial(compute, bench),
-      read=functools.partial(read, bench),
-      devices={"kind": used[0].device_kind, "count": len(used)},
-    )
-    sweep.carry_out(out, work, {unit: found.get(unit, "") for unit in mine}, advance=advance)
+    with progress(product.width * (len(own) - len(mine))) as advance:
+      bench = ready(product, mesh)  # processes load together, also those with nothing left to do
+      if number > 0 and distributed.spans(mesh):
+        for unit in left:  # no device of the mesh may be missing where the first one computes
+          compute(bench, unit)
+        return
+      work = Work(
+        units=product.units,
+        width=product.width,
+        compute=functools.partial(compute, bench),
+        read=functools.partial(read, bench),
+        devices={"kind": used[0].device_kind, "count": len(used)},
+      )
+      sweep.carry_out(out, work, {unit: found.get(unit, "") for unit in mine}, advance=advance)
 
   def finish() -> None:
     sweep.finish(

@@ -33,6 +33,7 @@ from jax_videoreason.folders import (
   PART,
   checksum,
   differences,
+  digest,
   disk,
   expect,
   held,
@@ -55,7 +56,7 @@ ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
   "report.html",
 )
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
-SAID = {"of", "unit", "rows", "arrays", "seconds", "devices"}  # by a row file
+SAID = {"of", "unit", "rows", "sum", "arrays", "seconds", "devices"}  # by a row file
 RUN = "run"
 
 Row = dict[str, Any]
@@ -141,10 +142,10 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
         f"{folder} holds another sweep ({'; '.join(other)}): choose another --out, or give --redo "
         "to replace it."
       )
-  elif [name for name in there if not name.startswith(PART)]:
+  elif foreign := [name for name in there if not name.startswith(PART)]:
     raise ValueError(
-      f"{folder} is not empty (it has {there[0]}): choose another --out, or give --redo to replace "
-      "what a sweep wrote there."
+      f"{folder} is not empty (it has {foreign[0]}) and has no {ASKED}, so nobody knows what was "
+      "asked there: choose another --out."
     )
   with _kept(folder):
     if ASKED not in there:
@@ -213,10 +214,12 @@ def _keep(
       arrays.put(folder / ARRAYS, name, axes, value, shape=whole, where=where, chunk=size)
     for said in part.notes:
       _note(folder, said, unit)
+    rows = plain(part.rows)
     found = {
       "of": of,
       "unit": unit,
-      "rows": part.rows,
+      "rows": rows,
+      "sum": digest(rows),
       "arrays": sorted(part.arrays),
       "seconds": {"compute": seconds, "read": time.monotonic() - began},
       "devices": work.devices,
@@ -308,6 +311,7 @@ def _read_unit(folder: Path, unit: int, width: int, of: str) -> Row | str:
   try:
     part = read_json(path)
     whole = part["unit"] == unit and len(part["rows"]) == width and part.keys() >= SAID
+    whole = whole and part["sum"] == digest(part["rows"])
   except (ValueError, KeyError, TypeError):
     whole = False
   if not whole:
@@ -349,13 +353,15 @@ class Status:
   """How far a sweep is. left: the units that are not done. seconds: of one process for these; None
   = nothing to judge by.
 
-  broken: rows of runs that are not finite. events: {"unit", "event"}, what was done again.
+  damaged: what is wrong with the row files of some of them; arrays are not read. broken: rows of
+  runs that are not finite. events: {"unit", "event"}, what was done again.
   """
 
   working: bool
   finished: bool
   units: int
   left: list[int]
+  damaged: dict[int, str]
   width: int
   seconds: float | None
   broken: list[Row]
@@ -373,13 +379,14 @@ def status(folder: str | Path) -> Status:
   units, width = asked["units"], asked["width"]
   found = _read_units(folder)
   parts = [part for part in found.values() if not isinstance(part, str)]
-  left = [unit for unit, part in found.items() if isinstance(part, str)]
+  left = {unit: part for unit, part in found.items() if isinstance(part, str)}
   each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
   return Status(
     working=is_held(folder),
-    finished=(folder / MANIFEST).exists(),
+    finished=(folder / MANIFEST).exists() and not left,
     units=units,
-    left=left,
+    left=list(left),
+    damaged={unit: said for unit, said in left.items() if said},
     width=width,
     seconds=float(np.median(each)) * len(left) if each else None,
     broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
@@ -467,7 +474,10 @@ def _asked(folder: Path) -> dict[str, Any]:
   expect(folder, "sweep")
   if not (folder / ASKED).is_file():
     raise ValueError(f"{folder} has no {ASKED}, so it is no sweep: give the --out of a sweep.")
-  asked = read_json(folder / ASKED)
+  try:
+    asked = read_json(folder / ASKED)
+  except ValueError:
+    asked = None
   if not isinstance(asked, dict) or not all(
     isinstance(asked.get(key), int) for key in ("units", "width")
   ):

@@ -25,6 +25,7 @@ to how many it shows another one (`contradicted`).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -166,7 +167,7 @@ def measure_whole(options: argparse.Namespace) -> None:
         out,
         round_,
         mesh=None,
-        advance=lambda runs: ends.append(time.process_time()),
+        progress=lambda _: contextlib.nullcontext(lambda runs: ends.append(time.process_time())),
       )
       if len(ends) > 1:
         sweep_cpu.append((ends[-1] - ends[0]) / (round_.width * (len(ends) - 1)))

@@ -262,6 +262,19 @@ def test_what_is_left_is_done_and_the_table_is_the_same_to_the_last_bit(done, co
   np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_finished_sweep_with_damage_says_so_and_its_bar_counts_what_is_done_again(copy, capsys):
+  (copy / "units" / "00001.json").write_text("{")
+  assert cli.main(["sweep", "--status", str(copy)]) == 0
+  said = capsys.readouterr().out
+  assert "stopped, 1 of 2 units (4 runs)" in said
+  assert "unit 1: 00001.json is damaged; the same command does it again" in said
+  next(
+    path for path in (copy / "results.zarr" / "finite" / "c").rglob("*") if path.is_file()
+  ).unlink()
+  assert call(copy) == 0
+  assert f"{TOTAL}/{TOTAL}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_on_another_number_of_devices_answers_are_the_same_and_numbers_nearly(done, tmp_path):
   assert len(jax.local_devices()) > 1

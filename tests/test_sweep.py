@@ -297,6 +297,18 @@ def test_a_damaged_row_file_is_recorded_and_done_again(whole, text):
   assert sweep.status(whole).events == [{"unit": 4, "event": "00004.json is damaged; done again"}]
 
 
+def test_a_number_that_was_changed_by_hand_is_no_result(whole):
+  before, path = table(whole), whole / "units" / "00004.json"
+  said = json.loads(path.read_text())
+  said["rows"][1]["score"] += 0.1
+  path.write_text(json.dumps(said))
+  found = sweep.status(whole)
+  assert (found.finished, found.left) == (False, [4])
+  assert found.damaged == {4: "00004.json is damaged"}
+  assert carry_out(whole) == [4]
+  assert table(whole) == before
+
+
 def test_a_unit_of_a_sweep_that_was_replaced_is_none_of_this_one(whole):
   path = whole / "units" / "00002.json"
   late = path.read_bytes()
@@ -321,9 +333,10 @@ def test_a_lost_unit_makes_another_table(whole):
   assert found.column("score")[16] == pytest.approx(float(value_of(4)[0].mean()) + 1e-3)
 
 
-def test_a_lost_description_of_an_array_costs_all_units(whole):
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"node_type": "array"}'])
+def test_a_lost_description_of_an_array_costs_all_units(whole, text):
   before = table(whole)
-  (whole / "results.zarr" / "latents" / "zarr.json").write_text("{")
+  (whole / "results.zarr" / "latents" / "zarr.json").write_text(text)
   assert carry_out(whole) == list(range(UNITS))
   assert table(whole) == before
   assert "All units are done again" in sweep.status(whole).events[0]["event"]
@@ -357,10 +370,19 @@ def test_what_was_asked_is_never_guessed(whole, text):
   before = table(whole)
   (whole / "sweep.json").write_text(text)
   for look in (sweep.status, open_sweep, carry_out):
-    with pytest.raises(ValueError, match=r"sweep\.json is (missing or )?damaged"):
+    with pytest.raises(ValueError, match=r"sweep\.json is damaged, .* give --redo"):
       look(whole)
   assert table(whole) == before
   assert carry_out(whole, redo=True) == list(range(UNITS))
+
+
+@pytest.mark.parametrize("redo", [False, True])
+def test_a_folder_that_lost_what_was_asked_is_left_alone(whole, redo):
+  before = table(whole)
+  (whole / "sweep.json").unlink()
+  with pytest.raises(ValueError, match=r"has .*no sweep\.json, .*: choose another --out\."):
+    carry_out(whole, redo=redo)
+  assert table(whole) == before
 
 
 def test_stopped_before_its_first_folder_it_goes_on(whole, tmp_path, monkeypatch):

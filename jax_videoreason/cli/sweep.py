@@ -51,7 +51,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   process = distributed.initialize()
   import jax
 
-  from jax_videoreason import console, factors, gallery, product, settings, sweep
+  from jax_videoreason import console, factors, gallery, product, settings
 
   config = cli.resolved(flags)
   own = {key: config.pop(key) for key in factors.KEYS}
@@ -60,9 +60,6 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if mesh is not None:
     distributed.introduce(mesh)
   share, units = product.shares(made.units, process, mesh)
-  left = set(units)
-  if (Path(flags.out) / sweep.ASKED).exists() and not flags.redo:
-    left &= set(sweep.status(flags.out).left)
   used = 1 if mesh is None else mesh.size
   there = f"{jax.device_count()} devices"
   if share[1] > 1:
@@ -72,18 +69,16 @@ def main(flags: FlagValues, words: list[str]) -> None:
     f"{factors.evaluations(made)} network evaluations, on {used} of {there}"
   )
   title = "sweep" if share[1] == 1 else f"sweep, share 1 of {share[1]}"
-  done = made.width * (len(units) - len(left))
-  with console.progress(made.width * len(units), title, "run", done=done) as advance:
-    product.perform(
-      flags.out,
-      made,
-      mesh=mesh,
-      command=["videoreason", *sys.argv[1:]],
-      redo=flags.redo,
-      process=process,
-      meet=distributed.meet,
-      advance=advance,
-    )
+  product.perform(
+    flags.out,
+    made,
+    mesh=mesh,
+    command=["videoreason", *sys.argv[1:]],
+    redo=flags.redo,
+    process=process,
+    meet=distributed.meet,
+    progress=lambda done: console.progress(made.width * len(units), title, "run", done=done),
+  )
   if console.speaks():
     page = gallery.render(flags.out)
     show(Path(flags.out))
@@ -101,6 +96,8 @@ def show(folder: Path) -> None:
   if found.seconds and found.done < found.units:
     said += f", about {duration(found.seconds)} of work left"
   console.say(said)
+  for unit, damage in found.damaged.items():
+    console.say(f"unit {unit}: {damage}; the same command does it again")
   for row in found.broken:
     console.say(
       f"run {row['run']} ({row['task']} {row['split']} {row['index']}, seed {row['seed']}, edit "

@@ -10,13 +10,12 @@ unchanged.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from jax_videoreason.folders import digest
 from jax_videoreason.tasks import draw
 
 SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
@@ -171,12 +170,6 @@ def only_mark(amounts: np.ndarray) -> int | None:
 def at_the_end(amounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Which marks (T, N) are whole on both last frames, and which are absent: bool (N,) each."""
   return amounts[-2:].min(axis=0) >= WHOLE, amounts[-2:].max(axis=0) <= ABSENT
-
-
-def digest(value: Any) -> str:
-  """sha256 of the canonical JSON of `value`, in hex."""
-  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES
 from jax_videoreason.tasks import Case, Task
 
-FORMAT = 1  # raised where the same question gets other bits or another layout than before
+FORMAT = 2  # raised where the same question gets other bits or another layout than before
 UNIT = 32  # runs of a unit where nothing is said
 # of a configuration
 KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")

@@ -1,7 +1,9 @@
 """A sweep as one page, report.html: numbers by task and edit, a card for every case with all its
 seeds, to filter by task, success and flips. Opens offline."""
 
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +18,8 @@ from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
 
 T = TypeVar("T")
 
-MOST_CARDS = 400  # of a page; the table on disk has all
+MOST_STRIPS = 3200  # of a page, a strip per seed of a case; the table on disk has all
+MOST_SEEDS = 16  # of a case
 OUTCOMES = {"all": "every seed right", "some": "some seeds right", "none": "no seed right"}
 
 
@@ -40,7 +43,8 @@ def contents(sweep: Sweep) -> dict[str, Any]:
   kinds: dict[tuple[str, str], list[list[Row]]] = {}
   for rows in groups.values():
     kinds.setdefault((rows[0]["task"], rows[0]["edit"]), []).append(rows)
-  shown = spread(list(kinds.values()), MOST_CARDS)
+  strips = min(MOST_SEEDS, max(map(len, groups.values()), default=1))
+  shown = spread(list(kinds.values()), MOST_STRIPS // strips)
   return {
     "name": sweep.path.resolve().name,
     "asked": sweep.asked,
@@ -72,30 +76,30 @@ def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
   """Means over the runs of some cases; agreement: of pairs of seeds that give one answer."""
   rows = [row for case in cases for row in case]
   committed = [row["commitment"] for row in rows if row["commitment"] >= 0]
-  pairs = [
-    a["answer"] == b["answer"] and a["answer"] is not None
-    for case in cases
-    for i, a in enumerate(case)
-    for b in case[:i]
-  ]
+  said = [Counter(row["answer"] for row in case) for case in cases]
+  pairs = sum(math.comb(len(case), 2) for case in cases)
+  alike = sum(math.comb(n, 2) for one in said for answer, n in one.items() if answer is not None)
   return {
     "runs": len(rows),
     **{key: float(np.mean([row[key] for row in rows])) for key in ("score", "strict", "right")},
     "flips": float(np.mean([row["flips"] for row in rows])),
     "commitment": float(np.mean(committed)) if committed else None,
-    "agreement": float(np.mean(pairs)) if pairs else None,
+    "agreement": alike / pairs if pairs else None,
   }
 
 
 def card(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any]:
-  """A case with one edit: a strip of stills per seed, its answer, its answers along the steps."""
+  """A case with one edit: a strip of stills for each of its first seeds, its answer, its answers
+  along the steps; `more` are the seeds that are not shown. Success and flips are of all."""
   right = [row["right"] == 1 for row in rows]
-  strips = sweep.of("stills", [row["run"] for row in rows])
+  shown = rows[:MOST_SEEDS]
+  strips = sweep.of("stills", [row["run"] for row in shown])
   return {
     "rows": [
       {**row, "kind": kind(row), "marks": marks(row), "said": row["answer"] or "unreadable"}
-      for row in rows
+      for row in shown
     ],
+    "more": len(rows) - len(shown),
     "first": rows[0],
     "outcome": "all" if all(right) else "some" if any(right) else "none",
     "flips": max(row["flips"] for row in rows),

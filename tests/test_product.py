@@ -85,6 +85,18 @@ def test_a_page_with_too_many_cases_has_some_of_every_kind():
   assert gallery.spread(kinds, 100) == ["a0", "a1", "a2", "b0", "c0", "c1", "c2"]
 
 
+def test_a_page_shows_some_seeds_of_many_and_judges_by_all(done, monkeypatch):
+  found = open_sweep(done)
+  rows = [dict(row, right=0, answer="a", flips=0) for row in found.rows[:2]]
+  rows += [{**rows[0], "right": 1, "answer": said, "flips": 3} for said in ("b", "b", None)]
+  monkeypatch.setattr(gallery, "MOST_SEEDS", 2)
+  monkeypatch.setattr(gallery, "MOST_STRIPS", 4)
+  shown = gallery.card(found, rows)
+  assert (len(shown["rows"]), shown["more"], shown["outcome"], shown["flips"]) == (2, 3, "some", 3)
+  assert gallery.numbers([rows])["agreement"] == (1 + 1) / 10  # of the pairs of five seeds
+  assert len(gallery.contents(found)["cards"]) == 2
+
+
 def test_a_row_per_case_seed_and_edit(done):
   found = open_sweep(done)
   assert found.finished
@@ -268,9 +280,8 @@ def test_a_finished_sweep_with_damage_says_so_and_its_bar_counts_what_is_done_ag
   said = capsys.readouterr().out
   assert "stopped, 1 of 2 units (4 runs)" in said
   assert "unit 1: 00001.json is damaged; the same command does it again" in said
-  next(
-    path for path in (copy / "results.zarr" / "finite" / "c").rglob("*") if path.is_file()
-  ).unlink()
+  chunks = (copy / "results.zarr" / "finite" / "c").rglob("*")
+  next(path for path in chunks if path.is_file()).unlink()
   assert call(copy) == 0
   assert f"{TOTAL}/{TOTAL}" in capsys.readouterr().err
 

@@ -1071,6 +1071,16 @@ def test_an_export_checks_all_names_before_a_bar_begins(call, tmp_path, names, s
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+  "words", [["--config=mini:steps=2,seeds=4"], ["--config.seeds=4"], ["--config.seeds", "4"]]
+)
+@pytest.mark.parametrize("command", ["evaluate", "vbvr generate --data=."])
+def test_seeds_that_a_command_would_not_use_are_refused(refuses, tmp_path, command, words):
+  said = refuses(*command.split(), *words, f"--out={tmp_path / 'out'}")
+  assert "seeds of the config is not used here: give --seeds (see --help)" in said
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_tasks_list_names_them_all(call):
   status, out, _ = call("tasks", "list")
   assert status == 0

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +243,8 @@ def parse(module: Any, words: Sequence[str]) -> tuple["FlagValues", list[str]]:
   words = list(words)
   try:
     if CONFIG in flags:
-      words = _parse_config(flags, words, getattr(module, "complete", None))
+      own = getattr(module, "OWN_KEYS", ())
+      words = _parse_config(flags, words, getattr(module, "complete", None), own)
     left = flags(["videoreason", *words])[1:]
   except absl_flags.Error as error:
     raise UsageError(f"{error}; --help says more.") from error
@@ -275,11 +276,15 @@ def typed_path(given: str, name: str) -> str:
 
 
 def _parse_config(
-  flags: "FlagValues", words: list[str], complete: Callable[..., "ConfigDict"] | None
+  flags: "FlagValues",
+  words: list[str],
+  complete: Callable[..., "ConfigDict"] | None,
+  own: Collection[str],
 ) -> list[str]:
   """Puts the config in the place of its name; returns the words without --config NAME.
 
-  complete: (config, words) -> the config with the keys that the command adds.
+  complete: (config, words) -> the config with the keys that the command adds. own: keys in whose
+  place the command has an option; typed for the config, they would be lost.
   """
   from ml_collections import config_flags
 
@@ -297,6 +302,11 @@ def _parse_config(
     else:
       rest.append(word)
   config = load_config(name)
+  typed = importlib.import_module("jax_videoreason.configs.common").named(name.partition(":")[2])
+  options = {word.lstrip("-").partition("=")[0] for word in rest if word.startswith("-")}
+  for key in own:
+    if key in typed or f"{CONFIG}.{key}" in options:
+      raise UsageError(f"{key} of the config is not used here: give --{key} (see --help).")
   if complete is not None:
     config = complete(config, words)
   rest = _spelled(rest, config, name)

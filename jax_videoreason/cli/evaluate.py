@@ -31,6 +31,7 @@ SHORT = {
 
 
 POINTS = 6  # steps whose candidates are shown
+OWN_KEYS = ("seeds",)
 
 
 def define(flags: FlagValues) -> None:

@@ -47,6 +47,7 @@ WORDS = 100
 CARD = "gpu:141GB"  # for which `generate` says its cost; `plan vbvr generate` takes others
 DATA = ("data", "out", "split", "tasks", "cases")
 KIT = ("evalkit", "environment", "setup", "other-evalkit", "limit", "workers", "allow-partial")
+OWN_KEYS = ("seeds",)
 LISTS = ("split", "tasks", "seeds", "clips")  # none of which stands for none
 MADE = ("table.json", "table.tex", "report.html")
 

@@ -189,17 +189,24 @@ def save(
 
 
 def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """How a leaf is stored on the mesh: its longest axis that divides over `fsdp`, if it is large.
+  """How a leaf is stored on the mesh: the axis of `shared_axis` over `fsdp`."""
+  shared = shared_axis(path, shape, mesh.shape["fsdp"])
+  if shared is None:
+    return PartitionSpec()
+  return PartitionSpec(*("fsdp" if axis == shared else None for axis in range(len(shape))))
 
-  The L axis of a stacked leaf stays whole, for a layer is gathered at a time.
+
+def shared_axis(path: str, shape: Sequence[int], shares: int) -> int | None:
+  """The axis along which a leaf is stored in shares: its longest that divides, if it is large.
+
+  The L axis of a stacked leaf stays whole, for a layer is gathered at a time. None = it lies whole
+  on every device.
   """
   axes = range(1 if "blocks" in path.split("/") else 0, len(shape))
-  size = mesh.shape["fsdp"]
-  fitting = [axis for axis in axes if shape[axis] % size == 0]
-  if size == 1 or len(axes) < 2 or int(np.prod(shape)) < SMALL or not fitting:
-    return PartitionSpec()
-  longest = max(fitting, key=lambda axis: shape[axis])
-  return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(len(shape))))
+  fitting = [axis for axis in axes if shape[axis] % shares == 0]
+  if shares == 1 or len(axes) < 2 or int(np.prod(shape)) < SMALL or not fitting:
+    return None
+  return max(fitting, key=lambda axis: shape[axis])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

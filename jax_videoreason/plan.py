@@ -175,13 +175,13 @@ def _published(name: str, key: str) -> Model:
   )
 
 
-def size_of(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None = None) -> int:
-  """Bytes of some leaves; on a mesh, of the share of one device."""
+def size_of(leaves: Mapping[str, jax.ShapeDtypeStruct], shares: int = 1) -> int:
+  """Bytes of some leaves on one device, where so many store them; a leaf may lie whole on each."""
   total = 0
   for path, leaf in leaves.items():
     count = math.prod(leaf.shape)
-    if mesh is not None and any(checkpoint.partition(path, leaf.shape, mesh)):
-      count //= mesh.shape["fsdp"]
+    if checkpoint.shared_axis(path, leaf.shape, shares) is not None:
+      count //= shares
     total += count * leaf.dtype.itemsize
   return total
 
@@ -397,16 +397,18 @@ def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan
   """The plan without a compiler: weights, one block's activations, latents, trace and taps.
 
   Where tokens are spread a device also holds keys and values of others, and where weights are, one
-  layer.
+  layer of them.
   """
   spread, each = axes["fsdp"] * axes["context"], problem.runs // axes["seed"]
-  weights = sum(size_of(leaves) for leaves in problem.experts)
-  own = weights / axes["fsdp"]
+  weights, own = (
+    sum(size_of(leaves, shares) for leaves in problem.experts) for shares in (1, axes["fsdp"])
+  )
   active = each * problem.activations() / spread
   if spread > 1:
     active += problem.keys_and_values(each, spread, where.device.platform)
-  if axes["fsdp"] > 1:
-    active += weights / len(problem.experts) / problem.sizes.L
+  if axes["fsdp"] > 1:  # what lies in shares is gathered
+    shared = (weights - own) * axes["fsdp"] / (axes["fsdp"] - 1)
+    active += shared / len(problem.experts) / problem.sizes.L
   latents, taps = each * problem.latents(), problem.kept() / axes["seed"]
   return Plan(
     target=where,
@@ -419,7 +421,7 @@ def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan
     temporaries=active,
     arguments=own,
     outputs=latents + taps,
-    text=size_of(problem.model.text) / axes["fsdp"],
+    text=size_of(problem.model.text, axes["fsdp"]),
   )
 
 
@@ -438,7 +440,8 @@ def most_runs(problem: Problem, where: Target, axes: Mapping[str, int]) -> int:
 def propose(problem: Problem, where: Target) -> dict[str, int]:
   """Axes for all devices: the most seeds side by side that fit, then as little fsdp.
 
-  Where a compiler has the last word, there is room for what it adds to the arithmetic.
+  Where none fit, those that need the least memory. Where a compiler has the last word, there is
+  room for what it adds to the arithmetic.
   """
   spare = 1.0 if where.device.platform == "gpu" else SPARE
   room = FITS * where.device.memory / spare
@@ -455,7 +458,10 @@ def propose(problem: Problem, where: Target) -> dict[str, int]:
       told = arithmetic(problem, where, axes)
       if max(told.total, told.text) <= room:
         return axes
-  return {"seed": 1, "fsdp": where.count, "context": 1}
+  return min(
+    ({"seed": 1, "fsdp": fsdp, "context": where.count // fsdp} for fsdp in parts(where.count)),
+    key=lambda axes: arithmetic(problem, where, axes).total,
+  )
 
 
 def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None) -> Plan:
@@ -484,12 +490,10 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
     told,
     compiled=True,
     compile_seconds=time.monotonic() - began,
-    parameters=sum(size_of(leaves, mesh) for leaves in problem.experts),
     temporaries=memory.temp_size_in_bytes,
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
-    text=size_of(problem.model.text, mesh),
     collectives=Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text())),
   )
 

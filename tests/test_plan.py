@@ -144,8 +144,7 @@ def test_on_this_cpu_the_compiler_says_what_is_needed():
   assert found.fits
   assert found.collectives == {}  # no mix: no device talks to another
   assert found.evaluations == 3 * 4 * 2
-  mesh = sharding.make_mesh(4)
-  assert found.parameters == sum(plan.size_of(leaves, mesh) for leaves in one.model.experts)
+  assert found.parameters == sum(map(plan.size_of, one.model.experts))
   assert found.parameters < found.arguments < found.parameters + 4e6
   assert found.latents <= found.outputs
   assert found.temporaries > 0
@@ -197,6 +196,30 @@ def test_a_mesh_is_proposed():
     found = axes("wan22_i2v_a14b:720p", "v5p:4x4x4", runs)
     assert found["seed"] * found["fsdp"] * found["context"] == 64
     assert runs % found["seed"] == 0
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 3, 4])
+def test_a_plan_counts_the_shares_that_the_loader_makes(fsdp):
+  """No axis of most leaves of mini divides by 3: they lie whole on every device."""
+  mesh = sharding.make_mesh(fsdp=fsdp)
+  dit = checkpoint.load("mini", parts=("dit",), mesh=mesh).params
+  first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(dit))
+  where = plan.target(f"gpu:80GBx{fsdp}")
+  assert plan.arithmetic(problem("mini"), where, dict(mesh.shape)).parameters == first
+
+
+def test_sevenths_of_a_model_that_has_no_seventh_are_not_counted():
+  large = problem("wan22_i2v_a14b")
+  seven, eight = (plan.target(f"gpu:24GBx{count}") for count in (7, 8))
+  one = plan.arithmetic(large, plan.target("gpu:24GB"), alone())
+  whole = plan.arithmetic(large, seven, alone("fsdp=7"))
+  assert (whole.parameters, whole.text) == (one.parameters, one.text)
+  shares = plan.arithmetic(large, eight, alone("fsdp=8"))
+  assert shares.parameters == pytest.approx(one.parameters / 8, rel=0.01)
+  assert shares.text == pytest.approx(one.text / 8, rel=0.01)
+  assert not plan.make(large, seven).fits
+  assert plan.most_runs(large, seven, alone("fsdp=7")) == 0
+  assert plan.make(large, eight).fits
 
 
 def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():

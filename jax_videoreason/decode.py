@@ -6,7 +6,7 @@ darker on average.)
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.models.preview import of_ending
-from jax_videoreason.structs import ModelBundle
+from jax_videoreason.structs import LatentSpec, ModelBundle, Parts
 from jax_videoreason.tiling import Tiling, join, named, places
 
 PIXELS = 2**18  # pixels of video that are decoded at once; one latent frame of one run at the least
@@ -44,7 +44,7 @@ def decode(
     None = all.
   tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
-  mesh: runs and tiles of equal size are spread over all its devices.
+  mesh: runs and tiles of equal size are spread over its devices, as many as there are of them.
   ValueError for another rank or channel count, more `last` than there are frames, or when the VAE
   is not loaded.
   """
@@ -96,23 +96,55 @@ def _decoded(
   whole: bool = True,
 ) -> np.ndarray:
   """R F H W C -> R frames height width 3 in batches: uint8, or float32 where more is to come."""
-  step, high, wide = bundle.card.latents.stride
-  area = flat.shape[2] * high * flat.shape[3] * wide
-  frames = bundle.card.latents.frames(flat.shape[1])
-  if chunk is None and last is None and frames * area > PIXELS:
-    chunk = max(1, PIXELS // (step * area))
-  at_once = frames if chunk is None else min(frames, 1 + step * chunk)
-  size = max(1, PIXELS // (at_once * area))
+  chunk, size = at_once(bundle.card.latents, flat.shape[1:4], chunk, last)
   call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, bundle.vae)
   if mesh is None:
     return _in_batches(call, flat, size)
-  over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  rows = -(-len(flat) // mesh.size)
-  padded = np.concatenate([flat, np.repeat(flat[-1:], rows * mesh.size - len(flat), axis=0)])
+  seats = min(mesh.size, len(flat))  # no device decodes what another one does
+  over = NamedSharding(Mesh(mesh.devices.flat[:seats], "run"), PartitionSpec("run"))
+  rows = -(-len(flat) // seats)
+  padded = np.concatenate([flat, np.repeat(flat[-1:], rows * seats - len(flat), axis=0)])
   spread = _in_batches(
-    lambda x: call(jax.device_put(x, over)), padded, mesh.size * min(size, rows), of=mesh.size
+    lambda x: call(jax.device_put(x, over)), padded, seats * min(size, rows), of=seats
   )
   return spread[: len(flat)]
+
+
+def at_once(
+  spec: LatentSpec, grid: Sequence[int], chunk: int | None = None, last: int | None = None
+) -> tuple[int | None, int]:
+  """(latent frames, runs) of F H W that a device decodes at once; None = all frames.
+
+  chunk, last: as `decode` takes them.
+  """
+  step, high, wide = spec.stride
+  area, frames = grid[1] * high * grid[2] * wide, spec.frames(grid[0])
+  if chunk is None and last is None and frames * area > PIXELS:
+    chunk = max(1, PIXELS // (step * area))
+  held = frames if chunk is None else min(frames, 1 + step * chunk)
+  return chunk, max(1, PIXELS // (held * area))
+
+
+def decoding_bytes(
+  parts: Parts,
+  spec: LatentSpec,
+  sizes: Sequence[int],
+  tiles: str | Tiling | None = None,
+  last: int | None = None,
+) -> float:
+  """Bytes that `decode` of R F H W takes on one device beside the weights, by arithmetic."""
+  runs, frames, high, wide = sizes
+  each = 1  # of a colour of a pixel, as it comes out
+  if tiles is not None:
+    tiling = named(tiles, spec, parts.vae.config.fold) if isinstance(tiles, str) else tiles
+    where = places(tiling, high, wide)
+    runs, each = runs * sum(map(len, where)), 4
+    high, wide = min(tiling.size[0], high), min(tiling.size[1], wide)
+  chunk, most = at_once(spec, (frames, high, wide), last=last)
+  runs = min(runs, most)
+  pixels = (last or spec.frames(frames)) * high * spec.stride[1] * wide * spec.stride[2]
+  inside = parts.vae.decoding_bytes((runs, frames, high, wide), chunk, last)
+  return inside + 3.0 * each * runs * pixels
 
 
 def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None) -> np.ndarray:

@@ -17,15 +17,16 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, checkpoint, sampler, schedules, sharding
+from jax_videoreason import attention, checkpoint, sampler, schedules, sharding, tiling
 from jax_videoreason.axes import Params
+from jax_videoreason.decode import decoding_bytes
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
@@ -109,12 +110,13 @@ def target(name: str) -> Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """A bundle without weights: leaves of each expert by path, and of the text encoder."""
+  """A bundle without weights: leaves of each expert by path, of the text encoder and the VAE."""
 
   parts: Parts
   card: Card
   experts: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
   text: Mapping[str, jax.ShapeDtypeStruct]
+  vae: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def model(name_or_path: str) -> Model:
@@ -143,6 +145,7 @@ def model(name_or_path: str) -> Model:
     card=described.card,
     experts=[leaves(f"dit_{number}") for number in range(described.experts)],
     text=leaves("text"),
+    vae=leaves("vae"),
   )
 
 
@@ -172,6 +175,7 @@ def _published(name: str, key: str) -> Model:
     ),
     experts=[leaves("dit")] * variant.experts,
     text=leaves("text"),
+    vae=leaves("vae"),
   )
 
 
@@ -195,7 +199,9 @@ class Problem:
 
   taps: None = those of the settings. guidance: as `sampler.denoise` takes it. resident: experts
   that are loaded at once, None = all. route: of keys and values between devices, None =
-  `attention.choose_route`.
+  `attention.choose_route`. decodes: when latents are decoded: "after" the DiT has been let go,
+  "between" batches, with the DiT loaded, or "beside" the next batch. ending: frames at the end that
+  are also decoded alone; None = none.
   """
 
   model: Model
@@ -205,6 +211,8 @@ class Problem:
   guidance: sampler.Guidance = "parallel"
   resident: int | None = None
   route: attention.Route | None = None
+  decodes: Literal["after", "between", "beside"] = "after"
+  ending: int | None = None
 
   @property
   def spec(self) -> TapSpec:
@@ -294,6 +302,15 @@ class Problem:
     s = self.sizes
     return 4.0 * s.F * s.H * s.W * s.C * (2 + 2 * s.S)
 
+  def decoding(self, tiles: str | None) -> float:
+    """Bytes of a device while latents are decoded, beside all weights. tiles: as `decode` has."""
+    s, made = self.sizes, self.model
+    if made.parts.vae is None:
+      return 0.0
+    asked = (None,) if self.ending is None else (None, min(self.ending, self.chosen.frames))
+    sizes = (s.R, s.F, s.H, s.W)
+    return max(decoding_bytes(made.parts, made.card.latents, sizes, tiles, n) for n in asked)
+
   def kept(self) -> float:
     """Bytes of the taps of all runs."""
     return float(tap_bytes(self.spec, self.sizes, self.model.parts.dit.config.dtype))
@@ -349,8 +366,9 @@ class Plan:
 
   compiled: by the compiler, or by arithmetic. refused: what the compiler said where it found too
   little memory; the bytes are arithmetic then. text: weights of the text encoder, which are let go
-  before the rest is loaded. collectives: kind -> how often it stands in the program; a layer scan
-  is counted once.
+  before the rest is loaded. vae: weights of the VAE, which stay. decode: what decoding takes beside
+  weights, always by arithmetic. collectives: kind -> how often it stands in the program; a layer
+  scan is counted once.
   """
 
   target: Target
@@ -364,6 +382,8 @@ class Plan:
   arguments: float
   outputs: float
   text: float
+  vae: float
+  decode: float
   code: float = 0.0
   compile_seconds: float = 0.0
   collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -371,12 +391,29 @@ class Plan:
 
   @property
   def total(self) -> float:
-    return self.arguments + self.temporaries + self.outputs + self.code
+    return self.arguments + self.temporaries + self.outputs + self.code + self.vae
+
+  @property
+  def decoding(self) -> float:
+    """While latents are decoded, with what stays beside."""
+    problem = self.problem
+    if problem.decodes == "beside":
+      return self.total + self.decode
+    whole = len(problem.experts) == len(problem.model.experts)  # else none stays
+    kept = self.parameters if problem.decodes == "between" and whole else 0.0
+    return kept + self.vae + self.decode
+
+  @property
+  def most(self) -> float:
+    return max(self.total, self.text, self.decoding)
+
+  @property
+  def room(self) -> float:
+    return FITS * self.target.device.memory
 
   @property
   def fits(self) -> bool:
-    most = FITS * self.target.device.memory
-    return self.refused is None and max(self.total, self.text) <= most
+    return self.refused is None and self.most <= self.room
 
   @property
   def evaluations(self) -> int:
@@ -422,19 +459,24 @@ def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan
     arguments=own,
     outputs=latents + taps,
     text=size_of(problem.model.text, axes["fsdp"]),
+    vae=size_of(problem.model.vae),
+    decode=problem.decoding(problem.chosen.tiles),
   )
 
 
 def most_runs(problem: Problem, where: Target, axes: Mapping[str, int]) -> int:
   """How many runs together fit by arithmetic, without the taps of a study; bytes grow evenly."""
 
-  def total(each: int) -> float:
+  def told(each: int) -> Plan:
     runs = dataclasses.replace(problem, runs=each * axes["seed"], taps=problem.chosen.taps.spec())
-    return arithmetic(runs, where, axes).total
+    return arithmetic(runs, where, axes)
 
-  of_one = total(2) - total(1)
-  room = FITS * where.device.memory - (total(1) - of_one)
-  return max(0, int(room // of_one)) * axes["seed"]
+  one, two = told(1), told(2)
+  of_one = two.total - one.total
+  beside = one.decoding - one.total if problem.decodes == "beside" else 0.0
+  if max(one.decoding, one.text) > one.room:
+    return 0
+  return max(0, int((one.room - beside - one.total + of_one) // of_one)) * axes["seed"]
 
 
 def propose(problem: Problem, where: Target) -> dict[str, int]:
@@ -456,11 +498,11 @@ def propose(problem: Problem, where: Target) -> dict[str, int]:
     for fsdp in parts(rest):
       axes = {"seed": seed, "fsdp": fsdp, "context": rest // fsdp}
       told = arithmetic(problem, where, axes)
-      if max(told.total, told.text) <= room:
+      if told.most <= room:
         return axes
   return min(
     ({"seed": 1, "fsdp": fsdp, "context": where.count // fsdp} for fsdp in parts(where.count)),
-    key=lambda axes: arithmetic(problem, where, axes).total,
+    key=lambda axes: arithmetic(problem, where, axes).most,
   )
 
 
@@ -557,7 +599,7 @@ class Work:
 def largest(works: Sequence[Work], where: Target) -> Problem:
   """The batch that needs the most memory, by arithmetic on all devices."""
   alone = {"seed": 1, "fsdp": where.count, "context": 1}
-  return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).total)
+  return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).most)
 
 
 def totals(works: Sequence[Work], where: Target) -> str:
@@ -572,6 +614,11 @@ def totals(works: Sequence[Work], where: Target) -> str:
   )
 
 
+DECODING = {
+  "after": "decoding, the DiT let go",
+  "between": "decoding, the DiT kept",
+  "beside": "decoding, beside a batch",
+}
 TABLE = ("part", "runs", "taps", "memory", "fits", "evaluations", "time")
 
 
@@ -583,7 +630,7 @@ def row(work: Work, where: Target, axes: Mapping[str, int] | None) -> tuple[str,
     work.name,
     f"{problem.runs}",
     _size(told.taps) if told.taps else "-",
-    _size(told.total),
+    _size(told.most),
     "yes" if told.fits else "no",
     f"{work.evaluations:,.0f}",
     _time(_seconds(work.flops, where)),
@@ -602,8 +649,10 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     "arguments": plan.arguments,
     "outputs": plan.outputs,
     "program": plan.code,
+    "VAE": plan.vae,
     "together": plan.total,
     "text encoder, let go before": plan.text,
+    DECODING[plan.problem.decodes]: plan.decoding,
   }
   talk = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items())) or "none"
   batch = plan.seconds_per_step * s.S
@@ -616,6 +665,8 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     f"  {'of':<28} {_size(device.memory):>12}, of which {FITS:.0%} may be used: "
     + ("it fits" if plan.fits else "it does not fit"),
   ]
+  if plan.decoding > plan.room and plan.decode:
+    said.append(smaller_decode(plan))
   if plan.refused is not None:
     said.append(f"the compiler refused it: {plan.refused}")
   if plan.compiled:
@@ -631,6 +682,22 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     f"{_time(batch / s.R)} a video",
     f"the whole command: {totals(works, plan.target)}",
   ]
+
+
+def smaller_decode(plan: Plan) -> str:
+  """What to do where decoding does not fit."""
+  chosen, whole = plan.problem.chosen, plan.decode
+  tiled = {name: plan.problem.decoding(name) for name in tiling.NAMES}
+  best = min(tiled, key=lambda name: tiled[name])
+  if plan.decoding - whole + tiled[best] <= plan.room and chosen.tiles != best:
+    return (
+      f"decoding alone takes {_size(whole)}, in tiles {_size(tiled[best])}: give "
+      f"--config.tiles={best}."
+    )
+  return (
+    f"decoding does not fit, in tiles neither ({_size(tiled[best])} beside "
+    f"{_size(plan.decoding - whole)}): give a smaller video, or more fsdp."
+  )
 
 
 def _count(number: float, noun: str) -> str:

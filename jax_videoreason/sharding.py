@@ -53,6 +53,14 @@ def mesh_here(text: str | None) -> Mesh | None:
   return make_mesh(**sizes, devices=jax.local_devices()[: math.prod(sizes.values())])
 
 
+def own_devices(mesh: Mesh | None) -> Mesh | None:
+  """The devices of a mesh that are of this process, for runs side by side; None = one device."""
+  if mesh is None:
+    return None
+  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  return make_mesh(seed=len(own), devices=own)
+
+
 def spec(letters: str) -> PartitionSpec:
   """The partition of an array whose axes are `letters`, e.g. "g r t d"."""
   return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))

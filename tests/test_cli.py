@@ -593,6 +593,29 @@ def test_one_expert_in_memory_leaves_the_run_of_both(
   np.testing.assert_allclose(stored, wanted, rtol=1e-4)
 
 
+def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
+  call, sample_words, tmp_path, monkeypatch
+):
+  load, inner, weights, seen = checkpoint.load, sample.decode, [], []
+
+  def watched(where, parts=None, **options):
+    bundle = load(where, parts, **options)
+    if parts == ("dit",):
+      weights.extend(map(weakref.ref, jax.tree.leaves(bundle.params)))
+    return bundle
+
+  def decoded(*args, mesh, **options):
+    seen.append((sum(leaf() is not None for leaf in weights), mesh.size))
+    return inner(*args, mesh=mesh, **options)
+
+  monkeypatch.setattr(checkpoint, "load", watched)
+  monkeypatch.setattr(sample, "decode", decoded)
+  words = [*sample_words, "--config.steps=2", "--mesh=seed=2", f"--out={tmp_path / 'run'}"]
+  assert call(*words)[0] == 0
+  assert weights
+  assert seen == 3 * [(0, 2)]  # x0 of both steps, and the video
+
+
 # sample --from
 
 

@@ -7,8 +7,10 @@ import pytest
 from einops import rearrange
 
 from jax_videoreason import decode as public_decode
+from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder, of_ending
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+from jax_videoreason.models.wan22_vae import CONFIG as WAN22
 from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.tiling import Tiling
@@ -16,6 +18,7 @@ from jax_videoreason.training import TrainSettings, begin, make_step, preview_lo
 
 CONFIG = WanVAEConfig(base_width=4, stages=(1, 2), temporal=(True,), blocks=1)  # stride 2 2 2
 CHANNELS = CONFIG.z_channels
+MINI = WanVAEConfig(base_width=8, stages=(1, 2, 4), temporal=(True, True), blocks=1)
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +57,42 @@ def replace(bundle, **changes):
 def latents(*lead: int, frames: int = 3) -> np.ndarray:
   rng = np.random.default_rng(1)
   return rng.normal(size=(*lead, frames, 2, 3, CHANNELS)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ("config", "sizes", "chunk", "last"),
+  [
+    (MINI, (16, 5, 8, 8), None, None),
+    (MINI, (2, 9, 16, 16), 2, None),
+    (WanVAEConfig(), (1, 5, 30, 40), 1, None),
+    pytest.param(WanVAEConfig(), (1, 21, 30, 40), None, 2, marks=pytest.mark.slow),
+    pytest.param(WAN22, (1, 5, 30, 30), 1, None, marks=pytest.mark.slow),
+  ],
+)
+def test_what_decoding_takes_is_what_the_compiler_says_to_within_a_fifth(
+  decoding, config, sizes, chunk, last
+):
+  vae, params = WanVAE(config), FAMILIES["wan21"].parts["vae"].abstract(config)
+  z = jax.ShapeDtypeStruct((*sizes, config.z_channels), "float32")
+  compiled = decoding._decode.lower(vae, chunk, last, True, params, z).compile()
+  found = compiled.memory_analysis().temp_size_in_bytes
+  assert vae.decoding_bytes(sizes, chunk, last) == pytest.approx(found, rel=0.2)
+
+
+def test_tiles_and_chunks_are_counted_as_they_are_decoded(decoding, bundle, monkeypatch):
+  parts, spec = bundle.parts, bundle.card.latents
+  large = (3, 9, 64, 64)
+  chunk, runs = decoding.at_once(spec, large[1:])
+  asked = decoding.decoding_bytes(parts, spec, large)
+  pixels = 3 * spec.frames(9) * 128 * 128  # as they come out, one byte a colour
+  assert (chunk, runs) == (8, 1)
+  assert asked == parts.vae.decoding_bytes((1, *large[1:]), 8) + pixels
+  tiling = Tiling(size=(32, 32), stride=(16, 16), rule="diffsynth")
+  chunk, runs = decoding.at_once(spec, (9, 32, 32))
+  assert chunk is None
+  tiled = decoding.decoding_bytes(parts, spec, large, tiling)
+  assert tiled > parts.vae.decoding_bytes((runs, 9, 32, 32))
+  assert tiled < asked
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
@@ -114,6 +153,18 @@ def test_batches_over_a_mesh_are_those_of_one_device(bundle, decoding, monkeypat
   monkeypatch.setattr(decoding, "PIXELS", 2 * 5 * 4 * 6)  # two runs of each of 4 devices at once
   spread = decoding.decode(bundle, z, mesh=make_mesh(seed=4))
   assert int(np.abs(spread.astype(int) - whole).max()) <= 1
+
+
+@pytest.mark.parametrize(("runs", "devices"), [(1, 1), (3, 3), (6, 4)])
+def test_no_device_decodes_what_another_one_does(bundle, decoding, monkeypatch, runs, devices):
+  used, inner = [], decoding._decode
+  monkeypatch.setattr(
+    decoding, "_decode", lambda *a: used.append(len(a[-1].sharding.device_set)) or inner(*a)
+  )
+  z = latents(runs)
+  spread = decoding.decode(bundle, z, mesh=make_mesh(seed=2, fsdp=2))
+  assert set(used) == {devices}
+  assert int(np.abs(spread.astype(int) - decoding.decode(bundle, z)).max()) <= 1
 
 
 def test_frames_are_the_video_to_the_nearest_level(bundle, decoding):

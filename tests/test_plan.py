@@ -222,6 +222,38 @@ def test_sevenths_of_a_model_that_has_no_seventh_are_not_counted():
   assert plan.make(large, eight).fits
 
 
+def test_decoding_takes_its_part_of_the_memory():
+  """A card that holds a step of TI2V-5B and not the decode of whole frames after it."""
+  card = plan.target("gpu:20GB")
+  whole = plan.make(problem("wan22_ti2v_5b"), card)
+  assert whole.total < whole.room < whole.decoding
+  assert whole.decoding == pytest.approx((2.63 + 0.30 + 15.86) * plan.GIB, rel=0.02)
+  assert not whole.fits
+  assert plan.most_runs(whole.problem, card, whole.axes) == 0
+  said = "\n".join(
+    plan.lines(whole, [plan.Work(name="all", problem=whole.problem, evaluations=1, videos=1)])
+  )
+  assert re.search(r"decoding alone takes 16.3 GiB, in tiles 2.\d+ GiB: .*tiles=diffusers", said)
+  tiled = plan.make(problem("wan22_ti2v_5b:tiles=diffusers"), card)
+  assert tiled.fits
+  assert plan.most_runs(tiled.problem, card, tiled.axes) == 1
+  assert plan.make(problem("wan22_ti2v_5b"), plan.target("gpu:24GB")).fits
+
+
+def test_what_stays_while_latents_are_decoded():
+  card = plan.target("gpu:80GB")
+
+  def decoding(**more) -> float:
+    return plan.make(problem("wan22_i2v_a14b", **more), card).decoding
+
+  alone_ = plan.make(problem("wan22_i2v_a14b"), card)
+  assert decoding() == alone_.vae + alone_.decode
+  assert decoding(decodes="between") == decoding() + alone_.parameters
+  assert decoding(decodes="between", resident=1) == decoding()
+  assert decoding(decodes="beside") == alone_.total + alone_.decode
+  assert decoding(ending=2) > decoding()
+
+
 def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():
   where = plan.target("v5p:2x2x4")
   with pytest.raises(ValueError, match=r"takes 8 devices, v5p:2x2x4 has 16"):

@@ -139,7 +139,7 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
 
 def whole(config: dict[str, Any]) -> "Work":
   """A sample, or a sweep where the config has cases."""
-  from jax_videoreason import factors, plan, settings
+  from jax_videoreason import factors, plan, settings, tasks
 
   own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
@@ -147,7 +147,13 @@ def whole(config: dict[str, Any]) -> "Work":
   if own:
     units, together = factors.cut(factors.varied(own), len(chosen.seeds))
     videos = units * together
-  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
+  problem = plan.Problem(
+    model=plan.model(chosen.checkpoint),
+    chosen=chosen,
+    runs=together,
+    decodes="beside" if own else "after",
+    ending=tasks.ENDING if own and own["reader"] == "vae" else None,
+  )
   each = problem.sizes.S * problem.sizes.G
   return plan.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
 
@@ -176,7 +182,9 @@ def study(name: str, config: dict[str, Any]) -> "Work":
   cases = len(own["tasks"]) * own["cases"]
   size = min(chosen.batch or cases, cases)
   together = size * len(chosen.seeds) * len(asked.roles)
-  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
+  problem = plan.Problem(
+    model=plan.model(chosen.checkpoint), chosen=chosen, runs=together, decodes="between"
+  )
   sizes, options = problem.sizes, {**asked.options, **own["experiment"]}
   switch = problem.model.card.boundary is not None
   evaluations = asked.evaluations(sizes, options, -(-cases // size), switch=switch)

@@ -6,6 +6,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -164,6 +165,74 @@ class Decoder(nn.Module):
     return unfold(x, c.fold).astype(jnp.float32)
 
 
+def decoder_bytes(
+  config: WanVAEConfig, sizes: Sequence[int], chunk: int | None = None, last: int | None = None
+) -> float:
+  """What decoding takes beside weights and latents, by arithmetic; sizes: R F H W.
+
+  The widest convolution with the input of its block, the frames that all blocks look back on where
+  there are chunks, the video, and half of the kernels once more, in another order. Programs
+  compiled for a CPU were seen to take that to within a fifth.
+  """
+  runs, total, high, wide = sizes
+  frames = total if chunk is None else min(chunk, total)
+  chunks = frames < total
+  at_stages = _frames_at_stages(config, frames, chunks, last)
+  cells, frames = runs * high * wide, at_stages[0]
+  widths = [(config.decoder_width or config.base_width) * n for n in reversed(config.stages)]
+  peak = back = kernels = 0.0
+
+  def conv(before: int, after: int) -> float:
+    nonlocal back, kernels
+    back += 2 * before * cells * chunks
+    kernels += 27 * before * after / 2
+    stacked = 3 * min(before, after) * frames  # frames shifted against each other
+    return cells * ((frames + 2) * before + stacked + after * frames)
+
+  def block(before: int, after: int) -> float:
+    return cells * before * frames + max(conv(before, after), conv(after, after))
+
+  width = widths[0]
+  peak = max(conv(config.z_channels, width), block(width, width), block(width, width))
+  for i, after in enumerate(widths):
+    resamples = i < len(config.temporal)
+    beside = cells * width * frames if config.residual and resamples else 0
+    for _ in range(config.blocks + 1):
+      peak, width = max(peak, beside + block(width, after)), after
+    if not resamples:
+      continue
+    if config.temporal[-1 - i]:
+      back += 2 * width * cells * chunks
+    frames = at_stages[i + 1]
+    width = after if config.residual else after // 2
+    kernels += 16 * after * width / 2
+    made = cells * frames * 4 * width
+    peak = max(peak, beside + cells * frames * after + (3 if config.residual else 2) * made)
+    cells *= 4
+  peak = max(peak, conv(width, 3 * config.fold**2))
+  video = 3 * (last or 1 + config.stride[0] * (total - 1)) * cells * config.fold**2
+  return jnp.dtype(config.dtype).itemsize * (peak + back + kernels) + 4.0 * video
+
+
+def _frames_at_stages(
+  config: WanVAEConfig, frames: int, goes_on: bool, last: int | None
+) -> list[int]:
+  """Frames that each stage of the decoder holds, of `frames` latent ones. goes_on: none of them is
+  frame 0. last: as `decode` takes it."""
+  found = [frames]
+  for doubled in reversed(config.temporal):
+    found.append(found[-1] if not doubled else 2 * found[-1] - (not goes_on))
+  if last is None:
+    return found
+  wanted = last + 2
+  for i in reversed(range(len(found))):
+    wanted += 4 * (config.blocks + 1)
+    found[i] = min(found[i], wanted)
+    if i and config.temporal[-i]:
+      wanted = -(-wanted // 2) + 2
+  return found
+
+
 class WanVAE(nn.Module):
   """vae.apply({"params": p}, x, method="encode" | "decode"), and the methods beside them.
 
@@ -234,6 +303,13 @@ class WanVAE(nn.Module):
       return self.decoder(values, True, last)
     first = 1 + _remainder(values.shape[1] - 1, chunk)
     return in_chunks(self.decoder, values, first=first, size=chunk)
+
+  @nn.nowrap
+  def decoding_bytes(
+    self, sizes: Sequence[int], chunk: int | None = None, last: int | None = None
+  ) -> float:
+    """What `decode` of R F H W takes beside weights and latents, by arithmetic."""
+    return decoder_bytes(self.config, sizes, chunk, last)
 
   def _check_latents(self, latents: Array) -> None:
     channels = self.config.z_channels

@@ -139,7 +139,7 @@ def by_shape(
   for shape in sorted({shape for shape, _ in batches}):
     counts = [count for own, count in batches if own == shape]
     sized = dataclasses.replace(chosen, **dataclasses.asdict(shape))
-    problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts))
+    problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts), decodes="between")
     sizes = problem.sizes
     found.append(
       plan.Work(

@@ -197,11 +197,10 @@ def _divisor(of: int, most: int) -> int:
   return max(n for n in range(1, min(most, of) + 1) if of % n == 0)
 
 
-def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
-  """Draws the cases and cuts the units.
+def check(chosen: SampleSettings, wanted: Varied) -> dict[str, Task]:
+  """The tasks of a sweep; draws no case.
 
-  ValueError: a task without the split, too few cases, an edit that the model has no place for, taps
-  of a unit that are over their budget.
+  ValueError: a batch, pictures that are not square, seeds of other cases, a task without the split.
   """
   if chosen.batch is not None:
     raise ValueError(
@@ -215,16 +214,38 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     )
   runs.check_seeds(chosen.seeds)
   loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
-  cases = []
   for task in loaded.values():
-    split = "heldout" if task.held_out else wanted.split
-    task.check_split(split, 0)
-    drawn = evaluate.cases_of(task, split, wanted.cases, wanted.kind)
+    task.check_split(split_of(task, wanted), 0)
+  return loaded
+
+
+def split_of(task: Task, wanted: Varied) -> str:
+  return "heldout" if task.held_out else wanted.split
+
+
+def check_model(problem: plan.Problem, wanted: Varied) -> None:
+  """ValueError: a unit's edit that the model has no place for, a reader that it does not have."""
+  chosen = problem.chosen
+  if wanted.reader == "preview" and problem.model.parts.preview is None:
+    raise ValueError(f"{chosen.checkpoint} has no preview: give --config.reader=vae.")
+  for name, said in wanted.edits.items():
+    try:
+      edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
+    except ValueError as error:
+      raise ValueError(f"configuration: edits.{name}: {error}") from error
+
+
+def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
+  """Draws the cases and cuts the units.
+
+  ValueError: as `check` and `check_model`, or taps of a unit that are over their budget.
+  """
+  loaded, cases = check(chosen, wanted), []
+  checkpoint.describe(chosen.checkpoint)  # a plan needs no bundle, a sweep does
+  for task in loaded.values():
+    drawn = evaluate.cases_of(task, split_of(task, wanted), wanted.cases, wanted.kind)
     # the video that solves a case is large and not looked at here
     cases += [dataclasses.replace(case, frames=case.frames[:1].copy()) for case in drawn]
-  modules = checkpoint.describe(chosen.checkpoint).modules
-  if wanted.reader == "preview" and modules.preview is None:
-    raise ValueError(f"{chosen.checkpoint} has no preview: give --config.reader=vae.")
   made = Product(
     chosen=chosen,
     varied=wanted,
@@ -234,11 +255,7 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
   )
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=made.width)
   problem.check_taps()
-  for name, said in wanted.edits.items():
-    try:
-      edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
-    except ValueError as error:
-      raise ValueError(f"configuration: edits.{name}: {error}") from error
+  check_model(problem, wanted)
   return made
 
 

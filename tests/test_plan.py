@@ -276,6 +276,32 @@ def test_the_command_prints_it(capsys):
   assert said in capsys.readouterr().out
 
 
+def test_a_sweep_is_planned_on_its_own_mesh(capsys):
+  words = ["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GBx4"]
+  assert cli.main([*words, "--config.mesh=seed=2,fsdp=2"]) == 0
+  said = capsys.readouterr().out
+  assert "gpu:80GBx4: 4 devices as seed=2,fsdp=2,context=1" in said
+  assert "the sweep lies so" not in said
+  assert cli.main([*words, "--config.mesh=seed=2,fsdp=2", "--mesh=seed=4"]) == 0
+  assert "4 devices as seed=4,fsdp=1,context=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--config=vbvr_ensemble", "--config.width=832"], "832 x 480 pixels, tasks are square"),
+    (["--config=seeds_mini", "--config.tasks=('walk',)"], "no task 'walk'"),
+    (["--config=vbvr_ensemble", "--config.seeds=1"], "an ensemble of 1 seed, wanted two or more"),
+    (["--config=vbvr_ensemble:reader=preview"], "vbvr_wan22 has no preview"),
+    (["--config=seeds_mini", "--runs=2"], "plan sweep takes no --runs"),
+    (["--config=seeds_mini", "--config.mesh=fsdp=3"], "takes 3 devices, gpu:80GB has 1"),
+  ],
+)
+def test_a_plan_refuses_what_the_sweep_would(words, said, capsys):
+  assert cli.main(["plan", "sweep", "--on=gpu:80GB", *words]) == 2
+  assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("words", "said"),
   [

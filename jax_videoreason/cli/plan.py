@@ -86,14 +86,17 @@ def main(flags: FlagValues, words: list[str]) -> None:
     for work in planned(flags, words)
   ]
   where = plan.target(flags.on)
-  axes = None if flags.mesh is None else sharding.axes_of(flags.mesh)
+  mesh = flags.mesh
+  if mesh is None and words in ([], [SWEEP]):
+    mesh = flags.config.get("mesh")  # of a sweep
+  axes = None if mesh is None else sharding.axes_of(mesh)
   made = plan.make(plan.largest(works, where), where, axes)
   if len(works) > 1:
     title = "by arithmetic, an estimate; memory on each device"
     console.table(title, plan.TABLE, [plan.row(work, where, axes) for work in works])
   for line in plan.lines(made, works):
     console.say(line)
-  if words == [SWEEP] and flags.runs is None and math.prod(made.axes.values()) > 1:
+  if words == [SWEEP] and mesh is None and math.prod(made.axes.values()) > 1:
     mesh = ",".join(f"{name}={size}" for name, size in made.axes.items())
     console.say(f"the sweep lies so with --config.mesh={mesh}")
 
@@ -111,6 +114,7 @@ def check(flags: FlagValues, words: list[str]) -> None:
     "preset": words[:1] == [RUN],
     **dict.fromkeys(("sequential", "experts"), words in ([], GENERATE)),
     "route": not words,
+    "runs": words != [SWEEP],
     **dict.fromkeys(of_generate, words == GENERATE),
   }
   given = [name for name, known in of_command.items() if flags[name].present and not known]
@@ -145,7 +149,9 @@ def whole(config: dict[str, Any]) -> "Work":
   chosen = settings.from_config(config)
   together, videos = min(chosen.batch or len(chosen.seeds), len(chosen.seeds)), len(chosen.seeds)
   if own:
-    units, together = factors.cut(factors.varied(own), len(chosen.seeds))
+    wanted = factors.varied(own)
+    factors.check(chosen, wanted)
+    units, together = factors.cut(wanted, len(chosen.seeds))
     videos = units * together
   problem = plan.Problem(
     model=plan.model(chosen.checkpoint),
@@ -154,6 +160,8 @@ def whole(config: dict[str, Any]) -> "Work":
     decodes="beside" if own else "after",
     ending=tasks.ENDING if own and own["reader"] == "vae" else None,
   )
+  if own:
+    factors.check_model(problem, factors.varied(own))
   each = problem.sizes.S * problem.sizes.G
   return plan.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
 

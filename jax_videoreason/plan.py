@@ -48,13 +48,14 @@ GIB = 2**30
 class Device:
   """platform: cpu, gpu, tpu. memory: bytes that a program may use. peak: bfloat16 FLOP/s.
 
-  most: chips of the largest slice there is.
+  most: chips of the largest slice there is. like: whose peak it is.
   """
 
   platform: str
   memory: float
   peak: float
   most: int = 1
+  like: str = ""
 
 
 # Published peaks and sizes; the memory of a TPU is what a program can use of it. A chip of tpu7x is
@@ -66,7 +67,16 @@ CHIPS = {
   "tpu7x": Device(platform="tpu", memory=96e9, peak=1153e12, most=9216),
 }
 CARD_GB = 0.995 * GIB  # of a card's name: 81,559 MiB are an H100 80GB, 143,771 MiB an H200 141GB
-CARDS = {24: 165e12, 40: 312e12, 48: 362e12, 80: 989e12, 96: 989e12, 141: 989e12}
+# name -> (GB as sold, FLOP/s of dense bfloat16 matmuls); of one memory the last is taken
+CARDS = {
+  "rtx4090": ((24,), 165e12),
+  "a100": ((40, 80), 312e12),
+  "l40s": ((48,), 362e12),
+  "h100": ((80,), 989e12),
+  "h200": ((141,), 989e12),
+  "b200": ((180,), 2250e12),
+}
+BY_MEMORY = {size: name for name, (sizes, _) in CARDS.items() for size in sizes}
 CORE = 5e10  # FLOP/s of a CPU core in float32, a guess
 
 
@@ -80,28 +90,33 @@ class Target:
 
 
 def target(name: str) -> Target:
-  """ "v5p:2x2x4", "gpu:80GB", "gpu:80GBx8" or "cpu". ValueError says what is known."""
+  """ "v5p:2x2x4", "gpu:80GBx8", "gpu:a100-80GBx8" or "cpu". ValueError says what is known.
+
+  The devices that a CPU is made to be share its memory and its cores.
+  """
   kind, _, size = name.partition(":")
   if name == "cpu":
+    count = len(jax.devices("cpu"))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     rate = CORE * (os.cpu_count() or 1)
-    device = Device(platform="cpu", memory=pages, peak=rate / SHARE)
-    return Target(name=name, device=device, count=len(jax.devices("cpu")))
+    device = Device(platform="cpu", memory=pages / count, peak=rate / SHARE / count, like="a guess")
+    return Target(name=name, device=device, count=count)
   if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", size):
     chips = math.prod(int(n) for n in size.split("x"))
     if not 1 <= chips <= CHIPS[kind].most:
       raise ValueError(f"--on={name} has {chips} chips, wanted 1 to {CHIPS[kind].most} of {kind}.")
     count = 2 * chips if kind == "tpu7x" else chips
     return Target(name=name, device=CHIPS[kind], count=count)
-  card = re.fullmatch(r"(\d+)GB(?:x(\d+))?", size)
-  memory, cards = (int(card[1]), int(card[2] or 1)) if card else (0, 0)
-  if kind == "gpu" and memory > 0 and cards > 0:
-    nearest = min(CARDS, key=lambda known: abs(known - memory))
-    device = Device(platform="gpu", memory=memory * CARD_GB, peak=CARDS[nearest])
-    return Target(name=name, device=device, count=cards)
+  names = "|".join(CARDS)
+  card = re.fullmatch(rf"(?:({names})-?)?(?:([1-9]\d*)gb)?(?:x([1-9]\d*))?", size.lower())
+  if kind == "gpu" and card and (card[1] or card[2]):
+    memory = int(card[2]) if card[2] else CARDS[card[1]][0][0]
+    like = card[1] or BY_MEMORY[min(BY_MEMORY, key=lambda known: abs(known - memory))]
+    device = Device(platform="gpu", memory=memory * CARD_GB, peak=CARDS[like][1], like=like.upper())
+    return Target(name=name, device=device, count=int(card[3] or 1))
   raise ValueError(
-    f"--on={name}, wanted cpu, gpu:80GB, gpu:80GBx8 (cards), or a TPU slice such as v5p:2x2x4 "
-    f"({', '.join(CHIPS)})."
+    f"--on={name}, wanted cpu, gpu:80GB, gpu:80GBx8, gpu:a100-80GB (cards: {', '.join(CARDS)}), or "
+    f"a TPU slice such as v5p:2x2x4 ({', '.join(CHIPS)})."
   )
 
 
@@ -515,7 +530,11 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
       f"{where.count}: give other sizes."
     )
   if problem.runs % axes["seed"]:
-    raise ValueError(f"{problem.runs} runs on seed={axes['seed']}, wanted a multiple: give --runs.")
+    wanted = -(-problem.runs // axes["seed"]) * axes["seed"]
+    raise ValueError(
+      f"{_count(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give "
+      f"{MORE_RUNS[problem.decodes].format(wanted)} or a smaller seed in --mesh."
+    )
   told = arithmetic(problem, where, axes)
   if where.device.platform == "gpu":
     return told
@@ -602,6 +621,14 @@ def largest(works: Sequence[Work], where: Target) -> Problem:
   return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).most)
 
 
+def pace(where: Target) -> str:
+  """Of which peak the seconds are."""
+  device = where.device
+  each = " a device" if where.count > 1 else ""
+  like = f", {device.like}" if device.like else ""
+  return f"{SHARE:.0%} of {device.peak / 1e12:,.3g} TFLOP/s{each}{like}"
+
+
 def totals(works: Sequence[Work], where: Target) -> str:
   """Evaluations, videos, FLOPs and hours of a command; text encoder and VAE come on top."""
   evaluations, videos, flops = (
@@ -610,7 +637,7 @@ def totals(works: Sequence[Work], where: Target) -> str:
   return (
     f"{evaluations:,.0f} network evaluations ({_count(videos, 'video')}), "
     f"{_peta(flops)}, {_time(_seconds(flops, where))} on {where.name} "
-    f"at {SHARE:.0%} of its peak (an estimate, of the network alone)"
+    f"at {pace(where)} (an estimate, of the network alone)"
   )
 
 
@@ -618,6 +645,12 @@ DECODING = {
   "after": "decoding, the DiT let go",
   "between": "decoding, the DiT kept",
   "beside": "decoding, beside a batch",
+}
+# what has a command make so many runs together
+MORE_RUNS = {
+  "after": "--config.seeds={}",
+  "between": "other seeds, cases or --config.batch,",
+  "beside": "--config.unit={}",
 }
 TABLE = ("part", "runs", "taps", "memory", "fits", "evaluations", "time")
 
@@ -671,6 +704,7 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     said.append(f"the compiler refused it: {plan.refused}")
   if plan.compiled:
     said.append(f"collectives in the program: {talk}; compiled in {plan.compile_seconds:.0f} s")
+  said += [fault for work in works if (fault := over_budget(work))]
   if device.platform == "gpu":
     most = most_runs(plan.problem, plan.target, plan.axes)
     bare = "" if plan.problem.taps is None else ", without the taps of the study"
@@ -682,6 +716,21 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     f"{_time(batch / s.R)} a video",
     f"the whole command: {totals(works, plan.target)}",
   ]
+
+
+def over_budget(work: Work) -> str | None:
+  """What is refused of the taps that a config asks for; those of a study have no budget."""
+  problem, chosen = work.problem, work.problem.chosen
+  if problem.taps is not None:
+    return None
+  runs = max(problem.runs, round(work.videos)) if problem.decodes == "after" else problem.runs
+  sizes = dataclasses.replace(problem.sizes, R=runs)
+  dtype = problem.model.parts.dit.config.dtype
+  try:
+    check_budget(chosen.taps.spec(), sizes, chosen.taps.budget_gb * 1e9, dtype=dtype)
+  except ValueError as error:
+    return f"{error} (--config.taps.budget_gb={chosen.taps.budget_gb:g})"
+  return None
 
 
 def smaller_decode(plan: Plan) -> str:

@@ -593,6 +593,13 @@ def test_one_expert_in_memory_leaves_the_run_of_both(
   np.testing.assert_allclose(stored, wanted, rtol=1e-4)
 
 
+def test_more_experts_than_a_model_has_are_refused(call, sample_words, tmp_path):
+  status, _, error = call(*sample_words, "--experts=2", f"--out={tmp_path / 'run'}")
+  assert status == 2
+  assert "--experts=2 of a model of 1 expert: leave it out" in error
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
   call, sample_words, tmp_path, monkeypatch
 ):

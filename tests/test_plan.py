@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import os
 import re
 
 import jax
@@ -37,9 +38,50 @@ def test_devices_are_known_by_their_names():
   assert h100 == pytest.approx(81_559, rel=1e-3)  # MiB, as nvidia-smi has them
   assert h200 == pytest.approx(143_771, rel=1e-3)
   assert plan.target("cpu").count == len(jax.devices())
-  for wrong in ("v4:2x2", "gpu", "gpu:80", "v5p", "tpu"):
+  for wrong in ("v4:2x2", "gpu", "gpu:80", "gpu:x8", "gpu:v100-32GB", "v5p", "tpu"):
     with pytest.raises(ValueError, match=r"wanted cpu, gpu:80GB, .*v5e, v5p, v6e, tpu7x"):
       plan.target(wrong)
+
+
+@pytest.mark.parametrize(
+  ("name", "gigabytes", "cards", "teraflops", "like"),
+  [
+    ("gpu:80GB", 80, 1, 989, "H100"),
+    ("gpu:40GBx4", 40, 4, 312, "A100"),
+    ("gpu:96GB", 96, 1, 989, "H100"),
+    ("gpu:a100-80GBx8", 80, 8, 312, "A100"),
+    ("gpu:A100", 40, 1, 312, "A100"),
+    ("gpu:h100-94GB", 94, 1, 989, "H100"),
+    ("gpu:l40sx2", 48, 2, 362, "L40S"),
+    ("gpu:rtx4090", 24, 1, 165, "RTX4090"),
+    ("gpu:h200", 141, 1, 989, "H200"),
+    ("gpu:b200", 180, 1, 2250, "B200"),
+  ],
+)
+def test_a_card_is_known_by_its_memory_or_by_its_name(name, gigabytes, cards, teraflops, like):
+  found = plan.target(name)
+  assert (found.count, found.device.like) == (cards, like)
+  assert found.device.memory == gigabytes * plan.CARD_GB
+  assert found.device.peak == teraflops * 1e12
+
+
+def test_seconds_name_the_peak_that_they_are_of():
+  work = plan.Work(name="all", problem=problem("mini"), evaluations=1e15, videos=1)
+  hours = []
+  for card, peak in (("80GB", "989 TFLOP/s, H100"), ("a100-80GB", "312 TFLOP/s, A100")):
+    said = plan.totals([work], plan.target(f"gpu:{card}"))
+    (found,) = re.findall(rf"([\d.]+) h on gpu:{card} at 46% of {peak} ", said)
+    hours.append(float(found))
+  assert hours[1] == pytest.approx(hours[0] * 989 / 312, rel=1e-3)
+  eight = plan.totals([work], plan.target("gpu:80GBx8"))
+  assert "on gpu:80GBx8 at 46% of 989 TFLOP/s a device, H100 (" in eight
+
+
+def test_forced_devices_share_the_machine():
+  found, pages = plan.target("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  assert found.count == 4
+  assert found.count * found.device.memory == pages
+  assert found.count * found.device.peak * plan.SHARE == plan.CORE * (os.cpu_count() or 1)
 
 
 def test_mesh_axes_are_read():
@@ -258,7 +300,9 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():
   where = plan.target("v5p:2x2x4")
   with pytest.raises(ValueError, match=r"takes 8 devices, v5p:2x2x4 has 16"):
     plan.make(problem("mini"), where, sharding.axes_of("fsdp=4,context=2"))
-  with pytest.raises(ValueError, match=r"3 runs on seed=2, wanted a multiple: give --runs"):
+  with pytest.raises(
+    ValueError, match=r"3 runs on seed=2, wanted a multiple: give --config.seeds=4 or"
+  ):
     plan.make(problem("mini", runs=3), where, sharding.axes_of("seed=2,fsdp=4,context=2"))
 
 
@@ -274,6 +318,31 @@ def test_the_command_prints_it(capsys):
   assert cli.main(["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GBx8"]) == 0
   said = "the sweep lies so with --config.mesh=seed=8,fsdp=1,context=1"
   assert said in capsys.readouterr().out
+
+
+def test_runs_together_are_runs_of_the_command(capsys):
+  words = ["plan", "--config=mini:steps=5", "--on=gpu:80GB"]
+  for more, together, videos in (
+    (["--config.seeds=1", "--runs=2"], "2 runs", "2 videos"),
+    (["--config.seeds=6", "--runs=2"], "2 runs", "6 videos"),
+    (["--config.seeds=6"], "6 runs", "6 videos"),
+  ):
+    assert cli.main([*words, *more]) == 0
+    said = capsys.readouterr().out
+    count = {"2": 20, "6": 60}
+    assert f"{together} together: {count[together[0]]} network evaluations of" in said
+    assert f"the whole command: {count[videos[0]]} network evaluations ({videos})" in said
+
+
+def test_taps_above_their_budget_are_told(capsys):
+  words = ["plan", "--on=gpu:141GB", "--config=wan22_ti2v_5b", "--config.taps.sites=('attn_out',)"]
+  over = "the budget is 8.0 GB. Use reduce="
+  assert cli.main(words) == 0
+  assert over not in capsys.readouterr().out
+  assert cli.main([*words, "--config.taps.reduce=('full',)"]) == 0
+  assert over in capsys.readouterr().out
+  assert cli.main([*words, "--config.taps.reduce=('full',)", "--config.taps.budget_gb=1e4"]) == 0
+  assert over not in capsys.readouterr().out
 
 
 def test_a_sweep_is_planned_on_its_own_mesh(capsys):
@@ -320,6 +389,8 @@ def test_a_plan_refuses_what_the_sweep_would(words, said, capsys):
     (["run", "noise", "--preset=huge"], "wanted quick or full"),
     (["run", "noise", "--config=wan22_i2v_a14b", "--on=gpu:80GB"], "cases are square"),
     (["run", "noise", "--data=cases"], "plan run noise takes no --data"),
+    (["--experts=2", "--on=gpu:80GB"], "--experts=2 of a model of 1 expert: leave it out"),
+    (["--config=wan22_i2v_a14b", "--experts=3", "--on=gpu:80GB"], "of a model of 2 experts"),
     (["sweep", "--experts=1"], "plan sweep takes no --experts"),
     (["run", "noise", "--sequential"], "plan run noise takes no --sequential"),
     (["sweep", "--preset=full"], "plan sweep takes no --preset"),

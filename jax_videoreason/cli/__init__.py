@@ -210,6 +210,13 @@ def define_room(flags: "FlagValues") -> None:
   )
 
 
+def check_experts(flags: "FlagValues", count: int) -> None:
+  """UsageError: --experts above the number that a model has."""
+  if flags.experts is not None and flags.experts > count:
+    there = "1 expert" if count == 1 else f"{count} experts"
+    raise UsageError(f"--experts={flags.experts} of a model of {there}: leave it out, or give 1.")
+
+
 def define_route(flags: "FlagValues") -> None:
   """--route, of keys and values between the devices of a mesh."""
   from absl.flags import DEFINE_enum

@@ -50,10 +50,16 @@ def define(flags: FlagValues) -> None:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   cli.define_config(flags, "mini")
-  DEFINE_string("on", "cpu", "cpu, gpu:80GB, gpu:80GBx8, or a slice: v5p:2x2x4", flag_values=flags)
+  DEFINE_string(
+    "on", "cpu", "cpu, gpu:80GB, gpu:a100-80GBx8, or a slice: v5p:2x2x4", flag_values=flags
+  )
   DEFINE_string("mesh", None, "as seed=2,fsdp=4,context=2; None = proposed", flag_values=flags)
   DEFINE_integer(
-    "runs", None, "runs together; None = as the command has them", lower_bound=1, flag_values=flags
+    "runs",
+    None,
+    "runs together, of at least so many; None = as the command has them",
+    lower_bound=1,
+    flag_values=flags,
   )
   cli.define_room(flags)
   cli.define_route(flags)
@@ -72,19 +78,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   from jax_videoreason import console, plan, sharding
 
   check(flags, words)
-  works = [
-    dataclasses.replace(
-      work,
-      problem=dataclasses.replace(
-        work.problem,
-        runs=flags.runs or work.problem.runs,
-        guidance="sequential" if flags.sequential else "parallel",
-        resident=flags.experts,
-        route=flags.route,
-      ),
-    )
-    for work in planned(flags, words)
-  ]
+  works = [with_options(flags, work) for work in planned(flags, words)]
   where = plan.target(flags.on)
   mesh = flags.mesh
   if mesh is None and words in ([], [SWEEP]):
@@ -99,6 +93,23 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if words == [SWEEP] and mesh is None and math.prod(made.axes.values()) > 1:
     mesh = ",".join(f"{name}={size}" for name, size in made.axes.items())
     console.say(f"the sweep lies so with --config.mesh={mesh}")
+
+
+def with_options(flags: FlagValues, work: "Work") -> "Work":
+  """The work with the options of plan; more runs together than it makes videos count as so many."""
+  cli.check_experts(flags, len(work.problem.model.experts))
+  runs = flags.runs or work.problem.runs
+  more = max(1.0, (flags.runs or 0) / work.videos)
+  problem = dataclasses.replace(
+    work.problem,
+    runs=runs,
+    guidance="sequential" if flags.sequential else "parallel",
+    resident=flags.experts,
+    route=flags.route,
+  )
+  return dataclasses.replace(
+    work, problem=problem, evaluations=more * work.evaluations, videos=more * work.videos
+  )
 
 
 def check(flags: FlagValues, words: list[str]) -> None:

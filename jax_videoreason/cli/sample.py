@@ -118,6 +118,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags.seeds is not None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
+  cli.check_experts(flags, checkpoint.describe(chosen.checkpoint).experts)
   noise = None if flags.noise is None else read_noise(flags.noise)
   image = shown = None
   if flags.image is not None:
@@ -156,6 +157,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
   branch = branching.take_up(
     str(flags["from"].value), flags.step, flags.intervene, weights=flags.checkpoint
   )
+  cli.check_experts(flags, checkpoint.describe(branch.chosen.checkpoint).experts)
   folders.spare(Path(flags.out), [branch.run.path])
   if branch.chosen.solver != "euler":
     warnings.warn(

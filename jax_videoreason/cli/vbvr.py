@@ -137,6 +137,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   cli.required(flags, "data", *([] if dry else ["out"]))
   process = (0, 1) if dry else distributed.initialize()
   data, chosen, job = asked(flags)
+  cli.check_experts(flags, len(plan.model(chosen.checkpoint).experts))
   mesh = None if dry else sharding.mesh_here(flags.mesh)
   name = chosen.checkpoint  # only a dry run takes one that is not here yet
   model = plan.model(name).parts if dry else checkpoint.describe(name).modules

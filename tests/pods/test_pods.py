@@ -40,8 +40,9 @@ print(json.dumps({
   "compiled": made.compiled, "fits": made.fits, "refused": made.refused,
   "compile_seconds": round(made.compile_seconds, 1),
   "cpu_seconds": round(time.process_time() - began, 1),
-  "gib": round(made.total / plan.GIB, 2), "of": round(where.device.memory / plan.GIB, 2),
-  "told": round(plan.arithmetic(problem, where, made.axes).total / plan.GIB, 2),
+  "gib": round((made.total - made.vae) / plan.GIB, 2),
+  "of": round(where.device.memory / plan.GIB, 2),
+  "told": round((plan.arithmetic(problem, where, made.axes).total - made.vae) / plan.GIB, 2),
   "collectives": made.collectives,
 }))
 """

@@ -33,7 +33,7 @@ from jax_videoreason.pytrees import nest
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes
-from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
+from jax_videoreason.taps import TapSpec, check_batch, check_budget, tap_bytes
 
 FITS = 0.92  # of the memory, for arguments, temporaries, outputs and code together
 SPARE = 1.3  # compiled for a TPU, a program was seen to take up to 1.27 of the arithmetic
@@ -719,17 +719,19 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
 
 
 def over_budget(work: Work) -> str | None:
-  """What is refused of the taps that a config asks for; those of a study have no budget."""
+  """What is refused of the taps that a config or a study asks for."""
   problem, chosen = work.problem, work.problem.chosen
-  if problem.taps is not None:
-    return None
   runs = max(problem.runs, round(work.videos)) if problem.decodes == "after" else problem.runs
   sizes = dataclasses.replace(problem.sizes, R=runs)
-  dtype = problem.model.parts.dit.config.dtype
+  dtype, budget = problem.model.parts.dit.config.dtype, chosen.taps.budget_gb
   try:
-    check_budget(chosen.taps.spec(), sizes, chosen.taps.budget_gb * 1e9, dtype=dtype)
+    if problem.taps is not None:
+      check_batch(problem.taps, problem.sizes, budget, dtype=dtype)
+    else:
+      check_budget(chosen.taps.spec(), sizes, budget * 1e9, dtype=dtype)
   except ValueError as error:
-    return f"{error} (--config.taps.budget_gb={chosen.taps.budget_gb:g})"
+    said = f" (--config.taps.budget_gb={budget:g})" if problem.taps is None else ""
+    return f"{error}{said}"
   return None
 
 

@@ -151,6 +151,16 @@ def tap_bytes(spec: TapSpec, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> in
   return steps * sum(math.prod(row.shape) * row.dtype.itemsize for row in rows)
 
 
+def check_batch(spec: TapSpec, sizes: Sizes, budget_gb: float, *, dtype: DTypeLike) -> None:
+  """ValueError if the taps that a study takes of a batch need more than `budget_gb` 10^9 bytes."""
+  need = tap_bytes(spec, sizes, dtype) / 1e9
+  if need > budget_gb:
+    raise ValueError(
+      f"the taps of a batch of {sizes.R} runs need {need:.3g} GB, the budget is {budget_gb:g}: "
+      f"give a smaller --config.batch, or --config.taps.budget_gb={math.ceil(need)}."
+    )
+
+
 def check_budget(
   spec: TapSpec, sizes: Sizes, budget: float, *, dtype: DTypeLike = jnp.float32
 ) -> None:

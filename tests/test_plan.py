@@ -345,6 +345,16 @@ def test_taps_above_their_budget_are_told(capsys):
   assert over not in capsys.readouterr().out
 
 
+def test_taps_of_a_study_are_held_to_the_budget_that_run_holds_them_to(capsys):
+  words = ["plan", "run", "layer_maps", "--on=gpu:141GB", "--config=wan22_i2v_a14b"]
+  words += ["--config.height=480", "--config.width=480"]
+  assert cli.main([*words, "--config.batch=8"]) == 0
+  said = capsys.readouterr().out
+  assert "the budget is 8: give a smaller --config.batch, or --config.taps.budget_gb=" in said
+  assert cli.main([*words, "--config.taps.budget_gb=1e4"]) == 0
+  assert "the budget is" not in capsys.readouterr().out
+
+
 def test_a_sweep_is_planned_on_its_own_mesh(capsys):
   words = ["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GBx4"]
   assert cli.main([*words, "--config.mesh=seed=2,fsdp=2"]) == 0

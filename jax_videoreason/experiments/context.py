@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle, Noise, Sizes, Trace
-from jax_videoreason.taps import TapSpec, tap_bytes
+from jax_videoreason.taps import TapSpec, check_batch
 from jax_videoreason.tasks import Case, Task
 
 Point = Any
@@ -190,7 +189,9 @@ class Context:
   def _denoise(
     self, schedule: Schedule, edit: Intervention | None, taps: Any, state: Any, held: int
   ) -> tuple[np.ndarray, Trace]:
-    self._check_taps(taps)
+    if taps is not None:
+      dtype = self.bundle.parts.dit.config.dtype
+      check_batch(taps, self.sizes, self.setting.chosen.taps.budget_gb, dtype=dtype)
     if self.control and edit is not None:
       edit = neutral(edit, self.sizes)
     mesh = self.setting.mesh
@@ -207,17 +208,6 @@ class Context:
     self.tally.advance(one * (self.sizes.S - held))
     self._note_broken(trace.finite)
     return np.asarray(latents), trace
-
-  def _check_taps(self, taps: TapSpec | None) -> None:
-    """ValueError where the taps of the batch are over the budget of the settings."""
-    budget = self.setting.chosen.taps.budget_gb
-    dtype = self.bundle.parts.dit.config.dtype
-    need = 0 if taps is None else tap_bytes(taps, self.sizes, dtype) / 1e9
-    if need > budget:
-      raise ValueError(
-        f"the taps of a batch of {self.sizes.R} runs need {need:.3g} GB, the budget is {budget:g}: "
-        f"give a smaller --config.batch, or --config.taps.budget_gb={math.ceil(need)}."
-      )
 
   def _note_broken(self, finite: np.ndarray) -> None:
     pairs = len(next(iter(self.roles.values())))

@@ -38,7 +38,7 @@ class Mark:
 
 def mark(task: Task, frames: np.ndarray, metadata: Metadata) -> Mark:
   """Scores and reads a clip, uint8 (frames height width 3)."""
-  score, answer = task.score(frames, metadata), task.parse(frames, metadata)
+  score, answer = task.judge(frames, metadata)
   return Mark(
     score=score.value,
     preservation=score.preservation,

@@ -376,10 +376,14 @@ def checksum(path: Path) -> str:
 # JSON
 
 
+def canonical_json(value: Any) -> str:
+  """`value` as JSON that is the same text for equal values."""
+  return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
 def digest(value: Any) -> str:
   """sha256 of the canonical JSON of `value`, in hex."""
-  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def write_json(path: str | Path, value: Any) -> None:

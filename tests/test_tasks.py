@@ -198,6 +198,18 @@ def test_pick_tells_the_kinds_of_shape_apart_at_32_pixels(shown, wanted):
   assert base.preservation(labels, task.kept(problem)) == 0
 
 
+@each_task
+def test_judge_says_what_score_and_parse_say(name):
+  task = tasks.load(name, size=32)
+  for case in cases(name, 32):
+    for kind in ("truth", "wrong answer", "cut", "noise"):
+      for frames in clip(task, case, kind):
+        apart = task.score(frames, case.metadata), task.parse(frames, case.metadata)
+        assert task.judge(frames, case.metadata) == apart
+  with pytest.raises(ValueError, match="frames are uint8"):
+    task.judge(cases(name, 32)[0].frames[-ENDING:], cases(name, 32)[0].metadata)
+
+
 @every_task
 def test_parse_reads_the_answer_that_a_clip_shows(name, size):
   task = tasks.load(name, size=size)

@@ -10,12 +10,14 @@ unchanged.
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jax_videoreason.folders import digest
+from jax_videoreason.folders import canonical_json, digest
 from jax_videoreason.tasks import draw
 
 SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
@@ -324,6 +326,12 @@ class Task:
     self.check_frames(frames, metadata, ENDING if ends else None)
     return self.read(draw.label(frames), metadata["problem"])
 
+  def judge(self, frames: np.ndarray, metadata: Metadata) -> tuple[Score, Answer | None]:
+    """`score` and `parse` of a whole clip, in less time than the two take."""
+    self.check_frames(frames, metadata)
+    labels = draw.label(frames)
+    return self.earned(labels, metadata), self.read(labels, metadata["problem"])
+
   def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:
     """The soft reading: occupancy in 0..1 of every option, not normalised."""
     self.check_frames(frames, metadata)
@@ -332,8 +340,11 @@ class Task:
   def score(self, frames: np.ndarray, metadata: Metadata) -> Score:
     """Preservation * (final + process) / 2, against the symbols in `metadata` alone."""
     self.check_frames(frames, metadata)
-    labels = draw.label(frames)
-    gate = preservation(labels, self.kept(metadata["problem"]))
+    return self.earned(draw.label(frames), metadata)
+
+  def earned(self, labels: np.ndarray, metadata: Metadata) -> Score:
+    """The score of labels int8 (T height width)."""
+    gate = preservation(labels, _kept(self, canonical_json(metadata["problem"])))
     final = float(self.final(labels, metadata))
     process = float(self.process(labels, metadata))
     return Score(
@@ -397,3 +408,9 @@ class Task:
         f"wanted uint8 {wanted} (frames height width 3): decode, cut or resize the clip "
         "first."
       )
+
+
+@functools.lru_cache(draw.ASKED)
+def _kept(task: Task, problem: str) -> tuple[Kept, ...]:
+  """`Task.kept` of a problem in JSON; every step and seed of a case asks for the same."""
+  return tuple(task.kept(json.loads(problem)))

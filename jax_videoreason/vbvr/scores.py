@@ -248,7 +248,7 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
     frames = videos.read(folder, sample)
   except ValueError as error:
     return {"score": None, "error": str(error), "seconds": 0.0}
-  found, answer = task.score(frames, metadata), task.parse(frames, metadata)
+  found, answer = task.judge(frames, metadata)
   return {
     "score": found.value,
     "error": None,

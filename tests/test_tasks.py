@@ -30,6 +30,8 @@ CONTRACT = {
   "static": (0.0, 0.10),
   "cut": (0.0, 0.55),
   "cross-fade": (0.0, 0.55),
+  "cross-fade, noisy": (0.0, 0.70),
+  "cross-fade, blurred": (0.0, 0.70),
   "wrong answer": (0.0, 0.60),
   "noise": (0.0, 0.05),
   "reversed": (0.0, 0.30),
@@ -68,6 +70,12 @@ def reencoded(frames: np.ndarray) -> np.ndarray:
     return np.stack([f.to_ndarray(format="rgb24") for f in source.decode(video=0)])
 
 
+def grainy(frames: np.ndarray, level: float, seed: int) -> np.ndarray:
+  """With normal noise of a standard deviation."""
+  noise = np.random.default_rng(seed).normal(0, level, frames.shape)
+  return np.clip(frames + noise, 0, 255).round().astype(np.uint8)
+
+
 def mixed(a: np.ndarray, b: np.ndarray, share: float | np.ndarray = 0.5) -> np.ndarray:
   return ((1 - share) * a.astype(np.float64) + share * b).round().astype(np.uint8)
 
@@ -103,9 +111,12 @@ def clip(task: base.Task, case: base.Case, kind: str) -> list[np.ndarray]:
     return [static(truth)]
   if kind == "cut":
     return [cut(truth)]
-  if kind == "cross-fade":
+  if kind.startswith("cross-fade"):
     share = np.linspace(0, 1, len(truth))[:, None, None, None]
-    return [mixed(static(truth), static(truth[::-1]), share)]
+    fade = mixed(static(truth), static(truth[::-1]), share)
+    if kind == "cross-fade, noisy":
+      return [grainy(fade, level, case.index) for level in (3, 5, 8)]
+    return [blurred(fade) if kind == "cross-fade, blurred" else fade]
   if kind == "wrong answer":
     wrong = task.wrong_answers(case.metadata)
     take = np.random.default_rng(case.index).permutation(len(wrong))[:4]

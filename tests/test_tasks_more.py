@@ -62,6 +62,28 @@ def test_a_mark_grows_evenly_over_any_number_of_frames(frames):
   assert base.growth(jump, steps=5) == 0
 
 
+def test_a_mark_that_hardly_grows_or_fades_in_does_not_grow():
+  creeping = np.r_[0, 0, 0, 0, 0.5 + 0.01 * np.arange(11), 1, 1]
+  assert base.growth(creeping, steps=2) == 0.5  # the first frame of it alone
+  drawn = np.clip((np.arange(17) - 3) / 12, 0, 1)[:, None]
+  assert base.lone_growth(drawn, base.unmixed(drawn, 1 - drawn), steps=5) == 1
+  before, after = np.maximum(0, 1 - 3 * drawn), np.maximum(0, 3 * drawn - 2)
+  assert base.growth(after[:, 0], steps=2) == 1
+  assert base.lone_growth(after, base.unmixed(after, before), steps=2) == 0
+
+
+def test_a_mark_is_unmixed_while_three_quarters_of_it_are_drawn_or_as_before():
+  assert base.unmixed(np.array([0.4, 0.4]), np.array([0.4, 0.3])).tolist() == [True, False]
+  assert not base.unmixed(np.array([0.0, 0.95]), np.array([1.0, 0.05])).any()
+
+
+def test_a_mark_is_whole_from_85_percent_on_and_absent_up_to_15():
+  last = np.array([[0.86, 0.14, 0.0]] * 2)
+  assert base.only_mark(last) == 0
+  assert base.only_mark(last - np.array([0.02, 0, 0])) is None
+  assert base.only_mark(last + np.array([0, 0.02, 0])) is None
+
+
 # --- what must not happen ---
 
 Edit = Callable[[base.Task, base.Case], np.ndarray]
@@ -70,36 +92,121 @@ Edit = Callable[[base.Task, base.Case], np.ndarray]
 def wrong_ring(task: base.Task, case: base.Case) -> np.ndarray:
   """The truth with 55% of a ring round a wrong disc, until it is erased for the last two frames."""
   centre = task.centre(task.wrong_answers(case.metadata)[0])
-  ring = draw.ring(task.size, centre, *draw.ring_radii(task.slot))
-  ring &= draw.clockwise(task.size, centre) < 0.55 * 2 * np.pi
-  return over(case, slice(1, -2), ring, draw.WHITE)
+  return over(case, slice(1, -2), part_of_ring(task, centre, 0.55), draw.WHITE)
 
 
 def wrong_cell(task: base.Task, case: base.Case) -> np.ndarray:
   """The same of a wrong cell: 55% of it filled."""
-  y0, x0, y1, x1 = tictactoe.layout(task.size)[0][task.wrong_answers(case.metadata)[0]]
-  part = draw.rectangle(task.size, (y1 - int(0.55 * (y1 - y0)), x0, y1, x1))
+  part = part_of_tile(task, task.wrong_answers(case.metadata)[0], 0.55)
   return over(case, slice(1, -2), part, draw.colour(case.metadata["problem"]["mover"]))
 
 
 def one_wrong_member(task: base.Task, case: base.Case) -> np.ndarray:
   """The truth with a whole ring round one of two wrong shapes, from the right rings' first frame
   to the last but two."""
-  problem = case.metadata["problem"]
-  other = task.members(problem)[1 - task.options(problem).index(case.metadata["answer"])]
-  ring = draw.ring(task.size, other[0], *draw.ring_radii(task.slot))
+  ring = part_of_ring(task, other_group(task, case)[0], 1)
   return over(case, slice(draw.RING_START, -2), ring, draw.WHITE)
 
 
-def second_ball(task: base.Task, case: base.Case) -> np.ndarray:
-  """The truth with a ball of another colour that crosses the box, its way mirrored."""
-  problem, out = case.metadata["problem"], case.frames.copy()
-  colour = another_colour([problem["colour"]])
-  radius = bounce.RADIUS * task.size
-  for canvas, middle in zip(out[1:], task.path(problem, problem["degrees"])[1:], strict=True):
-    ball = draw.disc(task.size, middle, radius)
-    canvas[draw.disc(task.size, task.size - middle, radius) & ~ball] = draw.RGB[colour]
-  return out
+def part_of_one_member(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with a quarter of the ring round one of two wrong shapes, for as long."""
+  ring = part_of_ring(task, other_group(task, case)[0], 0.25)
+  return over(case, slice(1, -2), ring, draw.WHITE)
+
+
+def half_ring(colour: int, when: slice) -> Edit:
+  """The truth with half a ring, not white, round a wrong disc or shape."""
+
+  def half_ring(task: base.Task, case: base.Case) -> np.ndarray:
+    if task.name == "pick":
+      centre = other_group(task, case)[0]
+    else:
+      centre = task.centre(task.wrong_answers(case.metadata)[0])
+    return over(case, when, part_of_ring(task, centre, 0.5), colour)
+
+  return half_ring
+
+
+def other_group(task: base.Task, case: base.Case) -> list[tuple[float, float]]:
+  problem = case.metadata["problem"]
+  return task.members(problem)[1 - task.options(problem).index(case.metadata["answer"])]
+
+
+def part_of_ring(task: base.Task, centre: tuple[float, float], share: float) -> np.ndarray:
+  ring = draw.ring(task.size, centre, *draw.ring_radii(task.slot))
+  return ring & (draw.clockwise(task.size, centre) < share * 2 * np.pi)
+
+
+def other_mark(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with 55% of a wrong cell in the other player's colour, until the last two frames."""
+  cell = task.wrong_answers(case.metadata)[0]
+  other = draw.colour(case.metadata["problem"]["other"])
+  return over(case, slice(1, -2), part_of_tile(task, cell, 0.55), other)
+
+
+def grey_tile(task: base.Task, case: base.Case) -> np.ndarray:
+  """The same in grey."""
+  cell = task.wrong_answers(case.metadata)[0]
+  return over(case, slice(1, -2), part_of_tile(task, cell, 0.55), draw.GREY)
+
+
+def mark_taken(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with 35% of a mark of the other player in the mover's colour, for as long."""
+  problem = case.metadata["problem"]
+  part = part_of_tile(task, problem["board"].index("o"), 0.35)
+  return over(case, slice(1, -2), part, draw.colour(problem["mover"]))
+
+
+def part_of_tile(task: base.Task, cell: int, share: float) -> np.ndarray:
+  return lower_part(task, tictactoe.layout(task.size)[0][cell], share)
+
+
+def lower_part(task: base.Task, box: np.ndarray, share: float) -> np.ndarray:
+  y0, x0, y1, x1 = box
+  return draw.rectangle(task.size, (y1 - int(share * (y1 - y0)), x0, y1, x1))
+
+
+def half_branch(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with half of each cell of a wrong branch red, until the last two frames."""
+  rows = case.metadata["problem"]["rows"]
+  boxes = maze.layout(task.size, len(rows))[0]
+  halves = [lower_part(task, boxes[cell], 0.5) for cell in wrong_branch(task, case)]
+  return over(case, slice(1, -2), np.any(halves, axis=0), draw.RED)
+
+
+def wrong_branch(task: base.Task, case: base.Case) -> list[tuple[int, int]]:
+  """The cells of a wrong route that the right one leaves out, the goal aside."""
+  problem = case.metadata["problem"]
+  start, goal = maze.ends_of(problem)
+  wrong = task.wrong_answers(case.metadata)
+  right = {goal, *maze.walk(start, case.metadata["answer"])}
+  return [cell for cell in maze.walk(start, wrong[-1]) if cell not in right] if wrong else []
+
+
+def half_leaf(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with 55% of a wrong leaf and of the nodes to it yellow, until the last two frames."""
+  problem = case.metadata["problem"]
+  wrong = set(task.path(problem, task.wrong_answers(case.metadata)[0]))
+  boxes = task.boxes(problem)[sorted(wrong - {*task.path(problem, case.metadata["answer"])})]
+  parts = [lower_part(task, box, 0.55) for box in boxes]
+  return over(case, slice(1, -2), np.any(parts, axis=0), draw.YELLOW)
+
+
+def second_ball(colour: int | None = None, share: float = 1.0) -> Edit:
+  """The truth with a ball that crosses the box, its way mirrored, of a colour, None = another than
+  the ball's, and with a share of the ball's area."""
+
+  def second_ball(task: base.Task, case: base.Case) -> np.ndarray:
+    problem, out = case.metadata["problem"], case.frames.copy()
+    shown = another_colour([problem["colour"]]) if colour is None else colour
+    radius = bounce.RADIUS * task.size
+    for canvas, middle in zip(out[1:], task.path(problem, problem["degrees"])[1:], strict=True):
+      ball = draw.disc(task.size, middle, radius)
+      second = draw.disc(task.size, task.size - middle, radius * share**0.5)
+      canvas[second & ~ball] = draw.RGB[shown]
+    return out
+
+  return second_ball
 
 
 def extra_bar(task: base.Task, case: base.Case) -> np.ndarray:
@@ -109,6 +216,47 @@ def extra_bar(task: base.Task, case: base.Case) -> np.ndarray:
   box = task.box(short, 0, 1, task.pixels(sort_bars.UPPER))
   colour = another_colour(sort_bars.colours_of(problem))
   return over(case, slice(3, None), draw.rectangle(task.size, box), colour)
+
+
+def bar_again(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with the shortest of bars, in the tallest one's colour, above that one's place from
+  the time when it has gone there."""
+  problem = case.metadata["problem"]
+  tallest = max(problem["bars"], key=lambda bar: bar["height"])
+  short = problem | {"bars": [bar | {"height": sort_bars.LEAST} for bar in problem["bars"]]}
+  slot = sort_bars.slots_of(problem, case.metadata["answer"])[problem["bars"].index(tallest)]
+  box = task.box(short, 0, slot, task.pixels(sort_bars.UPPER))
+  mask = draw.rectangle(task.size, box)
+  return over(case, slice(12, None), mask, draw.colour(tallest["colour"]))
+
+
+def square_between(down: float, across: float, when: slice, own: bool | None = False) -> Edit:
+  """The truth with a square where four empty cells, or two, or two and the strip meet. own: it has
+  the colour of a square of the problem, None = the curtain's."""
+
+  def square_between(task: base.Task, case: base.Case) -> np.ndarray:
+    row, column = meeting(case, down, across)
+    names = occlusion.colours_of(case.metadata["problem"])
+    colour = draw.colour(names[0]) if own else another_colour(names)
+    colour = occlusion.CURTAIN if own is None else colour
+    y0, x0, y1, x1 = task.square(0)
+    side = task.size // (occlusion.SIDE + 1)
+    y, x = y0 + round((row + down) * side), x0 + round((column + across) * side)
+    return over(case, when, draw.rectangle(task.size, (y, x, y + y1 - y0, x + x1 - x0)), colour)
+
+  return square_between
+
+
+def meeting(case: base.Case, down: float, across: float) -> tuple[int, int] | None:
+  """The first cell that, moved by shares of a cell, lies over empty cells alone."""
+  taken = {divmod(c, occlusion.SIDE) for c in occlusion.cells_of(case.metadata["problem"])}
+  for row, column in itertools.product(range(occlusion.SIDE), repeat=2):
+    rows = {row} if down == 0 else {row, row + 1} if down > 0 else {row, row - 1}
+    columns = {column, column + 1} if across else {column}
+    inside = max(rows) < occlusion.SIDE and max(columns) < occlusion.SIDE
+    if inside and not taken & {*itertools.product(rows, columns)} and (down >= 0 or row == 0):
+      return row, column
+  return None
 
 
 def square_above(task: base.Task, case: base.Case) -> np.ndarray:
@@ -217,16 +365,27 @@ def over(case: base.Case, when: slice, mask: np.ndarray, colour: int) -> np.ndar
 
 
 def two_wrong(task: base.Task, case: base.Case) -> bool:
-  problem = case.metadata["problem"]
-  others = task.members(problem)[1 - task.options(problem).index(case.metadata["answer"])]
-  return len(others) == 2
+  return len(other_group(task, case)) == 2
 
 
+SQUARES = {
+  square_between(down, across, when, own): (down, across)
+  for down, across, when in (
+    (0.5, 0.5, slice(1, None)),
+    (0.0, 0.5, slice(1, -2)),
+    (-0.5, 0.5, slice(1, None)),
+  )
+  for own in (False, True)
+} | {square_between(0.5, 0.5, slice(1, None), None): (0.5, 0.5)}
 WRONG: list[tuple[str, Edit]] = [
   ("select_largest", wrong_ring),
   ("tictactoe", wrong_cell),
   ("pick", one_wrong_member),
-  ("bounce", second_ball),
+  ("pick", part_of_one_member),
+  ("bounce", second_ball()),
+  ("bounce", second_ball(share=0.5)),
+  ("bounce", second_ball(draw.WHITE)),
+  ("bounce", second_ball(draw.GREY)),
   ("sort_bars", extra_bar),
   ("occlusion", square_above),
   ("tictactoe", marks_grey),
@@ -239,6 +398,19 @@ WRONG: list[tuple[str, Edit]] = [
   ("rotate", piece_shrinks),
   ("maze", tail_lost),
   ("maze", tail_blinks),
+  ("maze", half_branch),
+  ("tree_reach", half_leaf),
+  ("tictactoe", other_mark),
+  ("tictactoe", grey_tile),
+  ("tictactoe", mark_taken),
+  ("sort_bars", bar_again),
+  *(
+    (name, half_ring(colour, slice(1, end)))
+    for name in ("select_largest", "pick")
+    for colour in (draw.RED, draw.GREY, draw.YELLOW)
+    for end in (-2, None)
+  ),
+  *(("occlusion", edit) for edit in SQUARES),
 ]
 
 
@@ -250,7 +422,13 @@ def cases_for(task: base.Task, edit: Edit, count: int = 3) -> list[base.Case]:
   return list(itertools.islice((case for case in plain if fits(task, case)), count))
 
 
-FITS = {one_wrong_member: two_wrong, extra_disc: lambda task, case: bool(empty_slots(task, case))}
+FITS: dict[Edit, Callable[[base.Task, base.Case], bool]] = {
+  one_wrong_member: two_wrong,
+  part_of_one_member: two_wrong,
+  extra_disc: lambda task, case: bool(empty_slots(task, case)),
+  half_branch: lambda task, case: bool(wrong_branch(task, case)),
+  **{edit: (lambda _, case, by=by: meeting(case, *by) is not None) for edit, by in SQUARES.items()},
+}
 
 
 @pytest.mark.parametrize("size", (32, 64))
@@ -263,6 +441,71 @@ def test_what_must_not_happen_is_no_strict_success(name, edit, size):
     score = task.score(frames, case.metadata)
     assert not score.strict, (case.index, score)
     assert score.value < 0.95, (case.index, score)
+
+
+# --- what may happen ---
+
+
+def specks(task: base.Task, case: base.Case) -> np.ndarray:
+  """The truth with six squares of 2 x 2 pixels of 32, of one colour that nothing has there, on the
+  ground far from one another, on every frame but the first."""
+  out, side = case.frames.copy(), task.size // 16
+  shown = {tuple(rgb) for rgb in case.frames.reshape(-1, 3).tolist()}
+  colour = next(rgb for rgb in draw.RGB[draw.RED :] if tuple(rgb.tolist()) not in shown)
+  for frame in out[1:]:
+    rest = (frame == draw.RGB[draw.BLACK]).all(axis=-1)
+    for _ in range(6):
+      y, x = free_square(rest, side)
+      frame[y : y + side, x : x + side] = colour
+      near = [max(0, y - 2 * side), max(0, x - 2 * side), y + 3 * side, x + 3 * side]
+      rest &= ~draw.rectangle(task.size, near)
+  return out
+
+
+def free_square(free: np.ndarray, side: int) -> tuple[int, int]:
+  windows = np.lib.stride_tricks.sliding_window_view(free, (side, side)).all(axis=(2, 3))
+  y, x = np.argwhere(windows)[0]
+  return int(y), int(x)
+
+
+@pytest.mark.parametrize("size", (32, 64))
+@pytest.mark.parametrize("name", ("sort_bars", "bounce", "occlusion"))
+def test_specks_of_any_colour_are_no_objects(name, size):
+  task = tasks.load(name, size=size)
+  for case in cases_for(task, specks):
+    score = task.score(specks(task, case), case.metadata)
+    assert score.preservation == 1, case.index
+    assert score.strict, case.index
+
+
+@pytest.mark.parametrize("size", (32, 64))
+def test_sort_bars_half_of_the_shortest_bar_is_no_bar(size):
+  task = tasks.load("sort_bars", size=size)
+  for case in cases_for(task, extra_bar):
+    whole = (extra_bar(task, case) != case.frames).any(axis=-1)
+    y, x = np.argwhere(whole[-1]).min(axis=0)
+    part = draw.rectangle(size, (y, x, y + task.pixels(2), size)) & whole[-1]
+    edited = over(case, slice(3, None), part, draw.CYAN)
+    assert task.score(edited, case.metadata).preservation == 1
+
+
+@pytest.mark.parametrize("size", (32, 64))
+def test_occlusion_a_square_of_half_the_side_is_no_square(size):
+  task = tasks.load("occlusion", size=size)
+  for case in cases_for(task, square_above):
+    side = (task.square(0)[2] - task.square(0)[0]) // 2
+    edited = over(case, slice(1, None), draw.rectangle(size, (0, 0, side, side)), draw.CYAN)
+    assert task.score(edited, case.metadata).preservation == 1
+
+
+def test_tictactoe_looks_at_all_tiles_until_the_flash_or_one_frame_before():
+  task = tasks.load("tictactoe", size=32)
+  for case in cases_for(task, marks_grey):
+    early = np.concatenate([case.frames[:10], case.frames[11:], case.frames[-1:]])
+    assert task.score(early, case.metadata).process == 1
+    grey = case.frames.copy()
+    grey[-8:-5] = marks_grey(task, case)[-8:-5]
+    assert task.score(grey, case.metadata).process == pytest.approx(1 - 3 / 12)
 
 
 # --- occlusion ---
@@ -329,6 +572,16 @@ def test_sort_bars_one_that_is_hidden_for_long_is_gone(frames, most):
   assert task.whole(area).all()
   area[4 + most, 1] = 0
   assert task.whole(area).sum() == frames - most - 1
+
+
+def test_sort_bars_are_whole_while_two_at_most_are_hidden_and_none_is_larger():
+  task = tasks.load("sort_bars", size=64)
+  area = np.ones((17, 4))
+  area[5, :2] = 0
+  area[6, :3] = 0
+  area[7, 3] = 1.3
+  area[8, 3] = 1.5
+  assert np.flatnonzero(~task.whole(area)).tolist() == [6, 8]
 
 
 # --- rotate ---

@@ -12,7 +12,7 @@ unchanged.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +29,7 @@ ENDING = 2  # frames that show the answer
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
 WHOLE, ABSENT = 0.85, 0.15  # drawn shares from which a mark is there, and up to which it isn't
 GREW = 0.02  # least share by which a mark grows on a frame; less in clips of more than 25 frames
+CLEAR = 0.75  # least of a mark on its way that is either drawn or as before
 
 Answer = str | int
 Problem = dict[str, Any]
@@ -81,30 +82,54 @@ class Kept:
 
   allowed: bool (N, 10): the colours each region may show; the last column is "undecided". A
   region where an answer may be drawn allows its own colour, the mark, and the mixture on the way.
-  stray: None = a region shows the colour that most of it has; a number = it is kept while squares
-  of 2 x 2 pixels in one colour that is not allowed cover less than this share of it. Blurred edges,
-  a pixel wide, make no such squares.
+  other: None = a region shows the colour that most of it has; a number = it is kept while pixels
+  that are not allowed cover no more than this share of it.
   """
 
   regions: draw.Regions
   allowed: np.ndarray
-  stray: float | None = None
+  other: float | None = None
 
   def good(self, labels: np.ndarray) -> np.ndarray:
     """Which regions are kept: labels int8 (T height width) -> bool (T, N)."""
-    if self.stray is not None:
-      found = draw.squares(labels)
-      return (draw.shares(found, self.regions) * ~self.allowed[:, :-1]).sum(axis=-1) < self.stray
+    if self.other is not None:
+      return draw.shares(labels, self.regions, ~self.allowed) <= self.other
     seen = draw.majority(labels, self.regions)
     return self.allowed[np.arange(len(self.regions))[None], seen]
 
 
-def kept(regions: draw.Regions, allowed: Sequence[Sequence[int]]) -> Kept:
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoObject:
+  """Kept while no object (draw.has_object) stands where its colour does not belong. Pixels here and
+  there, and thin edges, may have any colour.
+
+  wrong: bool (10, height, width): where each colour does not belong; "undecided" does everywhere.
+  pixels: the area of the smallest object that counts.
+  """
+
+  wrong: np.ndarray
+  pixels: float
+
+  def good(self, labels: np.ndarray) -> np.ndarray:
+    """Which frames are kept: labels int8 (T height width) -> bool (T, 1)."""
+    place = np.arange(labels[0].size).reshape(labels[0].shape)
+    # UNDECIDED is -1: its places are counted from the end, where the last map lies.
+    strange = self.wrong.reshape(-1)[labels.astype(int) * place.size + place]
+    good = np.ones((len(labels), 1), bool)
+    for t in np.flatnonzero(strange.sum(axis=(1, 2)) >= draw.SHARE * self.pixels):
+      each = (strange[t] & (labels[t] == colour) for colour in range(len(draw.NAMES)))
+      good[t] = not any(draw.has_object(hits, self.pixels) for hits in each)
+    return good
+
+
+def kept(
+  regions: draw.Regions, allowed: Sequence[Sequence[int]], other: float | None = None
+) -> Kept:
   """Kept from one list of colour indices per region; draw.UNDECIDED allows a mixture."""
   table = np.zeros((len(regions), len(draw.NAMES) + 1), bool)
   for row, colours in zip(table, allowed, strict=True):
     row[list(colours)] = True  # UNDECIDED is -1, the last column
-  return Kept(regions, table)
+  return Kept(regions, table, other)
 
 
 def never(regions: draw.Regions, wrong: Sequence[int]) -> Kept:
@@ -114,16 +139,17 @@ def never(regions: draw.Regions, wrong: Sequence[int]) -> Kept:
   return Kept(regions, table)
 
 
-def no_other(where: np.ndarray, colours: Sequence[int], pixels: float) -> Kept:
-  """Kept while no object of another colour is in the mask `where`: none covers draw.SHARE of
-  `pixels`, the area of the smallest thing the task draws there. Pixels here and there may have any
-  colour, as blurred edges do."""
-  regions = draw.regions([where])
-  group = kept(regions, [colours])
-  return dataclasses.replace(group, stray=draw.SHARE * pixels / int(where.sum()))
+def no_object(
+  where: np.ndarray, colours: Mapping[int, np.ndarray | bool], pixels: float
+) -> NoObject:
+  """NoObject in the mask `where`. colours: the masks in which some belong, True = everywhere."""
+  wrong = np.repeat(where[None], len(draw.NAMES) + 1, axis=0)
+  for colour, home in {**colours, draw.UNDECIDED: True}.items():
+    wrong[colour] &= ~np.asarray(home)
+  return NoObject(wrong, pixels)
 
 
-def preservation(labels: np.ndarray, groups: Sequence[Kept]) -> float:
+def preservation(labels: np.ndarray, groups: Sequence[Kept | NoObject]) -> float:
   """Mean over frames of clip((p - .8) / .2), p = share of regions kept, in the worst group."""
   worst = np.ones(len(labels))
   for group in groups:
@@ -131,31 +157,41 @@ def preservation(labels: np.ndarray, groups: Sequence[Kept]) -> float:
   return float(np.clip((worst - 0.8) / 0.2, 0, 1).mean().round(12))
 
 
-def growth(amount: np.ndarray, steps: int) -> float:
+def growth(amount: np.ndarray, steps: int, counts: np.ndarray | None = None) -> float:
   """Share of `steps` gradual increases in a curve (T,) of 0..1, the share of a mark that is drawn.
 
   What counts are frames on which the mark is partly drawn and larger than ever before, so that a
   jump (a cut, a cross-fade) or a shrinking mark is worth 0; so is one that is there before frame
-  FIRST_MARK.
+  FIRST_MARK. counts: bool (T,), the frames that may count; None = all.
   """
   if amount[:FIRST_MARK].max() > 0.1:
     return 0.0
   best = np.maximum.accumulate(amount)
   grew = amount[1:] > best[:-1] + min(GREW, 0.5 / len(amount))
-  partly = (amount[1:] > 0.08) & (amount[1:] < 0.92)
-  return float(min(1.0, (grew & partly).sum() / steps))
+  partly = (amount > 0.08) & (amount < 0.92) & (True if counts is None else counts)
+  return float(min(1.0, (grew & partly[1:]).sum() / steps))
 
 
-def lone_growth(amounts: np.ndarray, steps: int, most: np.ndarray | None = None) -> float:
-  """`growth` of the mark that ends largest, times the share of frames that show no other one.
+def unmixed(drawn: np.ndarray, left: np.ndarray) -> np.ndarray:
+  """Where one part of a mark is drawn beside another that is left as before, from their shares. One
+  that fades in never is: it is a mixture, which noise and blur may make uneven."""
+  return (np.minimum(drawn, left) > 0.08) & (drawn + left >= CLEAR)
 
-  amounts: (T, N), the drawn share of each of N possible marks. most: (T, N), of a mark in several
-  parts the share of its most drawn one, by which it is seen where it must not be; None = `amounts`.
+
+def lone_growth(
+  amounts: np.ndarray, clear: np.ndarray, steps: int, most: np.ndarray | None = None
+) -> float:
+  """`growth` of the mark that ends largest, times the share of frames that show no other one; 0 for
+  a mark that is never `unmixed`.
+
+  amounts: (T, N), the drawn share of each of N possible marks; clear: (T, N), where unmixed. most:
+  (T, N), of a mark in several parts the share of its most drawn one, by which it is seen where it
+  must not be; None = `amounts`.
   """
   target = int(amounts[-1].argmax())
   others = np.delete(amounts if most is None else most, target, axis=1)
   alone = (others <= ABSENT).all(axis=1).mean()
-  return growth(amounts[:, target], steps) * float(alone)
+  return growth(amounts[:, target], steps) * float(alone) * bool(clear[:, target].any())
 
 
 def only_mark(amounts: np.ndarray) -> int | None:
@@ -225,7 +261,7 @@ class Task:
     """The clip that gives `answer`, as palette maps int8 (T height width)."""
     raise NotImplementedError
 
-  def kept(self, problem: Problem) -> Sequence[Kept]:
+  def kept(self, problem: Problem) -> Sequence[Kept | NoObject]:
     """What must not change, in groups; the worst group counts."""
     raise NotImplementedError
 
@@ -411,6 +447,6 @@ class Task:
 
 
 @functools.lru_cache(draw.ASKED)
-def _kept(task: Task, problem: str) -> tuple[Kept, ...]:
+def _kept(task: Task, problem: str) -> tuple[Kept | NoObject, ...]:
   """`Task.kept` of a problem in JSON; every step and seed of a case asks for the same."""
   return tuple(task.kept(json.loads(problem)))

@@ -17,6 +17,7 @@ DIRECTIONS = tuple(range(15, 360, 30))  # never along a wall
 WAY = 2.7  # length of the path
 BOUNCES = (2, 4)
 RIM, RADIUS, TIP = 2 / 32, 3.3 / 32, 9.5 / 32  # wall, ball, arrow's end: shares of the picture
+SMALL = 0.5  # share of the ball's area from which another object is one
 CELL = 1 / 8  # of the picture
 EXACT = 0.25  # error in cells that a ball of a few pixels cannot do without
 FAR = 2 + EXACT  # error in cells from which on nothing is earned
@@ -108,13 +109,15 @@ class Bounce(base.Task):
 
   # --- drawing ---
 
-  def arrow(self, problem: base.Problem) -> np.ndarray:
-    """Mask of the bar from the ball's edge in its direction, 3.5 pixels of 32 wide."""
+  def arrow(self, problem: base.Problem, wider: float = 0) -> np.ndarray:
+    """Mask of the bar from the ball's edge in its direction, 3.5 pixels of 32 wide; `wider`: by as
+    many pixels of 32 on all sides."""
     dy, dx = draw.offsets(self.size, self.path(problem, problem["degrees"])[0])
     y, x = velocity(problem["degrees"])
     ahead, aside = (dy * y + dx * x) / self.size, (dx * y - dy * x) / self.size
     ball = dy**2 + dx**2 <= (RADIUS * self.size) ** 2
-    return (ahead > 0) & (ahead <= TIP) & (abs(aside) <= 1.75 / 32) & ~ball
+    long = (ahead > -wider / 32) & (ahead <= TIP + wider / 32)
+    return long & (abs(aside) <= (1.75 + wider) / 32) & (~ball | (wider > 0))
 
   def draw_answer(self, problem: base.Problem, answer: base.Answer) -> np.ndarray:
     """The arrow is seen on the first frame alone. A clip in which it lasts loses nothing: what the
@@ -130,9 +133,9 @@ class Bounce(base.Task):
 
   # --- reading ---
 
-  def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """The walls; and in the box no colour but those of ground, ball, arrow and their blends, by
-    blocks of a quarter of the side and over the area of a ball anywhere."""
+  def kept(self, problem: base.Problem) -> list[base.Kept | base.NoObject]:
+    """The walls; and in the box nothing of SMALL of the ball's area but the ball, and the arrow in
+    its place, white or, where it blurs, grey."""
     rim = round(RIM * self.size)
     inside = draw.rectangle(self.size, (rim, rim, self.size - rim, self.size - rim))
     edges = [round(i * self.size / 4) for i in range(5)]
@@ -142,11 +145,11 @@ class Bounce(base.Task):
       for x0, x1 in itertools.pairwise(edges)
     ]
     walls = [block & ~inside for block in blocks if (block & ~inside).any()]
-    inner = [GROUND, ARROW, draw.GREY, draw.colour(problem["colour"]), draw.UNDECIDED]
+    arrow = self.arrow(problem, wider=1)
+    belong = {GROUND: True, draw.colour(problem["colour"]): True, ARROW: arrow, draw.GREY: arrow}
     return [
       base.kept(draw.regions(walls), [[WALL]] * len(walls)),
-      base.kept(draw.regions([block & inside for block in blocks]), [inner] * len(blocks)),
-      base.no_other(inside, inner, np.pi * (RADIUS * self.size) ** 2),
+      base.no_object(inside, belong, SMALL * np.pi * (RADIUS * self.size) ** 2),
     ]
 
   def places(self, labels: np.ndarray, problem: base.Problem) -> np.ndarray:

@@ -9,6 +9,7 @@ All lengths are pixels of the picture being drawn; tasks state theirs in cells o
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -41,6 +42,7 @@ CODED = np.array(
 PIECE = 2**12  # pixels at once: so few that the product of numpy takes no threads
 REACH = 90.0  # a pixel further than this from all nine colours has none: a blend stays a blend
 SHARE = 0.6  # a region whose leading colour covers less is undecided
+TINGED = 0.3  # most of a ring that may be neither ground nor white, as blurred edges are
 RING_START = 4  # first frame with a piece of a ring
 ASKED = 64  # sets of regions that are kept, of each kind
 OCCUPIED = 0.3  # soft occupancy from which a candidate counts as present
@@ -260,20 +262,25 @@ def label(frames: np.ndarray) -> np.ndarray:
   return rearrange(found, "(t h w) -> t h w", t=len(frames), h=frames.shape[1])
 
 
-def squares(labels: np.ndarray) -> np.ndarray:
-  """Labels (T height width) in squares of 2 x 2 pixels of one colour, UNDECIDED elsewhere."""
-  corner = labels[:, :-1, :-1]
-  others = (labels[:, 1:, :-1], labels[:, :-1, 1:], labels[:, 1:, 1:])
-  alike = np.logical_and.reduce([corner == other for other in others])
-  within = np.zeros(labels.shape, bool)
-  for y, x in itertools.product((slice(None, -1), slice(1, None)), repeat=2):
-    within[:, y, x] |= alike
-  return np.where(within, labels, UNDECIDED)
+def has_object(hits: np.ndarray, pixels: float) -> bool:
+  """Whether a mask (height width) fills a square of the area `pixels` somewhere, SHARE of it."""
+  side, least = min(math.ceil(pixels**0.5), *hits.shape), SHARE * pixels
+  if hits.sum() < least:
+    return False
+  sums = np.pad(hits.astype(np.int32), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+  rows = sums[side:] - sums[:-side]
+  return bool((rows[:, side:] - rows[:, :-side]).max() >= least)
 
 
-def shares(labels: np.ndarray, where: Regions) -> np.ndarray:
-  """Share of each colour in each region: labels (T height width) -> (T, N, 9)."""
+def shares(labels: np.ndarray, where: Regions, of: np.ndarray | None = None) -> np.ndarray:
+  """Share of each colour in each region: labels (T height width) -> (T, N, 9).
+
+  of: bool (N, 10), colours to be taken together, "undecided" the last -> (T, N).
+  """
   picked = rearrange(labels, "t h w -> t (h w)")[:, where.index]
+  if of is not None:
+    taken = np.repeat(of, where.count, axis=0)[np.arange(len(where.index)), picked]
+    return np.add.reduceat(taken.astype(np.float32), where.start, axis=1) / where.count
   hits = (picked[..., None] == np.arange(len(NAMES))).astype(np.float32)
   return np.add.reduceat(hits, where.start, axis=1) / where.count[:, None]
 

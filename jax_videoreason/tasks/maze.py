@@ -217,11 +217,17 @@ class Maze(base.Task):
     paths = [walk(start, a) for a in metadata["answers"]]
     stride = 1 + -(-(len(paths[0]) - 1) // (self.frames - 2))
     red, _ = self.trails(labels, problem)
+    tinged = draw.shares(labels, layout(self.size, side)[1])[..., draw.RED] > base.ABSENT
     trail, legal = [start], 0
-    for row in red:
-      cells = {(int(i) // side, int(i) % side) for i in np.flatnonzero(row)}
-      grown = extend(trail, cells - set(trail)) if cells <= opened else None
+    for row, faint in zip(red, tinged, strict=True):
+      cells, begun = (
+        {(int(i) // side, int(i) % side) for i in np.flatnonzero(r)} for r in (row, row | faint)
+      )
+      grown = extend(trail, cells - set(trail)) if begun <= opened else None
       if grown is None or len(grown) - len(trail) > stride or not set(trail) <= cells:
+        continue
+      ahead = extend(grown, begun - cells)
+      if ahead is None or len(ahead) - len(grown) > stride:
         continue
       trail, legal = grown, legal + 1
     share = max(sum(1 for _ in common(trail, path)) / (len(path) - 1) for path in paths)

@@ -84,25 +84,29 @@ class Occlusion(base.Task):
     rim = (y1 - y0) // 8
     return y0 + rim, x0 + rim, y1 - rim, x1 - rim
 
-  def kept(self, problem: base.Problem) -> list[base.Kept]:
-    """The squares' cells, the empty ones, and round them all no square: neither where the curtain
-    hung nor at the sides."""
+  @property
+  def area(self) -> int:
+    """Pixels of a square."""
+    y0, x0, y1, x1 = self.square(0)
+    return (y1 - y0) * (x1 - x0)
+
+  def kept(self, problem: base.Problem) -> list[base.Kept | base.NoObject]:
+    """The squares' cells, the empty ones, and anywhere no square that does not belong there."""
     own = {s["cell"]: draw.colour(s["colour"]) for s in problem["squares"]}
     empty = [c for c in range(SIDE * SIDE) if c not in own]
-    y0, x0, y1, x1 = self.square(0)
-    around = base.no_other(self.around(), [GROUND, CURTAIN], (y1 - y0) * (x1 - x0))
+    everywhere = np.ones((self.size, self.size), bool)
+    at_home = {
+      own[c]: draw.rectangle(self.size, self.boxes()[c // SIDE, c % SIDE].tolist()) for c in own
+    }
+    belong = {GROUND: True, CURTAIN: True, **at_home}
+    foreign = base.no_object(everywhere, belong, self.area)
     cells = [
       base.kept(
         self.regions(list(cells)), [[own.get(c, GROUND), CURTAIN, draw.UNDECIDED] for c in cells]
       )
       for cells in (own, empty)
     ]
-    return [*cells, around]
-
-  def around(self) -> np.ndarray:
-    """Mask of the picture beyond the cells."""
-    boxes = self.boxes()
-    return ~draw.rectangle(self.size, (*boxes[0, 0, :2], *boxes[-1, -1, 2:]))
+    return [*cells, foreign]
 
   def regions(self, cells: list[int]) -> draw.Regions:
     return draw.cells(self.size, np.array([self.square(c) for c in cells]))
@@ -118,7 +122,8 @@ class Occlusion(base.Task):
     rest = np.delete(seen, cells, axis=1)
     if (seen[0] != seen[1]).any() or (rest != GROUND).any() or hanging > 0.2:
       return None
-    if (seen[1][cells] == draw.UNDECIDED).any():
+    grey = draw.has_object(labels[-1] == CURTAIN, self.area)
+    if (seen[1][cells] == draw.UNDECIDED).any() or grey:
       return None
     answer = spell(cells, [draw.NAMES[i] for i in seen[1][cells]])
     return answer if answer in self.options(problem) else None

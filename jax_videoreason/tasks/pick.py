@@ -4,6 +4,7 @@ Two groups, one shape against two, each in its half of the picture. An answer is
 group is marked: "left" or "right", "top" or "bottom". `counterpart` exchanges the groups.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class Pick(base.Task):
     outside = draw.outside(self.size, centres, self.slot)
     return [
       base.kept(draw.regions(masks), allowed),
-      base.kept(rings, [[GROUND, draw.WHITE, draw.UNDECIDED]] * len(rings)),
+      base.kept(rings, [[GROUND, draw.WHITE]] * len(rings), other=draw.TINGED),
       base.kept(outside, [[GROUND]] * len(outside)),
       *kinds,
     ]
@@ -157,16 +158,19 @@ class Pick(base.Task):
       inside, notches = erode(inside), erode(notches)
     return (inside if inside.any() else full & near), notches
 
-  def drawn(self, labels: np.ndarray, problem: base.Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Share of white of each member's ring (T, members), and the half each belongs to."""
+  def drawn(
+    self, labels: np.ndarray, problem: base.Problem
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of each member's ring that is white, and ground (T, members), and its half."""
     members = self.members(problem)
     where = draw.rings(self.size, [c for group in members for c in group], self.slot)
     half = np.repeat([0, 1], [len(group) for group in members])
-    return draw.shares(labels, where)[..., draw.WHITE], half
+    seen = draw.shares(labels, where)
+    return seen[..., draw.WHITE], seen[..., GROUND], half
 
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
     """The half all of whose members have a ring while no member of the other has one."""
-    amounts, half = self.drawn(labels, problem)
+    amounts, _, half = self.drawn(labels, problem)
     whole, absent = base.at_the_end(amounts)
     for i, option in enumerate(self.options(problem)):
       if whole[half == i].all() and absent[half != i].all():
@@ -175,10 +179,14 @@ class Pick(base.Task):
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """The rings of one group grow gradually and together; no member of the other ever has one."""
-    amounts, half = self.drawn(labels, metadata["problem"])
-    groups = [amounts[:, half == i] for i in (0, 1)]
-    mean, most = (np.stack([f(g, axis=1) for g in groups], axis=1) for f in (np.mean, np.max))
-    return base.lone_growth(mean, steps=5, most=most)
+    amounts, left, half = self.drawn(labels, metadata["problem"])
+
+    def of_groups(f: Callable[..., np.ndarray], values: np.ndarray) -> np.ndarray:
+      return np.stack([f(values[:, half == i], axis=1) for i in (0, 1)], axis=1)
+
+    mean = of_groups(np.mean, amounts)
+    clear = base.unmixed(mean, of_groups(np.mean, left))
+    return base.lone_growth(mean, clear, steps=5, most=of_groups(np.max, amounts))
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     """A group is as marked as the least marked of its members."""

@@ -121,7 +121,7 @@ class SelectLargest(base.Task):
     free = [self.centre(s) for s in range(len(centres)) if s not in taken]
     groups = [
       discs,
-      base.kept(rings, [[GROUND, draw.WHITE, draw.UNDECIDED]] * len(rings)),
+      base.kept(rings, [[GROUND, draw.WHITE]] * len(rings), other=draw.TINGED),
       base.kept(outside, [[GROUND]] * len(outside)),
       *(self.kept_radius(d) for d in problem["discs"]),
     ]
@@ -142,18 +142,19 @@ class SelectLargest(base.Task):
     bands = [(mask, wrong) for mask, wrong in bands if mask.any()]
     return base.never(draw.regions([mask for mask, _ in bands]), [wrong for _, wrong in bands])
 
-  def drawn(self, labels: np.ndarray) -> np.ndarray:
-    """Share of the ring of each slot, empty ones too, that is white: (T, slots)."""
-    where = draw.rings(self.size, self.centres(), self.slot)
-    return draw.shares(labels, where)[..., draw.WHITE]
+  def drawn(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the ring of each slot, empty ones too, that is white, and ground: (T, slots)."""
+    seen = draw.shares(labels, draw.rings(self.size, self.centres(), self.slot))
+    return seen[..., draw.WHITE], seen[..., GROUND]
 
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
-    slot = base.only_mark(self.drawn(labels))
+    slot = base.only_mark(self.drawn(labels)[0])
     return slot if slot in self.options(problem) else None
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """One ring grows gradually, and no other is ever there."""
-    return base.lone_growth(self.drawn(labels), steps=5)
+    white, ground = self.drawn(labels)
+    return base.lone_growth(white, base.unmixed(white, ground), steps=5)
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     options = self.options(problem)

@@ -134,7 +134,7 @@ class SortBars(base.Task):
 
   # --- reading ---
 
-  def kept(self, problem: base.Problem) -> list[base.Kept]:
+  def kept(self, problem: base.Problem) -> list[base.Kept | base.NoObject]:
     """The floor; and nowhere a colour that no bar has: by blocks, and over the area of the shortest
     bar there could be. The latter may be grey, as where two bars blend."""
     floor = self.pixels(LOWER)
@@ -150,8 +150,10 @@ class SortBars(base.Task):
     return [
       base.kept(draw.regions([draw.rectangle(self.size, b) for b in floors]), [[FLOOR]] * 4),
       base.kept(draw.regions([draw.rectangle(self.size, b) for b in blocks]), [bars] * 16),
-      base.no_other(
-        draw.rectangle(self.size, (0, 0, floor, self.size)), [*bars, draw.GREY], self.least(problem)
+      base.no_object(
+        draw.rectangle(self.size, (0, 0, floor, self.size)),
+        dict.fromkeys([*bars, draw.GREY], True),
+        self.least(problem),
       ),
     ]
 
@@ -182,7 +184,8 @@ class SortBars(base.Task):
     return bool((near & (area[0] >= AREA[0]) & (area[0] <= AREA[1])).all())
 
   def row(self, labels: np.ndarray, problem: base.Problem) -> list[int] | None:
-    """Per slot of the lower row at the end, the bar there, -1 = none or one of the wrong height.
+    """Per slot of the lower row at the end, the bar there, -1 = none, or one of the wrong height or
+    that is seen in the upper row as well.
 
     None when a slot is a blend, shows no bar's colour, or changes on the last two frames.
     """
@@ -201,7 +204,9 @@ class SortBars(base.Task):
         y0, x0, y1, x1 = self.standing(problem, bar, s)
         inner = labels[-1, :foot, x0 + (x1 - x0) // 4 : x1 - (x1 - x0) // 4] == colour
         tall = inner[self.pixels(LOWER - MOST - 1) :].mean(axis=1) >= 0.5
-        if abs(int(tall.sum()) - (y1 - y0)) > self.pixels(1):
+        above = labels[-2:, : self.pixels(UPPER)]
+        again = any(draw.has_object(a == colour, self.least(problem)) for a in above)
+        if again or abs(int(tall.sum()) - (y1 - y0)) > self.pixels(1):
           bar = -1
       found.append(bar)
     return found

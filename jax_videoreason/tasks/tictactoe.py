@@ -172,13 +172,20 @@ class TicTacToe(base.Task):
 
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """One cell fills gradually, and no other empty cell is ever filled; times the share of frames
-    before the flash on which no tile flashes and all marks show their colours."""
+    before the flash on which all other tiles are as they were and this one shows little else."""
     problem = metadata["problem"]
-    grown = base.lone_growth(self.filled(labels, problem), steps=2)
-    seen = draw.majority(labels[:CALM], layout(self.size)[1])
-    taken = np.array([mark != "." for mark in problem["board"]])
-    calm = np.where(taken, seen == np.array(self.tile_colours(problem)), seen != FLASH)
-    return grown * float(calm.all(axis=1).mean())
+    mover, options = draw.colour(problem["mover"]), empty(problem["board"])
+    filled = self.filled(labels, problem)
+    target = options[int(filled[-1].argmax())]
+    seen = draw.shares(labels, layout(self.size)[1])
+    same = seen[:, np.arange(9), self.tile_colours(problem)]
+    blend = 1 - seen[:, target].sum(axis=-1)
+    least = np.full(9, 1 - base.ABSENT)
+    least[target] = base.CLEAR
+    clear = base.unmixed(seen[:, options, mover], same[:, options])
+    same[:, target] += seen[:, target, mover] + blend
+    calm = (same[:CALM] >= least).all(axis=1).mean()
+    return base.lone_growth(filled, clear, steps=2) * float(calm)
 
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     options = empty(problem["board"])

@@ -175,14 +175,19 @@ class TreeReach(base.Task):
     where = draw.regions([draw.rectangle(self.size, box) for box in self.boxes(problem)])
     amounts = draw.shares(labels, where)[..., MARK]
     yellow = draw.majority(labels, draw.cells(self.size, self.boxes(problem))) == MARK
+    begun = amounts > base.ABSENT
     best = 0.0
     for leaf in metadata["answers"]:
       way = self.path(problem, leaf)
-      alone = ~np.delete(yellow, way, axis=1).any(axis=1)
-      # A node counts from the frame on which all nodes above it are yellow.
+      alone = ~np.delete(begun, way, axis=1).any(axis=1)
+      # A node counts from the frame on which all nodes above it are yellow until one below begins:
+      # in a cross-fade all turn yellow together.
       above = np.logical_and.accumulate(yellow[:, way[:-1]], axis=1)
       ready = np.concatenate([np.ones_like(above[:, :1]), above], axis=1)
-      grown = [base.growth(amounts[:, node] * ready[:, i], steps=2) for i, node in enumerate(way)]
+      grown = [
+        base.growth(amounts[:, node] * ready[:, i], 2, begun[:, way[i + 1 :]].sum(axis=1) == 0)
+        for i, node in enumerate(way)
+      ]
       best = max(best, float(np.mean(grown) * alone.mean()))
     return best
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -97,12 +98,14 @@ def test_a_killed_training_resumes_as_if_it_had_not_been(whole, tmp_path, kill, 
   assert without_time(tmp_path) == without_time(whole[0])
 
 
-def test_every_step_draws_noise_of_its_own(tmp_path):
+def test_every_step_draws_by_the_seed_of_the_training_and_its_number(tmp_path):
   def drawn(params, batch, key):
     return jax.random.normal(key) + 0.0 * params["slope"].sum(), {}
 
-  fitting.fit(stage(tmp_path, loss=drawn, save_seconds=1e9), PARAMS)
-  assert len({row["loss"] for row in fitting.read_log(tmp_path / "line.jsonl")}) == 8
+  fitting.fit(stage(tmp_path, loss=drawn, seed=3, save_seconds=1e9), PARAMS)
+  keys = [jax.random.fold_in(jax.random.key(3), step) for step in range(8)]
+  logged = [row["loss"] for row in fitting.read_log(tmp_path / "line.jsonl")]
+  assert logged == pytest.approx([float(jax.random.normal(key)) for key in keys])
 
 
 def test_a_finished_training_is_only_read(whole):
@@ -193,11 +196,53 @@ def test_the_log_and_its_picture_get_losses_per_band_and_what_was_watched(tmp_pa
       assert 0 <= row["waited"] <= 1 and row["per_second"] > 0
 
 
+def test_a_training_killed_before_its_first_checkpoint_may_take_other_settings(whole, tmp_path):
+  begun = stage(tmp_path, seed=1, batch_of=killed_at(3), save_seconds=1e9)
+  with pytest.raises(Killed):
+    fitting.fit(begun, PARAMS)
+  again = fitting.fit(stage(tmp_path), PARAMS)
+  jax.tree.map(np.testing.assert_array_equal, again, whole[1])
+  assert json.loads(begun.record.read_text())["seed"] == 0
+
+
 def test_minutes_end_a_training_with_a_checkpoint_that_goes_on(whole, tmp_path):
   early = fitting.fit(stage(tmp_path, minutes=0.0, look=2, save_seconds=1e9), PARAMS)
   assert int(early.step) == int(fitting.newest("line", tmp_path, PARAMS).step) == 2
   again = fitting.fit(stage(tmp_path), PARAMS)
   jax.tree.map(np.testing.assert_array_equal, again, whole[1])
+
+
+def test_the_clock_decides_when_a_training_ends_and_what_it_keeps(tmp_path, monkeypatch):
+  clock, told = [0.0], []
+  monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+  def advance(steps):
+    told.append(steps)
+    clock[0] += 30.0 * steps
+
+  def kept():
+    return sorted(int(path.name) for path in (tmp_path / "line_state").iterdir())
+
+  often = {"save_seconds": 50.0}  # every second step of 30 s
+  early = fitting.fit(stage(tmp_path, minutes=2.9, **often), PARAMS, advance=advance)
+  assert (int(early.step), kept()) == (6, [4, 6])
+  fitting.fit(stage(tmp_path, look=2, **often), PARAMS, advance=advance)
+  assert told == [0, 1, 1, 1, 1, 1, 1, 6, 2]
+  assert kept() == [6, 8]
+  rows = fitting.read_log(tmp_path / "line.jsonl")
+  assert [row["seconds"] for row in rows] == [30, 60, 90, 120, 150, 180, 60]
+  assert {row["per_second"] for row in rows} == {0.03}
+
+
+def test_a_row_of_the_log_weighs_the_loss_of_a_band_by_the_cases_in_it():
+  def step(loss, bands, counts):
+    found = {"loss": loss, "finite": True, "bands": bands, "band_counts": counts}
+    return jax.tree.map(np.asarray, found, is_leaf=lambda leaf: isinstance(leaf, list))
+
+  row = fitting.means(
+    [step(1.0, [2.0, 0.0, 0.0], [3, 0, 0]), step(2.0, [6.0, 5.0, 0.0], [1, 2, 0])]
+  )
+  assert row == {"loss": 1.5, "bands": [(3 * 2.0 + 6.0) / 4, 5.0, None]}
 
 
 def test_the_newest_checkpoint_of_nothing_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The training script: its stages in miniature, and what it refuses."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from jax_videoreason import checkpoint, cli, encoded, evaluate, fitting, tasks
 from jax_videoreason.folders import checksum, differences
+from jax_videoreason.training import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train_mini.py"
@@ -101,6 +103,137 @@ def test_dit_trains_from_the_shipped_weights_and_becomes_a_bundle(call, work, tm
   assert new.modules.dit.config == old.modules.dit.config
 
 
+def test_training_cases_are_of_the_split_train_and_of_the_tasks_in_their_shares(
+  script, monkeypatch
+):
+  def load(name, *, size, frames):
+    return SimpleNamespace(generate=lambda split, number: (name, split, number))
+
+  monkeypatch.setattr(script.tasks, "load", load)
+  drawn = [script.case_of(number) for number in range(1000)]
+  assert drawn == [script.case_of(number) for number in range(1000)]
+  names = [name for name, _, _ in drawn]
+  assert drawn == [(name, "train", number) for number, name in enumerate(names)]
+  assert sum(script.SHARES.values()) == pytest.approx(1.0)
+  for name, share in script.SHARES.items():
+    assert abs(names.count(name) / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5
+  even = [script.even_case_of(number) for number in range(2 * len(script.SHARES))]
+  assert even == [(name, "train", number) for number, name in enumerate(2 * list(script.SHARES))]
+
+
+def test_a_clip_is_encoded_whole_and_what_is_known_of_it_is_its_first_frame(
+  script, begun, tmp_path, monkeypatch
+):
+  cases = encoded.Encoded(tmp_path, 3, (script.FRAMES, 8, 8, 3), script.TEXT_LENGTH)
+  cases.create({})
+  tokenizer = script.Tokenizer(begun / "tokenizer.json")
+  worker = {
+    "encode": lambda video: video[:, :, ::4, ::4],
+    "cases": cases,
+    "arrays": cases.open(write=True),
+    "tokenizer": tokenizer,
+  }
+  monkeypatch.setattr(script, "_worker", worker)
+  assert script.encode_shard(0) == 3
+  found = cases.open()
+  drawn = [script.case_of(number) for number in range(3)]
+  video = np.stack([case.frames[:, ::4, ::4] for case in drawn]) / 127.5 - 1.0
+  np.testing.assert_allclose(found["latents"], video, atol=1e-3)
+  np.testing.assert_array_equal(found["known"][:, 0], found["latents"][:, 0])
+  assert not found["known"][:, 1:].any()
+  ids, _ = tokenizer.encode([case.prompt for case in drawn], script.TEXT_LENGTH)
+  np.testing.assert_array_equal(found["ids"], ids)
+
+
+def test_a_batch_of_the_dit_has_the_encoded_cases_and_the_empty_prompt(script, work):
+  ids = np.load(work / "latents" / "ids.npy", mmap_mode="r+")
+  ids[:, 20:] = 0
+  ids.flush()
+  parts, _ = script.load_vae(work)
+  cases = script.encoded_cases(work, 8, parts)
+  options = argparse.Namespace(work=work, cases=8, batch=3)
+  batch_of = script.batches(options, cases, parts)
+  for number in (0, 5):
+    rows, batch = encoded.rows_of(number, 3, 8), batch_of(number)
+    for name, stored in cases.open().items():
+      np.testing.assert_array_equal(batch[name], stored[rows])
+    np.testing.assert_array_equal(batch["mask"].sum(1), [20, 20, 20])
+    assert batch["known_mask"].shape == (*batch["known"].shape[:-1], 4)
+    assert batch["known_mask"][:, 0].all() and not batch["known_mask"][:, 1:].any()
+    end = np.arange(script.TEXT_LENGTH)[None] == 0
+    np.testing.assert_array_equal(batch["empty_ids"], end)  # </s>, then padding
+    np.testing.assert_array_equal(batch["empty_mask"], end)
+
+
+def test_the_vae_learns_from_pieces_of_clips_and_at_the_end_from_whole_ones(
+  call, script, stages, tmp_path, monkeypatch
+):
+  # Frame t of clip c is 17 c + t everywhere.
+  clips = np.arange(15 * 17, dtype=np.uint8).reshape(15, 17, 1, 1, 1)
+  monkeypatch.setattr(script, "prepare_clips", lambda options: clips)
+  monkeypatch.setattr(script, "freeze_vae", lambda *given: None)
+  assert call("vae", "--work", tmp_path, "--init=mini", "--steps=40")[0] == 0
+  (stage,) = stages
+  first, seen = set(), set()
+  for number in range(40):
+    video = stage.batch_of(number)["video"]
+    shape = (8, 9) if number < 32 else (4, 17)
+    assert video.shape[:2] == shape and len(video) % stage.rows == 0
+    frames = np.rint((video[..., 0, 0, 0] + 1.0) * 127.5).astype(int)
+    clip, begins = np.divmod(frames[:, 0], 17)
+    np.testing.assert_array_equal(frames, frames[:, :1] + np.arange(shape[1]))
+    assert begins.max() + shape[1] <= 17
+    first.update(begins.tolist())
+    seen.update(clip.tolist())
+  assert len(first) > 5 and len(seen) == 15
+
+
+def test_a_continued_dit_gets_deeper_and_knows_its_words_by_their_new_numbers(
+  script, work, monkeypatch
+):
+  ships = checkpoint.load("mini", parts=("dit", "text"))
+  before = ships.text["token_embedding"]
+  fresh = {"dit": None, "text": {**ships.text, "token_embedding": np.zeros_like(before)}}
+  monkeypatch.setattr(
+    script, "begin_dit", lambda parts, shape: jax.tree.map(jax.numpy.asarray, fresh)
+  )
+  described = json.loads((work / "tokenizer.json").read_text())
+  old = described["model"]["vocab"]
+  *words, _ = old
+  # All words but the last move by one place, to which a new one comes.
+  described["model"]["vocab"] = {"new": 0, **{word: old[word] + 1 for word in words}}
+  (work / "tokenizer.json").write_text(json.dumps(described))
+  parts, _ = script.load_vae(work)
+  deeper = parts.dit.config.layers + 3
+  dit = script.WanDiT(dataclasses.replace(parts.dit.config, layers=deeper))
+  options = argparse.Namespace(work=work, init="mini", other_vae=True)
+  grown = script.grown_from(options, dataclasses.replace(parts, dit=dit), (5, 8, 8, 16), None)
+  assert len(grown["dit"]["blocks"]["modulation"]) == deeper
+  embedding = np.asarray(grown["text"]["token_embedding"])
+  np.testing.assert_array_equal(embedding[1 : len(old)], before[: len(old) - 1])
+  assert not embedding[0].any() and not embedding[len(old) :].any()
+
+
+def test_a_preview_learns_the_video_of_each_x0(script, tmp_path):
+  # Step s and run r of shard n is 100 n + 32 s + r.
+  def shard(number):
+    named = 100 * number + np.arange(2 * script.SHARD_RUNS).reshape(2, script.SHARD_RUNS, 1)
+    return {"latents": named.astype(np.float32), "video": named.astype(np.uint8)}
+
+  options = argparse.Namespace(
+    work=tmp_path, init=None, cases=64, batch=8, steps=2, learning_rate=1e-3, minutes=1.0
+  )
+  vars(options).update(score_steps=2, sample_shift=5.0, guidance=2.0)
+  stage = script.preview_stage(options, SimpleNamespace(), [shard(0), shard(1)])
+  seen = set()
+  for number in range(100):
+    batch = stage.batch_of(number)
+    assert batch["latents"].shape == (8, 1)
+    np.testing.assert_allclose(batch["video"], batch["latents"] / 127.5 - 1.0, atol=1e-6)
+    seen.update(batch["latents"].ravel().tolist())
+  assert len(seen) > 120  # of 128
+
+
 @pytest.mark.parametrize("stage", ["dit", "experts"])
 def test_a_bundle_of_another_vae_is_refused(call, work, tmp_path, stage):
   config = json.loads((work / "vae_config.json").read_text())
@@ -129,6 +262,14 @@ def test_a_bundle_whose_dit_saw_other_words_is_refused_unless_asked_for(
     assert not stages
     assert call(*asked, "--other-vae")[0] == 0
   assert len(stages) == (1 if stage == "dit" else 0)
+
+
+def test_the_dit_is_trained_as_is_asked(call, work, stages):
+  asked = ("--learning-rate=0.002", "--shift=7", "--minutes=3", "--score-every=5")
+  assert call("dit", "--work", work, *DIT, *asked)[0] == 0
+  (stage,) = stages
+  wanted = TrainSettings(steps=2, batch=2, learning_rate=0.002, shift=7.0)
+  assert (stage.settings, stage.rows, stage.minutes, stage.every) == (wanted, 2, 3.0, 5)
 
 
 def test_what_decides_the_result_is_compared_on_resume(call, work, stages):

@@ -72,8 +72,8 @@ def test_a_mark_that_hardly_grows_or_fades_in_does_not_grow():
   assert base.lone_growth(after, base.unmixed(after, before), steps=2) == 0
 
 
-def test_a_mark_is_unmixed_while_three_quarters_of_it_are_drawn_or_as_before():
-  assert base.unmixed(np.array([0.4, 0.4]), np.array([0.4, 0.3])).tolist() == [True, False]
+def test_a_mark_is_unmixed_while_two_thirds_of_it_are_drawn_or_as_before():
+  assert base.unmixed(np.array([0.4, 0.4]), np.array([0.3, 0.2])).tolist() == [True, False]
   assert not base.unmixed(np.array([0.0, 0.95]), np.array([1.0, 0.05])).any()
 
 

@@ -29,7 +29,7 @@ ENDING = 2  # frames that show the answer
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
 WHOLE, ABSENT = 0.85, 0.15  # drawn shares from which a mark is there, and up to which it isn't
 GREW = 0.02  # least share by which a mark grows on a frame; less in clips of more than 25 frames
-CLEAR = 0.75  # least of a mark on its way that is either drawn or as before
+CLEAR = 0.65  # least of a mark on its way that is either drawn or as before
 
 Answer = str | int
 Problem = dict[str, Any]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import pack, reduce, repeat, unpack
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jax_videoreason.axes import Array, Params
@@ -101,7 +101,8 @@ def _decoded(
   if mesh is None:
     return _in_batches(call, flat, size)
   seats = min(mesh.size, len(flat))  # no device decodes what another one does
-  over = NamedSharding(Mesh(mesh.devices.flat[:seats], "run"), PartitionSpec("run"))
+  along = Mesh(mesh.devices.flat[:seats], "run", axis_types=(AxisType.Auto,))
+  over = NamedSharding(along, PartitionSpec("run"))
   rows = -(-len(flat) // seats)
   padded = np.concatenate([flat, np.repeat(flat[-1:], rows * seats - len(flat), axis=0)])
   spread = _in_batches(

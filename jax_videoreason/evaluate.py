@@ -184,7 +184,8 @@ def describe(chosen: SampleSettings, asked: Plan, model: Path) -> dict[str, Any]
   for name in ("batch", "piece", "taps", "checkpoint"):  # they change no number
     settings.pop(name)
   weights = checksum(model / "bundle.json")
-  return plain({**dataclasses.asdict(asked), **settings, "weights": weights})
+  scoring = tasks.SCORING
+  return plain({**dataclasses.asdict(asked), **settings, "weights": weights, "scoring": scoring})
 
 
 # Cases

@@ -226,10 +226,12 @@ def replaceable(
   """The names that --redo removes of those that are there, `marks` last: they tell whose it is.
 
   owned: names that are written here. what: of which kind such content is, such as "evaluation".
-  ValueError: some are there and none of `marks`, so somebody else may have written them.
+  ValueError: some are there and neither one of `marks` nor the stage that a command leaves which is
+  stopped while it moves files, so somebody else may have written them.
   """
-  ours = sorted(set(there) & set(owned), key=lambda name: (name in marks, name))
-  if ours and ours[-1] not in marks:
+  there = set(there)
+  ours = sorted(there & set(owned), key=lambda name: (name in marks, name))
+  if ours and ours[-1] not in marks and STAGE not in there:
     raise ValueError(
       f"{folder} has {ours[0]} and no {' or '.join(marks)}, so it holds no {what} that --redo may "
       "replace: choose another --out."

@@ -527,7 +527,7 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
   if math.prod(axes.values()) != where.count:
     raise ValueError(
       f"a mesh of {_text(axes)} takes {math.prod(axes.values())} devices, {where.name} has "
-      f"{where.count}: give other sizes."
+      f"{where.count}: give other sizes, or --on for the devices that it lies on."
     )
   if problem.runs % axes["seed"]:
     wanted = -(-problem.runs // axes["seed"]) * axes["seed"]
@@ -664,7 +664,7 @@ def row(work: Work, where: Target, axes: Mapping[str, int] | None) -> tuple[str,
     f"{problem.runs}",
     _size(told.taps) if told.taps else "-",
     _size(told.most),
-    "yes" if told.fits else "no",
+    "yes" if told.fits and over_budget(work) is None else "no",
     f"{work.evaluations:,.0f}",
     _time(_seconds(work.flops, where)),
   )
@@ -704,7 +704,11 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     said.append(f"the compiler refused it: {plan.refused}")
   if plan.compiled:
     said.append(f"collectives in the program: {talk}; compiled in {plan.compile_seconds:.0f} s")
-  said += [fault for work in works if (fault := over_budget(work))]
+  said += [
+    f"{work.name}: {fault}" if len(works) > 1 else fault
+    for work in works
+    if (fault := over_budget(work))
+  ]
   if device.platform == "gpu":
     most = most_runs(plan.problem, plan.target, plan.axes)
     bare = "" if plan.problem.taps is None else ", without the taps of the study"

@@ -1064,6 +1064,63 @@ def test_redo_of_an_export_removes_cases_alone(refuses, tmp_path, name):
   assert mine.read_text() == "mine"
 
 
+def test_redo_takes_a_study_that_was_stopped_while_its_files_were_moved(tmp_path):
+  from jax_videoreason.cli import run
+  from jax_videoreason.folders import STAGE
+
+  for name in ("arrays.zarr", STAGE):
+    (tmp_path / name).mkdir()
+  run.check_out(tmp_path, redo=True)
+
+
+def test_a_table_of_all_claims_is_not_put_into_a_sweep(refuses, tmp_path):
+  (tmp_path / "sweep.json").touch()
+  said = refuses("run", "all", f"--out={tmp_path}")
+  assert "holds a sweep, which no set of studies replaces" in said
+  assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_taps_of_a_study_over_the_budget_are_refused_before_the_model_is_loaded(
+  refuses, tmp_path, monkeypatch
+):
+  from jax_videoreason.experiments import setting
+
+  monkeypatch.setattr(setting, "load", None)
+  words = ["run", "layer_maps", "--config.taps.budget_gb=1e-6", f"--out={tmp_path / 'out'}"]
+  assert "the budget is 1e-06: give a smaller --config.batch" in refuses(*words)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["taps.steps", "batch", "boundary"])
+def test_none_is_said_alike_in_both_spellings(key):
+  from jax_videoreason.cli import sample
+
+  for words in ([f"--config=mini:{key}=None"], [f"--config.{key}=None"]):
+    flags, _ = cli.parse(sample, words)
+    place = flags.config
+    for name in key.split("."):
+      place = place[name]
+    assert place is None
+
+
+def test_a_config_file_for_several_studies_gives_each_its_own_options(tmp_path):
+  from jax_videoreason.cli import run
+
+  (tmp_path / "mine.py").write_text(
+    "from jax_videoreason.configs import mini\n"
+    "def get_config(argument=None):\n"
+    "  config = mini.get_config(argument)\n"
+    "  with config.unlocked():\n"
+    "    config.experiment = {'stride': 4}\n"
+    "  return config\n"
+  )
+  words = ["--config", str(tmp_path / "mine.py")]
+  asked, _ = cli.parse(run, ["probes", *words])
+  assert asked.config.experiment.stride == 4
+  asked, _ = cli.parse(run, ["chain_of_steps", *words])
+  assert "stride" not in asked.config.experiment
+
+
 @pytest.mark.parametrize("name", ["figures", "report.html", "manifest.json", "arrays.zarr"])
 def test_redo_of_a_study_removes_nothing_that_no_study_wrote(tmp_path, name):
   from jax_videoreason.cli import run

@@ -241,6 +241,14 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
   assert "--out must be given" in capsys.readouterr().err
 
 
+def test_scores_of_two_ways_of_scoring_are_not_put_together(done, tmp_path, capsys):
+  copy = Path(shutil.copytree(done, tmp_path / "copy"))
+  asked = json.loads((copy / "evaluation.json").read_text())
+  (copy / "evaluation.json").write_text(json.dumps({**asked, "scoring": 0}))
+  assert call(copy) == 2
+  assert f"scoring=0 there and {tasks.SCORING} here" in capsys.readouterr().err
+
+
 def test_more_cases_than_a_split_has_are_refused(monkeypatch):
   monkeypatch.setattr(evaluate, "TRIES", 1)
   with pytest.raises(ValueError, match=r"tictactoe has \d+ different cases among the first 100"):

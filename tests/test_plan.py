@@ -355,6 +355,26 @@ def test_taps_of_a_study_are_held_to_the_budget_that_run_holds_them_to(capsys):
   assert "the budget is" not in capsys.readouterr().out
 
 
+def test_what_the_planned_command_would_not_take_is_refused(capsys, tmp_path):
+  assert cli.main(["plan", "--config=seeds_mini", "--runs=3"]) == 2
+  assert "plan takes no --runs" in capsys.readouterr().err
+  words = ["plan", "vbvr", "generate", "--data=.", "--config.seeds=3"]
+  assert cli.main(words) == 2
+  assert "seeds of the config is not used here: give --seeds" in capsys.readouterr().err
+  words = ["plan", "sweep", "--config=seeds_mini", "--config.mesh=seed=4", "--on=gpu:80GBx8"]
+  assert cli.main(words) == 2
+  assert "or --on for the devices that it lies on" in capsys.readouterr().err
+
+
+def test_a_study_over_its_budget_fits_nowhere_and_is_named(capsys):
+  words = ["plan", "run", "all", "--on=gpu:141GBx8", "--config=wan22_i2v_a14b:height=480,width=480"]
+  assert cli.main(words) == 0
+  said = capsys.readouterr().out
+  assert re.search(r"layer_maps: the taps of a batch of \d+ runs need", said)
+  row = next(line for line in said.splitlines() if "layer_maps" in line)
+  assert " no " in row
+
+
 def test_a_sweep_is_planned_on_its_own_mesh(capsys):
   words = ["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GBx4"]
   assert cli.main([*words, "--config.mesh=seed=2,fsdp=2"]) == 0

@@ -33,6 +33,7 @@ from jax_videoreason import (
   runs,
   settings,
   sweep,
+  tasks,
 )
 from jax_videoreason.configs import common
 from jax_videoreason.decode import decode
@@ -317,9 +318,10 @@ def test_what_decides_which_run_is_which_is_asked(copy, capsys):
   a, b = {"edit": "none"}, {"edit": "ensemble_runs", "what": "out"}
   assert made({"a": a, "b": b}).asked() != made({"b": b, "a": a}).asked()
   asked = json.loads((copy / "sweep.json").read_text())
-  (copy / "sweep.json").write_text(json.dumps({**asked, "format": 0}))
-  assert call(copy) == 2
-  assert f"format=0 there and {factors.FORMAT} here" in capsys.readouterr().err
+  for key, now in (("format", factors.FORMAT), ("scoring", tasks.SCORING)):
+    (copy / "sweep.json").write_text(json.dumps({**asked, key: 0}))
+    assert call(copy) == 2
+    assert f"{key}=0 there and {now} here" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_finite_is_run_again_and_named(tmp_path, monkeypatch, capsys):

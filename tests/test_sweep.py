@@ -309,6 +309,17 @@ def test_a_number_that_was_changed_by_hand_is_no_result(whole):
   assert table(whole) == before
 
 
+def test_units_of_an_earlier_version_are_whole_without_a_sum(whole):
+  before = table(whole)
+  for path in (whole / "units").iterdir():
+    said = json.loads(path.read_text())
+    del said["sum"]
+    path.write_text(json.dumps(said))
+  assert sweep.status(whole).finished
+  assert carry_out(whole) == []
+  assert table(whole) == before
+
+
 def test_a_unit_of_a_sweep_that_was_replaced_is_none_of_this_one(whole):
   path = whole / "units" / "00002.json"
   late = path.read_bytes()

@@ -158,6 +158,15 @@ def test_the_file_with_everything_inside_asks_the_same(copy):
     scores.score(copy / "out", listed, {"a": copy}, kit_of(copy))
 
 
+def test_scores_are_put_into_no_folder_of_another_kind(copy, tmp_path):
+  out = tmp_path / "sweep"
+  out.mkdir()
+  (out / "sweep.json").touch()
+  with pytest.raises(ValueError, match="holds a sweep, which no set of scores replaces"):
+    scores.score(out, samples.load(copy), {}, kit_of(copy))
+  assert [path.name for path in out.iterdir()] == ["sweep.json"]
+
+
 def test_the_pro_benchmark_brings_metadata(copy):
   for sample in samples.load(copy).samples:
     (sample.folder / "metadata.json").write_text('{"parameters": {"cells": 5}}')

@@ -308,12 +308,8 @@ def _parse_config(
       named = True
     else:
       rest.append(word)
+  refuse_typed(own, words)
   config = load_config(name)
-  typed = importlib.import_module("jax_videoreason.configs.common").named(name.partition(":")[2])
-  options = {word.lstrip("-").partition("=")[0] for word in rest if word.startswith("-")}
-  for key in own:
-    if key in typed or f"{CONFIG}.{key}" in options:
-      raise UsageError(f"{key} of the config is not used here: give --{key} (see --help).")
   if complete is not None:
     config = complete(config, words)
   rest = _spelled(rest, config, name)
@@ -323,6 +319,30 @@ def _parse_config(
   )
   flags[CONFIG].using_default_value = not named
   return rest
+
+
+def typed_option(words: Sequence[str], option: str) -> str | None:
+  """What is typed for an option, the last time; None = it is not."""
+  found = None
+  for place, word in enumerate(words):
+    name, equals, value = word.partition("=")
+    if word.startswith("-") and name.lstrip("-") == option:
+      found = value if equals else next(iter(words[place + 1 :]), found)
+  return found
+
+
+def typed_argument(words: Sequence[str]) -> str:
+  """What is typed after NAME: of --config."""
+  return (typed_option(words, CONFIG) or "").partition(":")[2]
+
+
+def refuse_typed(keys: Iterable[str], words: Sequence[str]) -> None:
+  """UsageError where one of the keys is typed for the config."""
+  typed = importlib.import_module("jax_videoreason.configs.common").named(typed_argument(words))
+  options = {word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")}
+  for key in keys:
+    if key in typed or f"{CONFIG}.{key}" in options:
+      raise UsageError(f"{key} of the config is not used here: give --{key} (see --help).")
 
 
 def _spelled(words: Sequence[str], config: "ConfigDict", name: str) -> list[str]:
@@ -343,6 +363,9 @@ def _spelled(words: Sequence[str], config: "ConfigDict", name: str) -> list[str]
       kind = place.get_type(last)
       if not equals and kind is not bool and left and not left[0].startswith("-"):
         equals, value = "=", left.pop(0)
+      if equals and value.strip() == "None":  # the parsers of most kinds know none
+        place[last] = None
+        continue
       if equals and kind is tuple:
         value = repr(common.several(value.strip()))
     spelled.append(f"{option}{equals}{value}")

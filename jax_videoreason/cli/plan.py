@@ -42,7 +42,6 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
 RUN, SWEEP, GENERATE = "run", "sweep", ["vbvr", "generate"]
-STUDY_KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words")
 
 
 def define(flags: FlagValues) -> None:
@@ -71,6 +70,8 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   """The config with the keys that the planned command adds."""
   if words and words[0] == RUN:
     return run.complete(config, words[1:])
+  if list(words[:2]) == GENERATE:
+    cli.refuse_typed(importlib.import_module("jax_videoreason.cli.vbvr").OWN_KEYS, words)
   return sweep.complete(config, words[1:]) if words and words[0] == SWEEP else config
 
 
@@ -125,7 +126,7 @@ def check(flags: FlagValues, words: list[str]) -> None:
     "preset": words[:1] == [RUN],
     **dict.fromkeys(("sequential", "experts"), words in ([], GENERATE)),
     "route": not words,
-    "runs": words != [SWEEP],
+    "runs": words != [SWEEP] and "unit" not in flags.config,
     **dict.fromkeys(of_generate, words == GENERATE),
   }
   given = [name for name, known in of_command.items() if flags[name].present and not known]
@@ -148,7 +149,9 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
   if words == [RUN, run.ALL]:
     return studies(flags)
   if words[:1] == [RUN]:
-    return [study(words[1], cli.resolved(flags))]
+    from jax_videoreason.experiments import find
+
+    return [run.planned(find(words[1]), cli.resolved(flags))]
   return [whole(cli.resolved(flags))]
 
 
@@ -183,33 +186,6 @@ def studies(flags: FlagValues) -> "list[Work]":
   found = []
   for place, asked, more in run.every_study(flags):
     own, _ = cli.parse(module, [RUN, asked.name, *flags.config.words[1:], *more])
-    work = study(asked.name, cli.resolved(own))
+    work = run.planned(asked, cli.resolved(own))
     found.append(dataclasses.replace(work, name=place))
   return found
-
-
-def study(name: str, config: dict[str, Any]) -> "Work":
-  """A study: its batches with their taps; without the identity control."""
-  from jax_videoreason import plan, settings
-  from jax_videoreason.experiments import find, setting
-
-  own = {key: config.pop(key) for key in STUDY_KEYS}
-  chosen, asked = settings.from_config(config), find(name)
-  setting.check(chosen)
-  asked.check(own["experiment"])
-  setting.check_cases(own["tasks"], own["cases"])
-  cases = len(own["tasks"]) * own["cases"]
-  size = min(chosen.batch or cases, cases)
-  together = size * len(chosen.seeds) * len(asked.roles)
-  problem = plan.Problem(
-    model=plan.model(chosen.checkpoint), chosen=chosen, runs=together, decodes="between"
-  )
-  sizes, options = problem.sizes, {**asked.options, **own["experiment"]}
-  switch = problem.model.card.boundary is not None
-  evaluations = asked.evaluations(sizes, options, -(-cases // size), switch=switch)
-  return plan.Work(
-    name=asked.name,
-    problem=dataclasses.replace(problem, taps=asked.tapped(sizes, options)),
-    evaluations=evaluations,
-    videos=evaluations / sizes.S / sizes.G,
-  )

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
   from jax_videoreason.experiments import Study
+  from jax_videoreason.plan import Work
 
 WORDS = 1
 ALL = "all"
 PRESETS = ("quick", "full")
 SHIPPED = "mini"
 CHUNKS = "chunks"
+KEYS = ("split", "tasks", "cases", "decoder", "experiment", "words")  # of a study's config
 OWNED = ("manifest.json", "result.json", "arrays.zarr", "figures", "report.html", CHUNKS)
 
 
@@ -63,7 +65,7 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   """
   from ml_collections import ConfigDict, config_dict
 
-  from jax_videoreason.experiments import find
+  from jax_videoreason.experiments import EXPERIMENTS, find
 
   name = words[0] if words and not words[0].startswith("-") else None
   if name is None:
@@ -75,7 +77,7 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
   except KeyError as error:
     also = " (and paper for ensemble)" if preset == "paper" else ""
     raise cli.UsageError(f"--preset={preset}, wanted {' or '.join(PRESETS)}{also}.") from error
-  typed = importlib.import_module("jax_videoreason.configs.common").named(_argument(words))
+  typed = importlib.import_module("jax_videoreason.configs.common").named(cli.typed_argument(words))
   own = presets.pop("experiment", {})
   plain = {"split": "id", "tasks": study.tasks if study else (), "cases": 8, "decoder": "auto"}
   with config.unlocked():
@@ -85,7 +87,10 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
         config[key] = value
     if study is not None:
       of_preset = {key: value for key, value in own.items() if f"experiment.{key}" not in typed}
-      of_file: Any = config.get("experiment", {})
+      # a file may serve several studies: it may have what is an option of another one
+      others = {name for other in EXPERIMENTS.values() for name in other.options}
+      given: Any = config.get("experiment", {})
+      of_file = {k: v for k, v in given.items() if k in study.options or k not in others}
       options = {**study.options, **of_file, **of_preset}
       config.experiment = ConfigDict(
         {  # None alone has a type that no value given has
@@ -101,23 +106,8 @@ def _presets() -> Any:
 
 
 def _preset(words: Sequence[str]) -> str:
-  found = _typed(words, "preset")
+  found = cli.typed_option(words, "preset")
   return PRESETS[0] if found is None else found
-
-
-def _argument(words: Sequence[str]) -> str:
-  """What is typed after NAME: of --config."""
-  return (_typed(words, cli.CONFIG) or "").partition(":")[2]
-
-
-def _typed(words: Sequence[str], option: str) -> str | None:
-  """What is typed for an option, the last time; None = it is not."""
-  found = None
-  for place, word in enumerate(words):
-    name, equals, value = word.partition("=")
-    if word.startswith("-") and name.lstrip("-") == option:
-      found = value if equals else next(iter(words[place + 1 :]), found)
-  return found
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
@@ -137,6 +127,7 @@ def every(words: Sequence[str], out: Path) -> None:
   """
   from jax_videoreason import folders
 
+  folders.refuse_other(out, "set of studies")
   with folders.held(out, needed=False):
     _every(words, out)
 
@@ -178,31 +169,61 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
     for name, more in _presets().BESIDE.items():
       config = more["config"]
       asked = [f"--config.experiment.{key}={value}" for key, value in more[flags.preset].items()]
-      argument = _argument(flags.config.words)
+      argument = cli.typed_argument(flags.config.words)
       words = ["--config", f"{config}:{argument}", "--checkpoint", config]
       found.append((f"{name}_{config}", EXPERIMENTS[name], [*words, *asked]))
   return found
+
+
+def planned(study: "Study", config: dict[str, Any]) -> "Work":
+  """A study: its batches with their taps; without the identity control."""
+  from jax_videoreason import plan, settings
+  from jax_videoreason.experiments import setting
+
+  config = dict(config)
+  own = {key: config.pop(key) for key in KEYS}
+  chosen = settings.from_config(config)
+  setting.check(chosen)
+  study.check(own["experiment"])
+  setting.check_cases(own["tasks"], own["cases"])
+  cases = len(own["tasks"]) * own["cases"]
+  size = min(chosen.batch or cases, cases)
+  together = size * len(chosen.seeds) * len(study.roles)
+  problem = plan.Problem(
+    model=plan.model(chosen.checkpoint), chosen=chosen, runs=together, decodes="between"
+  )
+  sizes, options = problem.sizes, {**study.options, **own["experiment"]}
+  switch = problem.model.card.boundary is not None
+  evaluations = study.evaluations(sizes, options, -(-cases // size), switch=switch)
+  return plan.Work(
+    name=study.name,
+    problem=dataclasses.replace(problem, taps=study.tapped(sizes, options)),
+    evaluations=evaluations,
+    videos=evaluations / sizes.S / sizes.G,
+  )
 
 
 def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, redo: bool) -> None:
   """Carries out one study and draws its page; a study that lies in `out` is left as it is."""
   import jax
 
-  from jax_videoreason import console, experiments, folders, pages, settings, sharding, store
+  from jax_videoreason import console, experiments, folders, pages, plan, settings, sharding, store
   from jax_videoreason.experiments import results, setting
+  from jax_videoreason.tasks import SCORING
 
+  fault = plan.over_budget(planned(study, config))
+  if fault is not None:
+    raise ValueError(fault)
   asked = dict(config)
-  own = {key: asked.pop(key) for key in ("split", "tasks", "cases", "decoder", "experiment")}
-  asked.pop("words")
+  own = {key: asked.pop(key) for key in KEYS}
+  own.pop("words")
   chosen = settings.from_config(asked)
   batch = asked.pop("batch")
-  study.check(own["experiment"])
   made = setting.load(chosen, sharding.mesh_here(mesh))
   layout = None if made.mesh is None else dict(made.mesh.shape)
   source = study.source()
-  key = _key(
-    study.name, asked, own, setting.fingerprint(chosen), *([] if source is None else [source])
-  )
+  code = [SCORING] if source is None else [SCORING, source]
+  key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return

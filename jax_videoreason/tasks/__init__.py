@@ -1,6 +1,16 @@
 """The project's own tasks, by name."""
 
-from jax_videoreason.tasks.base import ENDING, SPLITS, Answer, Case, Metadata, Score, Task, Unseen
+from jax_videoreason.tasks.base import (
+  ENDING,
+  SCORING,
+  SPLITS,
+  Answer,
+  Case,
+  Metadata,
+  Score,
+  Task,
+  Unseen,
+)
 from jax_videoreason.tasks.bounce import Bounce
 from jax_videoreason.tasks.maze import Maze
 from jax_videoreason.tasks.occlusion import Occlusion
@@ -44,6 +54,7 @@ def load(name: str, size: int = 64, frames: int = 17) -> Task:
 
 __all__ = [
   "ENDING",
+  "SCORING",
   "SPLITS",
   "TASKS",
   "Answer",

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
+from jax_videoreason.folders import checksum, disk, plain, read_json, refuse_other, write_json
 from jax_videoreason.vbvr import evalkit, suite, videos
 from jax_videoreason.vbvr.evalkit import EvalKit
 from jax_videoreason.vbvr.published import COLUMNS
@@ -82,6 +82,7 @@ def score(
       raised or hung; a ground truth that does not decode. OSError: `out` can't be written.
   """
   out = Path(out)
+  refuse_other(out, "set of scores")
   if scorable(data) and kit is None:
     raise ValueError(
       f"{data.root} holds samples of {data.name}, which the official EvalKit scores: give its "
@@ -186,7 +187,8 @@ def _rows(
 
   def one(sample: Sample) -> dict[str, Any]:
     video = videos.place(folder, sample)
-    scorer = f"jax_videoreason {__version__}" if sample.own or kit is None else kit.digest
+    ours = f"jax_videoreason {__version__}, scoring {tasks.SCORING}"
+    scorer = ours if sample.own or kit is None else kit.digest
     key = {"sha256": checksum(video), "mark": sample.mark, "scorer": scorer}
     path = out / SAMPLES / f"{sample.key}.json"
     if path.is_file():

@@ -1,10 +1,9 @@
 """What a command will need on a device kind, before it is paid for.
 
-A command is `Work`: batches of a `Problem`, one kind of batch for each study or shape of video. The
-largest batch is laid out on the devices. For a TPU slice and for this CPU the sampler itself is
-compiled ahead of time, with shapes in the place of weights (a slice needs libtpu, the extra `pods`,
-and no TPU); for a GPU memory is arithmetic. Seconds are an estimate everywhere: FLOPs over `SHARE`
-of the device's peak.
+Of a command (`costs.Work`) the largest batch is laid out on the devices. For a TPU slice and for
+this CPU the sampler itself is compiled ahead of time, with shapes in the place of weights (a slice
+needs libtpu, the extra `pods`, and no TPU); for a GPU memory is arithmetic. Seconds are an estimate
+everywhere: FLOPs over `SHARE` of the device's peak.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, checkpoint, sampler, schedules, sharding, tiling
+from jax_videoreason import attention, checkpoint, sampler, schedules, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.decode import decoding_bytes
 from jax_videoreason.models import FAMILIES
@@ -33,8 +32,14 @@ from jax_videoreason.pytrees import nest
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes
-from jax_videoreason.taps import TapSpec, check_batch, check_budget, tap_bytes
+from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
 
+# what has a command make so many runs together
+MORE_RUNS = {
+  "after": "--config.seeds={}",
+  "between": "other seeds, cases or --config.batch,",
+  "beside": "--config.unit={}",
+}
 FITS = 0.92  # of the memory, for arguments, temporaries, outputs and code together
 SPARE = 1.3  # compiled for a TPU, a program was seen to take up to 1.27 of the arithmetic
 SHARE = 0.46  # of the peak that a whole step is assumed to reach
@@ -438,10 +443,11 @@ class Plan:
   @property
   def seconds_per_step(self) -> float:
     s = self.problem.sizes
-    return _seconds(self.problem.flops() * s.R * s.G, self.target)
+    return seconds_of(self.problem.flops() * s.R * s.G, self.target)
 
 
-def _seconds(flops: float, where: Target) -> float:
+def seconds_of(flops: float, where: Target) -> float:
+  """Of all devices together, at `SHARE` of their peak."""
   return flops / (where.count * SHARE * where.device.peak)
 
 
@@ -526,13 +532,13 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
   axes = propose(problem, where) if axes is None else dict(axes)
   if math.prod(axes.values()) != where.count:
     raise ValueError(
-      f"a mesh of {_text(axes)} takes {math.prod(axes.values())} devices, {where.name} has "
+      f"a mesh of {spelled(axes)} takes {math.prod(axes.values())} devices, {where.name} has "
       f"{where.count}: give other sizes, or --on for the devices that it lies on."
     )
   if problem.runs % axes["seed"]:
     wanted = -(-problem.runs // axes["seed"]) * axes["seed"]
     raise ValueError(
-      f"{_count(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give "
+      f"{counted(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give "
       f"{MORE_RUNS[problem.decodes].format(wanted)} or a smaller seed in --mesh."
     )
   told = arithmetic(problem, where, axes)
@@ -595,187 +601,14 @@ def _compile(problem: Problem, mesh: Mesh, platform: str) -> Any:
     return traced.lower(lowering_platforms=(platform,)).compile()
 
 
-# A whole command
+# In words
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-  """Batches of one kind: the problem of the largest, and the network evaluations of all.
-
-  evaluations: calls of the network for one run and one guidance branch. videos: what they make.
-  """
-
-  name: str
-  problem: Problem
-  evaluations: float
-  videos: float
-
-  @property
-  def flops(self) -> float:
-    return self.evaluations * self.problem.flops()
-
-
-def largest(works: Sequence[Work], where: Target) -> Problem:
-  """The batch that needs the most memory, by arithmetic on all devices."""
-  alone = {"seed": 1, "fsdp": where.count, "context": 1}
-  return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).most)
-
-
-def pace(where: Target) -> str:
-  """Of which peak the seconds are."""
-  device = where.device
-  each = " a device" if where.count > 1 else ""
-  like = f", {device.like}" if device.like else ""
-  return f"{SHARE:.0%} of {device.peak / 1e12:,.3g} TFLOP/s{each}{like}"
-
-
-def totals(works: Sequence[Work], where: Target) -> str:
-  """Evaluations, videos, FLOPs and hours of a command; text encoder and VAE come on top."""
-  evaluations, videos, flops = (
-    sum(getattr(work, name) for work in works) for name in ("evaluations", "videos", "flops")
-  )
-  return (
-    f"{evaluations:,.0f} network evaluations ({_count(videos, 'video')}), "
-    f"{_peta(flops)}, {_time(_seconds(flops, where))} on {where.name} "
-    f"at {pace(where)} (an estimate, of the network alone)"
-  )
-
-
-DECODING = {
-  "after": "decoding, the DiT let go",
-  "between": "decoding, the DiT kept",
-  "beside": "decoding, beside a batch",
-}
-# what has a command make so many runs together
-MORE_RUNS = {
-  "after": "--config.seeds={}",
-  "between": "other seeds, cases or --config.batch,",
-  "beside": "--config.unit={}",
-}
-TABLE = ("part", "runs", "taps", "memory", "fits", "evaluations", "time")
-
-
-def row(work: Work, where: Target, axes: Mapping[str, int] | None) -> tuple[str, ...]:
-  """The cells of `TABLE`, all by arithmetic, memory per device."""
-  problem = work.problem
-  told = arithmetic(problem, where, propose(problem, where) if axes is None else axes)
-  return (
-    work.name,
-    f"{problem.runs}",
-    _size(told.taps) if told.taps else "-",
-    _size(told.most),
-    "yes" if told.fits and over_budget(work) is None else "no",
-    f"{work.evaluations:,.0f}",
-    _time(_seconds(work.flops, where)),
-  )
-
-
-def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
-  """What is printed of the largest batch of a command, and of all."""
-  device, s = plan.target.device, plan.problem.sizes
-  source = "compiled ahead of time" if plan.compiled else "by arithmetic, an estimate"
-  rows = {
-    "parameters": plan.parameters,
-    "latents and their trace": plan.latents,
-    "taps": plan.taps,
-    "temporaries": plan.temporaries,
-    "arguments": plan.arguments,
-    "outputs": plan.outputs,
-    "program": plan.code,
-    "VAE": plan.vae,
-    "together": plan.total,
-    "text encoder, let go before": plan.text,
-    DECODING[plan.problem.decodes]: plan.decoding,
-  }
-  talk = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items())) or "none"
-  batch = plan.seconds_per_step * s.S
-  said = [
-    f"{plan.target.name}: {_count(plan.target.count, 'device')} as {_text(plan.axes)}, "
-    f"{source}; R={s.R} G={s.G} T={s.T:,}, on each device",
-  ]
-  said += [f"  {name:<28} {_size(size):>12}" for name, size in rows.items() if size]
-  said += [
-    f"  {'of':<28} {_size(device.memory):>12}, of which {FITS:.0%} may be used: "
-    + ("it fits" if plan.fits else "it does not fit"),
-  ]
-  if plan.decoding > plan.room and plan.decode:
-    said.append(smaller_decode(plan))
-  if plan.refused is not None:
-    said.append(f"the compiler refused it: {plan.refused}")
-  if plan.compiled:
-    said.append(f"collectives in the program: {talk}; compiled in {plan.compile_seconds:.0f} s")
-  said += [
-    f"{work.name}: {fault}" if len(works) > 1 else fault
-    for work in works
-    if (fault := over_budget(work))
-  ]
-  if device.platform == "gpu":
-    most = most_runs(plan.problem, plan.target, plan.axes)
-    bare = "" if plan.problem.taps is None else ", without the taps of the study"
-    said.append(f"at most {_count(most, 'run')} together would fit{bare}")
-  return [
-    *said,
-    f"{_count(s.R, 'run')} together: {plan.evaluations:,} network evaluations of "
-    f"{plan.problem.flops():.3g} FLOPs; {_time(plan.seconds_per_step)} a step, "
-    f"{_time(batch / s.R)} a video",
-    f"the whole command: {totals(works, plan.target)}",
-  ]
-
-
-def over_budget(work: Work) -> str | None:
-  """What is refused of the taps that a config or a study asks for."""
-  problem, chosen = work.problem, work.problem.chosen
-  runs = max(problem.runs, round(work.videos)) if problem.decodes == "after" else problem.runs
-  sizes = dataclasses.replace(problem.sizes, R=runs)
-  dtype, budget = problem.model.parts.dit.config.dtype, chosen.taps.budget_gb
-  try:
-    if problem.taps is not None:
-      check_batch(problem.taps, problem.sizes, budget, dtype=dtype)
-    else:
-      check_budget(chosen.taps.spec(), sizes, budget * 1e9, dtype=dtype)
-  except ValueError as error:
-    said = f" (--config.taps.budget_gb={budget:g})" if problem.taps is None else ""
-    return f"{error}{said}"
-  return None
-
-
-def smaller_decode(plan: Plan) -> str:
-  """What to do where decoding does not fit."""
-  chosen, whole = plan.problem.chosen, plan.decode
-  tiled = {name: plan.problem.decoding(name) for name in tiling.NAMES}
-  best = min(tiled, key=lambda name: tiled[name])
-  if plan.decoding - whole + tiled[best] <= plan.room and chosen.tiles != best:
-    return (
-      f"decoding alone takes {_size(whole)}, in tiles {_size(tiled[best])}: give "
-      f"--config.tiles={best}."
-    )
-  return (
-    f"decoding does not fit, in tiles neither ({_size(tiled[best])} beside "
-    f"{_size(plan.decoding - whole)}): give a smaller video, or more fsdp."
-  )
-
-
-def _count(number: float, noun: str) -> str:
+def counted(number: float, noun: str) -> str:
+  """Such as "1 run" or "1,024 runs"."""
   return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
 
 
-def _size(size: float) -> str:
-  unit, scale = ("GiB", GIB) if size >= GIB / 10 else ("MiB", 2**20)
-  number = size / scale
-  return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {unit}"
-
-
-def _peta(flops: float) -> str:
-  number = flops / 1e15
-  return f"{number:,.0f} PFLOP" if number >= 100 else f"{number:.3g} PFLOP"
-
-
-def _time(seconds: float) -> str:
-  for unit, length in (("h", 3600), ("min", 60)):
-    if seconds >= 2 * length:
-      return f"{seconds / length:.1f} {unit}"
-  return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def _text(axes: Mapping[str, int]) -> str:
+def spelled(axes: Mapping[str, int]) -> str:
+  """Axes as --mesh takes them."""
   return ",".join(f"{name}={size}" for name, size in axes.items())

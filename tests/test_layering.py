@@ -69,6 +69,7 @@ FLOORS = (
     "training encoded",
     "fitting",
     "plan",
+    "costs",
   ),
   (
     "answers",

@@ -10,7 +10,7 @@ import re
 import jax
 import pytest
 
-from jax_videoreason import checkpoint, cli, plan, settings, sharding
+from jax_videoreason import checkpoint, cli, costs, plan, settings, sharding
 from jax_videoreason.experiments import EXPERIMENTS, find
 from jax_videoreason.taps import TapSpec, tap_bytes
 
@@ -66,14 +66,14 @@ def test_a_card_is_known_by_its_memory_or_by_its_name(name, gigabytes, cards, te
 
 
 def test_seconds_name_the_peak_that_they_are_of():
-  work = plan.Work(name="all", problem=problem("mini"), evaluations=1e15, videos=1)
+  work = costs.Work(name="all", problem=problem("mini"), evaluations=1e15, videos=1)
   hours = []
   for card, peak in (("80GB", "989 TFLOP/s, H100"), ("a100-80GB", "312 TFLOP/s, A100")):
-    said = plan.totals([work], plan.target(f"gpu:{card}"))
+    said = costs.totals([work], plan.target(f"gpu:{card}"))
     (found,) = re.findall(rf"([\d.]+) h on gpu:{card} at 46% of {peak} ", said)
     hours.append(float(found))
   assert hours[1] == pytest.approx(hours[0] * 989 / 312, rel=1e-3)
-  eight = plan.totals([work], plan.target("gpu:80GBx8"))
+  eight = costs.totals([work], plan.target("gpu:80GBx8"))
   assert "on gpu:80GBx8 at 46% of 989 TFLOP/s a device, H100 (" in eight
 
 
@@ -273,7 +273,7 @@ def test_decoding_takes_its_part_of_the_memory():
   assert not whole.fits
   assert plan.most_runs(whole.problem, card, whole.axes) == 0
   said = "\n".join(
-    plan.lines(whole, [plan.Work(name="all", problem=whole.problem, evaluations=1, videos=1)])
+    costs.lines(whole, [costs.Work(name="all", problem=whole.problem, evaluations=1, videos=1)])
   )
   assert re.search(r"decoding alone takes 16.3 GiB, in tiles 2.\d+ GiB: .*tiles=diffusers", said)
   tiled = plan.make(problem("wan22_ti2v_5b:tiles=diffusers"), card)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vbvr_folder
-from jax_videoreason import cli, media, plan, settings, tasks
+from jax_videoreason import cli, costs, media, plan, settings, tasks
 from jax_videoreason.configs import common
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import (
@@ -349,7 +349,7 @@ def test_the_official_setting_costs_what_it_costs(bench):
   assert half.videos == 2
   (all_of_it,) = jobs.official()
   assert all_of_it.videos == 500
-  assert " 270.1 h on gpu:141GB at 46% " in plan.totals([all_of_it], plan.target("gpu:141GB"))
+  assert " 270.1 h on gpu:141GB at 46% " in costs.totals([all_of_it], plan.target("gpu:141GB"))
 
 
 def test_only_the_official_setting_is_called_so(bench):

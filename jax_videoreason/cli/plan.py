@@ -30,7 +30,7 @@ from jax_videoreason.cli import run, sweep
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
-  from jax_videoreason.plan import Work
+  from jax_videoreason.costs import Work
 
 WORDS = 2
 # a slice is described by libtpu, which must not look for a TPU of this machine, nor guard one
@@ -76,7 +76,7 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
-  from jax_videoreason import console, plan, sharding
+  from jax_videoreason import console, costs, plan, sharding
 
   check(flags, words)
   works = [with_options(flags, work) for work in planned(flags, words)]
@@ -85,14 +85,14 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if mesh is None and words in ([], [SWEEP]):
     mesh = flags.config.get("mesh")  # of a sweep
   axes = None if mesh is None else sharding.axes_of(mesh)
-  made = plan.make(plan.largest(works, where), where, axes)
+  made = plan.make(costs.largest(works, where), where, axes)
   if len(works) > 1:
     title = "by arithmetic, an estimate; memory on each device"
-    console.table(title, plan.TABLE, [plan.row(work, where, axes) for work in works])
-  for line in plan.lines(made, works):
+    console.table(title, costs.TABLE, [costs.row(work, where, axes) for work in works])
+  for line in costs.lines(made, works):
     console.say(line)
   if words == [SWEEP] and mesh is None and math.prod(made.axes.values()) > 1:
-    mesh = ",".join(f"{name}={size}" for name, size in made.axes.items())
+    mesh = plan.spelled(made.axes)
     console.say(f"the sweep lies so with --config.mesh={mesh}")
 
 
@@ -157,7 +157,7 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
 
 def whole(config: dict[str, Any]) -> "Work":
   """A sample, or a sweep where the config has cases."""
-  from jax_videoreason import factors, plan, settings, tasks
+  from jax_videoreason import costs, factors, plan, settings, tasks
 
   own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
@@ -177,7 +177,7 @@ def whole(config: dict[str, Any]) -> "Work":
   if own:
     factors.check_model(problem, factors.varied(own))
   each = problem.sizes.S * problem.sizes.G
-  return plan.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
+  return costs.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
 
 
 def studies(flags: FlagValues) -> "list[Work]":

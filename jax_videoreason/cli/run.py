@@ -29,8 +29,8 @@ from jax_videoreason import cli
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
+  from jax_videoreason.costs import Work
   from jax_videoreason.experiments import Study
-  from jax_videoreason.plan import Work
 
 WORDS = 1
 ALL = "all"
@@ -177,7 +177,7 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
 
 def planned(study: "Study", config: dict[str, Any]) -> "Work":
   """A study: its batches with their taps; without the identity control."""
-  from jax_videoreason import plan, settings
+  from jax_videoreason import costs, plan, settings
   from jax_videoreason.experiments import setting
 
   config = dict(config)
@@ -195,7 +195,7 @@ def planned(study: "Study", config: dict[str, Any]) -> "Work":
   sizes, options = problem.sizes, {**study.options, **own["experiment"]}
   switch = problem.model.card.boundary is not None
   evaluations = study.evaluations(sizes, options, -(-cases // size), switch=switch)
-  return plan.Work(
+  return costs.Work(
     name=study.name,
     problem=dataclasses.replace(problem, taps=study.tapped(sizes, options)),
     evaluations=evaluations,
@@ -207,11 +207,11 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   """Carries out one study and draws its page; a study that lies in `out` is left as it is."""
   import jax
 
-  from jax_videoreason import console, experiments, folders, pages, plan, settings, sharding, store
+  from jax_videoreason import console, costs, experiments, folders, pages, settings, sharding, store
   from jax_videoreason.experiments import results, setting
   from jax_videoreason.tasks import SCORING
 
-  fault = plan.over_budget(planned(study, config))
+  fault = costs.over_budget(planned(study, config))
   if fault is not None:
     raise ValueError(fault)
   asked = dict(config)

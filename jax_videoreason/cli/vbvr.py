@@ -28,7 +28,17 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import checkpoint, cli, console, distributed, folders, plan, settings, sharding
+from jax_videoreason import (
+  checkpoint,
+  cli,
+  console,
+  costs,
+  distributed,
+  folders,
+  plan,
+  settings,
+  sharding,
+)
 from jax_videoreason.vbvr import (
   audit,
   baselines,
@@ -142,7 +152,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   name = chosen.checkpoint  # only a dry run takes one that is not here yet
   model = plan.model(name).parts if dry else checkpoint.describe(name).modules
   generate.check(chosen, job, model, redo=flags.redo, mesh=mesh)  # before a bar begins
-  cost = plan.totals(jobs.work(chosen, data, job), plan.target(CARD))
+  cost = costs.totals(jobs.work(chosen, data, job), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
   if dry:
     return

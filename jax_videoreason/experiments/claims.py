@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason import plan, stats
+from jax_videoreason import costs, plan, stats
 from jax_videoreason.folders import read_json, write_json
 from jax_videoreason.vbvr import jobs
 
@@ -86,7 +86,7 @@ def not_here(*, ensemble: str, **row: Any) -> dict[str, Any]:
   if ensemble != jobs.NONE:
     command += f" --ensemble {ensemble}"
   works = jobs.official(ensemble)
-  most = plan.totals(works, plan.target(CARD))
+  most = costs.totals(works, plan.target(CARD))
   note = f"needs the 14B weights and VBVR-Bench: {command}, then vbvr score; at most {most}"
   statistic = f"mean score over {sum(work.videos for work in works):.0f} videos"
   return {**BLANK, "verdict": "not run here", **row, "statistic": statistic, "note": note}

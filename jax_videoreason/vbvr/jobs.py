@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import framing, plan
+from jax_videoreason import costs, framing, plan
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import suite
@@ -120,7 +120,7 @@ def tokens(latents: LatentSpec, shape: Shape) -> int:
   return int(np.prod(latents.tokens(grid)))
 
 
-def work(chosen: SampleSettings, data: Data, job: Job) -> list[plan.Work]:
+def work(chosen: SampleSettings, data: Data, job: Job) -> list[costs.Work]:
   """What the units of this part of a job take; a published model need not be there.
 
   Raises ValueError where the model is neither there nor known by the name of its folder.
@@ -132,7 +132,7 @@ def work(chosen: SampleSettings, data: Data, job: Job) -> list[plan.Work]:
 
 def by_shape(
   model: plan.Model, chosen: SampleSettings, batches: Sequence[tuple[Shape, int]], job: Job
-) -> list[plan.Work]:
+) -> list[costs.Work]:
   """What batches (shape, videos) take, shape by shape."""
   members = MEMBERS if job.ensemble == PAPER else 1  # in the first step
   found = []
@@ -142,7 +142,7 @@ def by_shape(
     problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts), decodes="between")
     sizes = problem.sizes
     found.append(
-      plan.Work(
+      costs.Work(
         name=f"{shape.frames} x {shape.height} x {shape.width}",
         problem=problem,
         videos=sum(counts),
@@ -152,7 +152,7 @@ def by_shape(
   return found
 
 
-def official(ensemble: str = NONE) -> list[plan.Work]:
+def official(ensemble: str = NONE) -> list[costs.Work]:
   """What the official run takes at most: as if all videos were as long as the longest."""
   chosen = SampleSettings(
     checkpoint="ckpt/vbvr_wan22",

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import pack, reduce, repeat, unpack
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
+from jax_videoreason import sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.models.preview import of_ending
 from jax_videoreason.structs import LatentSpec, ModelBundle, Parts
@@ -44,7 +45,8 @@ def decode(
     None = all.
   tiles: decode each frame in overlapping tiles and join them as a stack does, "diffusers" or
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
-  mesh: runs and tiles of equal size are spread over its devices, as many as there are of them.
+  mesh: runs and tiles of equal size are spread over those of its devices that are of this process,
+    as many as there are of them; None = one device.
   ValueError for another rank or channel count, more `last` than there are frames, or when the VAE
   is not loaded.
   """
@@ -97,12 +99,13 @@ def _decoded(
 ) -> np.ndarray:
   """R F H W C -> R frames height width 3 in batches: uint8, or float32 where more is to come."""
   chunk, size = at_once(bundle.card.latents, flat.shape[1:4], chunk, last)
-  call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, bundle.vae)
   if mesh is None:
+    call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, bundle.vae)
     return _in_batches(call, flat, size)
-  seats = min(mesh.size, len(flat))  # no device decodes what another one does
-  along = Mesh(mesh.devices.flat[:seats], "run", axis_types=(AxisType.Auto,))
-  over = NamedSharding(along, PartitionSpec("run"))
+  along = sharding.side_by_side(mesh, len(flat))  # no device decodes what another one does
+  seats, over = along.size, NamedSharding(along, PartitionSpec("run"))
+  params = jax.device_put(bundle.vae, NamedSharding(along, PartitionSpec()))
+  call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, params)
   rows = -(-len(flat) // seats)
   padded = np.concatenate([flat, np.repeat(flat[-1:], rows * seats - len(flat), axis=0)])
   spread = _in_batches(

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_videoreason import (
   answers,
@@ -67,6 +68,7 @@ ASKED, RESULT, TABLE, MANIFEST, PARTS = (
 OWNED = (ASKED, RESULT, TABLE, MANIFEST, PARTS, "report.html")
 
 Advance = Callable[[int], Any]
+Show = Callable[[np.ndarray], np.ndarray]  # latents R F H W C -> R frames height width 3 uint8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ def evaluate(
   chosen: SampleSettings,
   asked: Plan,
   *,
+  mesh: Mesh | None = None,
   command: Sequence[str] = (),
   redo: bool = False,
   advance: Advance = lambda count: None,
@@ -127,6 +130,7 @@ def evaluate(
 
   Finished tasks of an earlier call that asked the same are kept; a finished folder is only read.
   chosen: the model and its schedule; the noise of a case and a seed is `runs.seed_of`.
+  mesh: on which the DiT lies, runs are made and videos are decoded; None = one device.
   advance: told of network evaluations as they are done, of one guidance branch.
 
   Raises:
@@ -143,7 +147,7 @@ def evaluate(
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   said = describe(chosen, asked, checkpoint.find(chosen.checkpoint))
   with held(out, needed=False):
-    return _evaluate(Path(out), chosen, asked, loaded, said, command, redo, advance)
+    return _evaluate(Path(out), chosen, asked, loaded, said, mesh, command, redo, advance)
 
 
 def _evaluate(
@@ -152,6 +156,7 @@ def _evaluate(
   asked: Plan,
   loaded: Mapping[str, Task],
   said: Mapping[str, Any],
+  mesh: Mesh | None,
   command: Sequence[str],
   redo: bool,
   advance: Advance,
@@ -165,13 +170,13 @@ def _evaluate(
   left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
   advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
   if left:
-    bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left])
+    bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left], mesh=mesh)
     for name in left:
       with beside(out / PARTS / name) as folder:
         with disk(folder):
           folder.mkdir(parents=True)
-        measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), advance)
-  return finish(out, chosen, asked, command)
+        measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), mesh, advance)
+  return finish(out, chosen, asked, mesh, command)
 
 
 def load_task(name: str, chosen: SampleSettings) -> Task:
@@ -237,6 +242,7 @@ def measure(
   task: Task,
   cases: Sequence[Case],
   cond: Conditioning,
+  mesh: Mesh | None,
   advance: Advance,
 ) -> None:
   """Runs, reads and scores one task, and writes its folder; cond: of `questions`, 2N rows."""
@@ -278,21 +284,23 @@ def measure(
     taps=TapSpec(latents=False),
     batch=chosen.batch or BATCH,
     piece=chosen.piece,
+    mesh=mesh,
     on_piece=on_piece,
   )
+  show = functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh)
   rows = []
-  for group in groups(len(row), task):
-    for r, frames in zip(group, decode(bundle, final[group], tiles=chosen.tiles), strict=True):
+  for group in groups(len(row), task, mesh):
+    for r, frames in zip(group, show(final[group]), strict=True):
       found = baselines.mark(task, frames, of_run[r].metadata) if finite[r] else BROKEN
       rows.append(
         said(found, of_run[r], int(row[r]) % count, systems[r], numbers[r], not finite[r])
       )
       if systems[r] == scoring.MODEL:
         media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=FPS)
-  rows += beside_models(bundle, task, cases, chosen.tiles)
+  rows += beside_models(bundle, task, cases, show)
   ks = [of_run[r].metadata["k"] for r in watched]
   some = [of_run[r] for r in watched]
-  seen = watch(bundle, task, some, x0, tiles=chosen.tiles) if watched else None
+  seen = watch(task, some, x0, show) if watched else None
   write_json(
     folder / "task.json",
     plain(
@@ -337,14 +345,15 @@ def said(
   }
 
 
-def groups(count: int, task: Task) -> list[np.ndarray]:
-  """Runs in groups whose videos can be held at once."""
-  size = max(1, PIXELS // (task.frames * task.size**2))
+def groups(count: int, task: Task, mesh: Mesh | None = None) -> list[np.ndarray]:
+  """Runs in groups whose videos can be held at once, and that leave no device of the mesh idle."""
+  seats = 1 if mesh is None else mesh.size
+  size = max(seats, PIXELS // (task.frames * task.size**2))
   return [np.arange(low, min(low + size, count)) for low in range(0, count, size)]
 
 
 def beside_models(
-  bundle: ModelBundle, task: Task, cases: Sequence[Case], tiles: str | None
+  bundle: ModelBundle, task: Task, cases: Sequence[Case], show: Show
 ) -> list[dict[str, Any]]:
   """Rows of the clips that no model made, and of the truth through the model's VAE.
 
@@ -364,17 +373,17 @@ def beside_models(
       rows.append(said(mark, case, number, system))
   for group in groups(len(cases), task):
     truth = np.stack([cases[i].frames for i in group])
-    for i, frames in zip(group, through_vae(bundle, truth, tiles), strict=True):
+    for i, frames in zip(group, through_vae(bundle, truth, show), strict=True):
       mark = baselines.mark(task, frames, cases[i].metadata)
       rows.append(said(mark, cases[i], int(i), scoring.VAE))
   return rows
 
 
-def through_vae(bundle: ModelBundle, videos: np.ndarray, tiles: str | None) -> np.ndarray:
-  """uint8 R frames height width 3, encoded one by one and decoded, as `decode` takes `tiles`."""
+def through_vae(bundle: ModelBundle, videos: np.ndarray, show: Show) -> np.ndarray:
+  """uint8 R frames height width 3, encoded one by one and decoded."""
   encode = functools.partial(_encode, bundle.parts.vae, bundle.vae)
   latents = np.concatenate([np.asarray(encode(video[None])) for video in videos])
-  return decode(bundle, latents, tiles=tiles)
+  return show(latents)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -383,16 +392,13 @@ def _encode(vae: Any, params: Params, video: Array) -> Array:
   return vae.apply({"params": params}, signed, None, method="encode")
 
 
-def watch(
-  bundle: ModelBundle, task: Task, cases: Sequence[Case], x0: np.ndarray, tiles: str | None
-) -> dict[str, np.ndarray]:
+def watch(task: Task, cases: Sequence[Case], x0: np.ndarray, show: Show) -> dict[str, np.ndarray]:
   """The soft reading of x0 (S W F H W C) at every step, S W each: visible candidates, entropy in
   bits, share of the weight on right answers; truth: W, the entropy where the truth is read."""
   parts, truths = [], []
   for group in groups(len(cases), task):
     of_group = [cases[i].metadata for i in group]
-    frames = np.stack([decode(bundle, one[group], tiles=tiles) for one in x0])
-    parts.append(answers.read_steps(task, of_group, frames, np.zeros(len(x0))))
+    parts.append(answers.read_steps(task, of_group, show(x0[:, group]), np.zeros(len(x0))))
     truth = np.stack([cases[i].frames for i in group])[None]
     truths.append(answers.read_steps(task, of_group, truth, np.zeros(1)).entropy[0])
   return {
@@ -453,7 +459,7 @@ def again(out: str | Path) -> dict[str, Any]:
 
 
 def finish(
-  out: Path, chosen: SampleSettings, asked: Plan, command: Sequence[str]
+  out: Path, chosen: SampleSettings, asked: Plan, mesh: Mesh | None, command: Sequence[str]
 ) -> dict[str, Any]:
   """result.json, table.parquet and, last, manifest.json, from the finished tasks."""
   parts = read_parts(out, asked.tasks)
@@ -478,6 +484,7 @@ def finish(
     config=dataclasses.asdict(chosen),
     command=command,
     device=jax.devices()[0].device_kind,
+    mesh=None if mesh is None else dict(mesh.shape),
     model=name,
     plan=dataclasses.asdict(asked),
     evaluations=work(chosen, asked) * (2 if chosen.guided else 1),

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import checkpoint, conditioning, distributed, schedules
+from jax_videoreason import checkpoint, conditioning, distributed, schedules, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
@@ -59,7 +60,11 @@ def encode(
 def with_experts(
   chosen: SampleSettings, bundle: ModelBundle, mesh: Mesh | None, experts: int | None = None
 ) -> ModelBundle:
-  """The bundle with the DiT of the settings on the mesh; as it is, where `experts` are fewer."""
+  """The bundle with the DiT of the settings on the mesh, or without, where `experts` are fewer; its
+  VAE lies on each of the devices that decode, so that none is sent weights with its latents."""
+  if mesh is not None and bundle.vae is not None:
+    everywhere = NamedSharding(sharding.side_by_side(mesh), PartitionSpec())
+    bundle = dataclasses.replace(bundle, vae=jax.device_put(bundle.vae, everywhere))
   if experts is not None and experts < len(bundle.params):
     return bundle
   loaded = checkpoint.load(chosen.checkpoint, parts=("dit",), mesh=mesh)

@@ -183,7 +183,7 @@ def answers_at(bench: Bench, cases: Sequence[Case], x0: np.ndarray, by: str) -> 
   """
   said = np.full(x0.shape[:2], None, object)
   own, chosen = [bench.product.tasks[case.task] for case in cases], bench.product.chosen
-  whole = functools.partial(decode, tiles=chosen.tiles)
+  whole = functools.partial(decode, tiles=chosen.tiles, mesh=bench.mesh)
   show: Callable[..., np.ndarray] = preview if by == "preview" else whole
 
   def say(at: Sequence[tuple[int, int]], last: int | None, size: int) -> list[tuple[int, int]]:
@@ -212,7 +212,7 @@ def read(bench: Bench, unit: int, made: Made) -> Part:
   product, by = bench.product, bench.product.varied.reader
   asked = product.runs_in(unit)
   cases = [product.cases[case] for case, _ in asked]
-  videos = decode(bench.bundle, made.final, tiles=product.chosen.tiles)
+  videos = decode(bench.bundle, made.final, tiles=product.chosen.tiles, mesh=bench.mesh)
   found = [
     baselines.mark(product.tasks[case.task], video, case.metadata)
     for case, video in zip(cases, videos, strict=True)

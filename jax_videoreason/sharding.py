@@ -53,12 +53,10 @@ def mesh_here(text: str | None) -> Mesh | None:
   return make_mesh(**sizes, devices=jax.local_devices()[: math.prod(sizes.values())])
 
 
-def own_devices(mesh: Mesh | None) -> Mesh | None:
-  """The devices of a mesh that are of this process, for runs side by side; None = one device."""
-  if mesh is None:
-    return None
+def side_by_side(mesh: Mesh, most: int | None = None) -> Mesh:
+  """The devices of a mesh that are of this process, `most` of them, along one axis `run`."""
   own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-  return make_mesh(seed=len(own), devices=own)
+  return Mesh(np.asarray(own[:most]), "run", axis_types=(AxisType.Auto,))
 
 
 def spec(letters: str) -> PartitionSpec:

@@ -1,5 +1,7 @@
 """Decoding by the VAE and by the preview: batches, rounding, what is looked back on, errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder, of_ending
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 from jax_videoreason.models.wan22_vae import CONFIG as WAN22
+from jax_videoreason.plan import KINDS
 from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.tiling import Tiling
@@ -165,6 +168,23 @@ def test_no_device_decodes_what_another_one_does(bundle, decoding, monkeypatch, 
   spread = decoding.decode(bundle, z, mesh=make_mesh(seed=2, fsdp=2))
   assert set(used) == {devices}
   assert int(np.abs(spread.astype(int) - decoding.decode(bundle, z)).max()) <= 1
+
+
+@pytest.mark.parametrize("last", [None, 2])
+def test_devices_that_decode_do_not_wait_for_one_another(bundle, decoding, monkeypatch, last):
+  """So a sweep may decode on the devices that denoise its next unit."""
+  programs, inner = [], decoding._decode
+
+  def compiled(*args):
+    programs.append(inner.lower(*args).compile().as_text())
+    return inner(*args)
+
+  monkeypatch.setattr(decoding, "_decode", compiled)
+  decoding.decode(bundle, latents(4), last=last, mesh=make_mesh(seed=4))
+  assert programs
+  for text in programs:
+    assert "num_partitions=4" in text
+    assert not re.findall(rf" ({KINDS})(-start)?\(", text)
 
 
 def test_frames_are_the_video_to_the_nearest_level(bundle, decoding):

@@ -5,12 +5,21 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from jax_videoreason import baselines, cli, evaluate, folders, scorecard, scoring, tables, tasks
+from jax_videoreason import (
+  baselines,
+  cli,
+  evaluate,
+  folders,
+  scorecard,
+  scoring,
+  sharding,
+  tables,
+  tasks,
+)
 from jax_videoreason.cli.evaluate import notes
 
 TASKS = ("pick", "occlusion")
@@ -307,7 +316,7 @@ def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
   bank = baselines.Bank(cases=[case], first_frames=case.first_frame[None])
   monkeypatch.setattr(baselines, "bank", lambda task: bank)
   with pytest.raises(ValueError, match=r"pick: the cases \[3\] are training cases too"):
-    evaluate.beside_models(None, task, [case], None)  # type: ignore[arg-type]
+    evaluate.beside_models(None, task, [case], lambda latents: latents)  # type: ignore[arg-type]
 
 
 def test_shuffled_prompts_are_the_same_prompts_and_differ_where_they_can():
@@ -502,20 +511,33 @@ def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   assert again == manifest
 
 
-def test_videos_are_decoded_in_the_tiles_of_the_settings(monkeypatch):
-  """Of a bundle that no test decodes, so that only what is asked of `decode` shows."""
-  task = tasks.load("pick", size=32, frames=17)
-  case = task.generate("id", 0)
-  seen = []
+def test_over_a_mesh_every_video_is_decoded_in_the_settings_tiles_and_scored_the_same(
+  done, tmp_path, monkeypatch
+):
+  asked, real = [], evaluate.decode
 
-  def show(bundle, latents, tiles=None):
-    seen.append(tiles)
-    return np.stack([case.frames] * len(latents))
+  def show(bundle, latents, *, tiles, mesh):
+    asked.append((tiles, dict(mesh.shape)))
+    return real(bundle, latents, mesh=mesh)  # whole, as those of `done`
 
-  nothing: Any = None
   monkeypatch.setattr(evaluate, "decode", show)
-  evaluate.watch(nothing, task, [case], np.zeros((2, 1, 5, 4, 4, 16)), "diffsynth")
-  assert seen == ["diffsynth"] * 2
+  out = tmp_path / "mesh"
+  assert call(out, "--mesh", "seed=2,context=2", "--config.tiles=diffsynth") == 0
+  layout = {"seed": 2, "fsdp": 1, "context": 2}
+  assert asked and all(one == ("diffsynth", layout) for one in asked)
+  assert json.loads((out / "manifest.json").read_text())["mesh"] == layout
+  ours, wanted = (evaluate.read_parts(folder, TASKS) for folder in (out, done))
+  for name in TASKS:
+    assert ours[name]["rows"] == wanted[name]["rows"]
+  entropies = (np.asarray(part["pick"]["watched"]["entropy"]) for part in (ours, wanted))
+  np.testing.assert_allclose(*entropies, atol=1e-3)
+
+
+def test_groups_are_held_at_once_and_leave_no_device_idle():
+  task = tasks.load("pick", size=512, frames=61)
+  assert [len(group) for group in evaluate.groups(9, task)] == [1] * 9
+  wide = sharding.make_mesh(seed=2, context=2)
+  assert [len(group) for group in evaluate.groups(9, task, wide)] == [4, 4, 1]
 
 
 def test_rows_of_an_earlier_version_are_told_from_ours(copy, capsys):

@@ -200,6 +200,14 @@ def define_out(flags: "FlagValues", default: str | None = None) -> None:
   DEFINE_bool("redo", False, "do it again and replace the run in --out", flag_values=flags)
 
 
+def define_mesh(flags: "FlagValues") -> None:
+  """--mesh, of the devices of this process."""
+  from absl.flags import DEFINE_string
+
+  said = "devices of this process, as seed=2,context=2; without it one device"
+  DEFINE_string("mesh", None, said, flag_values=flags)
+
+
 def define_room(flags: "FlagValues") -> None:
   """--sequential and --experts, which take less memory and more time."""
   from absl.flags import DEFINE_bool, DEFINE_integer

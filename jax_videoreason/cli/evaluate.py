@@ -2,7 +2,7 @@
 
   videoreason evaluate --out runs/scores
   videoreason evaluate --tasks maze,pick --cases 16 --seeds 16 --ambiguous ambiguous --out ...
-  videoreason evaluate --checkpoint DIR --split ood --out runs/ood
+  videoreason evaluate --checkpoint DIR --split ood --mesh seed=2,fsdp=4 --out runs/ood
 
 Per task: score, strict success and right answers, each with a 95% bootstrap interval over problems,
 beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
-from jax_videoreason import baselines, cli, console, evaluate, scorecard, scoring, settings, stats
+from jax_videoreason import (
+  baselines,
+  cli,
+  console,
+  evaluate,
+  scorecard,
+  scoring,
+  settings,
+  sharding,
+  stats,
+)
 
 SHORT = {
   scoring.MODEL: "model",
@@ -37,6 +47,7 @@ OWN_KEYS = ("seeds",)
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
   cli.define_out(flags)
+  cli.define_mesh(flags)
   DEFINE_string("tasks", "all", "names of tasks, or all that have the split", flag_values=flags)
   DEFINE_string("split", "id", "id, ood (beyond the training range) or heldout", flag_values=flags)
   DEFINE_integer("cases", 32, "cases of each task", flag_values=flags)
@@ -58,6 +69,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
       flags.out,
       chosen,
       asked,
+      mesh=sharding.mesh_here(flags.mesh),
       command=["videoreason", *sys.argv[1:]],
       redo=flags.redo,
       advance=advance,

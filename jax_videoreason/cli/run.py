@@ -50,12 +50,7 @@ def define(flags: FlagValues) -> None:
     "size of the study, in place of what a config file says: quick, full, or paper (ensemble)",
     flag_values=flags,
   )
-  DEFINE_string(
-    "mesh",
-    None,
-    "devices of this process, as seed=2,context=2; without it one device",
-    flag_values=flags,
-  )
+  cli.define_mesh(flags)
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":

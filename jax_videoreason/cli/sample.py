@@ -346,15 +346,14 @@ def record(
     if process[0] > 0:
       return None
     warn_broken(finite)
-    own = sharding.own_devices(mesh)
     with console.progress(len(shown) + 1, "decode", "step") as advance:
       frames = []
       for step in shown:
-        frames.append(decode(bundle, kept.pop(step), tiles=chosen.tiles, mesh=own))
+        frames.append(decode(bundle, kept.pop(step), tiles=chosen.tiles, mesh=mesh))
         advance(1)
       frames = np.stack(frames)
       writer.write_frames(frames, steps=shown)
-      videos = decode(bundle, final, tiles=chosen.tiles, mesh=own)
+      videos = decode(bundle, final, tiles=chosen.tiles, mesh=mesh)
       store.write_videos(folder, videos, first_pictures(of_run), fps=FPS)
       advance(1)
   said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)

@@ -28,7 +28,7 @@ def load(chosen: SampleSettings, mesh: Mesh | None = None) -> Setting:
     bundle=bundle,
     chosen=chosen,
     encode=functools.partial(encode, mesh=mesh),
-    decode=functools.partial(decode, bundle, tiles=chosen.tiles),
+    decode=functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh),
     load_task=load_task,
     mesh=mesh,
   )

@@ -85,7 +85,7 @@ def sweep() -> ConfigDict:
 def published(name: str) -> ConfigDict:
   """The run of a published Wan model as its authors sample it: UniPC, 81 frames, stock negative.
 
-  The weights are a bundle in ckpt/NAME, made by `videoreason convert SRC --out ckpt/NAME`.
+  The weights are a bundle in ckpt/NAME: `videoreason convert SRC --dtype bf16 --out ckpt/NAME`.
   """
   config = sample()
   config.checkpoint = f"ckpt/{name}"

@@ -1,6 +1,6 @@
 """Wan2.1 I2V 14B: a first frame and text to video, one transformer that also reads CLIP tokens.
 
-  videoreason convert Wan2.1-I2V-14B-480P --out ckpt/wan21_i2v_14b_480p
+  videoreason convert Wan2.1-I2V-14B-480P --dtype bf16 --out ckpt/wan21_i2v_14b_480p
   videoreason sample --config wan21_i2v_14b:480p --image FRAME.png --prompt TEXT --out runs/mine
 
 Two sets of weights: `:480p` (832 x 480, shift 3) and `:720p` (1280 x 720, shift 5). 32.8 GB.

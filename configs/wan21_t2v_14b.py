@@ -1,6 +1,6 @@
 """Wan2.1 T2V 14B: text to video, 1280 x 720 pixels, 81 frames, one transformer (28.6 GB, bfloat16).
 
-videoreason convert Wan2.1-T2V-14B --out ckpt/wan21_t2v_14b
+videoreason convert Wan2.1-T2V-14B --dtype bf16 --out ckpt/wan21_t2v_14b
 videoreason sample --config wan21_t2v_14b --prompt TEXT --out runs/mine
 videoreason sample --config wan21_t2v_14b:480p --prompt TEXT --out runs/mine
 """

@@ -1,6 +1,6 @@
 """Wan2.1 T2V 1.3B: text to video, 832 x 480 pixels, 81 frames, one transformer.
 
-  videoreason convert Wan2.1-T2V-1.3B --out ckpt/wan21_t2v_1_3b
+  videoreason convert Wan2.1-T2V-1.3B --dtype bf16 --out ckpt/wan21_t2v_1_3b
   videoreason sample --config wan21_t2v_1_3b --prompt TEXT --out runs/mine
 
 The smallest published model: 2.8 GB in bfloat16, and 11.4 GB for the text encoder before it.

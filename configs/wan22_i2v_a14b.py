@@ -1,6 +1,6 @@
 """Wan2.2 I2V A14B: a first frame and text to video, two experts of 28.6 GB each.
 
-  videoreason convert Wan2.2-I2V-A14B --out ckpt/wan22_i2v_a14b
+  videoreason convert Wan2.2-I2V-A14B --dtype bf16 --out ckpt/wan22_i2v_a14b
   videoreason sample --config wan22_i2v_a14b --image FRAME.png --prompt TEXT --out runs/mine
   videoreason sample --config wan22_i2v_a14b:480p,boundary=0.875 --image FRAME.png ...
 

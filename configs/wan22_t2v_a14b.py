@@ -1,6 +1,6 @@
 """Wan2.2 T2V A14B: text to video, 1280 x 720 pixels, 81 frames, two experts of 28.6 GB each.
 
-  videoreason convert Wan2.2-T2V-A14B --out ckpt/wan22_t2v_a14b
+  videoreason convert Wan2.2-T2V-A14B --dtype bf16 --out ckpt/wan22_t2v_a14b
   videoreason sample --config wan22_t2v_a14b --prompt TEXT --out runs/mine
   videoreason sample --config wan22_t2v_a14b:480p,boundary=0.9 --prompt TEXT --out runs/mine
 

@@ -1,6 +1,6 @@
 """Wan2.2 TI2V 5B: text, with or without a first frame, to video: 1280 x 704 pixels, 121 frames.
 
-  videoreason convert Wan2.2-TI2V-5B --out ckpt/wan22_ti2v_5b
+  videoreason convert Wan2.2-TI2V-5B --dtype bf16 --out ckpt/wan22_ti2v_5b
   videoreason sample --config wan22_ti2v_5b --prompt TEXT --out runs/mine
   videoreason sample --config wan22_ti2v_5b --image FRAME.png --prompt TEXT --out runs/mine
 

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -100,14 +100,12 @@ def image_tokens(bundle: ModelBundle, images: Sequence[np.ndarray]) -> Array:
       "it, parts=('text', 'clip', 'vae')."
     )
   size = bundle.parts.clip.config.image
-  unique: dict[bytes, int] = {}
-  place = [unique.setdefault(_digest(image), len(unique)) for image in images]
-  first = [place.index(row) for row in range(len(unique))]
+  first, place = _distinct(images)
   squares = framing.square((images[i] for i in first), size, bundle.card.numerics)
   tokens = _in_batches(
     functools.partial(_image_states, bundle.parts.clip, bundle.clip), (squares,), PICTURES
   )
-  return tokens[np.asarray(place)]
+  return tokens[place]
 
 
 def known_mask(runs: int, grid: tuple[int, int, int], *, last: bool = False) -> Array:
@@ -197,7 +195,8 @@ def _known(
   given = first_frames[:, np.newaxis]
   if last_frames is not None:
     given = np.stack([first_frames, last_frames], axis=1)
-  unique, place = np.unique(given, axis=0, return_inverse=True)
+  first, place = _distinct(given)
+  unique = given[first]
   overwrite = bundle.parts.dit.config.image_input == "overwrite"
   encoded = 1 if overwrite else frames
 
@@ -216,7 +215,7 @@ def _known(
     made = [[np.array(fetch(latents_of(tile))) for tile in line] for line in cut]
     latents = jnp.asarray(join(tiling, where, made, (1, 1)))
   absent = [(0, 0), (0, grid[0] - latents.shape[1]), (0, 0), (0, 0), (0, 0)]
-  return jnp.pad(latents, absent)[rearrange(place, "... -> (...)")]
+  return jnp.pad(latents, absent)[place]
 
 
 def _pixels(frames: np.ndarray, place: Place, high: int, wide: int) -> np.ndarray:
@@ -225,6 +224,16 @@ def _pixels(frames: np.ndarray, place: Place, high: int, wide: int) -> np.ndarra
   return frames[
     :, :, rows.start * high : rows.stop * high, columns.start * wide : columns.stop * wide
   ]
+
+
+def _distinct(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """(where each different image comes first, for every image the row of its like among these).
+
+  By their digests: `np.unique` takes half a minute over the bytes of one large picture.
+  """
+  rows: dict[bytes, int] = {}
+  place = np.array([rows.setdefault(_digest(image), len(rows)) for image in images])
+  return np.unique(place, return_index=True)[1], place
 
 
 def _digest(image: np.ndarray) -> bytes:

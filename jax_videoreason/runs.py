@@ -218,9 +218,10 @@ def run(
       sampler.check(bundle, some_noise, some_cond, own, edit)
       before = stand[index]
       if before is None:
-        here: State = sampler.start(some_noise, schedule.solver)
+        before = sampler.start(some_noise, schedule.solver)
       else:
-        here = place(take(before, padded), mesh)
+        before = take(before, padded)
+      here: State = place(before, mesh)  # else the first piece is a program of its own
       for rows in pieces(len(own), piece):
         at = slice(stretch.start + rows.start, stretch.start + rows.stop)
         with over(mesh, route):

@@ -26,6 +26,7 @@ from jax_videoreason import (
   folders,
   media,
   open_run,
+  plan,
   report,
   settings,
   tasks,
@@ -1220,3 +1221,27 @@ def test_a_table_shows_a_number_that_is_none_as_a_dash(capsys):
   said = capsys.readouterr().out
   assert "nan" not in said
   assert [line.split("│")[2].strip() for line in said.splitlines() if "│" in line] == ["-", "0.50"]
+
+
+# Memory of a GPU
+
+
+OURS, OLD, FLAGS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS"
+
+
+@pytest.mark.parametrize(
+  ("said", "wanted"),
+  [
+    ({}, str(plan.FITS)),
+    ({OURS: "0.5"}, "0.5"),
+    ({OLD: "0.5"}, None),  # jax refuses both at once
+    ({FLAGS: "--xla_gpu_memory_fraction_policy=0.5+"}, None),
+  ],
+)
+def test_jax_may_take_of_a_gpu_what_fits_by_the_plan(call, monkeypatch, said, wanted):
+  for name in (OURS, OLD, FLAGS):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in said.items():
+    monkeypatch.setenv(name, value)
+  assert call("report", "nowhere")[0] == cli.BAD_INPUT
+  assert os.environ.get(OURS) == wanted

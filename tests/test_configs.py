@@ -1,11 +1,14 @@
 """The shipped configurations are the published ones."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from jax_videoreason import schedules, settings
 from jax_videoreason.cli import load_config
+from jax_videoreason.configs import common
 from jax_videoreason.models import FAMILIES
 
 NAMES = sorted(FAMILIES["wan21"].variants)
@@ -44,6 +47,14 @@ def test_the_published_settings(name, steps, shift, guidance, solver, size):
   assert (run.steps, run.shift, run.guidance, run.solver) == (steps, shift, guidance, solver)
   assert (run.frames, run.height, run.width) == size
   assert run.grid == ("diffsynth" if solver == "euler" else "official")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_conversion_it_names_halves_the_weights(name):
+  """Published transformers are float32, which is not what the sizes beside them say."""
+  said = (Path(common.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+  (line,) = re.findall(r"videoreason convert (?:.|\n)*?--out", said)
+  assert "--dtype bf16" in line
 
 
 @pytest.mark.parametrize("name", NAMES)

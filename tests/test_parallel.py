@@ -249,6 +249,16 @@ def test_mixes_of_runs_on_several_devices_equal_one_device():
   agree(traced(*problem, mesh=sharding.make_mesh(2, 1, 2)), traced(*problem))
 
 
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_all_pieces_on_a_mesh_are_one_program(solver, caplog):
+  mesh, grid = sharding.make_mesh(seed=2, fsdp=2), (2, 2, 6, 4)  # of no other test
+  with jax.log_compiles():
+    schedule = tiny_schedule(10, solver=solver)
+    runs.run(tiny_bundle("concat"), *inputs(2, grid), schedule, piece=5, mesh=mesh)
+  compiled = [r for r in caplog.records if re.match(r"Compiling .*_trajectory", r.getMessage())]
+  assert len(compiled) == 1
+
+
 def test_a_mix_of_runs_that_do_not_divide_is_refused():
   noise, cond = inputs(3)
   edit = mixes(sizes_for(3))["x0"]

@@ -35,6 +35,7 @@ COMMANDS = {
 FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+GPU_MEMORY = "0.92"  # share that JAX may take, as `plan` counts; by itself it takes .75
 CONFIG = "config"
 SWEEPS = "sweeps"
 # options that name a file or a folder
@@ -133,8 +134,17 @@ def _dispatch(words: list[str]) -> int:
   from absl import logging
 
   logging.set_verbosity(logging.ERROR)
+  _take_memory()
   module.main(*parse(module, rest))
   return 0
+
+
+def _take_memory() -> None:
+  """Lets JAX have as much of a GPU as `plan` says fits, unless the user has said how much."""
+  said = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # both at once are refused
+  policy = "xla_gpu_memory_fraction_policy" in os.environ.get("XLA_FLAGS", "")
+  if not policy and not any(os.environ.get(name) for name in said):
+    os.environ[said[0]] = GPU_MEMORY
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ NAMES = {
   TRUTH: "the video that solves the case",
 }
 BANK = 1000  # training clips among which the nearest is looked for
+SHORTEST = 13  # frames that a clip has at least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +65,22 @@ def cut(task: Task, metadata: Metadata, answer: Answer) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Bank:
-  """Training cases; first_frames: uint8 (N height width 3)."""
+  """Training clips without their videos: 81 frames of 480 pixels are 56 MB.
 
-  cases: Sequence[Case]
+  clips: N tasks and indices, by which each is drawn again. hashes: of their problems. first_frames:
+  uint8 (N height width 3).
+  """
+
+  clips: Sequence[tuple[Task, int]]
+  hashes: Sequence[str]
   first_frames: np.ndarray
 
   def nearest(self, first_frame: np.ndarray) -> Case:
     """The case whose first frame differs least, by mean squared pixel difference."""
-    away = self.first_frames.astype(np.int16) - first_frame.astype(np.int16)[None]
-    return self.cases[int(np.mean(away.astype(np.float32) ** 2, axis=(1, 2, 3)).argmin())]
+    given = first_frame.astype(np.float32)
+    away = [np.mean((own - given) ** 2) for own in self.first_frames]
+    task, index = self.clips[int(np.argmin(away))]
+    return task.generate("train", index)
 
 
 def bank(task: Task, count: int = BANK) -> Bank:
@@ -83,8 +91,14 @@ def bank(task: Task, count: int = BANK) -> Bank:
     names = [name for name, kind in tasks.TASKS.items() if not kind.held_out]
     sources = [tasks.load(name, size=task.size, frames=task.frames) for name in names]
   each = -(-count // len(sources))
-  cases = [source.generate("train", index) for source in sources for index in range(each)]
-  return Bank(cases=cases, first_frames=np.stack([case.first_frame for case in cases]))
+  clips = [(source, index) for source in sources for index in range(each)]
+  hashes, first_frames = [], np.empty((len(clips), task.size, task.size, 3), np.uint8)
+  for row, (source, index) in enumerate(clips):
+    # a first frame is the same in a clip of any length
+    case = dataclasses.replace(source, frames=SHORTEST).generate("train", index)
+    hashes.append(case.metadata["hash"])
+    first_frames[row] = case.first_frame
+  return Bank(clips=clips, hashes=hashes, first_frames=first_frames)
 
 
 def marks(task: Task, case: Case, clips: Bank) -> dict[str, Mark]:

@@ -360,7 +360,7 @@ def beside_models(
   Raises ValueError where a case is one of the training clips.
   """
   bank = baselines.bank(task)
-  trained = {case.metadata["hash"] for case in bank.cases}
+  trained = set(bank.hashes)
   leaked = [case.index for case in cases if case.metadata["hash"] in trained]
   if leaked:
     raise ValueError(

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +314,9 @@ def test_the_hash_alone_decides_between_training_and_tests(name):
 def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
   task = tasks.load("pick", size=32)
   case = task.generate("id", 3)
-  bank = baselines.Bank(cases=[case], first_frames=case.first_frame[None])
+  bank = baselines.Bank(
+    clips=[(task, 3)], hashes=[case.metadata["hash"]], first_frames=case.first_frame[None]
+  )
   monkeypatch.setattr(baselines, "bank", lambda task: bank)
   with pytest.raises(ValueError, match=r"pick: the cases \[3\] are training cases too"):
     evaluate.beside_models(None, task, [case], lambda latents: latents)  # type: ignore[arg-type]
@@ -346,9 +349,35 @@ def test_the_nearest_training_clip_is_the_one_of_the_same_picture():
   assert bank.nearest(again.first_frame).frames.tobytes() == again.frames.tobytes()
 
 
+@pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if not task.held_out])
+def test_a_bank_has_the_first_frames_of_clips_of_any_length(name):
+  task = tasks.load(name, size=32, frames=81)
+  bank = baselines.bank(task, 4)
+  for row in range(4):
+    case = task.generate("train", row)
+    np.testing.assert_array_equal(bank.first_frames[row], case.first_frame)
+    assert bank.hashes[row] == case.metadata["hash"]
+    found = bank.nearest(case.first_frame)
+    np.testing.assert_array_equal(found.frames[0], case.first_frame)
+    assert len(found.frames) == 81
+
+
+def test_a_bank_holds_no_videos():
+  task = tasks.load("pick", size=64, frames=81)
+  case = task.generate("train", 0)  # and what a task remembers
+  tracemalloc.start()
+  try:
+    bank = baselines.bank(task, 20)
+    held, most = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert bank.first_frames.nbytes < held < 2 * case.frames.nbytes
+  assert most < 6 * case.frames.nbytes
+
+
 def test_the_bank_of_a_held_out_task_is_that_of_all_others():
   found = baselines.bank(tasks.load("bounce", size=32), 14)
-  assert {case.task for case in found.cases} == {
+  assert {task.name for task, _ in found.clips} == {
     name for name, task in tasks.TASKS.items() if not task.held_out
   }
 

@@ -246,6 +246,8 @@ def measure(
   advance: Advance,
 ) -> None:
   """Runs, reads and scores one task, and writes its folder; cond: of `questions`, 2N rows."""
+  show = functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh)
+  others = beside_models(bundle, task, cases, show)  # first: it may refuse the cases
   count, seeds = len(cases), len(chosen.seeds)
   row = np.concatenate([np.repeat(np.arange(count), seeds), np.arange(count, 2 * count)])
   of_run = [cases[i % count] for i in row]
@@ -287,7 +289,6 @@ def measure(
     mesh=mesh,
     on_piece=on_piece,
   )
-  show = functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh)
   rows = []
   for group in groups(len(row), task, mesh):
     for r, frames in zip(group, show(final[group]), strict=True):
@@ -297,7 +298,7 @@ def measure(
       )
       if systems[r] == scoring.MODEL:
         media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=FPS)
-  rows += beside_models(bundle, task, cases, show)
+  rows += others
   ks = [of_run[r].metadata["k"] for r in watched]
   some = [of_run[r] for r in watched]
   seen = watch(task, some, x0, show) if watched else None

@@ -322,6 +322,18 @@ def test_a_case_that_was_trained_on_stops_the_evaluation(monkeypatch):
     evaluate.beside_models(None, task, [case], lambda latents: latents)  # type: ignore[arg-type]
 
 
+def test_a_case_that_was_trained_on_is_refused_before_anything_is_denoised(
+  tmp_path, monkeypatch, capsys
+):
+  task = tasks.load("pick", size=32)
+  hashes = [case.metadata["hash"] for case in evaluate.cases_of(task, "id", 2, "both")]
+  bank = baselines.Bank(clips=[], hashes=hashes, first_frames=np.empty((0, 32, 32, 3), np.uint8))
+  monkeypatch.setattr(baselines, "bank", lambda task: bank)
+  monkeypatch.setattr(evaluate.runs, "run", None)
+  assert call(tmp_path / "scores", "--tasks=pick") == cli.BAD_INPUT
+  assert "are training cases too" in capsys.readouterr().err
+
+
 def test_shuffled_prompts_are_the_same_prompts_and_differ_where_they_can():
   cases = evaluate.cases_of(tasks.load("pick", size=32), "id", 9, "both")
   own, other = [case.prompt for case in cases], evaluate.shuffled(cases)

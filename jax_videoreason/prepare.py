@@ -23,7 +23,7 @@ def encode(
   mesh: Mesh | None = None,
   experts: int | None = None,
 ) -> tuple[ModelBundle, list[Conditioning]]:
-  """The bundle ready to denoise and decode, and the conditioning of each group of runs.
+  """The bundle ready to denoise and decode, and the conditioning of each group of runs, in numpy.
 
   groups: (R prompts, first frames R height width 3 or None), each encoded on its own.
   shown: for each group the R pictures, of any size, that an image tower is shown
@@ -38,7 +38,7 @@ def encode(
   if shown is not None and bundle.parts.dit.config.clip_width is not None:
     clips = [conditioning.image_tokens(bundle, pictures) for pictures in shown]
   encoded = [
-    _everywhere(
+    distributed.fetch(
       conditioning.encode(
         bundle,
         prompts,
@@ -78,11 +78,6 @@ def one_expert(
   return lambda number: (
     checkpoint.load(chosen.checkpoint, parts=(f"dit_{number}",), mesh=mesh).params
   )
-
-
-def _everywhere(cond: Conditioning) -> Conditioning:
-  """It on this process alone, where it was made on the devices of several."""
-  return cond if cond.text.is_fully_addressable else distributed.fetch(cond)
 
 
 def schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:

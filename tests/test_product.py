@@ -37,6 +37,7 @@ from jax_videoreason import (
 )
 from jax_videoreason.configs import common
 from jax_videoreason.decode import decode
+from jax_videoreason.experiments import base
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Sizes
 from jax_videoreason.tasks import ENDING
@@ -137,6 +138,17 @@ def test_a_run_is_what_the_sampler_and_the_task_make_of_it_alone(done):
   said = task.parse(frames, case.metadata)
   assert row["answer"] == (None if said is None else str(said))
   assert row["score"] == pytest.approx(task.score(frames, case.metadata).value, abs=0.02)
+
+
+def test_the_conditioning_of_all_cases_lies_in_host_memory_and_costs_no_program():
+  bench = product.ready(made(cases=2, steps=2, piece=1))
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(bench.cond))
+  moved = dataclasses.replace(bench, cond=jax.tree.map(jax.device_put, bench.cond))
+  with base._count_programs() as programs:
+    here, there = (product.compute(b, unit).final for b, unit in ((bench, 0), (moved, 0)))
+    product.compute(bench, 1)
+  assert len(programs) == 1  # of two pieces, two units, and both places
+  np.testing.assert_array_equal(here, there)
 
 
 def test_the_page_has_a_card_per_case_to_filter(done):

@@ -220,7 +220,7 @@ def _trajectory(
   dit = bundle.parts.dit
   solver = SOLVERS[schedule.solver]
   state = start(noise, schedule.solver) if state is None else state
-  known = _known_cells(dit.config.image_input, cond)
+  known = known_cells(dit.config.image_input, cond)
   steps = len(schedule)
   slots = jnp.asarray(layer_slots(taps, dit.config.layers))
   asked = len(taps.layers) if taps.layers is not None else dit.config.layers
@@ -264,15 +264,15 @@ def _trajectory(
     if edit is not None:
       injected = _injected(noise, edit, noisy, row["index"], latents)
       latents, touched = edit_latents(edit, row["index"], latents, before.x0, injected)
-    latents = constrain(_impose(known, latents), CELLS)
+    latents = constrain(impose(known, latents), CELLS)
     velocity, tapped = model(latents, row)
     velocity = constrain(combine(velocity, row["guidance"]), CELLS)
     x0 = latents - row["sigma"] * velocity
     if edit is not None:
       x0, velocity = edit_output(edit, row["index"], x0, velocity, latents, row["sigma"])
-    x0 = constrain(_impose(known, x0), CELLS)
+    x0 = constrain(impose(known, x0), CELLS)
     after, memory = solver.step(before.solver, latents, velocity, x0, row, touched)
-    state = State(latents=_impose(known, after), x0=x0, solver=memory)
+    state = State(latents=impose(known, after), x0=x0, solver=memory)
     if schedule.which is not None:
       state = jax.tree.map(lambda old, new: jnp.where(held, old, new), before, state)
       latents = jnp.where(held, before.latents, latents)
@@ -363,14 +363,15 @@ def _injected(
   )
 
 
-def _known_cells(image_input: str, cond: Conditioning) -> tuple[Array, Array] | None:
+def known_cells(image_input: str, cond: Conditioning) -> tuple[Array, Array] | None:
   """(R F H W 1 bool, R F H W C): cells that a model with given tokens (TI2V-5B) holds fixed."""
   if image_input != "overwrite" or cond.known is None or cond.known_mask is None:
     return None
   return jnp.all(cond.known_mask > 0, axis=-1, keepdims=True), cond.known
 
 
-def _impose(known: tuple[Array, Array] | None, latents: Array) -> Array:
+def impose(known: tuple[Array, Array] | None, latents: Array) -> Array:
+  """R F H W C with the cells of `known_cells` in their place; None = all as they are."""
   if known is None:
     return latents
   mask, values = known

@@ -1,15 +1,25 @@
 """Each experiment beside a toy that has the effect, and one that has not."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 import toy
+from helpers import relative, tiny_bundle, tiny_inputs
 from jax_videoreason import probes as linear
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import with_memory
+from jax_videoreason.experiments.context import Chunks, Tally, assemble
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
-from jax_videoreason.experiments.layer_maps import agrees, rise, rise_before_last
+from jax_videoreason.experiments.layer_maps import (
+  agrees,
+  lens_x0,
+  rise,
+  rise_before_last,
+  tapped,
+)
 from jax_videoreason.experiments.layer_swap import flipped
 from jax_videoreason.experiments.probes import fit, targets_of
 from jax_videoreason.experiments.readings import decision, grown, majority
@@ -116,6 +126,27 @@ def test_a_lens_that_shows_nothing_does_not_agree_with_a_video_that_shows_nothin
   shown = np.array([["left", "right", None], [None, "left", "left"]], object)
   found = agrees(shown, final)
   np.testing.assert_array_equal(found, [[1, 0, np.nan], [0, 1, np.nan]])
+
+
+@pytest.mark.parametrize("image_input", ["none", "concat", "overwrite"])
+def test_the_lens_of_the_last_layer_is_what_the_sampler_guesses(image_input):
+  own = toy.setting()
+  chosen = dataclasses.replace(own.chosen, frames=9, height=16, width=16, steps=3, guidance=(3.0,))
+  setting = dataclasses.replace(
+    own,
+    bundle=tiny_bundle(image_input),
+    chosen=chosen,
+    encode=lambda chosen, cases: tiny_inputs(len(cases), image_input)[1],
+  )
+  ctx = assemble(
+    setting, toy.cases(2), {"case": np.arange(2)}, tally=Tally(), chunks=Chunks(), place="test"
+  )
+  taps = tapped(ctx.sizes, site="resid_post")
+  _, trace = ctx.denoise(taps=taps)
+  guesses = lens_x0(ctx, trace, np.asarray(trace.taps["resid_post/lens"]))
+  # the head runs once more, outside the model's own program: rounding alone lies between
+  assert relative(guesses[:, -1], trace.x0) < 1e-5
+  assert relative(guesses[:, 0], trace.x0) > 0.01
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """What every layer holds at every step: norms, components, and the answer it would give."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
@@ -11,7 +13,8 @@ from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.reductions import signs
-from jax_videoreason.structs import Sizes
+from jax_videoreason.sampler import impose, known_cells
+from jax_videoreason.structs import Sizes, Trace
 from jax_videoreason.taps import TapSpec, tap_bytes
 
 COLUMNS = 32  # of the projection by which layers are compared
@@ -110,9 +113,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     np.linalg.norm(own[f"{site}/project"], axis=-1, keepdims=True), 1e-6
   )
   steps = np.unique(np.linspace(0, sizes.S - 1, lens_steps).round().astype(int))
-  velocity = combined(ctx, kept[f"{site}/lens"])  # S L R F H W C
-  sigma = ctx.sigma[:-1].reshape(-1, *(1,) * 6)
-  guesses = np.asarray(trace.latents)[:, None] - sigma * velocity
+  guesses = lens_x0(ctx, trace, kept[f"{site}/lens"])
   final = ctx.read(np.asarray(trace.x0)[-1:]).answer[0]
   read = [ctx.read(guesses[step]) for step in steps]  # one row per layer
   last = sizes.S - 1
@@ -194,6 +195,15 @@ def agrees(answer: np.ndarray, final: np.ndarray) -> np.ndarray:
 def masked_mean(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
   """Mean over the last axis where mask; 0 where nothing is."""
   return (value * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+
+
+def lens_x0(ctx: Context, trace: Trace, lens: np.ndarray) -> np.ndarray:
+  """S L R F H W C: the x0 that lens taps S L G R T (patch C) give, known cells in their place."""
+  sigma = ctx.sigma[:-1].reshape(-1, *(1,) * 6)
+  guesses = np.asarray(trace.latents)[:, None] - sigma * combined(ctx, lens)
+  known = known_cells(ctx.bundle.parts.dit.config.image_input, ctx.cond)
+  layers = jax.vmap(functools.partial(impose, known))
+  return np.stack([np.asarray(layers(step)) for step in guesses])
 
 
 def combined(ctx: Context, lens: np.ndarray) -> np.ndarray:

@@ -9,13 +9,16 @@ import pytest
 import toy
 from helpers import relative, tiny_bundle, tiny_inputs
 from jax_videoreason import probes as linear
+from jax_videoreason import tasks
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import with_memory
 from jax_videoreason.experiments.context import Chunks, Tally, assemble
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
 from jax_videoreason.experiments.layer_maps import (
   agrees,
+  beside_ground,
   lens_x0,
+  object_share,
   rise,
   rise_before_last,
   tapped,
@@ -23,6 +26,7 @@ from jax_videoreason.experiments.layer_maps import (
 from jax_videoreason.experiments.layer_swap import flipped
 from jax_videoreason.experiments.probes import fit, targets_of
 from jax_videoreason.experiments.readings import decision, grown, majority
+from jax_videoreason.tasks import draw
 
 
 def run(name, setting, count=10, **options):
@@ -126,6 +130,38 @@ def test_a_lens_that_shows_nothing_does_not_agree_with_a_video_that_shows_nothin
   shown = np.array([["left", "right", None], [None, "left", "left"]], object)
   found = agrees(shown, final)
   np.testing.assert_array_equal(found, [[1, 0, np.nan], [0, 1, np.nan]])
+
+
+def test_an_object_smaller_than_a_token_gives_the_contrast_that_was_planted():
+  pictures = np.full((2, 64, 64, 3), draw.RGB[draw.WHITE])
+  pictures[:, :, :32] = draw.RGB[draw.BLACK]  # ground and walls alone
+  pictures[0, 20:23, 43:46] = draw.RGB[draw.RED]
+  share = object_share(pictures, (2, 8, 8))
+  assert np.flatnonzero(share[0]).tolist() == [2 * 8 + 5, 64 + 2 * 8 + 5]
+  np.testing.assert_allclose(share[0].max(), 9 / 64)
+  value = np.zeros((3, 2, 128))  # layers, runs, tokens
+  value[1, :, share[0] > 0] = 4.0
+  found = beside_ground(value, share[None])
+  np.testing.assert_allclose(found[:, 0], [0, 4, 0], atol=0.1)
+  assert np.isnan(found[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", ["maze", "pick", "select_largest"])
+def test_objects_are_neither_ground_nor_walls(name):
+  task = tasks.load(name, size=32)
+  for index in range(8):
+    picture = task.generate("id", index).first_frame
+    share = object_share(picture[None], (1, 4, 4))
+    shown = draw.label(picture[None])
+    assert share.sum() * 64 == (~np.isin(shown, [draw.BLACK, draw.WHITE, draw.GREY])).sum()
+    assert 0 < share.mean() < 0.5
+
+
+def test_cases_without_objects_are_left_out_of_the_contrast_and_counted():
+  _, _, findings = run("layer_maps", toy.setting(toy.truth), 2)
+  [found] = [f for f in findings if f.claim.of == "contrast"]
+  assert (found.verdict, found.cases) == ("can't tell", 0)
+  assert found.note == "2 of 2 cases have no number"
 
 
 @pytest.mark.parametrize("image_input", ["none", "concat", "overwrite"])

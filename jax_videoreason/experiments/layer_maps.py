@@ -16,6 +16,7 @@ from jax_videoreason.reductions import signs
 from jax_videoreason.sampler import impose, known_cells
 from jax_videoreason.structs import Sizes, Trace
 from jax_videoreason.taps import TapSpec, tap_bytes
+from jax_videoreason.tasks import draw
 
 COLUMNS = 32  # of the projection by which layers are compared
 TOP = 20  # channels whose variance is reported
@@ -87,13 +88,16 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   projection to 32 random directions of the residual stream, norms of each layer's update. The layer
   lens is the model's own output head on every layer, both guidance branches, so it gives a
   velocity, an x0 and an answer per layer and step. Contrast: token norms in deviations from the
-  mean of their layer, on objects (tokens where the first frame is not of its commonest
-  colour) minus elsewhere. Norms are also shown divided by the median of their layer.
+  mean of their layer, on objects minus elsewhere, each token weighed by the share of its pixels
+  that are of an object: of a colour of its own on the first frame, neither black, white nor grey,
+  which are grounds and walls. Norms are also shown divided by the median of their layer.
 
   The last step runs once more to draw the three main components and the channels of most variance.
 
   Limits: the head was trained on the last layer alone, so the lens understates early layers. CKA
-  and cosine are of projections, over tokens. Nothing is edited, so there is no identity control.
+  and cosine are of projections, over tokens. Objects are sought where they stand on the first
+  frame; a token larger than they are shows its ground too. A picture without objects has no
+  contrast. Nothing is edited, so there is no identity control.
   """
   sizes = ctx.sizes
   shape = (sizes.F, *token_grid(ctx))
@@ -106,8 +110,8 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   variance = own[f"{site}/channel_moments"][..., 1, :]
   moments = np.sort(variance, axis=-1)
   deviations = (norm - norm.mean(-1, keepdims=True)) / np.maximum(norm.std(-1, keepdims=True), 1e-6)
-  objects = object_tokens(ctx, shape)[None, None]
-  contrast = masked_mean(deviations, objects) - masked_mean(deviations, ~objects)
+  share = object_share(np.stack([case.first_frame for case in ctx.cases]), shape)
+  contrast = beside_ground(deviations, share[None, None])
   projected = own[f"{site}/project"][..., None, None, :]  # S L R T 1 1 P
   flat = own[f"{site}/project"] / np.maximum(
     np.linalg.norm(own[f"{site}/project"], axis=-1, keepdims=True), 1e-6
@@ -174,27 +178,34 @@ def token_grid(ctx: Context) -> tuple[int, int]:
   return h, w
 
 
-def object_tokens(ctx: Context, shape: tuple[int, int, int]) -> np.ndarray:
-  """R T bool: tokens a quarter or more of whose pixels are not of the commonest colour."""
+def object_share(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+  """R T: share of each token's pixels that are of an object, in every latent frame the same.
+
+  pictures: first frames, uint8 (R height width 3). An object is what has a hue; black, white and
+  grey are what tasks draw their grounds, floors and walls with.
+  """
   f, h, w = shape
-  masks = []
-  for case in ctx.cases:
-    pixels = rearrange(case.first_frame, "y x c -> (y x) c")
-    colour, count = np.unique(pixels, axis=0, return_counts=True)
-    other = (case.first_frame != colour[count.argmax()]).any(-1).astype(float)
-    share = reduce(other, "(h a) (w b) -> h w", "mean", h=h, w=w)
-    masks.append(np.tile(share.reshape(-1) >= 0.25, f))
-  return np.stack(masks)
+  objects = np.isin(draw.label(pictures), draw.HUES).astype(float)
+  return np.tile(reduce(objects, "r (h a) (w b) -> r (h w)", "mean", h=h, w=w), f)
+
+
+def beside_ground(value: np.ndarray, share: np.ndarray) -> np.ndarray:
+  """Mean of value over objects minus that over the rest, along the last axis (tokens).
+
+  share: of each token that is of an object. NaN where all is object, or nothing is.
+  """
+  return weighted_mean(value, share) - weighted_mean(value, 1 - share)
+
+
+def weighted_mean(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
+  """Mean over the last axis; NaN where nothing has weight."""
+  total = weight.sum(-1)
+  return (value * weight).sum(-1) / np.where(total > 0, total, np.nan)
 
 
 def agrees(answer: np.ndarray, final: np.ndarray) -> np.ndarray:
   """... R: 1 where an answer is that of the final video, 0 elsewhere; NaN where that has none."""
   return np.where(answers.readable(final), answer == final, np.nan)
-
-
-def masked_mean(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Mean over the last axis where mask; 0 where nothing is."""
-  return (value * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
 
 
 def lens_x0(ctx: Context, trace: Trace, lens: np.ndarray) -> np.ndarray:

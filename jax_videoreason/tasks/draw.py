@@ -28,6 +28,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 NAMES = tuple(PALETTE)
 BLACK, WHITE, GREY, RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(len(NAMES))
+HUES = (RED, GREEN, BLUE, YELLOW, PURPLE, CYAN)  # of objects; grounds and walls have none
 UNDECIDED = -1
 RGB = np.array(list(PALETTE.values()), np.uint8)
 # Squared distance of a pixel (r g b 1) from each colour, less |pixel|^2, times 16 plus the index of

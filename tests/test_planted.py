@@ -11,7 +11,7 @@ from helpers import relative, tiny_bundle, tiny_inputs
 from jax_videoreason import probes as linear
 from jax_videoreason import tasks
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
-from jax_videoreason.experiments.behaviours import with_memory
+from jax_videoreason.experiments.behaviours import parts, with_memory
 from jax_videoreason.experiments.context import Chunks, Tally, assemble
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
 from jax_videoreason.experiments.layer_maps import (
@@ -39,6 +39,18 @@ def verdicts(findings):
 
 def is_zero(record):
   return record["control"] == dict.fromkeys(record["control"], 0.0)
+
+
+def context(setting, cases):
+  """The batch of these runs."""
+  return assemble(
+    setting, cases, {"case": np.arange(len(cases))}, tally=Tally(), chunks=Chunks(), place="test"
+  )
+
+
+def solved(task, cases):
+  """A batch of cases of a task that ships, around a toy that is not run."""
+  return context(dataclasses.replace(toy.setting(), load_task=lambda name, chosen: task), cases)
 
 
 # layer_swap
@@ -174,9 +186,7 @@ def test_the_lens_of_the_last_layer_is_what_the_sampler_guesses(image_input):
     chosen=chosen,
     encode=lambda chosen, cases: tiny_inputs(len(cases), image_input)[1],
   )
-  ctx = assemble(
-    setting, toy.cases(2), {"case": np.arange(2)}, tally=Tally(), chunks=Chunks(), place="test"
-  )
+  ctx = context(setting, toy.cases(2))
   taps = tapped(ctx.sizes, site="resid_post")
   _, trace = ctx.denoise(taps=taps)
   guesses = lens_x0(ctx, trace, np.asarray(trace.taps["resid_post/lens"]))
@@ -279,17 +289,55 @@ def test_the_decision_is_the_last_change_of_what_can_be_read(said, step):
 
 
 def test_growth_is_of_answers_that_are_begun_and_not_complete():
-  progress = np.array(
-    [
-      [0.0, 0.3, 0.6, 0.6],  # grows
-      [0.3, 0.6, 0.3, 0.6],  # loses
-      [0.0, 1.0, 1.0, 1.0],  # is there at once
-      [1.0, 1.0, 1.0, 1.0],
-    ]
-  )
-  found = grown(progress.T)
-  assert found["enhanced"].tolist() == [1, 0, 0, 0]
-  assert found["growth_steps"].tolist() == [1, 2, 0, 0]
+  shown = [
+    ["", "a", "ab", "ab"],  # grows
+    ["a", "ab", "a", "ab"],  # loses
+    ["", "abc", "abc", "abc"],  # is there at once
+    ["abc", "abc", "abc", "abc"],
+    [None, "a", None, "abc"],  # grows while it can't be read
+    ["ab", "cde", "cdef", "cdef"],  # becomes another
+    [None, None, None, "abc"],
+    [None, None, None, None],
+  ]
+  parts = np.full((4, len(shown)), None, object)
+  for run, words in enumerate(shown):
+    for step, word in enumerate(words):
+      parts[step, run] = None if word is None else frozenset(word)
+  found = grown(parts)
+  nan = np.nan
+  np.testing.assert_array_equal(found["enhanced"], [1, 0, 0, 0, 1, 0, nan, nan])
+  np.testing.assert_array_equal(found["growth_steps"], [1, 2, 0, 0, 1, 1, nan, nan])
+
+
+def part_by_part(case):
+  """Pictures that show more and more parts of the answer: a trail that lengthens, bar after bar."""
+  if case.task == "maze":
+    return case.frames[2:]
+  ends = case.frames[[0, -1]]
+  bars = [draw.colour(bar["colour"]) for bar in case.metadata["problem"]["bars"]]
+  moved = [np.isin(draw.label(ends), bars[:count]).any(0) for count in range(len(bars) + 1)]
+  return np.stack([np.where(place[..., None], ends[1], ends[0]) for place in moved])
+
+
+@pytest.mark.parametrize("name", ["maze", "sort_bars"])
+def test_an_answer_grows_by_its_parts_and_not_by_its_contrast(name):
+  task = tasks.load(name, size=32)
+  cases = [task.generate("id", index) for index in range(6)]
+  for case in cases:
+    still = case.frames[0].astype(float)
+    fade = [still + share * (case.frames[-1] - still) for share in np.linspace(0, 1, 15)]
+    for pictures, enhanced in ((np.round(fade).astype(np.uint8), 0), (part_by_part(case), 1)):
+      clips = np.repeat(pictures[:, None, None], 2, axis=2)
+      found = grown(parts(solved(task, [case]), clips))
+      assert found["enhanced"].tolist() == [enhanced]
+      assert (found["growth_steps"] > 1) == enhanced
+
+
+def test_no_growth_is_asked_of_a_task_whose_answer_has_no_parts():
+  task = tasks.load("pick", size=32)
+  cases = [task.generate("id", index) for index in range(2)]
+  clips = np.stack([case.frames for case in cases])[None].repeat(3, axis=0)
+  assert np.isnan(grown(parts(solved(task, cases), clips))["enhanced"]).all()
 
 
 def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():

@@ -192,6 +192,9 @@ class Sides:
   def hidden(self, problem):
     return [(problem["side"], (0, 0, H, W // 2), np.arange(self.frames) > 0)]
 
+  def parts(self, labels, problem):
+    return None
+
   def halves(self, frames):
     x = (frames[-1, ..., 0].astype(float) - 128) / 100
     return {"left": float(x[:, : W // 2].mean()), "right": float(x[:, W // 2 :].mean())}

@@ -16,10 +16,11 @@ from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
+from jax_videoreason.tasks import ENDING, draw
 
 KEPT = 0.9  # preservation from which the picture counts as perceived
 HIDES = 0.9  # process of an occlusion above which its curtain hides what it should
-PARTS = ("preservation", "final", "process")  # of a score
+PARTS = ("preservation", "process")  # of a score
 MOST_HIDDEN = 4  # objects of a case that are probed while they are hidden
 WIDTH = 64  # columns of an object's mean after a fixed random projection
 
@@ -38,7 +39,8 @@ def tapped(sizes: Sizes, *, stride: int, regions: Any = None) -> TapSpec:
       number=11,
       says="enhancement: incomplete answers grow, nothing taken back",
       of="enhanced",
-      statistic="share of runs whose begun, incomplete answer grows at a step and loses at none",
+      statistic="share whose begun answer gains parts at a step and loses none at any, of runs "
+      "whose answer has parts and is read at two steps",
       above=0.05,
       share=True,
       paper="occurs, no rate given",
@@ -83,14 +85,15 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   """How often does the model correct itself, extend its answer, remember, look before it acts?
 
   From x0 at every step. Correction and relapse: flips wrong to right and right to wrong.
-  Enhancement: an answer that is begun and not complete (final state and process of the score,
-  without preservation) rises at some step and never falls by as much. Memory: in occlusion a
-  curtain hides objects (where the process of the final video scores .9) and must leave them as they
-  were; also at which step that is already so, and whether the colour of a square can be read
-  linearly from the tokens at its place on the latent frames that show nothing but the curtain
-  there (probes as in `probes`, unseen cases, beside shuffled labels; every `stride`-th step).
-  Perception: the first step at which what must not change is in place (preservation of .9);
-  action: the first step with a right answer.
+  Enhancement: an answer that is begun gains parts at some step and loses none at any: the cells of
+  a trail in maze, the bars that stand in sort_bars. Only steps are compared at which each part is
+  wholly there or not at all, so that a picture which becomes legible does not grow; the answers of
+  other tasks have no parts and are not asked. Memory: in occlusion a curtain hides objects (where
+  the process of the final video scores .9) and must leave them as they were; also at which step
+  that is already so, and whether the colour of a square can be read linearly from the tokens at its
+  place on the latent frames that show nothing but the curtain there (probes as in `probes`, unseen
+  cases, beside shuffled labels; every `stride`-th step). Perception: the first step at which what
+  must not change is in place (preservation of .9); action: the first step with a right answer.
 
   Limits: all but the probe of memory is read from the decoded picture. A token is larger than a
   square, so its neighbours may show beside it. What a video VAE of the past frames keeps in its
@@ -104,13 +107,14 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   x0 = np.asarray(trace.x0)
   said = per_run(ctx.read(x0))
   score = said["score"]
-  preserved, final, process = marks(ctx, x0)
+  clips = ctx.setting.decode(x0)
+  preserved, process = marks(ctx, clips)
   hides = process[-1] > HIDES
   stands = preserved >= KEPT
   perceived = np.where(stands.any(0), stands.argmax(0) / ctx.sizes.S, np.nan)
   occlusion = np.array([case.task == "occlusion" for case in ctx.cases])
   values = {
-    **grown((final + process) / 2),
+    **grown(parts(ctx, clips)),
     "corrected": said["corrected"],
     "spoiled": said["spoiled"],
     "net_correction": said["corrected"] - said["spoiled"],
@@ -182,9 +186,18 @@ def with_memory(result: Result) -> Result:
   return dataclasses.replace(result, values=kept, axes=axes, notes=notes, signed=signed)
 
 
-def marks(ctx: Context, x0: Any) -> np.ndarray:
-  """3 S R: preservation of what must not change, final state and process, of the score."""
-  clips = ctx.setting.decode(x0)
+def parts(ctx: Context, clips: np.ndarray) -> np.ndarray:
+  """S R: the parts of an answer that each clip ends with, as `Task.parts` has them."""
+  found = np.full(clips.shape[:2], None, object)
+  for run, case in enumerate(ctx.cases):
+    of = ctx.task(run).parts
+    for step, clip in enumerate(clips[:, run]):
+      found[step, run] = of(draw.label(clip[-ENDING:]), case.metadata["problem"])
+  return found
+
+
+def marks(ctx: Context, clips: np.ndarray) -> np.ndarray:
+  """2 S R: preservation of what must not change, and process, of the score."""
   tasks = [ctx.task(run) for run in range(ctx.sizes.R)]
   found = [
     [
@@ -197,8 +210,8 @@ def marks(ctx: Context, x0: Any) -> np.ndarray:
 
 
 TITLES = {
-  "enhanced": "Runs that grow without loss",
-  "growth_steps": "Steps at which an incomplete answer grows",
+  "enhanced": "Runs whose answer gains parts and loses none, of those whose answer has parts",
+  "growth_steps": "Steps at which a begun answer gains parts",
   "corrected": "Runs with a flip wrong to right, of those read at two steps before the last",
   "spoiled": "Runs with a flip right to wrong, of those read at two steps before the last",
   "net_correction": "Corrected minus spoiled",

@@ -1,13 +1,12 @@
 """What the answers along the steps say of each run, as numbers."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 
 from jax_videoreason.answers import readable
 from jax_videoreason.structs import AnswerTrace
-
-GROWN = 0.02  # rise of the progress that counts as growth
 
 
 def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
@@ -61,15 +60,22 @@ def decision(answer: np.ndarray) -> np.ndarray:
   return found
 
 
-def grown(progress: np.ndarray) -> dict[str, np.ndarray]:
-  """Of progress S R, in 0..1: which runs rise while they are begun and not complete, and never fall
-  by as much; at how many steps they rise so."""
-  rise, before = np.diff(progress, axis=0), progress[:-1]
-  grows = (before > GROWN) & (before < 1.0) & (rise > GROWN)
-  return {
-    "enhanced": (grows.any(0) & ~(rise < -GROWN).any(0)).astype(float),
-    "growth_steps": grows.sum(0).astype(float),
-  }
+def grown(parts: np.ndarray) -> dict[str, np.ndarray]:
+  """R: whether an answer that is begun gains parts at a step and loses none at any; at how many
+  steps it gains some.
+
+  parts: S R, frozensets of what is drawn of an answer; None = unreadable, and is passed over: a
+  picture that becomes legible is no growth. NaN where fewer than two steps can be read, as in tasks
+  whose answers have no parts.
+  """
+  found = np.full((2, parts.shape[1]), np.nan)
+  for run, shown in enumerate(parts.T):
+    steps = list(itertools.pairwise(drawn for drawn in shown if drawn is not None))
+    if steps:
+      gains = sum(bool(before) and before < after for before, after in steps)
+      kept = all(before <= after for before, after in steps)
+      found[:, run] = gains > 0 and kept, gains
+  return {"enhanced": found[0], "growth_steps": found[1]}
 
 
 def majority(answers: np.ndarray) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 A task subclasses `Task` and writes `draw_problem`, `right_answers`, `options`, `templates`,
 `draw_answer`, `kept`, `read`, `process` and `soft`; also `final` where a part of an answer is worth
-something, and `canonical` where two problem dicts can mean one problem. `read` is given whole clips
-or their last ENDING frames alone, and raises `Unseen` where these do not say the answer. `Task`
-itself makes the cases, keeps the splits apart and puts the score together. A problem is a dict that
-JSON can hold; an answer is a str or an int, so that it is hashable and survives metadata.json
-unchanged.
+something, `parts` where it is drawn part by part, and `canonical` where two problem dicts can mean
+one problem. `read` is given whole clips or their last ENDING frames alone, and raises `Unseen`
+where these do not say the answer. `Task` itself makes the cases, keeps the splits apart and puts
+the score together. A problem is a dict that JSON can hold; an answer is a str or an int, so that it
+is hashable and survives metadata.json unchanged.
 """
 
 import dataclasses
@@ -276,6 +276,12 @@ class Task:
   def final(self, labels: np.ndarray, metadata: Metadata) -> float:
     """Correctness of the final state, 0..1: by default, 1 for a right answer."""
     return float(self.read(labels, metadata["problem"]) in metadata["answers"])
+
+  def parts(self, labels: np.ndarray, problem: Problem) -> frozenset[Any] | None:
+    """The parts of an answer, right or wrong, that the clip ends with, such as the cells of a
+    trail. None = unreadable, as where one is half there; or, by default, an answer has no parts.
+    """
+    return None
 
   def process(self, labels: np.ndarray, metadata: Metadata) -> float:
     """Validity of the way there, 0..1: legal steps / required steps."""

@@ -207,6 +207,11 @@ class Maze(base.Task):
     paths = [set(walk(start, a)) - {start} for a in metadata["answers"]]
     return max(len(cells & path) / len(cells | path) for path in paths)
 
+  def parts(self, labels: np.ndarray, problem: base.Problem) -> frozenset[Cell] | None:
+    """The cells of the trail after the start."""
+    cells, clean = self.ending(labels, problem)
+    return frozenset(cells - {ends_of(problem)[0]}) if clean else None
+
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """Share of frames on which the trail only grows, at its head and on free cells, times the
     share of a right path it covers."""

@@ -227,6 +227,11 @@ class SortBars(base.Task):
     hits = [sum(row[goal] == bar for bar, goal in enumerate(goals)) for goals in right]
     return max(hits) / len(row)
 
+  def parts(self, labels: np.ndarray, problem: base.Problem) -> frozenset[tuple[int, int]] | None:
+    """The (slot, bar) of every bar that stands in the lower row."""
+    row = self.row(labels, problem)
+    return None if row is None else frozenset((s, b) for s, b in enumerate(row) if b >= 0)
+
   def process(self, labels: np.ndarray, metadata: base.Metadata) -> float:
     """Share of bars' ways to their ranks that were travelled without a leap, times the share of
     frames on which the bars have their areas. The way of a bar that does not arrive is worth 0."""

@@ -45,6 +45,7 @@ from jax_videoreason.folders import (
   read_json,
   write_json,
 )
+from jax_videoreason.models import FAMILIES
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.taps import TapSpec
@@ -57,7 +58,6 @@ WATCHED_SEEDS = 4  # seeds of an ambiguous case whose x0 is read at every step
 WATCHED_STEPS = 25  # steps at which it is read
 PIXELS = 1 << 24  # pixels of video that are decoded and held at once
 TRIES = 50  # indices looked at per case wanted
-FPS = 8
 ASKED, RESULT, TABLE, MANIFEST, PARTS = (
   "evaluation.json",
   "result.json",
@@ -289,6 +289,7 @@ def measure(
     mesh=mesh,
     on_piece=on_piece,
   )
+  fps = FAMILIES[bundle.card.family].fps(bundle.card.latents)
   rows = []
   for group in groups(len(row), task, mesh):
     for r, frames in zip(group, show(final[group]), strict=True):
@@ -297,7 +298,7 @@ def measure(
         said(found, of_run[r], int(row[r]) % count, systems[r], numbers[r], not finite[r])
       )
       if systems[r] == scoring.MODEL:
-        media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=FPS)
+        media.write_mp4(folder / f"video_{row[r]}_{numbers[r]}.mp4", frames, fps=fps)
   rows += others
   ks = [of_run[r].metadata["k"] for r in watched]
   some = [of_run[r] for r in watched]

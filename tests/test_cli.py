@@ -34,8 +34,8 @@ from jax_videoreason import (
 )
 from jax_videoreason.cli import report as report_command
 from jax_videoreason.cli import sample
-from jax_videoreason.models import FAMILIES
-from jax_videoreason.structs import Card, ModelBundle
+from jax_videoreason.models import FAMILIES, Family
+from jax_videoreason.structs import Card, LatentSpec, ModelBundle
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "mark the largest shape"
@@ -504,6 +504,20 @@ def test_sample_leaves_a_whole_run_folder(sampled):
   assert run.frames is not None
   assert run.frames.shape == (3, 3, 5, 16, 16, 3)
   assert run.answers is None
+
+
+def test_a_video_has_the_frame_rate_of_its_model(call, sample_words, tmp_path, monkeypatch):
+  asked = []
+
+  def fps(_, latents):
+    asked.append(latents)
+    return 24
+
+  monkeypatch.setattr(Family, "fps", fps)
+  assert call(*sample_words)[0] == 0
+  for number in (0, 1):
+    assert media.read_mp4(tmp_path / "run" / f"video_{number}.mp4")[1] == 24
+  assert asked == [LatentSpec(channels=4, stride=(4, 4, 4))]
 
 
 def test_the_manifest_says_how_to_do_it_again(sampled, bundle_dir):

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jax_videoreason import checkpoint
 from jax_videoreason.models import FAMILIES
 
 FAMILY = FAMILIES["wan21"]
@@ -43,6 +44,17 @@ def test_other_parts(name):
     wanted["clip"] = CLIP
   configs = variant.configs
   assert {part: count(part, configs[part]) for part in configs if part != "dit"} == wanted
+
+
+@pytest.mark.parametrize("name", DIT)
+def test_a_bundle_of_a_published_model_has_its_frame_rate(name):
+  latents = FAMILY.latents(FAMILY.build(FAMILY.variants[name].configs))
+  assert FAMILY.fps(latents) == (24 if name == "wan22_ti2v_5b" else 16)
+
+
+@pytest.mark.parametrize("name", ["mini", "mini_experts"])
+def test_a_model_like_no_published_one_has_a_rate_of_its_own(name):
+  assert FAMILY.fps(checkpoint.describe(name).card.latents) == 8
 
 
 @pytest.mark.parametrize("name", DIT)

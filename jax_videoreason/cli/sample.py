@@ -57,11 +57,11 @@ from jax_videoreason import (
 from jax_videoreason.attention import Route
 from jax_videoreason.branching import Branch
 from jax_videoreason.decode import decode
+from jax_videoreason.models import FAMILIES
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.taps import check_budget
 
-FPS = 8
 # what a stored run has already been asked
 ASKED = ("image", "prompt", "seeds", "noise", "fit", cli.CONFIG)
 FITS = ("exact", "stretch", "cover", "area")
@@ -354,7 +354,8 @@ def record(
       frames = np.stack(frames)
       writer.write_frames(frames, steps=shown)
       videos = decode(bundle, final, tiles=chosen.tiles, mesh=mesh)
-      store.write_videos(folder, videos, first_pictures(of_run), fps=FPS)
+      fps = FAMILIES[card.family].fps(card.latents)
+      store.write_videos(folder, videos, first_pictures(of_run), fps=fps)
       advance(1)
   said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
   store.write_final_latents(folder, final)

@@ -17,6 +17,8 @@ from jax_videoreason.models.variants import VARIANTS, Variant
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
 from jax_videoreason.structs import LatentSpec, Parts
 
+FPS = 8  # of models that are like no published one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
@@ -67,6 +69,12 @@ class Family:
     """What a latent of these modules is."""
     vae, dit = parts.vae.config, parts.dit.config
     return LatentSpec(channels=vae.z_channels, stride=vae.stride, patch=dit.patch)
+
+  def fps(self, latents: LatentSpec) -> int:
+    """Frames per second of a model's videos: those of the published models with such latents, which
+    share a VAE; `FPS` where there is none."""
+    known = {self.latents(self.build(v.configs)): v.fps for v in self.variants.values()}
+    return known.get(latents, FPS)
 
 
 @functools.cache

@@ -18,7 +18,10 @@ TEXT, VAE, CLIP = UMT5Config(), WanVAEConfig(), CLIPConfig(dtype="bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-  """The configs of a model's parts; experts: transformers of that config; boundary as in `Card`."""
+  """The configs of a model's parts; experts: transformers of that config; boundary as in `Card`.
+
+  fps: frames per second of its videos, as it was trained.
+  """
 
   dit: WanConfig
   vae: WanVAEConfig = VAE
@@ -26,6 +29,7 @@ class Variant:
   clip: CLIPConfig | None = None
   experts: int = 1
   boundary: float | None = None
+  fps: int = 16
 
   @property
   def configs(self) -> dict[str, Any]:
@@ -52,7 +56,7 @@ VARIANTS = {
   "wan21_i2v_14b": Variant(dit=_dit(**_14B, **_IMAGE, clip_width=CLIP.width), clip=CLIP),
   "wan22_t2v_a14b": Variant(dit=_dit(**_14B), experts=2, boundary=0.875),
   "wan22_i2v_a14b": Variant(dit=_dit(**_14B, **_IMAGE), experts=2, boundary=0.9),
-  "wan22_ti2v_5b": Variant(dit=_dit(**_5B, image_input="overwrite"), vae=WAN22_VAE),
+  "wan22_ti2v_5b": Variant(dit=_dit(**_5B, image_input="overwrite"), vae=WAN22_VAE, fps=24),
 }
 # VBVR are fine-tuned weights in the same modules.
 VARIANTS["vbvr_wan21"] = VARIANTS["wan21_i2v_14b"]

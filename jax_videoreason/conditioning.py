@@ -1,5 +1,6 @@
 """Prompts and first frames -> Conditioning: what the model is given beside the latents."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -85,6 +86,28 @@ def encode(
     known=_known(bundle, first_frames, last_frames, frames, grid, tiles),
     known_mask=known_mask(len(prompts), grid, last=last_frames is not None),
     clip=clip,
+  )
+
+
+def reframed(
+  bundle: ModelBundle,
+  cond: Conditioning,
+  first_frames: np.ndarray,
+  *,
+  frames: int,
+  tiles: str | Tiling | None = None,
+) -> Conditioning:
+  """What `encode` would make of `cond` for a video of another length, or other tiles.
+
+  Text and image tokens stay and the first frames are encoded anew, so only the VAE need be loaded.
+  """
+  first_frames = _checked("first_frames", first_frames, cond.text.shape[1])
+  grid = _grid(bundle, first_frames, frames)
+  tiles = named(tiles, bundle.card.latents) if isinstance(tiles, str) else tiles
+  return dataclasses.replace(
+    cond,
+    known=_known(bundle, first_frames, None, frames, grid, tiles),
+    known_mask=known_mask(len(first_frames), grid),
   )
 
 

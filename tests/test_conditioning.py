@@ -162,6 +162,17 @@ def test_text_alone_gives_no_known(bundle, image_input):
   assert made.known is None and made.known_mask is None
 
 
+@pytest.mark.parametrize("image_input", ["concat", "overwrite"])
+def test_a_video_of_another_length_needs_the_vae_alone(bundle, first_frames, image_input):
+  made = with_dit(bundle, image_input)
+  long, short = (
+    conditioning.encode(made, PROMPTS, first_frames, frames=frames) for frames in (9, 5)
+  )
+  alone = dataclasses.replace(made, text=None)
+  found = conditioning.reframed(alone, long, first_frames, frames=5)
+  jax.tree.map(np.testing.assert_array_equal, found, short)
+
+
 def test_batches_do_not_show(bundle, encoded, first_frames, monkeypatch):
   monkeypatch.setattr(conditioning, "PROMPTS", 2)
   monkeypatch.setattr(conditioning, "PIXELS", 5 * 8 * 12 - 1)  # one video at a time, in chunks

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 import toy
-from jax_videoreason import cli, folders, pages, settings, sharding
+from jax_videoreason import (
+  checkpoint,
+  cli,
+  conditioning,
+  folders,
+  pages,
+  settings,
+  sharding,
+)
 from jax_videoreason.cli import run
 from jax_videoreason.cli import vbvr as cli_vbvr
 from jax_videoreason.experiments import (
@@ -53,6 +61,74 @@ def test_first_frames_are_encoded_in_the_tiles_of_the_settings(monkeypatch):
   chosen = dataclasses.replace(toy.setting(toy.both_then_one).chosen, tiles="diffsynth")
   setting_module.encode(chosen, toy.cases(2))
   assert asked["tiles"] == "diffsynth"
+
+
+def mini(**changes):
+  config = cli.load_config("mini").to_dict() | {"seeds": [0, 1], "steps": 2}
+  return settings.from_config(config | changes)
+
+
+def test_what_was_encoded_before_is_to_the_bit_what_the_encoders_make(monkeypatch):
+  chosen = mini()
+  shorter = dataclasses.replace(chosen, frames=13)
+  cases = setting_module.pick_cases(chosen, ("pick", "maze"), 2)
+  runs = [case for case in [*cases[2:], *cases[:2]] for _ in chosen.seeds]
+  short = [
+    setting_module.load_task(c.task, shorter).case(c.metadata | {"frames": 13}) for c in runs
+  ]
+  asked = [(chosen, runs), (chosen, runs[:2]), (shorter, short)]
+  wanted = [setting_module.encode(*each) for each in asked]
+  made = setting_module.load(chosen, groups=[runs, runs[:2]])
+
+  def loaded(*args, **more):
+    raise FileNotFoundError("the encoders are loaded again")
+
+  monkeypatch.setattr(checkpoint, "load", loaded)
+  for each, cond in zip(asked, wanted, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, made.encode(*each), cond)
+  others = [(chosen, runs[:4]), (dataclasses.replace(shorter, negative_prompt="no"), short)]
+  for each in others:
+    with pytest.raises(FileNotFoundError, match="loaded again"):
+      made.encode(*each)
+
+
+def test_a_study_encodes_its_batches_before_the_model_is_loaded_and_no_finished_one(
+  tmp_path, monkeypatch
+):
+  words = ["run", "chain_of_steps", "--config.tasks=('pick',)", "--config.cases=3"]
+  words += ["--config.batch=1", "--config.seeds=1", "--config.steps=2", "--config.decoder=auto"]
+  assert cli.main([*words, f"--out={tmp_path / 'whole'}"]) == 0
+  words += [f"--out={tmp_path / 'parts'}"]
+  parts, groups = [], []
+  load, encode, put = checkpoint.load, conditioning.encode, Chunks.put
+
+  def loads(*args, **more):
+    parts.append(more["parts"])
+    return load(*args, **more)
+
+  def encodes(bundle, prompts, *args, **more):
+    groups.append(len(prompts))
+    return encode(bundle, prompts, *args, **more)
+
+  def stops(self, key, value):
+    if key.endswith("batch") and "batch 2" in key:
+      raise ValueError("the power fails")
+    put(self, key, value)
+
+  monkeypatch.setattr(checkpoint, "load", loads)
+  monkeypatch.setattr(conditioning, "encode", encodes)
+  with monkeypatch.context() as patch:
+    patch.setattr(Chunks, "put", stops)
+    assert cli.main(words) == cli.BAD_INPUT
+  assert groups == [3, 1, 1, 1]  # what the reader is chosen by, then every batch
+  assert cli.main(words) == 0
+  assert groups[4:] == [3, 1, 1]  # the first and the last batch
+  assert parts == 2 * [("text", "clip", "vae"), ("vae", "preview"), ("dit",)]
+  assert cli.main(words) == 0
+  assert len(parts) == 6  # nothing is loaded for what is there
+  whole, again = (results.load(tmp_path / place)[0].values for place in ("whole", "parts"))
+  for name, value in whole.items():
+    np.testing.assert_array_equal(again[name], value)
 
 
 # chain of steps

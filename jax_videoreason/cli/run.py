@@ -16,6 +16,7 @@ Interrupted, the same command goes on where it stopped; finished, it says so, un
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -202,8 +203,18 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   """Carries out one study and draws its page; a study that lies in `out` is left as it is."""
   import jax
 
-  from jax_videoreason import console, costs, experiments, folders, pages, settings, sharding, store
-  from jax_videoreason.experiments import results, setting
+  from jax_videoreason import (
+    checkpoint,
+    console,
+    costs,
+    experiments,
+    folders,
+    pages,
+    settings,
+    sharding,
+    store,
+  )
+  from jax_videoreason.experiments import base, results, setting
   from jax_videoreason.tasks import SCORING
 
   fault = costs.over_budget(planned(study, config))
@@ -214,8 +225,8 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   own.pop("words")
   chosen = settings.from_config(asked)
   batch = asked.pop("batch")
-  made = setting.load(chosen, sharding.mesh_here(mesh))
-  layout = None if made.mesh is None else dict(made.mesh.shape)
+  laid = sharding.mesh_here(mesh)
+  layout = None if laid is None else dict(laid.shape)
   source = study.source()
   code = [SCORING] if source is None else [SCORING, source]
   key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
@@ -228,6 +239,13 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       with folders.disk(out):
         folders.remove(out / CHUNKS)
     cases = setting.pick_cases(chosen, own["tasks"], own["cases"], own["split"])
+    chunks = experiments.Chunks(
+      folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"
+    )
+    left = base.batches_left(study, chosen, setting.load_task, cases, batch=batch, chunks=chunks)
+    previews = checkpoint.describe(chosen.checkpoint).modules.preview is not None
+    looked_at = [setting.compared(cases)] if own["decoder"] == "auto" and previews else []
+    made = setting.load(chosen, laid, itertools.chain(looked_at, left))
     made, agreement = choose_reader(made, cases, own["decoder"])
     result, record, findings = experiments.perform(
       study,
@@ -235,9 +253,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       cases,
       options=own["experiment"],
       batch=batch,
-      chunks=experiments.Chunks(
-        folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"
-      ),
+      chunks=chunks,
       say=console.say,
       progress=lambda total, title: console.progress(total, title, "evaluation"),
     )

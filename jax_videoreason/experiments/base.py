@@ -26,6 +26,7 @@ from jax_videoreason.experiments.context import (
 )
 from jax_videoreason.experiments.results import Claim, Finding, Result
 from jax_videoreason.folders import checksum, plain
+from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Case, Task
@@ -245,19 +246,25 @@ def perform(
   if not cases:
     raise ValueError(f"{study.name} got no cases: give at least one.")
   began = time.monotonic()
-  size = min(batch or len(cases), len(cases))
-  groups = [list(cases[low : low + size]) for low in range(0, len(cases), size)]
-  counts = [len(group) for group in groups]
+  chosen, load_task = setting.chosen, setting.load_task
+  groups, counts = _groups(cases, batch)
   chunks = chunks or Chunks()
   tally = Tally()
 
-  def context(number: int, *, control: bool) -> Context:
-    group = groups[number]
-    group = group + [group[-1]] * (size - len(group))
-    return _context(study, setting, group, tally, chunks, number, control)
+  def context(riding: Sequence[Case], place: str, *, control: bool) -> Context:
+    roles = np.arange(len(riding)).reshape(len(study.roles), -1)
+    return assemble(
+      setting,
+      riding,
+      dict(zip(study.roles, roles, strict=True)),
+      tally=tally,
+      chunks=chunks,
+      control=control,
+      place=place,
+    )
 
   with _count_programs() as programs, _keeping(study, chunks, say):
-    first = context(0, control=bool(study.zero))
+    first = context(*_riding(study, chosen, load_task, groups, 0), control=bool(study.zero))
     switch = setting.bundle.card.boundary is not None
     total = study.evaluations(first.sizes, given, len(groups), switch=switch)
     say(
@@ -275,7 +282,11 @@ def perform(
       tally.advance = advance
       parts = []
       for number in range(len(groups)):
-        parts.append(_batch(study, context(number, control=False), given))
+        riding, place = _riding(study, chosen, load_task, groups, number)
+        part = _finished(place, chunks, tally)
+        if part is None:
+          part = _batch(study, context(riding, place, control=False), given)
+        parts.append(part)
         if number == 0 and not study.zero:
           _warn_of_claims(study, parts[0], counts, len(setting.chosen.seeds))
     result = results.join(parts, len(setting.chosen.seeds), counts)
@@ -324,48 +335,79 @@ def verdicts(study: Study, result: Result, control: Mapping[str, float] | None) 
   return [_doubt(finding, broken) for finding in findings] if broken else findings
 
 
-def _context(
+def batches_left(
   study: Study,
-  setting: Setting,
-  group: Sequence[Case],
-  tally: Tally,
+  chosen: SampleSettings,
+  load_task: Callable[[str, SampleSettings], Task],
+  cases: Sequence[Case],
+  *,
+  batch: int | None,
   chunks: Chunks,
+) -> Iterator[list[Case]]:
+  """The case of every run of each batch that `perform`, called so, will make.
+
+  Those are the first one, also where it is finished, and all that no earlier call has finished.
+  """
+  groups, _ = _groups(cases, batch)
+  for number in range(len(groups)):
+    riding, place = _riding(study, chosen, load_task, groups, number)
+    kept = chunks.path(_key(place))
+    if number == 0 or kept is None or not kept.exists():
+      yield riding
+
+
+def _groups(cases: Sequence[Case], batch: int | None) -> tuple[list[list[Case]], list[int]]:
+  """Cases in batches of one size, the last filled up with its last case; how many each began as."""
+  size = min(batch or len(cases), len(cases))
+  groups = [list(cases[low : low + size]) for low in range(0, len(cases), size)]
+  return [g + [g[-1]] * (size - len(g)) for g in groups], [len(g) for g in groups]
+
+
+def _riding(
+  study: Study,
+  chosen: SampleSettings,
+  load_task: Callable[[str, SampleSettings], Task],
+  groups: Sequence[Sequence[Case]],
   number: int,
-  control: bool,
-) -> Context:
-  """The runs of a batch: role by role, case by case, seed by seed."""
-  count = len(group) * len(setting.chosen.seeds)
-  load, seeds = setting.load_task, setting.chosen.seeds
+) -> tuple[list[Case], str]:
+  """(the case of every run of a batch: role by role, case by case, seed by seed; its place)."""
   riding = [
-    ROLES[role](load(case.task, setting.chosen), case)
+    ROLES[role](load_task(case.task, chosen), case)
     for role in study.roles
-    for case in group
-    for _ in seeds
+    for case in groups[number]
+    for _ in chosen.seeds
   ]
-  roles = {role: np.arange(count) + i * count for i, role in enumerate(study.roles)}
   names = json.dumps([case.metadata["hash"] for case in riding])
-  place = f"{study.name} batch {number} {names}"
-  return assemble(setting, riding, roles, tally=tally, chunks=chunks, control=control, place=place)
+  return riding, f"{study.name} batch {number} {names}"
+
+
+def _key(place: str) -> str:
+  """Of the chunk of a finished batch."""
+  return f"{place}\nbatch"
+
+
+def _finished(place: str, chunks: Chunks, tally: Tally) -> Result | None:
+  """A batch that an earlier call has finished."""
+  kept = chunks.get(_key(place))
+  if kept is None:
+    return None
+  told = json.loads(str(kept.pop(".told")))
+  tally.reused += told["evaluations"]
+  tally.advance(told["evaluations"])
+  tally.name_broken(told["broken"])
+  axes = {name: tuple(names) for name, names in told["axes"].items()}
+  return Result(
+    values=kept,
+    axes=axes,
+    points=told["points"],
+    titles=told["titles"],
+    notes=told["notes"],
+    signed=told["signed"],
+  )
 
 
 def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
   """One batch, kept on disk when it is finished; runs that were not finite become NaN."""
-  key = f"{ctx.place}\nbatch"
-  kept = None if ctx.control else ctx.chunks.get(key)
-  if kept is not None:
-    told = json.loads(str(kept.pop(".told")))
-    ctx.tally.reused += told["evaluations"]
-    ctx.tally.advance(told["evaluations"])
-    ctx.tally.name_broken(told["broken"])
-    axes = {name: tuple(names) for name, names in told["axes"].items()}
-    return Result(
-      values=kept,
-      axes=axes,
-      points=told["points"],
-      titles=told["titles"],
-      notes=told["notes"],
-      signed=told["signed"],
-    )
   tally = ctx.tally
   spent, broken = tally.evaluations + tally.reused, len(tally.broken)
   with _placed(study):
@@ -378,7 +420,7 @@ def _batch(study: Study, ctx: Context, options: Mapping[str, Any]) -> Result:
       "broken": tally.broken[broken:],
       **{f: getattr(found, f) for f in ("axes", "points", "titles", "notes", "signed")},
     }
-    ctx.chunks.put(key, {**found.values, ".told": np.asarray(json.dumps(plain(told)))})
+    ctx.chunks.put(_key(ctx.place), {**found.values, ".told": np.asarray(json.dumps(plain(told)))})
   return found
 
 

@@ -329,7 +329,9 @@ def assemble(
   drawn = [runs.seed_of(case.index, seeds[i % len(seeds)]) for i, case in enumerate(cases)]
   noise = runs.place(runs.make_noise(drawn, (*grid, card.latents.channels)), setting.mesh)
   made = setting.encode(chosen, cases) if cond is None else cond
-  placed: Conditioning = runs.place(made, setting.mesh)
+  placed: Conditioning = (
+    jax.device_put(made) if setting.mesh is None else runs.place(made, setting.mesh)
+  )
   schedule = prepare.schedule(chosen, setting.bundle)
   return Context(
     setting=setting,

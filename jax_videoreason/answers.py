@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.tasks.base import Answer, Metadata, Task
-from jax_videoreason.tasks.draw import OCCUPIED
+from jax_videoreason.tasks.draw import VISIBLE, blended
 
 
 def read_steps(
@@ -40,7 +40,7 @@ def read_steps(
   answer = np.full((rows, runs), None, object)
   right = np.zeros((rows, runs), bool)
   score = np.zeros((rows, runs))
-  soft = np.full((3, rows, runs), np.nan)
+  soft = np.full((4, rows, runs), np.nan)
   for r, (task, case) in enumerate(zip(each, metadata, strict=True)):
     if task is None or case is None:
       continue
@@ -48,7 +48,8 @@ def read_steps(
       answer[s, r] = task.parse(frames[s, r], case)
       right[s, r] = answer[s, r] in case["answers"]
       score[s, r] = task.score(frames[s, r], case).value
-      soft[:, s, r] = weigh(task.candidates(frames[s, r], case), case["answers"])
+      seen = task.candidates(frames[s, r], case)
+      soft[:, s, r] = *weigh(seen, case["answers"]), second(seen)
   commitment = commit(answer)
   flips = changes(answer, right)
   return AnswerTrace(
@@ -66,6 +67,7 @@ def read_steps(
     candidates=soft[0],
     entropy=soft[1],
     mass=soft[2],
+    second=soft[3],
     task=tuple(
       None if t is None or m is None else t.name for t, m in zip(each, metadata, strict=True)
     ),
@@ -101,15 +103,21 @@ def changes(answer: np.ndarray, right: np.ndarray) -> np.ndarray:
 def weigh(occupancy: Mapping[Answer, float], right: Sequence[Answer]) -> tuple[float, float, float]:
   """(candidates visible, entropy in bits, share of the weight on right answers) of a soft reading.
 
-  A candidate is visible from an occupancy of `OCCUPIED`. Entropy and share are NaN where the whole
-  weight is less: nothing is drawn that could be an answer.
+  A candidate weighs as much as its share of a blend of candidates, which an occupancy tells
+  (`draw.blended`), and is visible from a share of `VISIBLE`. Entropy and share are NaN where none
+  is: nothing is drawn that could be an answer.
   """
-  weights = np.array(list(occupancy.values()), float)
-  total = weights.sum()
-  visible = float((weights >= OCCUPIED).sum())
-  if total < OCCUPIED:
+  weights = blended(np.array(list(occupancy.values()), float))
+  visible = float((weights >= VISIBLE).sum())
+  if not visible:
     return visible, np.nan, np.nan
-  share = weights / total
+  share = weights / weights.sum()
   entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
-  on_right = sum(v for a, v in occupancy.items() if a in right) / total
+  on_right = sum(v for v, a in zip(share, occupancy, strict=True) if a in right)
   return visible, float(entropy + 0.0), float(on_right)
+
+
+def second(occupancy: Mapping[Answer, float]) -> float:
+  """The blend share of the second most drawn candidate of a soft reading; 0 where there is one."""
+  weights = np.sort(blended(np.array([0.0, *occupancy.values()])))
+  return float(weights[-2])

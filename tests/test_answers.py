@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_videoreason import answers, store, tasks
+from jax_videoreason import answers, folders, store, tasks
 
 
 def column(text):
@@ -44,6 +44,36 @@ def test_soft_reading():
   assert answers.weigh({"a": 1.0, "b": 0.0}, ["a"])[:3] == (1, 0.0, 1.0)
   visible, entropy, mass = answers.weigh({"a": 0.05, "b": 0.0}, ["a"])
   assert visible == 0 and np.isnan(entropy) and np.isnan(mass)
+
+
+@pytest.mark.parametrize(
+  ("blend", "visible"),
+  [
+    ((0.5, 0.5), 2),
+    ((0.6, 0.4), 2),
+    ((0.75, 0.25), 2),
+    ((0.9, 0.1), 1),
+    ((1 / 3, 1 / 3, 1 / 3), 3),
+    ((0.15,) * 6, 0),
+    ((0.0,) * 40, 0),
+  ],
+)
+def test_a_candidate_is_visible_from_a_fifth_of_a_blend(blend, visible):
+  shares = np.array([*blend, 0.0])
+  occupancy = dict(enumerate(np.exp(-4.5 * (1 - shares) ** 2)))
+  seen, entropy, mass = answers.weigh(occupancy, [0])
+  assert seen == visible
+  assert answers.second(occupancy) == pytest.approx(blend[1])
+  if not visible:
+    assert np.isnan(entropy) and np.isnan(mass)
+    return
+  drawn = shares[shares > 0]
+  assert entropy == pytest.approx(-(drawn * np.log2(drawn)).sum())
+  assert mass == pytest.approx(blend[0])
+
+
+def test_where_one_answer_is_possible_none_is_second():
+  assert answers.second({"a": 1.0}) == 0
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +137,14 @@ def test_answers_survive_the_disk(read, tmp_path):
   store.write_answers(tmp_path, read)
   back = store.read_answers(tmp_path / "answers.json")
   assert back.task == read.task
-  for name in ("answer", "right", "score", "commitment", "commitment_sigma", "mass", "steps"):
+  floats = ("score", "commitment_sigma", "mass", "second")
+  for name in ("answer", "right", "commitment", "steps", *floats):
     np.testing.assert_array_equal(getattr(back, name), getattr(read, name))
   assert back.right.dtype == bool
+  record = folders.read_json(tmp_path / "answers.json")
+  del record["second"]
+  folders.write_json(tmp_path / "answers.json", record)
+  assert np.isnan(store.read_answers(tmp_path / "answers.json").second).all()
 
 
 def test_counts_that_do_not_match_are_refused(maze):

@@ -39,6 +39,7 @@ from jax_videoreason.experiments.noise import cos_index, matched_steps, noise, p
 from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
+from jax_videoreason.tasks import draw
 
 STEPS = 10
 MANIFEST = {
@@ -137,6 +138,10 @@ def test_a_study_encodes_its_batches_before_the_model_is_loaded_and_no_finished_
 def test_chain_of_steps_finds_two_candidates_and_the_step_that_decides():
   found, _, findings = perform(chain_of_steps, toy.setting(toy.both_then_one), toy.cases(12))
   assert (found.values["several"] == 1).all()
+  # of an occupancy of .4 and 1: .55 of a blend and all of it
+  np.testing.assert_allclose(found.values["second"], draw.blended(np.array(0.4)), atol=0.01)
+  assert found.points["share"] == ["10% of a blend", "20% of a blend", "30% of a blend"]
+  assert (found.values["several_from"] == 1).all()
   assert (found.values["corrected"] == 1).all()
   # sigma .5 is step 5 of 10, the first at or below .55
   np.testing.assert_allclose(found.values["commitment"], 0.5)
@@ -149,6 +154,7 @@ def test_chain_of_steps_finds_two_candidates_and_the_step_that_decides():
 def test_chain_of_steps_finds_neither_where_the_answer_stands_from_the_start():
   found, _, findings = perform(chain_of_steps, toy.setting(toy.truth), toy.cases(12))
   assert (found.values["several"] == 0).all()
+  assert (found.values["several_from"] == 0).all()
   assert (found.values["commitment"] == 0).all()
   verdicts = {f.claim.number: f.verdict for f in findings if f.claim.number}
   assert verdicts[7] == "does not hold"

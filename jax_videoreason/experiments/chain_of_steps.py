@@ -6,7 +6,9 @@ from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context, title
 from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.tasks.draw import VISIBLE
 
+SHARES = (0.1, VISIBLE, 0.3)  # from which a candidate may count as visible
 OVERLAID = ("rotate", "sort_bars", "occlusion")  # the answers exclude each other at one place
 
 
@@ -55,19 +57,22 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   """How does the answer form along the denoising steps, and when is it settled?
 
   x0 is decoded at every step and its answer parsed; the soft parser counts the candidates that are
-  visible and the share of their weight on right answers. Commitment is the first step from which
-  the answer equals the final one and stays; beside it stands the first step at which any answer can
-  be read, and the step of the last change from one answer to another, on which the claims about the
-  decision rest (0 where the answer is there from step 0 on and no other is read). Multi-path:
-  candidates at different places; superposed: candidates that exclude each other at one place
-  (rotate, sort_bars, occlusion). Cases with an odd number are ambiguous (k right answers).
+  visible, each from a fifth of the blend that its place shows, and the share of their weight on
+  right answers. Commitment is the first step from which the answer equals the final one and stays;
+  beside it stands the first step at which any answer can be read, and the step of the last change
+  from one answer to another, on which the claims about the decision rest (0 where the answer is
+  there from step 0 on and no other is read). Multi-path: candidates at different places;
+  superposed: candidates that exclude each other at one place (rotate, sort_bars, occlusion). Cases
+  with an odd number are ambiguous (k right answers).
 
-  Limits: a candidate counts as visible from a fixed occupancy of its place. Nothing is edited here,
-  so there is no identity control. Runs whose final answer can't be read have no commitment. Runs
-  that can first be read after step 0 and never say another answer count for no claim: this tells
-  when the picture became legible and not when the answer was made. As those can only have decided
-  later than at step 0, what is left leans to 0. Runs that never show a candidate are not counted as
-  "not several", and runs read at fewer than two steps before the last not as "not corrected".
+  Limits: the share from which a candidate is visible is a choice; `several_from` says what others
+  would give. Where several orders of the bars make the same blend (sort_bars), all of them count.
+  Nothing is edited here, so there is no identity control. Runs whose final answer can't be read
+  have no commitment. Runs that can first be read after step 0 and never say another answer count
+  for no claim: this tells when the picture became legible and not when the answer was made. As
+  those can only have decided later than at step 0, what is left leans to 0. Runs that never show a
+  candidate are not counted as "not several", and runs read at fewer than two steps before the last
+  not as "not corrected".
   """
   _, trace = ctx.denoise()
   said = ctx.read(trace.x0)
@@ -80,6 +85,9 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
     **found,
     "multi_path": np.where(overlaid, np.nan, several),
     "superposed": np.where(overlaid, several, np.nan),
+    "several_from": np.where(
+      np.isnan(several), np.nan, found["second"] >= np.array(SHARES)[:, None]
+    ),
     "several_plain": np.where(k == 1, several, np.nan),
     "several_ambiguous": np.where(k > 1, several, np.nan),
     "right_answers": k,
@@ -87,8 +95,12 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   }
   axes: dict[str, tuple[str, ...]]
   axes = {name: ("step", "run") if np.ndim(v) == 2 else ("run",) for name, v in values.items()}
+  axes["several_from"] = ("share", "run")
   axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
-  points = ctx.points | {"strip": [title(ctx.cases[run]) for run in shown]}
+  points = ctx.points | {
+    "strip": [title(ctx.cases[run]) for run in shown],
+    "share": [f"{share:.0%} of a blend" for share in SHARES],
+  }
   return Result(values=values, axes=axes, points=points, titles=TITLES)
 
 
@@ -100,6 +112,8 @@ TITLES = {
   "mass": "Share of the candidates' weight on right answers",
   "score": "Score of x0",
   "several": "Runs with two or more candidates at some step, of those that show any",
+  "several_from": "Runs with two or more candidates, each visible from so much",
+  "second": "Largest share of a blend that a second candidate has at a step",
   "multi_path": "Runs with several candidates at different places",
   "superposed": "Runs with several candidates at one place",
   "several_plain": "Several candidates, cases with one right answer",

@@ -12,9 +12,9 @@ from jax_videoreason.structs import AnswerTrace
 def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
   """What an AnswerTrace says of each run, as numbers; NaN where there is nothing to say.
 
-  several: NaN where no candidate was ever drawn. corrected, spoiled: NaN where fewer than two steps
-  before the last can be read. first_readable: the first step with an answer that can be read.
-  decided: as `decision` has it.
+  second: the largest share of a second candidate. several: NaN where no candidate was ever drawn.
+  corrected, spoiled: NaN where fewer than two steps before the last can be read. first_readable:
+  the first step with an answer that can be read. decided: as `decision` has it.
   """
   steps = len(said.sigma)
   legible = readable(said.answer)
@@ -31,6 +31,7 @@ def per_run(said: AnswerTrace) -> dict[str, np.ndarray]:
     "entropy": said.entropy,
     "mass": said.mass,
     "score": said.score,
+    "second": said.second.max(0),
     "several": np.where((said.candidates >= 1).any(0), (said.candidates >= 2).any(0), np.nan),
     "most_candidates": said.candidates.max(0),
     "corrected": np.where(told, said.to_right > 0, np.nan),

@@ -230,5 +230,6 @@ class Bounce(base.Task):
     ends = [self.path(problem, d)[-1] for d in options]
     where = draw.regions([draw.disc(self.size, end, 0.7 * RADIUS * self.size) for end in ends])
     ground = np.full(len(options), GROUND)
-    seen = draw.occupancy(frames[-2:], where, draw.colour(problem["colour"]), ground)
+    before = draw.mean_colour(frames[:1], where)[0]  # the arrow may lie there
+    seen = draw.occupancy(frames[-2:], where, draw.colour(problem["colour"]), ground, [before])
     return dict(zip(options, seen.mean(axis=0).tolist(), strict=True))

@@ -46,7 +46,9 @@ SHARE = 0.6  # a region whose leading colour covers less is undecided
 TINGED = 0.3  # most of a ring that may be neither ground nor white, as blurred edges are
 RING_START = 4  # first frame with a piece of a ring
 ASKED = 64  # sets of regions that are kept, of each kind
-OCCUPIED = 0.3  # soft occupancy from which a candidate counts as present
+STEEP = 4.5  # of occupancy: half the square of 3, as its scale is a third of the way to the mark
+VISIBLE = 0.2  # share of a mark in a blend from which a candidate counts as present
+OCCUPIED = math.exp(-STEEP * (1 - VISIBLE) ** 2)  # its occupancy, .056
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -292,15 +294,39 @@ def majority(labels: np.ndarray, where: Regions) -> np.ndarray:
   return np.where(table.max(-1) >= SHARE, table.argmax(-1), UNDECIDED)
 
 
-def occupancy(frames: np.ndarray, where: Regions, mark: int, ground: np.ndarray) -> np.ndarray:
+def mean_colour(frames: np.ndarray, where: Regions) -> np.ndarray:
+  """Of each region, RGB in 0..255: frames uint8 (T height width 3) -> float (T, N, 3)."""
+  pixels = rearrange(frames, "t h w c -> t (h w) c")[:, where.index].astype(np.float64)
+  return np.add.reduceat(pixels, where.start, axis=1) / where.count[:, None]
+
+
+def occupancy(
+  frames: np.ndarray,
+  where: Regions,
+  mark: int,
+  ground: np.ndarray,
+  others: Iterable[np.ndarray] = (),
+) -> np.ndarray:
   """Soft reading, exp(-|rgb - mark|^2 / 2 s^2) of each region's mean colour: (T, N) in 0..1.
 
   ground: (N,) the colour index each region has when it is not marked. s is a third of the
-  distance from ground to mark, so an even blend of the two reads .32, just above OCCUPIED,
-  and an unmarked region .01, whatever the two colours are.
+  distance from ground to mark, so a blend with a share b of the mark reads exp(-4.5 (1 - b)^2),
+  which `blended` takes back: an even one .32, one of a fifth OCCUPIED and an unmarked region .01,
+  whatever the two colours are. others: RGB (3,) or (N, 3) of what else a region may show unmarked,
+  which is read as the ground is, however near the mark its colour lies.
   """
-  pixels = rearrange(frames, "t h w c -> t (h w) c")[:, where.index].astype(np.float64)
-  mean = np.add.reduceat(pixels, where.start, axis=1) / where.count[:, None]
+  mean = mean_colour(frames, where)
   target = RGB[mark].astype(np.float64)
   scale = ((RGB[ground] - target) ** 2).sum(-1) / 9
-  return np.exp(-((mean - target) ** 2).sum(-1) / (2 * scale))
+  away = ((mean - target) ** 2).sum(-1) / (2 * scale)
+  for other in others:
+    line = target - other
+    along = ((target - mean) * line).sum(-1) / np.maximum((line**2).sum(-1), 1)
+    away = np.maximum(away, STEEP * np.maximum(along, 0) ** 2)
+  return np.exp(-away)
+
+
+def blended(occupancy: np.ndarray) -> np.ndarray:
+  """The share of a mark in a blend that has this occupancy, 0..1."""
+  away = -np.log(np.maximum(occupancy, math.exp(-STEEP))) / STEEP
+  return 1 - np.sqrt(np.maximum(away, 0))

@@ -155,9 +155,12 @@ class Occlusion(base.Task):
     """An arrangement is as present as the least visible of its squares, once no curtain hangs."""
     cells = cells_of(problem)
     where, ground = self.regions(cells), np.full(len(cells), GROUND)
+    marks = [draw.colour(name) for name in colours_of(problem)]
     seen = {
-      name: draw.occupancy(frames[-2:], where, draw.colour(name), ground).mean(axis=0)
-      for name in colours_of(problem)
+      draw.NAMES[mark]: draw.occupancy(
+        frames[-2:], where, mark, ground, [draw.RGB[other] for other in marks if other != mark]
+      ).mean(axis=0)
+      for mark in marks
     }
     strip = draw.regions([draw.rectangle(self.size, (0, 0, self.boxes()[0, 0, 0], self.size))])
     gone = draw.occupancy(frames[-2:], strip, GROUND, np.array([CURTAIN])).mean()

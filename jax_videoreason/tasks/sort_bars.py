@@ -272,7 +272,8 @@ class SortBars(base.Task):
     """An order is as present as the least visible of its bars.
 
     A bar's colour is measured against the ground or against the bar that another right answer has
-    in its slot, whichever is further away, so that a blend of right answers shows both.
+    in its slot, whichever is further away, so that a blend of right answers shows both. A slot that
+    shows one bar shows no other, however alike their colours are.
     """
     names = [draw.colour(n) for n in colours_of(problem)]
     count = len(names)
@@ -286,7 +287,8 @@ class SortBars(base.Task):
       apart = draw.RGB[np.stack(grounds)].astype(float) - draw.RGB[name].astype(float)
       further = np.linalg.norm(apart, axis=-1).argmax(axis=0)
       ground = np.stack(grounds)[further, np.arange(count)]
-      seen[bar] = draw.occupancy(frames[-2:], where, name, ground).mean(axis=0)
+      rest = [draw.RGB[other] for other in (GROUND, *names) if other != name]
+      seen[bar] = draw.occupancy(frames[-2:], where, name, ground, rest).mean(axis=0)
     return {
       answer: float(min(seen[bar, s] for bar, s in enumerate(slots_of(problem, answer))))
       for answer in self.options(problem)

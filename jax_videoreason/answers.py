@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jax_videoreason.arrays import StoredArray
 from jax_videoreason.structs import AnswerTrace
 from jax_videoreason.tasks.base import Answer, Metadata, Task
 from jax_videoreason.tasks.draw import VISIBLE, blended
@@ -13,15 +14,16 @@ from jax_videoreason.tasks.draw import VISIBLE, blended
 def read_steps(
   tasks: Task | Sequence[Task | None],
   metadata: Sequence[Metadata | None],
-  frames: np.ndarray,
+  frames: np.ndarray | StoredArray,
   sigma: np.ndarray,
   steps: Sequence[int] | None = None,
 ) -> AnswerTrace:
   """Reads every run at every step.
 
   tasks: one for all runs or one per run; None = the run belongs to no task and stays empty.
-  metadata: the R cases' metadata. frames: x0 as pixels, S R frames height width 3 uint8. sigma: S,
-  before each step. steps: the denoising step of each row, None = 0..S-1.
+  metadata: the R cases' metadata. frames: x0 as pixels, S R frames height width 3 uint8, of which
+  one clip at a time is read. sigma: S, before each step. steps: the denoising step of each row,
+  None = 0..S-1.
 
   Raises:
     ValueError: as many metadata or tasks as runs are wanted, and frames of the task's size.
@@ -45,10 +47,11 @@ def read_steps(
     if task is None or case is None:
       continue
     for s in range(rows):
-      answer[s, r] = task.parse(frames[s, r], case)
+      clip = frames[s, r]
+      answer[s, r] = task.parse(clip, case)
       right[s, r] = answer[s, r] in case["answers"]
-      score[s, r] = task.score(frames[s, r], case).value
-      seen = task.candidates(frames[s, r], case)
+      score[s, r] = task.score(clip, case).value
+      seen = task.candidates(clip, case)
       soft[:, s, r] = *weigh(seen, case["answers"]), second(seen)
   commitment = commit(answer)
   flips = changes(answer, right)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jax_videoreason import checkpoint, factors, plan, sampler, settings, store, tasks
 from jax_videoreason.arrays import StoredArray
@@ -53,11 +52,6 @@ class Branch:
       x0=jnp.asarray(run.x0[:steps]),
       taps={name: _as_tapped(value, count) for name, value in stored.items()},
     )
-
-  def x0(self, step: int) -> np.ndarray:
-    """R F H W C."""
-    assert self.run.x0 is not None
-    return np.asarray(self.run.x0[step])
 
   def told(self) -> dict[str, Any]:
     """What the manifest of the branch says of it."""

@@ -185,15 +185,9 @@ def whole(
 @contextlib.contextmanager
 def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Iterator[Path]:
   """`whole` for a folder that is held."""
-  there, stage = _content(out, redo=redo), out / STAGE
-  try:
-    with disk(out):
-      shutil.rmtree(stage, ignore_errors=True)
-      stage.mkdir(parents=True)
+  there = _content(out, redo=redo)
+  with staged(out) as stage:
     yield stage
-  except BaseException:
-    shutil.rmtree(stage, ignore_errors=True)
-    raise
   # stopped from here on, the stage stays: it tells that what lies beside it is half of a whole
   with disk(out):
     for name in there:
@@ -202,6 +196,20 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
     for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
       item.rename(out / item.name)
     stage.rmdir()
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+  """Yields an empty folder inside `out`, which is held; it is removed where the block fails."""
+  stage = out / STAGE
+  try:
+    with disk(out):
+      shutil.rmtree(stage, ignore_errors=True)
+      stage.mkdir(parents=True)
+    yield stage
+  except BaseException:
+    shutil.rmtree(stage, ignore_errors=True)
+    raise
 
 
 def _content(out: Path, *, redo: bool) -> list[str]:

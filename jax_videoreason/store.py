@@ -3,7 +3,8 @@
 A run folder holds R runs (one case, seed and edit each) that went through one schedule of S steps:
 
     manifest.json      resolved config, command, versions, device, git revision, and the sha256 of
-                       every data file
+                       every data file; `undecoded` = the steps whose x0 is outstanding, with
+                       frames, videos and answers, where a run is denoised and no more (`decoding`)
     runs.json          what each run is: R objects {case, task, split, index, seed, prompt,
                        metadata}; `seed` and `prompt` must be there, a run of no task has no more
     final_latents.npy  R F H W C float32
@@ -35,6 +36,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -53,11 +55,14 @@ from jax_videoreason.folders import (
   damaged,
   disk,
   expect,
+  held,
   name_of,
   part_of,
   plain,
   read_json,
   refuse_other,
+  remove,
+  staged,
   whole,
   write_json,
 )
@@ -70,6 +75,7 @@ CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
 TAP_AXES = ("step", "layer", "branch", "run")
+UNDECODED = "undecoded"  # the entry of a manifest
 DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
 OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
@@ -87,11 +93,17 @@ def run_folder(
   """A folder to fill (`folders.whole`); `redo` replaces the files of the run that lies there.
 
   first: False for the other processes that fill it, of which the first makes and moves it.
+  ValueError: as `folders.whole`, or a run lies there whose videos are outstanding and not `redo`.
   """
   if not first:
     return contextlib.nullcontext(Path(out) / STAGE)
   if redo:
     _check_ours(Path(out))
+  elif _is_manifest(mark := Path(out) / "manifest.json") and UNDECODED in read_json(mark):
+    raise ValueError(
+      f"{out} holds a run that is denoised and not decoded: `videoreason report {out}` makes its "
+      "videos; else choose another --out, or give --redo to denoise it again."
+    )
   return whole(out, what="run", owned=OWNED.fullmatch, redo=redo)
 
 
@@ -131,16 +143,15 @@ def write_runs(folder: str | Path, runs: Sequence[Mapping[str, Any]]) -> None:
   write_json(Path(folder) / "runs.json", [plain(run) for run in runs])
 
 
-def write_videos(
-  folder: str | Path, frames: np.ndarray, first_frames: np.ndarray | None = None, *, fps: int = 8
-) -> None:
-  """Writes `video_<run>.mp4` and `first_<run>.png`.
-
-  frames: R frames height width 3 uint8. first_frames: R height width 3 uint8.
-  """
+def write_videos(folder: str | Path, frames: np.ndarray, *, fps: int = 8) -> None:
+  """Writes `video_<run>.mp4`; frames: R frames height width 3 uint8."""
   for run, video in enumerate(frames):
     media.write_mp4(Path(folder) / f"video_{run}.mp4", video, fps=fps)
-  for run, first in enumerate(() if first_frames is None else first_frames):
+
+
+def write_first_frames(folder: str | Path, first_frames: np.ndarray) -> None:
+  """Writes `first_<run>.png`; first_frames: R height width 3 uint8."""
+  for run, first in enumerate(first_frames):
     media.write_png(Path(folder) / f"first_{run}.png", first)
 
 
@@ -192,6 +203,36 @@ def write_manifest(
   }
   write_json(folder / "manifest.json", manifest)
   return manifest
+
+
+@contextlib.contextmanager
+def decoding(run: "Run", **more: Any) -> Iterator[Path]:
+  """Yields a folder for what is outstanding of a run: trace.zarr with frames, videos, answers.
+
+  They become part of the run's folder, which is held, when the block ends well, and its manifest
+  says so last of all; else they are removed, and the run stays as it was. more: further entries of
+  the manifest.
+
+  Raises:
+    ValueError: another command works in the folder. OSError: it can't be written.
+  """
+  began = time.monotonic()
+  with held(run.path, needed=False):
+    with staged(run.path) as stage:
+      yield stage
+      frames = run.path / "trace.zarr" / "frames"
+      with disk(run.path):
+        remove(frames)
+        (stage / "trace.zarr" / "frames").rename(frames)
+        remove(stage / "trace.zarr")
+        made = [item.replace(run.path / item.name) for item in stage.iterdir()]
+        stage.rmdir()
+    manifest = {name: value for name, value in run.manifest.items() if name != UNDECODED}
+    manifest |= plain(more)
+    manifest["seconds"] = round(manifest.get("seconds", 0) + time.monotonic() - began, 1)
+    sums = {item.name: checksum(item) for item in (frames.parent, *made)}
+    manifest["files"] = dict(sorted((manifest["files"] | sums).items()))
+    write_json(run.path / "manifest.json", manifest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,15 +296,20 @@ class TraceWriter:
     frames: np.ndarray,
     *,
     at_run: int = 0,
+    at_row: int | None = None,
     steps: Sequence[int] | None = None,
     decoded_by: str = "vae",
   ) -> None:
     """Writes x0 as pixels, S' R frames height width 3 uint8.
 
-    steps: the S' steps shown, None = all. decoded_by: "vae" or "preview" (the small decoder).
+    steps: the S' steps shown, None = all. at_row: the one of them that is given, R frames height
+    width 3; None = all are. decoded_by: "vae" or "preview" (the small decoder).
     """
     shown = list(range(self.steps)) if steps is None else [int(s) for s in steps]
-    if len(shown) != len(frames):
+    rows = slice(None)
+    if at_row is not None:
+      frames, rows = frames[None], slice(at_row, at_row + 1)
+    elif len(shown) != len(frames):
       raise ValueError(
         f"frames has {len(frames)} rows for {len(shown)} steps: give one row a step."
       )
@@ -273,7 +319,7 @@ class TraceWriter:
       FRAME_AXES,
       (len(shown), self.runs, *frames.shape[2:]),
       np.asarray(frames, np.uint8),
-      (slice(None), runs),
+      (rows, runs),
       steps=shown,
       decoded_by=decoded_by,
     )
@@ -387,6 +433,11 @@ class Run:
   def name(self) -> str:
     """The name of the folder, also while it is being filled."""
     return name_of(self.path)
+
+  @property
+  def undecoded(self) -> list[int] | None:
+    """The steps whose x0 is to be decoded, with the final video; None = nothing is outstanding."""
+    return self.manifest.get(UNDECODED)
 
   @property
   def final_latents(self) -> np.ndarray:

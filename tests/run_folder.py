@@ -104,7 +104,8 @@ def make(
       writer.write_frames(x0, decoded_by="preview")
     store.write_final_latents(folder, trace.x0[-1])
     store.write_runs(folder, runs)
-    store.write_videos(folder, x0[-1], np.stack(truth))
+    store.write_videos(folder, x0[-1])
+    store.write_first_frames(folder, np.stack(truth))
     if known:
       read = answers.read_steps(
         [task for task, _, _ in every], [case.metadata for _, case, _ in every], x0, sigma

@@ -29,6 +29,7 @@ from jax_videoreason import (
   plan,
   report,
   settings,
+  store,
   tasks,
   tokenizer,
 )
@@ -636,6 +637,143 @@ def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
   assert call(*words)[0] == 0
   assert weights
   assert seen == 3 * [(0, 2)]  # x0 of both steps, and the video
+
+
+# A sample that can't be decoded
+
+
+def faulty(monkeypatch, error, *, at):
+  """Lets decoding fail at its call number `at`, once; returns the options of all calls."""
+  inner, asked = sample.decode, []
+
+  def decoded(*args, **options):
+    asked.append(options)
+    if len(asked) == at:
+      raise error
+    return inner(*args, **options)
+
+  monkeypatch.setattr(sample, "decode", decoded)
+  return asked
+
+
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+
+def denoised_alone(out: Path) -> dict[str, bytes]:
+  """The files of a folder that is denoised and no more, after a look at what it holds."""
+  run = open_run(out)
+  run.verify()
+  assert run.undecoded == [0, 1, 2]
+  assert run.final_latents.shape == (2, *LATENTS)
+  assert run.x0 is not None and np.array_equal(run.x0[-1], run.final_latents)
+  assert run.frames is None and run.video(0) is None
+  wanted = {"manifest.json", "runs.json", "final_latents.npy", "trace.zarr"}
+  assert {p.name for p in out.iterdir()} == wanted | {"first_0.png", "first_1.png"}
+  return {str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_what_was_denoised_outlives_a_device_that_is_too_small(
+  call, refuses, sample_words, bundle_dir, tmp_path, monkeypatch
+):
+  out = tmp_path / "run"
+  asked = faulty(monkeypatch, FULL, at=4)  # the video, when all steps are done
+  said = refuses(*sample_words)
+  assert f"out of memory while decoding, what was denoised stays in {out}" in said
+  assert f"`videoreason report {out} --tiles=diffusers`" in said
+  assert "--config.tiles=diffusers" in said
+  before = denoised_alone(out)
+
+  said = refuses(*sample_words)  # it is not lost by the same command
+  assert f"is denoised and not decoded: `videoreason report {out}` makes its videos" in said
+  assert {str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+  manifest = (out / "manifest.json").read_text()
+  (out / "manifest.json").write_text(json.dumps({**json.loads(manifest), "weights": "0" * 64}))
+  assert f"{bundle_dir} holds other weights than those that made {out}" in refuses("report", out)
+  (out / "manifest.json").write_text(manifest)
+
+  assert call("report", out, "--tiles=diffusers")[0] == 0
+  assert [options["tiles"] for options in asked] == 4 * [None] + 4 * ["diffusers"]
+  run = open_run(out)
+  run.verify()
+  assert run.undecoded is None and run.manifest["decoded_in"] == "diffusers"
+  assert run.manifest["config"]["tiles"] is None  # those that the first frame was encoded in
+  assert "--tiles is for a run that is not decoded" in refuses("report", out, "--tiles=diffusers")
+
+
+def test_a_run_decoded_later_is_the_same_run(call, sample_words, tmp_path, monkeypatch):
+  assert call(*sample_words)[0] == 0
+  whole, late = open_run(tmp_path / "run"), tmp_path / "late"
+  faulty(monkeypatch, KeyboardInterrupt(), at=2)
+  status, _, err = call(*sample_words, f"--out={late}")
+  assert (status, err.splitlines()[-1]) == (130, "videoreason: interrupted.")
+  denoised_alone(late)
+  assert call("report", late)[0] == 0
+  found = open_run(late)
+  found.verify()
+  assert found.manifest["files"] == whole.manifest["files"]
+  assert {p.name for p in late.iterdir()} == {p.name for p in whole.path.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_decoded_can_be_branched_and_replaced(
+  call, refuses, sample_words, tmp_path, monkeypatch
+):
+  out = tmp_path / "run"
+  faulty(monkeypatch, FULL, at=1)
+  refuses(*sample_words)
+  whole = open_run(out)
+  branch = branched(call, out, tmp_path / "branch", "--step=2")
+  np.testing.assert_allclose(branch.final_latents, whole.final_latents, atol=1e-5)
+  assert branch.undecoded is None and branch.frames is not None
+  assert call(*sample_words, "--redo")[0] == 0
+  assert open_run(out).undecoded is None
+
+
+def test_a_full_disk_at_the_videos_leaves_what_was_denoised(
+  call, refuses, sample_words, tmp_path, monkeypatch
+):
+  out, write = tmp_path / "run", media.write_mp4
+
+  def full(path, *more, **options):
+    if Path(path).name == "video_1.mp4":
+      with folders.disk(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(path, *more, **options)
+
+  monkeypatch.setattr(media, "write_mp4", full)
+  said = refuses(*sample_words)
+  assert f"{out} could not be written (No space left on device): free some space" in said
+  assert f"when that is mended, `videoreason report {out}` goes on" in said
+  denoised_alone(out)
+  monkeypatch.undo()
+  assert call("report", out)[0] == 0
+  assert open_run(out).video(1)
+
+
+def test_a_run_is_decoded_when_its_manifest_says_so(
+  call, refuses, sample_words, tmp_path, monkeypatch
+):
+  out = tmp_path / "run"
+
+  def stopped(path, *_):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+  record = sample.record
+
+  def recorded(*args, **options):
+    made = record(*args, **options)
+    monkeypatch.setattr(store, "write_json", stopped)  # after all files are in their places
+    return made
+
+  monkeypatch.setattr(sample, "record", recorded)
+  refuses(*sample_words)
+  assert (out / "video_1.mp4").exists() and (out / "trace.zarr" / "frames").exists()
+  assert open_run(out).undecoded == [0, 1, 2]
+  monkeypatch.undo()
+  assert call("report", out)[0] == 0
+  open_run(out).verify()
+  assert not (out / folders.STAGE).exists()
 
 
 # sample --from

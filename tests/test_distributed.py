@@ -173,7 +173,7 @@ HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 COMMAND = f"import runpy; {HEARS}; runpy.run_module('jax_videoreason', run_name='__main__')"
 
 
-def host(said: dict[str, str], words: list[str]) -> subprocess.Popen:
+def host(said: dict[str, str], words: list[str], code: str = COMMAND) -> subprocess.Popen:
   """One of two processes with two devices each, which stand in for two hosts."""
   environment = {
     **os.environ,
@@ -182,7 +182,7 @@ def host(said: dict[str, str], words: list[str]) -> subprocess.Popen:
     **said,
   }
   return subprocess.Popen(
-    [sys.executable, "-c", COMMAND, *words],
+    [sys.executable, "-c", code, *words],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -256,6 +256,27 @@ def test_where_one_process_fails_all_end_soon_and_it_says_why(fault, tmp_path):
   ended(both, number, status, said)
   if fault == "out":
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+NO_ROOM = """
+from jax_videoreason.cli import sample
+def decode(*args, **options):
+  raise MemoryError
+sample.decode = decode
+"""
+
+
+@pytest.mark.slow
+def test_where_the_first_process_can_not_decode_all_end_and_the_run_stays(tmp_path):
+  out = tmp_path / "out"
+  words = ["sample", "--config=mini:steps=2,seeds=1", "--mesh=fsdp=2,context=2", f"--out={out}"]
+  words += question(tmp_path)
+  port = helpers.free_port()
+  both = [host(named(number, port), words, NO_ROOM + COMMAND) for number in range(2)]
+  ended(both, 0, 2, f"`videoreason report {out} --tiles=diffusers` goes on in tiles")
+  open_run(out).verify()
+  assert cli.main(["report", str(out)]) == 0
+  assert open_run(out).undecoded is None
 
 
 def ended(both: list[subprocess.Popen], number: int, status: int, said: str) -> None:

@@ -93,7 +93,7 @@ def _attempt(words: list[str], *, debug: bool) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAULT if _others() else 0
   except (ValueError, OSError, MemoryError, RuntimeError) as error:
-    if isinstance(error, RuntimeError) and not _out_of_memory(error):
+    if isinstance(error, RuntimeError) and not out_of_memory(error):
       raise
     if debug:
       traceback.print_exc()
@@ -154,7 +154,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
   return nearest(word, known)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
   """Of the host, or of a device: jax has no type for that, but names it first."""
   return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
@@ -164,7 +164,7 @@ def _sentence(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror}."
-  if _out_of_memory(error):
+  if out_of_memory(error):
     return "out of memory: use fewer runs (seeds, cases), a smaller batch, or fewer taps."
   return " ".join(str(error).split()) or type(error).__name__
 

@@ -11,7 +11,7 @@ import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import cli, console, settings, store, tasks
-from jax_videoreason.cli.sample import Question, finish, record
+from jax_videoreason.cli.sample import Question, decode_run, finish, record
 from jax_videoreason.structs import AnswerTrace
 
 TASKS = "maze,tictactoe,select_largest"
@@ -39,7 +39,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
       case = task.generate(split, index)
       questions.append(Question(first_frame=case.first_frame, prompt=case.prompt, case=case))
   with store.run_folder(flags.out, redo=flags.redo) as folder:
-    said = record(folder, chosen, questions)
+    bundle = record(folder, chosen, questions)
+  said = decode_run(flags.out, bundle)
   if said is not None:
     show_answers(questions, len(chosen.seeds), said)
   finish(flags.out)

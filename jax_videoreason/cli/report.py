@@ -6,11 +6,14 @@ Of a sweep, also one that was stopped or still works: what is done of it. Of the
 all`: every study's page, the table of claims and claims.md with its figures. Verdicts are taken
 again from the stored arrays, with the regions that the run declared, and the numbers of an
 evaluation from its rows.
+
+A run that was denoised and could not be decoded gets its videos first: in --tiles, where whole
+frames do not fit into memory.
 """
 
 from pathlib import Path
 
-from absl.flags import FlagValues
+from absl.flags import DEFINE_enum, DEFINE_string, FlagValues
 
 from jax_videoreason import (
   cli,
@@ -21,21 +24,31 @@ from jax_videoreason import (
   pages,
   report,
   scorecard,
+  store,
   sweep,
+  tiling,
 )
+from jax_videoreason.cli.sample import decode_run
 from jax_videoreason.experiments import claims, judge_again
 
 WORDS = 1
 
 
 def define(flags: FlagValues) -> None:
-  """It has no options."""
+  said = "whose tiles the VAE works in, of a run that is not decoded; None = the config's"
+  DEFINE_enum("tiles", None, tiling.NAMES, said, flag_values=flags)
+  said = "name or folder of the bundle that made such a run, instead of the config's"
+  DEFINE_string("checkpoint", None, said, flag_values=flags)
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no folder given: videoreason report DIR, the --out of a run.")
   folder = Path(cli.typed_path(words[0], "DIR"))
+  if (options := cli.given(flags)) and not undecoded(folder):
+    raise cli.UsageError(
+      f"--{options[0]} is for a run that is not decoded, which {folder} is not: leave it out."
+    )
   if any(folder.glob("*/result.json")) and not (folder / "result.json").exists():
     everything(folder)
     return
@@ -45,8 +58,15 @@ def main(flags: FlagValues, words: list[str]) -> None:
   elif (folder / "result.json").exists():
     judge_again(folder)
   found = [draws for name, draws in kinds.items() if (folder / name).exists()]
+  if not found:
+    decode_run(folder, weights=flags.checkpoint, tiles=flags.tiles)
   (found[0] if found else report).render(folder)
   console.say(f"report: {(folder.resolve() / 'report.html').as_uri()}")
+
+
+def undecoded(folder: Path) -> bool:
+  """Whether it is the folder of a run whose videos are outstanding."""
+  return (folder / "runs.json").exists() and store.open_run(folder).undecoded is not None
 
 
 def everything(folder: Path) -> None:

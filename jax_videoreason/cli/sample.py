@@ -10,6 +10,9 @@ report.html; jax_videoreason.open_run(DIR) reads them. The image has the size th
 or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts its middle out,
 `area` takes the size of the video from its aspect, with as many pixels as the config has.
 
+Where decoding fails, by want of memory say, all that was denoised stays in the folder, and
+`videoreason report DIR` makes what is outstanding (--tiles diffusers takes less memory).
+
 --from takes up a stored run before --step, as its own manifest says, with the same weights unless
 --checkpoint names others, and leaves a whole run folder again; the edit (noise_at, ablate,
 ensemble_runs) acts at that step, or where its keys say (steps=12:15,frames=2,layers=4:8). Exact for
@@ -22,11 +25,12 @@ two-expert model in memory, and reads the other where the schedule changes to it
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from jax.sharding import Mesh
 
 from jax_videoreason import (
   answers,
+  arrays,
   branching,
   checkpoint,
   cli,
@@ -59,7 +64,7 @@ from jax_videoreason.branching import Branch
 from jax_videoreason.decode import decode
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.settings import SampleSettings
-from jax_videoreason.structs import AnswerTrace
+from jax_videoreason.structs import AnswerTrace, Card, ModelBundle
 from jax_videoreason.taps import check_budget
 
 # what a stored run has already been asked
@@ -125,7 +130,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
     image, shown, chosen = fitted(flags.image, chosen, flags.fit)
   question = Question(prompt=flags.prompt, first_frame=image, shown=shown)
   with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
-    record(folder, chosen, [question], noise=noise, mesh=mesh, **way(flags))
+    bundle = record(folder, chosen, [question], noise=noise, mesh=mesh, **way(flags))
+  decode_run(flags.out, bundle, mesh=mesh)
   finish(flags.out)
 
 
@@ -166,7 +172,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
       stacklevel=2,
     )
   with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
-    record(
+    bundle = record(
       folder,
       branch.chosen,
       questions_of(branch),
@@ -174,6 +180,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
       mesh=mesh,
       **way(flags),
     )
+  decode_run(flags.out, bundle, mesh=mesh)
   finish(flags.out)
 
 
@@ -268,16 +275,15 @@ def record(
   route: Route | None = None,
   guidance: sampler.Guidance = "parallel",
   experts: int | None = None,
-) -> AnswerTrace | None:
-  """Asks every question with every seed and writes the data of the run folder.
+) -> ModelBundle:
+  """Asks every question with every seed and writes a run folder, but what `decode_run` makes.
 
   Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn. branch:
   the stored run whose steps before `branch.step` are taken over.
   mesh, route, guidance: as `runs.run` takes them. Where the mesh spans several processes, all call
   this with one folder: each writes its share of the trace, the first one what comes after.
   experts: of the model that may be resident at once, None = all.
-  Returns the answers, None where no question is a case of a task, and on all processes but the
-  first.
+  Returns the bundle without its DiT, for the VAE's sake.
   """
   began = time.monotonic()
   seeds = list(chosen.seeds)
@@ -295,8 +301,6 @@ def record(
   sizes = sampler.sizes_of(bundle, start, cond, schedule)
   check_budget(spec, sizes, chosen.taps.budget_gb * 1e9, dtype=bundle.parts.dit.config.dtype)
 
-  shown = shown_steps(chosen, len(of_run))
-  kept: dict[int, np.ndarray] = {}
   finite = np.ones((chosen.steps, len(of_run)), bool)
   begin, state, edit, rest = 0, None, None, spec
   if branch is not None:
@@ -311,7 +315,6 @@ def record(
     if branch is not None and begin:
       writer.write(branch.prefix(spec, begin))
       finite[:begin] = branch.run.finite[:begin]
-      kept |= {step: branch.x0(step) for step in shown if step < begin}
     count = (chosen.steps - begin) * len(of_run)
     with console.progress(count, "denoise", "step") as advance:
 
@@ -319,10 +322,6 @@ def record(
         steps = slice(begin + piece.start, begin + piece.stop)
         writer.write(trace, at_step=steps.start, at_run=part.start)
         finite[steps, part] = trace.finite
-        for row, step in enumerate(range(steps.start, steps.stop)):
-          if step in shown:
-            whole = kept.setdefault(step, np.empty((len(of_run), *trace.x0.shape[2:]), np.float32))
-            whole[part] = trace.x0[row]
         advance((steps.stop - steps.start) * (part.stop - part.start))
 
       final = runs.run(
@@ -341,31 +340,20 @@ def record(
         on_piece=on_piece,
         state=state,
       )
-    bundle = dataclasses.replace(bundle, params=(None,) * len(bundle.params))  # for the VAE's sake
+    bundle = dataclasses.replace(bundle, params=(None,) * len(bundle.params))
     distributed.meet("trace written")
-    if process[0] > 0:
-      return None
-    warn_broken(finite)
-    with console.progress(len(shown) + 1, "decode", "step") as advance:
-      frames = []
-      for step in shown:
-        frames.append(decode(bundle, kept.pop(step), tiles=chosen.tiles, mesh=mesh))
-        advance(1)
-      frames = np.stack(frames)
-      writer.write_frames(frames, steps=shown)
-      videos = decode(bundle, final, tiles=chosen.tiles, mesh=mesh)
-      fps = FAMILIES[card.family].fps(card.latents)
-      store.write_videos(folder, videos, first_pictures(of_run), fps=fps)
-      advance(1)
-  said = read_answers(of_run, frames, np.asarray(schedule.sigma)[shown], shown)
+  if process[0] > 0:
+    return bundle
+  warn_broken(finite)
   store.write_final_latents(folder, final)
+  pictures = first_pictures(of_run)
+  if pictures is not None:
+    store.write_first_frames(folder, pictures)
   for number, question in enumerate(of_run):
     store.write_given(folder, number, question.first_frame, question.shown)
   store.write_runs(
     folder, [describe(q, s) for q, s in zip(of_run, seeds * len(questions), strict=True)]
   )
-  if said is not None:
-    store.write_answers(folder, said)
   store.write_manifest(
     folder,
     config=dataclasses.asdict(chosen),
@@ -378,8 +366,90 @@ def record(
     weights=folders.checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION),
     seconds=round(time.monotonic() - began, 1),
     evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
+    undecoded=shown_steps(chosen, len(of_run)),
     **({} if branch is None else {"branch": branch.told()}),
   )
+  return bundle
+
+
+def decode_run(
+  out: str | Path,
+  bundle: ModelBundle | None = None,
+  *,
+  weights: str | None = None,
+  tiles: str | None = None,
+  mesh: Mesh | None = None,
+) -> AnswerTrace | None:
+  """Decodes what is outstanding of the run in `out`; returns its answers. One process does.
+
+  bundle: what made the run, with its VAE; None = it is loaded. weights: name or folder of a bundle,
+  instead of the one that the run names. tiles, mesh: as `decode` takes them, tiles=None = those of
+  the config.
+  Returns None where no run is a case of a task, and on all processes but the first.
+
+  Raises:
+    ValueError: other weights than made the run and none named, or it could not be decoded; what was
+      denoised stays.
+  """
+  if not console.speaks():
+    return None
+  run = store.open_run(out)
+  shown = run.undecoded
+  if shown is None:
+    return run.answers
+  config = run.manifest["config"] | ({} if weights is None else {"checkpoint": weights})
+  chosen = settings.from_config(config)
+  used = chosen.tiles if tiles is None else tiles
+  if bundle is None:
+    branching.check_weights(run, chosen.checkpoint, named=weights is not None)
+    bundle = checkpoint.load(chosen.checkpoint, parts=("vae",))
+  show = functools.partial(decode, bundle, tiles=used, mesh=mesh)
+  more = {} if tiles is None else {"decoded_in": tiles}
+  try:
+    with store.decoding(run, **more) as folder:
+      return write_decoded(folder, run, shown, show, bundle.card)
+  except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    again = f"videoreason report {out}"
+    if cli.out_of_memory(error):
+      raise ValueError(
+        f"out of memory while decoding, what was denoised stays in {out}: `{again}` goes on where "
+        "there is more."
+        if used
+        else f"out of memory while decoding, what was denoised stays in {out}: `{again} "
+        "--tiles=diffusers` goes on in tiles, as a new run does with --config.tiles=diffusers."
+      ) from error
+    if isinstance(error, RuntimeError):
+      raise
+    raise ValueError(
+      f"the run could not be decoded ({error}), what was denoised stays in {out}: when that is "
+      f"mended, `{again}` goes on."
+    ) from error
+
+
+def write_decoded(
+  folder: Path,
+  run: store.Run,
+  shown: Sequence[int],
+  show: Callable[[np.ndarray], np.ndarray],
+  card: Card,
+) -> AnswerTrace | None:
+  """Writes frames, videos and answers of a run, one step in memory; returns the answers.
+
+  show: latents R F H W C -> R frames height width 3 uint8.
+  """
+  assert run.x0 is not None
+  with console.progress(len(shown) + 1, "decode", "step") as advance:
+    with store.create_trace(folder, steps=len(run.sigma), runs=len(run.runs)) as writer:
+      for row, step in enumerate(shown):
+        writer.write_frames(show(run.x0[step]), at_row=row, steps=shown)
+        advance(1)
+    videos = show(run.final_latents)
+    store.write_videos(folder, videos, fps=FAMILIES[card.family].fps(card.latents))
+    advance(1)
+  frames = arrays.open_group(folder / "trace.zarr")["frames"]
+  said = read_answers(run.runs, frames, run.sigma[shown], shown)
+  if said is not None:
+    store.write_answers(folder, said)
   return said
 
 
@@ -413,16 +483,22 @@ def shown_steps(chosen: SampleSettings, count: int) -> list[int]:
 
 
 def read_answers(
-  of_run: Sequence[Question], frames: np.ndarray, sigma: np.ndarray, steps: Sequence[int]
+  of_run: Sequence[Mapping[str, Any]],
+  frames: arrays.StoredArray,
+  sigma: np.ndarray,
+  steps: Sequence[int],
 ) -> AnswerTrace | None:
-  """What x0 answers at the steps shown, for the runs that are cases of a task."""
-  cases = [q.case for q in of_run]
-  if all(case is None for case in cases):
+  """What x0 answers at the steps shown, for the runs that are cases of a task.
+
+  of_run: their entries in runs.json (`describe`).
+  """
+  names = [run.get("task") for run in of_run]
+  if not any(names):
     return None
   size, count = frames.shape[-2], frames.shape[2]
   return answers.read_steps(
-    [None if case is None else tasks.load(case.task, size=size, frames=count) for case in cases],
-    [None if case is None else case.metadata for case in cases],
+    [None if name is None else tasks.load(name, size=size, frames=count) for name in names],
+    [run.get("metadata") for run in of_run],
     frames,
     sigma,
     steps,

@@ -3,7 +3,7 @@
 Colours are those of Okabe and Ito, which stay apart for colour-blind eyes; lines carry their names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ PANELS = 4
 
 def film_strip(
   path: str | Path,
-  frames: np.ndarray,
+  frames: Iterable[np.ndarray],
   sigma: Sequence[float] | np.ndarray,
   *,
   steps: Sequence[int] | None = None,
@@ -35,15 +35,18 @@ def film_strip(
 ) -> None:
   """Draws x0 over a run: rows are denoising steps, columns frames of the video.
 
-  frames: S frames height width 3 uint8. sigma: S. steps: the number of each row, None = 0..S-1.
-  notes: a text at the end of each row, such as the answer read there. cell: pixels a cell has at
-  least (small frames grow by a whole factor, large ones shrink to about twice that).
+  frames: S frames height width 3 uint8, one step in memory. sigma: S. steps: the number of each
+  row, None = 0..S-1. notes: a text at the end of each row, such as the answer read there.
+  cell: pixels a cell has at least (small frames grow by a whole factor, large ones shrink to about
+  twice that).
   columns: at most so many frames, evenly spread, the first and the last among them.
   """
-  rows, count = frames.shape[:2]
-  shown = spread(count, columns)
-  tiles = scale(frames[:, shown], cell)
-  height, width = tiles.shape[2:4]
+  tiles, shown = [], []
+  for clip in frames:
+    shown = spread(len(clip), columns)
+    tiles.append(scale(clip[shown], cell))
+  tiles = np.stack(tiles)
+  rows, _, height, width, _ = tiles.shape
   gap = 3
   tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
   montage = rearrange(tiles, "s f h w c -> (s h) (f w) c")[:-gap, :-gap]

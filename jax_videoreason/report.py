@@ -72,12 +72,12 @@ def draw_strips(run: Run) -> None:
   """Writes x0_<run>.png, where x0 was decoded."""
   if run.frames is None:
     return
-  steps = run.frames.steps
+  frames, steps = run.frames, run.frames.steps
   for r, said in enumerate(run.runs):
     words = readings(run, r)
     plots.film_strip(
       run.path / f"x0_{r}.png",
-      run.frames[:, r],
+      (frames[row, r] for row in range(len(frames))),
       run.sigma[steps],
       steps=steps,
       title=f"{title_of(run, r)}, seed {said['seed']}",
@@ -144,6 +144,7 @@ def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
     "data": {
       "sigma": [round(float(s), 4) for s in run.sigma],
       "row": rows_at(shown, total).tolist() if shown else [],
+      "shown": shown,
       "words": [c["words"] for c in cards],
     },
   }

@@ -639,6 +639,35 @@ def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
   assert seen == 3 * [(0, 2)]  # x0 of both steps, and the video
 
 
+@pytest.mark.parametrize(
+  ("config", "runs", "shown"),
+  [
+    ("mini", 6, list(range(20))),
+    ("mini:steps=5", 10**6, [0, 1, 2, 3, 4]),
+    ("vbvr_wan22", 1, [0, 7, 14, 21, 28, 35, 42, 49]),
+    ("wan22_ti2v_5b", 4, [0, 7, 14, 21, 28, 35, 42, 49]),
+    ("wan21_i2v_14b:480p", 2, [0, 6, 11, 17, 22, 28, 33, 39]),
+  ],
+)
+def test_x0_is_shown_at_eight_steps_at_least(config, runs, shown):
+  assert sample.shown_steps(configured(f"--config={config}"), runs) == shown
+
+
+def test_x0_is_decoded_at_the_steps_to_keep_and_the_last(call, refuses, sample_words, tmp_path):
+  for steps, wanted in (("3", "steps below 3."), ("a", "numbers as 0,1,2."), ("1,1", "numbers in")):
+    said = refuses(*sample_words, f"--keep-steps={steps}")
+    assert f"--keep-steps={steps}, wanted {wanted}" in said
+  assert not (tmp_path / "run").exists()
+  assert call(*sample_words, "--keep-steps=1")[0] == 0
+  run = open_run(tmp_path / "run")
+  assert run.frames is not None and run.x0 is not None
+  assert run.frames.steps == [1, 2] and run.frames.shape[:2] == (2, 2)
+  assert run.x0.shape[0] == 3  # which are all kept
+  words = ("--step=2", "--keep-steps=0")
+  branch = branched(call, run.path, tmp_path / "branch", *words)
+  assert branch.frames is not None and branch.frames.steps == [0, 2]
+
+
 # A sample that can't be decoded
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 import run_folder
 from jax_videoreason import media, report, store
+from jax_videoreason.arrays import StoredArray
+from jax_videoreason.taps import TapSpec
 
 MARKUP = "<script>alert(1)</script> & \"'</style>"
 
@@ -180,6 +183,37 @@ def test_a_trace_without_pictures_or_x0_still_makes_a_page(tmp_path):
 def test_steps_that_were_not_decoded_show_the_one_before():
   assert report.rows_at([0, 3, 6], 8).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
   assert report.rows_at([2, 4], 5).tolist() == [0, 0, 0, 0, 1]
+
+
+def test_a_page_says_which_steps_have_pictures(folder, text, tmp_path):
+  """A picture is not taken for that of a step between."""
+  assert data_of(text)["shown"] == list(range(8)) and "Pictures are there of" not in text
+  copy = shutil.copytree(folder, tmp_path / "some")
+  frames = store.open_run(folder).frames[:][[2, 5, 7]]
+  shutil.rmtree(copy / "trace.zarr" / "frames")
+  writer = store.TraceWriter(path=copy / "trace.zarr", steps=8, runs=4, taps=TapSpec())
+  for row, one in enumerate(frames):
+    writer.write_frames(one, at_row=row, steps=[2, 5, 7])
+  np.testing.assert_array_equal(store.open_run(copy).frames[:], frames)
+  text = report.render(copy).read_text(encoding="utf-8")
+  assert data_of(text)["shown"] == [2, 5, 7]
+  assert data_of(text)["row"] == [0, 0, 0, 0, 0, 1, 1, 2]
+  assert "Pictures are there of the steps 2, 5, 7;" in " ".join(text.split())
+
+
+def test_a_large_video_is_drawn_one_step_in_memory(folder, monkeypatch):
+  """Eight steps of 81 frames of 480 x 832 pixels would be 0.8 GB."""
+  inner, read = StoredArray.__getitem__, []
+
+  def watched(stored, where):
+    found = inner(stored, where)
+    if stored.path.name == "frames":
+      read.append(found.shape)
+    return found
+
+  monkeypatch.setattr(StoredArray, "__getitem__", watched)
+  report.render(folder)
+  assert set(read) == {(17, 32, 32, 3)}
 
 
 def test_frames_are_left_out_before_the_page_grows_too_large(folder, monkeypatch):

@@ -514,6 +514,21 @@ def given(flags: "FlagValues") -> list[str]:
   return [name for name in flags if not flags[name].using_default_value]
 
 
+def numbers(name: str, words: Sequence[str]) -> list[int]:
+  """The whole numbers typed for an option, each once."""
+  from jax_videoreason import settings
+
+  try:
+    found = [int(word) for word in words]
+  except ValueError as error:
+    raise UsageError(f"--{name}={','.join(words)}, wanted numbers as 0,1,2.") from error
+  if any(not 0 <= number < settings.SEEDS for number in found) or len(set(found)) < len(found):
+    raise UsageError(
+      f"--{name}={','.join(words)}, wanted numbers in 0..{settings.SEEDS - 1}, each once."
+    )
+  return found
+
+
 def required(flags: "FlagValues", *names: str) -> None:
   """Refuses a command line that lacks an option."""
   missing = [f"--{name}" for name in names if flags[name].value is None]

@@ -10,6 +10,7 @@ report.html; jax_videoreason.open_run(DIR) reads them. The image has the size th
 or --fit makes it so: `stretch` scales its sides apart, `cover` scales and cuts its middle out,
 `area` takes the size of the video from its aspect, with as many pixels as the config has.
 
+Of large videos x0 is decoded at eight steps, or at those of --keep-steps 0,10,20 and the last.
 Where decoding fails, by want of memory say, all that was denoised stays in the folder, and
 `videoreason report DIR` makes what is outstanding (--tiles diffusers takes less memory).
 
@@ -36,7 +37,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl.flags import DEFINE_enum, DEFINE_integer, DEFINE_string, FlagValues
+from absl.flags import DEFINE_enum, DEFINE_integer, DEFINE_list, DEFINE_string, FlagValues
 from jax.sharding import Mesh
 
 from jax_videoreason import (
@@ -70,8 +71,10 @@ from jax_videoreason.taps import check_budget
 # what a stored run has already been asked
 ASKED = ("image", "prompt", "seeds", "noise", "fit", cli.CONFIG)
 FITS = ("exact", "stretch", "cover", "area")
-# Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps.
+# Pixels of x0 that are decoded for the report; a model too large for that shows fewer steps, but
+# so many.
 SHOWN_PIXELS = 1 << 26
+SHOWN_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,8 @@ def define(flags: FlagValues) -> None:
   DEFINE_string("mesh", None, "all devices, as seed=2,fsdp=4,context=2", flag_values=flags)
   cli.define_route(flags)
   cli.define_room(flags)
+  said = "steps whose x0 is decoded besides the last; without it all, or some of a large video"
+  DEFINE_list("keep-steps", [], said, flag_values=flags)
   DEFINE_string("noise", None, "R F H W C .npy to start from, one row a seed", flag_values=flags)
 
   DEFINE_string("from", None, "a stored run (or its trace.zarr) to take up", flag_values=flags)
@@ -124,13 +129,14 @@ def main(flags: FlagValues, words: list[str]) -> None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
   cli.check_experts(flags, checkpoint.describe(chosen.checkpoint).experts)
+  keep = steps_of(flags, chosen)
   noise = None if flags.noise is None else read_noise(flags.noise)
   image = shown = None
   if flags.image is not None:
     image, shown, chosen = fitted(flags.image, chosen, flags.fit)
   question = Question(prompt=flags.prompt, first_frame=image, shown=shown)
   with store.run_folder(flags.out, redo=flags.redo, first=console.speaks()) as folder:
-    bundle = record(folder, chosen, [question], noise=noise, mesh=mesh, **way(flags))
+    bundle = record(folder, chosen, [question], noise=noise, keep=keep, mesh=mesh, **way(flags))
   decode_run(flags.out, bundle, mesh=mesh)
   finish(flags.out)
 
@@ -164,6 +170,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
     str(flags["from"].value), flags.step, flags.intervene, weights=flags.checkpoint
   )
   cli.check_experts(flags, checkpoint.describe(branch.chosen.checkpoint).experts)
+  keep = steps_of(flags, branch.chosen)
   folders.spare(Path(flags.out), [branch.run.path])
   if branch.chosen.solver != "euler":
     warnings.warn(
@@ -177,6 +184,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
       branch.chosen,
       questions_of(branch),
       branch=branch,
+      keep=keep,
       mesh=mesh,
       **way(flags),
     )
@@ -215,6 +223,15 @@ def seed_numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
   except ValueError as error:
     raise cli.UsageError(f"--seeds={text}, wanted whole numbers as 0,1,2.") from error
+
+
+def steps_of(flags: FlagValues, chosen: SampleSettings) -> list[int]:
+  """The steps of --keep-steps."""
+  words = flags["keep-steps"].value or []
+  steps = cli.numbers("keep-steps", words)
+  if any(step >= chosen.steps for step in steps):
+    raise cli.UsageError(f"--keep-steps={','.join(words)}, wanted steps below {chosen.steps}.")
+  return steps
 
 
 def read_noise(path: str) -> np.ndarray:
@@ -271,6 +288,7 @@ def record(
   *,
   noise: np.ndarray | None = None,
   branch: Branch | None = None,
+  keep: Sequence[int] = (),
   mesh: Mesh | None = None,
   route: Route | None = None,
   guidance: sampler.Guidance = "parallel",
@@ -279,7 +297,8 @@ def record(
   """Asks every question with every seed and writes a run folder, but what `decode_run` makes.
 
   Runs are question by question, seeds inside. noise: R F H W C to start from, None = drawn. branch:
-  the stored run whose steps before `branch.step` are taken over.
+  the stored run whose steps before `branch.step` are taken over. keep: the steps whose x0 is to be
+  decoded, with the last one; () = `shown_steps`.
   mesh, route, guidance: as `runs.run` takes them. Where the mesh spans several processes, all call
   this with one folder: each writes its share of the trace, the first one what comes after.
   experts: of the model that may be resident at once, None = all.
@@ -366,7 +385,7 @@ def record(
     weights=folders.checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION),
     seconds=round(time.monotonic() - began, 1),
     evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
-    undecoded=shown_steps(chosen, len(of_run)),
+    undecoded=shown_steps(chosen, len(of_run), keep),
     **({} if branch is None else {"branch": branch.told()}),
   )
   return bundle
@@ -475,11 +494,15 @@ def warn_broken(finite: np.ndarray) -> None:
     )
 
 
-def shown_steps(chosen: SampleSettings, count: int) -> list[int]:
-  """The steps whose x0 is decoded: all, or as many as `SHOWN_PIXELS` allows; always the last."""
+def shown_steps(chosen: SampleSettings, count: int, keep: Sequence[int] = ()) -> list[int]:
+  """The steps of which x0 is decoded for `count` runs: those to keep, and always the last.
+
+  Without any to keep: all, or as many as `SHOWN_PIXELS` allows, at least `SHOWN_STEPS`.
+  """
+  last = chosen.steps - 1
   pixels = count * chosen.frames * chosen.height * chosen.width
-  most = min(chosen.steps, max(2, SHOWN_PIXELS // pixels))
-  return sorted({round(s) for s in np.linspace(0, chosen.steps - 1, most)} | {chosen.steps - 1})
+  most = min(chosen.steps, max(SHOWN_STEPS, SHOWN_PIXELS // pixels))
+  return sorted({*(keep or (round(s) for s in np.linspace(0, last, most))), last})
 
 
 def read_answers(

@@ -291,28 +291,15 @@ def asked(flags: FlagValues) -> tuple[samples.Data, settings.SampleSettings, job
   chosen = settings.from_config({**cli.resolved(flags), "seeds": [0]})
   job = jobs.Job(
     name=flags.name,
-    seeds=tuple(numbers("seeds", flags.seeds)),
+    seeds=tuple(cli.numbers("seeds", flags.seeds)),
     max_area=flags["max-area"].value,
     frames=flags.frames,
     ensemble=flags.ensemble,
-    steps=tuple(sorted(numbers("keep-steps", flags["keep-steps"].value or []))),
-    layers=tuple(sorted(numbers("token-layers", flags["token-layers"].value or []))),
+    steps=tuple(sorted(cli.numbers("keep-steps", flags["keep-steps"].value or []))),
+    layers=tuple(sorted(cli.numbers("token-layers", flags["token-layers"].value or []))),
     part=part(flags.part),
   )
   return data, chosen, job
-
-
-def numbers(name: str, words: Sequence[str]) -> list[int]:
-  """Whole numbers, each once."""
-  try:
-    found = [int(word) for word in words]
-  except ValueError as error:
-    raise cli.UsageError(f"--{name}={','.join(words)}, wanted numbers as 0,1,2.") from error
-  if any(not 0 <= number < settings.SEEDS for number in found) or len(set(found)) < len(found):
-    raise cli.UsageError(
-      f"--{name}={','.join(words)}, wanted numbers in 0..{settings.SEEDS - 1}, each once."
-    )
-  return found
 
 
 def part(text: str) -> tuple[int, int]:

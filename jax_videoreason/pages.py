@@ -88,6 +88,7 @@ def said(claim: Mapping[str, Any]) -> dict[str, Any]:
     "region": claims.region_of(claim),
     "ours": "" if claim["estimate"] is None else stats.spell(claim),
     "today": claim.get("today"),
+    "settling": f"{claim['cases']} cases; {claims.settling(claim)}" if claim["needed"] else None,
     "kind": claim["verdict"].replace(" ", "-").replace("'", ""),
   }
 
@@ -100,9 +101,9 @@ def free_axes(result: Result, name: str) -> tuple[list[str], list[str]]:
 
 
 def averaged(result: Result, name: str, order: Sequence[str]) -> np.ndarray:
-  """Case first (a single one where the value has no cases), then the axes in `order`."""
+  """Problem first (a single one where the value has no cases), then the axes in `order`."""
   if "case" in result.axes[name]:
-    value, axes = result.per_case(name)
+    value, axes = result.per_problem(name)
   else:
     value, axes = np.asarray(result.values[name])[None], result.axes[name]
   return np.transpose(value, [0, *(1 + axes.index(axis) for axis in order)])
@@ -203,7 +204,7 @@ def curve(
 
 
 def by_place(value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(estimate, low, high) at every place of N P, over the cases that have a number there."""
+  """(estimate, low, high) at every place of N P, over the problems that have a number there."""
   found = []
   for column in value.T:
     good = column[np.isfinite(column)]
@@ -243,7 +244,7 @@ def heat(
 def standing_out(value: np.ndarray) -> np.ndarray:
   """Cells of a map N ... that differ from 0, by `stats.max_statistic` over the whole map.
 
-  Cases without any number are left out. No cell stands out where fewer than `stats.LEAST` are
+  Problems without any number are left out. No cell stands out where fewer than `stats.LEAST` are
   left, or where they have numbers at different cells.
   """
   known = np.isfinite(value)
@@ -302,10 +303,11 @@ def tasks_of(result: Result) -> list[str]:
 
 
 def numbers(result: Result) -> list[dict[str, Any]]:
-  """Rows of the table: every value without a numeric axis, over all cases and per task."""
+  """Rows of the table: every value without a numeric axis, over all problems and per task."""
   rows = []
   tasks = tasks_of(result)
-  of_case = np.array([str(case).split()[0] for case in result.points.get("case", ())])
+  of_case = [str(case).split()[0] for case in result.points.get("case", ())]
+  task = np.array(list(dict(zip(result.problems(len(of_case)), of_case, strict=False)).values()))
   for name in result.values:
     numeric, texts = free_axes(result, name)
     if numeric or "case" not in result.axes[name]:
@@ -318,14 +320,15 @@ def numbers(result: Result) -> list[dict[str, Any]]:
         {
           "title": ", ".join([result.titles.get(name, name), *labels]),
           "all": in_words(column),
-          "tasks": [in_words(column[of_case == task]) for task in tasks],
+          "tasks": [in_words(column[task == one]) for one in tasks],
         }
       )
   return rows
 
 
 def in_words(column: np.ndarray) -> str:
-  """Such as "0.61 [0.50, 0.72]"; too few cases for an interval give the mean and their number."""
+  """Such as "0.61 [0.50, 0.72]"; too few problems for an interval give the mean and their
+  number."""
   good = column[np.isfinite(column)]
   if not good.size:
     return ""

@@ -218,6 +218,8 @@ def test_the_cos_index_has_no_number_where_neither_arm_drops():
   notes = with_index(found).notes
   assert notes[0].startswith("CoS index under replace: all 0.75")
   assert notes[1].startswith("CoS index under renoise: all has none: neither arm drops")
+  four = with_index(dataclasses.replace(found, problem_of=[f"{i // 2}" for i in range(8)]))
+  assert "4 cases: an interval needs at least 8" in four.notes[0]  # of problems, which it resamples
 
 
 # the machinery
@@ -445,6 +447,111 @@ def test_a_few_cases_that_move_decide_nothing():
   assert finding(np.r_[np.zeros(69), 1.0], above=0.06, share=True).verdict == "can't tell"
   assert finding(np.r_[np.zeros(69), 1.0], above=0.08, share=True).verdict == "does not hold"
   assert finding(np.r_[np.zeros(10), np.full(6, -0.5)], above=0.02).verdict == "does not hold"
+
+
+def of_problems(*, twice):
+  """8 problems of one case each, or of two whose mean is that of the one."""
+  value = np.random.default_rng(0).normal(0.12, 0.2, 8)
+  if not twice:
+    return Result(values={"gain": value}, axes={"gain": ("case",)}, problem_of=tuple("abcdefgh"))
+  apart = np.r_[value + 0.5, value[::-1] - 0.5]
+  return Result(
+    values={"gain": apart}, axes={"gain": ("case",)}, problem_of=tuple("abcdefghhgfedcba")
+  )
+
+
+def test_cases_of_one_problem_are_averaged_before_they_are_resampled():
+  claim = Claim(says="s", of="gain", statistic="mean", above=0.1)
+  once, twice = (results.judge(claim, of_problems(twice=twice)) for twice in (False, True))
+  assert (once.cases, once.problems, once.note) == (8, 8, None)
+  assert (twice.cases, twice.problems, twice.note) == (16, 8, "16 cases are of 8 problems")
+  for field in ("estimate", "low", "high", "needed"):
+    assert getattr(twice, field) == pytest.approx(getattr(once, field), abs=1e-9), field
+  found, axes = results.interval(of_problems(twice=True), "gain")
+  assert (found.cases, axes, found.low) == (8, (), pytest.approx(once.low))
+  both = Result(
+    values={"gain": np.r_[np.zeros(14), -0.5, -0.5]},
+    axes={"gain": ("case",)},
+    problem_of=[f"{i // 2}" for i in range(16)],
+  )
+  few = results.judge(claim, both)
+  assert few.note == "only 1 of 8 problems differ from 0; 16 cases are of 8 problems"
+  assert claims.settling(results.describe(few)) == f"about {few.needed} problems would settle it"
+  assert claims.settling({"cases": 8, "needed": 40}) == "about 40 cases would settle it"
+  lost = np.r_[np.nan, np.random.default_rng(1).normal(size=15)]
+  half = results.judge(claim, dataclasses.replace(both, values={"gain": lost}))
+  assert (half.cases, half.problems) == (15, 8)  # the other case of its problem stands for both
+  with pytest.raises(ValueError, match="has 16 cases and problem_of 8, wanted one for each case"):
+    dataclasses.replace(both, problem_of=tuple("abcdefgh"))
+
+
+def test_pages_count_problems_where_cases_share_some(tmp_path):
+  once, twice = of_problems(twice=False), of_problems(twice=True)
+  for found in (once, twice):
+    task = {"case": ["pick id 0"] * len(found.problem_of)}
+    (row,) = pages.numbers(dataclasses.replace(found, points=task))
+    assert row["tasks"] == [row["all"]] == [pages.in_words(once.values["gain"])]
+  rng = np.random.default_rng(2)
+  cells = dataclasses.replace(twice, values={"gain": rng.normal(size=(16, 3))}, axes={
+    "gain": ("case", "layer")
+  })  # fmt: skip
+  rows = pages.averaged(cells, "gain", ["layer"])
+  assert rows.shape == (8, 3)
+  np.testing.assert_allclose(rows[0], cells.values["gain"][[0, 15]].mean(0))
+
+
+def with_shared_problems(count):
+  """Cases of which each two are of one problem."""
+  return [
+    dataclasses.replace(case, metadata={**case.metadata, "hash": f"{case.index // 2}"})
+    for case in toy.cases(count)
+  ]
+
+
+def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
+  moves = Claim(says="noise moves x", of="moved[point=1]", statistic="mean", above=0.0)
+  anew = {  # a Result made anew loses no problem
+    "finish": lambda r, **_: Result(values=r.values, axes=r.axes, points=r.points)
+  }
+  for more in ({}, anew):
+    study = make_study(claims=[moves], **more)
+    found, record, findings = perform(
+      study, toy.setting(toy.read_late), with_shared_problems(16), batch=3
+    )
+    assert found.problem_of == [f"{i // 2}" for i in range(16)]
+    assert (record["cases"], record["problems"]) == (16, 8)
+    assert (findings[0].cases, findings[0].problems) == (16, 8)
+  results.save(tmp_path, found, record)
+  assert results.load(tmp_path)[0].problem_of == found.problem_of
+  write_json(tmp_path / "manifest.json", MANIFEST)
+  page = pages.render(tmp_path).read_text()
+  assert "<b>16</b> cases of <b>8</b> problems" in page
+  assert "16 cases are of 8 problems" in page
+  assert "bootstrap over problems" in page
+
+
+def test_a_study_of_before_problems_were_kept_opens_and_is_not_taken_for_one_of_now(
+  tmp_path, monkeypatch, capsys
+):
+  values = {"several": np.ones(9), "corrected": np.linspace(0, 1, 9)}
+  found = Result(values=values, axes=dict.fromkeys(values, ("case",)))
+  rows = [results.describe(results.judge(claim, found)) for claim in chain_of_steps.claims]
+  rows = [{key: value for key, value in row.items() if key != "problems"} for row in rows]
+  told = {"experiment": "chain_of_steps", "control": None, "claims": rows, "key": "a"}
+  out = tmp_path / "old"
+  out.mkdir()
+  results.save(out, found, told)
+  write_json(out / "manifest.json", {**MANIFEST, "files": {}})
+  record = read_json(out / "result.json")
+  write_json(out / "result.json", {k: v for k, v in record.items() if k != "problem_of"})
+  judge_again(out)
+  back, record = results.open_study(out)
+  assert back.problem_of == () and "judged_again" not in record
+  assert back.per_problem("several")[0].shape == (9,)
+  assert stopped(monkeypatch, out) == cli.BAD_INPUT
+  assert "it is a study of an older version, whose intervals are over cases" in (
+    capsys.readouterr().err
+  )
 
 
 def curves(curve, places):

@@ -228,7 +228,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   laid = sharding.mesh_here(mesh)
   layout = None if laid is None else dict(laid.shape)
   source = study.source()
-  code = [SCORING] if source is None else [SCORING, source]
+  code = [SCORING, results.FORMAT] if source is None else [SCORING, results.FORMAT, source]
   key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
@@ -329,9 +329,12 @@ def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) ->
     return
   there = sorted(names - {CHUNKS, LOCK, STAGE})
   if there:
-    before, code = _record(out).get("source"), ""
+    record, code = _record(out), ""
+    before = record.get("source")
     if source is not None and before is not None and before != source:
       code = f"; it was made by other code than {source['module']} has now"
+    elif "axes" in record and "problem_of" not in record:
+      code = "; it is a study of an older version, whose intervals are over cases"
     raise ValueError(
       f"{out} holds something else (it has {there[0]}{code}): choose another --out, or give --redo."
     )

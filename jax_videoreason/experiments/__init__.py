@@ -106,7 +106,8 @@ def judge_again(folder: str | Path) -> None:
     {**results.describe(found), "today": LATE}
     for found in verdicts(late, result, record["control"])
   ]
-  if rows != [{"today": None, **row} for row in record["claims"]]:
+  before = [{"today": None, "problems": row.get("cases"), **row} for row in record["claims"]]
+  if rows != before:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     again = {"written": now, "revision": store.revision()}
     write_json(folder / "result.json", {**record, "claims": rows, "judged_again": again})

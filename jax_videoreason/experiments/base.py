@@ -292,12 +292,15 @@ def perform(
     result = results.join(parts, len(setting.chosen.seeds), counts)
     points = {**result.points, "case": [title(case) for case in cases]}
     points = {**points, "seed": list(setting.chosen.seeds)}
-    result = dataclasses.replace(result, points=points)
+    problems = [case.metadata["hash"] for case in cases]
+    result = dataclasses.replace(result, points=points, problem_of=problems)
     if study.finish is not None:
       with _placed(study):
         result = study.finish(result, **given)
       _check_parts(study, result, whole=True)
       _name_missing(study, result)
+      if list(result.points.get("case", ())) == points["case"]:  # also of one that was made anew
+        result = dataclasses.replace(result, problem_of=problems)
     findings = verdicts(study, result, control)
   say(
     f"{study.name}: {tally.evaluations:,} evaluations, {tally.saved:,} saved by shared prefixes, "
@@ -311,6 +314,7 @@ def perform(
     "limits": study.limits,
     "options": given,
     "cases": len(cases),
+    "problems": len(set(problems)),
     "seeds": len(setting.chosen.seeds),
     "steps": first.sizes.S,
     "runs": first.sizes.R,

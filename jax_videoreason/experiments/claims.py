@@ -26,9 +26,9 @@ NOT_HERE: tuple[dict[str, Any], ...] = (
 READING = (
   "A claim *holds* where the whole 95% interval of our measure lies within its region (the",
   "smallest effect of interest, declared before the data), *does not hold* where it lies outside;",
-  "otherwise the data *can't tell*, and the number of cases that would settle it is given where",
-  "there is one. What needs other weights is *not run here*: a small model's number is never set",
-  "beside the paper's score.",
+  "otherwise the data *can't tell*, and the number of cases (of problems, where cases share some)",
+  "that would settle it is given where there is one. What needs other weights is *not run here*: a",
+  "small model's number is never set beside the paper's score.",
 )
 OLDER = "its folder holds an older result, which this call did not ask for"
 BLANK = {
@@ -38,6 +38,7 @@ BLANK = {
   "low": None,
   "high": None,
   "cases": 0,
+  "problems": 0,
   "needed": None,
   "experiment": None,
 }
@@ -100,7 +101,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ours = "" if row["estimate"] is None else stats.spell(row)
     verdict = f"**{row['verdict']}**"
     if row["needed"]:
-      verdict += f" (about {row['needed']:,} cases would settle it)"
+      verdict += f" ({settling(row)})"
     said = "; ".join(filter(None, (row["note"], row.get("today"))))
     if said:
       verdict += f": {said}"
@@ -109,6 +110,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     cells = (*cells, verdict, row["experiment"] or "")
     lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
   return "\n".join(lines) + "\n"
+
+
+def settling(row: Mapping[str, Any]) -> str:
+  """Such as "about 40 cases would settle it"; problems where cases share some."""
+  shared = row.get("problems", row["cases"]) != row["cases"]  # older results have none
+  return f"about {row['needed']:,} {'problems' if shared else 'cases'} would settle it"
 
 
 def region_of(row: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jax_videoreason import metrics, stats
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
-from jax_videoreason.experiments.results import SEED, Claim, Result
+from jax_videoreason.experiments.results import SEED, Claim, Result, mean_by
 from jax_videoreason.interventions import NOISE_MODES, identity, noise_at, where
 from jax_videoreason.reductions import signs
 from jax_videoreason.structs import Sizes
@@ -86,13 +86,18 @@ def tapped(sizes: Sizes) -> TapSpec:
 def with_index(result: Result) -> Result:
   """The CoS index of every mode, of all cases and of each task, as notes."""
   task = np.array([str(case).split()[0] for case in result.points["case"]])
+  problems = result.problems(len(task))
   notes = list(result.notes)
   for mode in result.points["mode"]:
     arms = [result.per_case(f"{arm}[mode={mode}]")[0] for arm in ARMS]
     both = np.stack(arms, axis=-1)
     good = np.isfinite(both).all(1)
     of = {"all": good, **{name: good & (task == name) for name in dict.fromkeys(task)}}
-    said = [f"{name} {index_of(both[some])}" for name, some in of.items() if some.any()]
+    said = [
+      f"{name} {index_of(mean_by(both[some], problems[some]))}"
+      for name, some in of.items()
+      if some.any()
+    ]
     notes.append(f"CoS index under {mode}: {'; '.join(said)}.")
   return dataclasses.replace(result, notes=notes)
 

@@ -12,10 +12,12 @@ from jax_videoreason import arrays, stats
 from jax_videoreason.folders import damaged, expect, plain, read_json, write_json
 
 SEED = 0  # of every resampling
+FORMAT = 2  # raised where what a study keeps means something else than before
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")
 NAME = re.compile(r"\w[\w-]*")  # of a value, which names a folder and a figure
 TAKEN = ("file", "allow_pickle")  # np.savez has them
+FOUND = ("estimate", "low", "high", "verdict", "cases", "problems", "needed", "note")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,9 @@ class Claim:
   "drop[arm=step,mode=renoise]"; several are handed to `by` side by side. statistic: what is
   computed, in words, with its unit. above, below: the smallest effect of interest: the claim holds
   where the whole 95% interval lies above `above` and below `below`. by: another summary than the
-  mean over cases, (draws N ...) -> (draws). share: the value (or what `by`
+  mean over problems, (draws N ...) -> (draws). share: the value (or what `by`
   makes of it) is a rate in 0..1. exact: the value
-  is one number by construction, so cases that are all equal are an interval of no width.
+  is one number by construction, so problems that are all equal are an interval of no width.
   number: of the claim in the paper's list; None = a claim of others. paper: what the paper found.
   """
 
@@ -52,8 +54,8 @@ class Claim:
 class Finding:
   """A claim beside the data: estimate, 95% interval, verdict (of `VERDICTS`).
 
-  cases: how many the interval rests on. needed: cases that would settle a "can't tell"; None where
-  no number would.
+  cases: how many have a number. problems: how many these are of, on which the interval rests.
+  needed: problems that would settle a "can't tell"; None where no number would.
   """
 
   claim: Claim
@@ -62,6 +64,7 @@ class Finding:
   high: float
   verdict: str
   cases: int
+  problems: int
   needed: int | None = None
   note: str | None = None
 
@@ -76,6 +79,8 @@ class Result:
   titles: name -> what it is, with its unit, for the figures. notes: what a reader must know.
   signed: values as likely above 0 as below it where there is no effect (drops, gains,
   selectivity): their maps are tested for cells that differ from 0.
+  problem_of: the problem of each case; cases of one problem (another picture or wording of it) are
+  not independent. Empty where each case is one of its own.
   """
 
   values: Mapping[str, np.ndarray]
@@ -84,6 +89,7 @@ class Result:
   titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: Sequence[str] = ()
   signed: Sequence[str] = ()
+  problem_of: Sequence[str] = ()
 
   def __post_init__(self):
     for name, value in self.values.items():
@@ -94,6 +100,11 @@ class Result:
         if axis in self.points and len(self.points[axis]) != size:
           raise ValueError(
             f"value {name!r}: axis {axis!r} has {size} places and {len(self.points[axis])} labels."
+          )
+        if axis == "case" and len(self.problem_of) not in (0, size):
+          raise ValueError(
+            f"value {name!r} has {size} cases and problem_of {len(self.problem_of)}, wanted one "
+            "for each case: give problem_of= of these cases."
           )
 
   def has(self, of: str) -> bool:
@@ -125,35 +136,44 @@ class Result:
     axes.remove("case")
     return value, tuple(axes)
 
+  def per_problem(self, of: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """As `per_case`, a row per problem: the mean over those of its cases that have a number."""
+    value, axes = self.per_case(of)
+    return mean_by(value, self.problems(len(value))), axes
+
+  def problems(self, cases: int) -> np.ndarray:
+    """N: the problem of each of so many cases."""
+    return np.asarray(self.problem_of if len(self.problem_of) else range(cases))
+
 
 def interval(result: Result, of: str) -> tuple[stats.Interval, tuple[str, ...]]:
-  """The mean over cases of every cell of a value, with its interval; and its axes."""
+  """The mean over problems of every cell of a value, with its interval; and its axes."""
   value, axes = result.per_case(of)
-  good = np.isfinite(value).reshape(len(value), -1).all(1)
+  good = np.asarray(np.isfinite(value).reshape(len(value), -1).all(1))
   if not good.any():
     raise ValueError(f"{of}: no case has finite numbers.")
-  return stats.bootstrap(value[good], seed=SEED), axes
+  return stats.bootstrap(mean_by(value[good], result.problems(len(good))[good]), seed=SEED), axes
 
 
 def judge(claim: Claim, result: Result) -> Finding:
-  """Holds the claim against the data, by a bootstrap over cases."""
+  """Holds the claim against the data, by a bootstrap over problems."""
   names = (claim.of,) if isinstance(claim.of, str) else claim.of
   none = float("nan")
+  nothing = Finding(
+    claim=claim, estimate=none, low=none, high=none, verdict="can't tell", cases=0, problems=0
+  )
   absent = [name for name in names if not result.has(name)]
   if absent:
     note = f"this model or these options have no {', '.join(absent)}"
-    return Finding(
-      claim=claim, estimate=none, low=none, high=none, verdict="not run here", cases=0, note=note
-    )
+    return dataclasses.replace(nothing, verdict="not run here", note=note)
   columns = [result.per_case(name)[0] for name in names]
   values = columns[0] if len(columns) == 1 else np.stack(columns, axis=-1)
   good = np.asarray(np.isfinite(values).reshape(len(values), -1).all(1))
   lost = f"{int((~good).sum())} of {len(good)} cases have no number" if not good.all() else None
   if not good.any():
-    return Finding(
-      claim=claim, estimate=none, low=none, high=none, verdict="can't tell", cases=0, note=lost
-    )
-  values = values[good]
+    return dataclasses.replace(nothing, note=lost)
+  cases = int(good.sum())
+  values = mean_by(values[good], result.problems(len(good))[good])
   count = len(values)
   if claim.share and claim.by is None:
     found = stats.share(values, seed=SEED)
@@ -191,15 +211,20 @@ def judge(claim: Claim, result: Result) -> Finding:
     if end != estimate:
       wanted = count * (half / (end - estimate)) ** 2
       needed = max(int(np.ceil(wanted)), count, needed or 0) + (not few)
+  several = None
+  if count < cases:
+    several = f"{cases} cases are of {count} problems"
+    own = own and own.replace("case", "problem")  # which is what was resampled
   return Finding(
     claim=claim,
     estimate=estimate,
     low=low,
     high=high,
     verdict=verdict,
-    cases=count,
+    cases=cases,
+    problems=count,
     needed=needed,
-    note="; ".join(text for text in (own, lost) if text) or None,
+    note="; ".join(text for text in (own, several, lost) if text) or None,
   )
 
 
@@ -223,6 +248,13 @@ def known_mean(value: np.ndarray, axis: int) -> np.ndarray:
   known = np.isfinite(value)
   count = known.sum(axis)
   return np.where(count > 0, np.where(known, value, 0.0).sum(axis) / np.maximum(count, 1), np.nan)
+
+
+def mean_by(value: np.ndarray, groups: Sequence[Any] | np.ndarray) -> np.ndarray:
+  """(M ...): the mean of what is a number over the rows N ... of each group, in the order of their
+  first rows."""
+  of = np.asarray(groups)
+  return np.stack([known_mean(value[of == group], 0) for group in dict.fromkeys(of.tolist())])
 
 
 def join(batches: Sequence[Result], seeds: int, counts: Sequence[int]) -> Result:
@@ -300,6 +332,7 @@ def save(folder: str | Path, result: Result, record: Mapping[str, Any]) -> None:
         "titles": result.titles,
         "notes": list(result.notes),
         "signed": list(result.signed),
+        "problem_of": list(result.problem_of),
         "axes": {name: list(axes) for name, axes in result.axes.items()},
       }
     ),
@@ -348,6 +381,7 @@ def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
     titles=record["titles"],
     notes=record["notes"],
     signed=record.get("signed", ()),
+    problem_of=record.get("problem_of", ()),  # older results have none
   )
   return result, record
 
@@ -364,8 +398,6 @@ def describe(finding: Finding) -> dict[str, Any]:
       "paper": claim.paper,
       "above": claim.above,
       "below": claim.below,
-      **{f: getattr(finding, f) for f in ("estimate", "low", "high", "verdict", "cases")},
-      "needed": finding.needed,
-      "note": finding.note,
+      **{f: getattr(finding, f) for f in FOUND},
     }
   )

@@ -573,6 +573,20 @@ def test_a_peak_is_the_share_of_the_steps_at_its_place():
   assert np.isnan(moved(two_later[..., :7, :])).all()  # too coarse to tell a move
 
 
+def test_a_place_that_is_repeated_counts_once():
+  assert places_of(4, 11) == [1, 2, 3]
+  assert places_of(10, 11) == list(range(1, 10))
+  assert places_of(20, 9) == list(range(2, 20, 2))
+  steps = np.array([1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3])  # 11 places of 4 steps
+  last = curves(np.eye(11)[8], steps / 4)
+  assert np.isnan(highest(last)).all()  # three places, the peak at the last of them
+  two = np.concatenate([last[..., :1], last], -1)
+  assert np.isnan(moved(two)).all()
+  steps = np.array([1, 2, 3, 4, 5, 6, 6, 6])
+  np.testing.assert_allclose(highest(curves(np.eye(8)[3], steps / 7)), 4 / 7)
+  assert np.isnan(highest(curves(np.eye(8)[5], steps / 7))).all()
+
+
 def test_a_peak_is_not_told_from_a_coarse_grid():
   rows = curves(np.array([9.0, 1, 5, 2, 1]), np.arange(5) / 5)
   assert np.isnan(peak(rows)).all()

@@ -415,6 +415,19 @@ def test_controls_finds_where_new_noise_changes_the_video():
   assert moves == "not run here"
 
 
+def test_controls_looks_at_a_step_once_where_there_are_few():
+  options = {"settings": ("as is", "half the steps"), "places": 11}
+  found, record, findings = run("controls", toy.setting(toy.of_the_noise, steps=4), **options)
+  assert record["evaluations"] == record["planned"]
+  assert found.values["place_at"][..., 0, 0].tolist() == [[0.25, 0.5, 0.75], [0.5] * 3]
+  assert found.points["place"] == [0.25, 0.5, 0.75]
+  np.testing.assert_array_equal(
+    found.values["sensitivity"][1, 1:], found.values["sensitivity"][1, :1].repeat(2, 0)
+  )
+  said = verdicts(findings)["the peak of sensitivity is there without an expert switch"]
+  assert said == "can't tell"
+
+
 def test_controls_refuses_an_expert_that_is_not_there():
   with pytest.raises(ValueError, match="no setting 'switch later' for this model"):
     run("controls", toy.setting(), settings=("switch later",))

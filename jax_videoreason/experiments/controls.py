@@ -56,20 +56,30 @@ def cost(sizes: Sizes, *, settings: tuple[str, ...], places: int, switch: bool) 
 
 
 def places_of(steps: int, places: int) -> list[int]:
-  """Steps spread over the trajectory; not the first, at which renoise is another seed."""
-  return [max(1, place * steps // (places + 1)) for place in range(1, places + 1)]
+  """Steps spread over the trajectory, each once, so of few steps fewer than `places`.
+
+  Not the first, at which renoise is another seed.
+  """
+  return sorted({max(1, place * steps // (places + 1)) for place in range(1, places + 1)})
 
 
-def shares_of(places: int) -> np.ndarray:
-  """The places as shares of the steps, about which `places_of` rounds."""
-  return np.arange(1, places + 1) / (places + 1)
+def filled(rows: np.ndarray, places: int) -> np.ndarray:
+  """P ... of fewer places or as many, the last one repeated."""
+  return rows[np.minimum(np.arange(places), len(rows) - 1)]
+
+
+def distinct(rows: np.ndarray) -> np.ndarray:
+  """... N places K, the last of K being the place: of equal places the first alone."""
+  place = rows[..., -1].reshape(-1, rows.shape[-2])[0]
+  return rows[..., np.unique(place, return_index=True)[1], :]
 
 
 def highest(rows: np.ndarray) -> np.ndarray:
   """Where the mean curve of ... N places 2 (curve, share of the steps) is highest.
 
-  NaN at an edge of the grid and for fewer than `LEAST_PLACES`.
+  NaN at an edge of the grid and for fewer than `LEAST_PLACES`; a repeated place counts once.
   """
+  rows = distinct(rows)
   if rows.shape[-2] < LEAST_PLACES:
     return np.full(rows.shape[:-3], np.nan)
   return inner_peak(rows)
@@ -78,8 +88,9 @@ def highest(rows: np.ndarray) -> np.ndarray:
 def moved(rows: np.ndarray) -> np.ndarray:
   """Distance between the peaks of two curves, ... N places 3 (two curves, share of the steps).
 
-  NaN for fewer than `FINE_PLACES`.
+  NaN for fewer than `FINE_PLACES`; a repeated place counts once.
   """
+  rows = distinct(rows)
   if rows.shape[-2] < FINE_PLACES:
     return np.full(rows.shape[:-3], np.nan)
   return np.abs(highest(rows[..., [0, 2]]) - highest(rows[..., [1, 2]]))
@@ -127,7 +138,8 @@ def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 11) 
   place is another sigma: the table gives commitment in sigma.
 
   Limits: places are coarse: a curve that is highest at the first or last of them has no peak here,
-  and whether a peak moves is asked of nine places or more alone. The claim without a switch can
+  a peak is asked of five places or more alone, and whether it moves of nine. A setting with fewer
+  steps than places has its last one repeated, which counts once. The claim without a switch can
   only be asked of a model without one, and that of a switch that is moved only of a model with two
   experts. `low noise expert only` leaves the very first step, at sigma 1, to the other one.
   """
@@ -136,6 +148,7 @@ def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 11) 
   for changes in chosen.values():
     here = ctx.vary(**changes)
     sizes = here.sizes
+    steps = places_of(sizes.S, places)
     base = identity(sizes, edits=("noise",))
     final, clean = here.resume(None, 0, base)
     said = per_run(here.read(clean.x0))
@@ -155,20 +168,22 @@ def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 11) 
         "flips": said["flips"],
         "several": said["several"],
         "corrected": said["corrected"],
-        "sensitivity": here.map(at, places_of(sizes.S, places)),
-        "place_at": np.repeat(
-          np.array(places_of(sizes.S, places))[:, None] / sizes.S, sizes.R, axis=1
-        ),
+        "sensitivity": here.map(at, steps),
+        "place_at": np.repeat(np.array(steps)[:, None] / sizes.S, sizes.R, axis=1),
       }
     )
+  most = max(len(row["place_at"]) for row in rows)
+  for row in rows:
+    row |= {name: filled(row[name], most) for name in ("sensitivity", "place_at")}
   values = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   axes = {
     n: ("setting", "place", "run") if v.ndim == 3 else ("setting", "run") for n, v in values.items()
   }
+  first = list(chosen).index("as is") if "as is" in chosen else 0
   if ctx.bundle.card.boundary is None and "as is" in chosen:
-    values["one_network"] = values["sensitivity"][list(chosen).index("as is")]
+    values["one_network"] = values["sensitivity"][first]
     axes["one_network"] = ("place", "run")
-  shares = shares_of(places).round(3).tolist()
+  shares = values["place_at"][first, :, 0].round(3).tolist()
   points = ctx.points | {"setting": list(chosen), "place": shares}
   return Result(values=values, axes=axes, points=points, titles=TITLES)
 

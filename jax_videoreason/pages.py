@@ -34,6 +34,8 @@ NAMES = {
   "place": "place, share of the steps",
   "rank": "channel, by variance",
 }
+# The value that says where the places of an axis were, line by line; its labels are of the first.
+PLACED = {"place": "place_at"}
 MOST_COLUMNS = 9  # frames of a film strip
 NAME_WIDTH = 34  # letters of a line beside an axis
 # What the table of claims shows of each study; of another study its first figures.
@@ -117,6 +119,8 @@ def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
     return maps_of_tokens(folder, result, name, title)
   if "rgb" in axes:
     return strips(folder, result, name, title)
+  if name in PLACED.values():
+    return []
   numeric, texts = free_axes(result, name)
   if not numeric and texts and "case" in axes:
     return list(compared(folder, result, name, texts, title))
@@ -135,7 +139,8 @@ def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
     if np.isfinite(value).any():
       series = dict(zip(names, rows, strict=True))
       if len(numeric) == 1:
-        curve(path, result, series, numeric, full)
+        at = placed(result, name, [*texts, *numeric])
+        curve(path, result, series, numeric, full, at=None if at is None else at[places])
       else:
         heat(path, result, series, numeric, signed=name in result.signed)
       made.append({"path": path, "title": full, "wide": len(numeric) == 2 and len(names) > 1})
@@ -184,19 +189,38 @@ def ticks(result: Result, axis: str, size: int, join: str) -> list[str]:
   return [f"{step}{join}({result.points['sigma'][int(step)]:.2f})" for step in labels]
 
 
+def placed(result: Result, name: str, order: Sequence[str]) -> np.ndarray | None:
+  """Where the places of a value were, the axes in `order`; None where their labels say it."""
+  at = PLACED.get(order[-1], "")
+  if at not in result.values or set(result.axes[at]) != set(result.axes[name]):
+    return None
+  return results.known_mean(averaged(result, at, order), 0)
+
+
 def curve(
-  path: Path, result: Result, rows: Mapping[str, np.ndarray], axes: Sequence[str], title: str
+  path: Path,
+  result: Result,
+  rows: Mapping[str, np.ndarray],
+  axes: Sequence[str],
+  title: str,
+  *,
+  at: np.ndarray | None = None,
 ) -> None:
-  """Curves over one axis, along the steps against sigma."""
+  """Curves over one axis, along the steps against sigma; at: the places of each curve, None = the
+  labels of the axis. A place that is repeated is drawn once."""
   axis = axes[0]
   x: Any = labels_of(result, axis, next(iter(rows.values())).shape[1])
   along = has_sigma(result, axis)
   if along:
     x = [result.points["sigma"][int(step)] for step in x]
+  lines = {}
+  for number, (name, value) in enumerate(rows.items()):
+    where = np.asarray(x if at is None else at[number], float)
+    kept = np.unique(where, return_index=True)[1] if axis in PLACED else slice(None)
+    lines[name] = (where[kept], *by_place(value[:, kept]))
   plots.bands(
     path,
-    np.asarray(x, float),
-    {name: by_place(value) for name, value in rows.items()},
+    lines,
     x_name="sigma" if along else named(result, axis),
     y_name=textwrap.fill(title, NAME_WIDTH),
     falling=along,

@@ -19,7 +19,9 @@ INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW = "#56B4E9", "#E69F00"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
+LINES = (("-", "o"), ("--", "s"), (":", "^"))  # the next one where the colours are used up
 PANELS = 4
+NAME_GAP = 0.07  # between the names of lines, of the height of the axes
 
 
 def film_strip(
@@ -95,49 +97,47 @@ def curves(
   x = np.asarray(x, float)
   ends = []
   for number, (name, values) in enumerate(series.items()):
-    colour = COLOURS[number % len(COLOURS)]
+    colour, line, marker = _look(number)
     values = np.asarray(values, float)
     if values.ndim == 2:
       axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.3)
       values = values.mean(1)
-    axes.plot(x, values, color=colour, linewidth=2, marker="o", markersize=3)
-    ends.append((float(values[-1]), name, colour))
+    axes.plot(x, values, color=colour, linestyle=line, linewidth=2, marker=marker, markersize=3)
+    ends.append((float(x[-1]), float(values[-1]), name, colour, line))
   if falling:
     axes.invert_xaxis()
   low, high = axes.get_ylim()
   axes.set_ylim(min(0, low), high if top is None else top)
-  _name_ends(axes, float(x[-1]), ends)
+  _name_ends(axes, ends)
   _save(figure, path, dpi=120)
 
 
 def bands(
   path: str | Path,
-  x: Sequence[float] | np.ndarray,
-  series: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+  series: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
   *,
   x_name: str,
   y_name: str,
   title: str = "",
   falling: bool = False,
 ) -> None:
-  """Draws each series, (estimate, low, high) over x, with its interval behind it.
+  """Draws each series, (x, estimate, low, high), with its interval behind it.
 
   falling: x runs from high to low, as sigma does. Points that are NaN leave a gap.
   """
   figure, axes = _panel(title, x_name, y_name)
-  x = np.asarray(x, float)
   ends = []
-  for number, (name, (middle, low, high)) in enumerate(series.items()):
-    colour = COLOURS[number % len(COLOURS)]
+  for number, (name, (x, middle, low, high)) in enumerate(series.items()):
+    colour, line, marker = _look(number)
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(x, middle, color=colour, linewidth=2, marker="o", markersize=3)
+    axes.plot(x, middle, color=colour, linestyle=line, linewidth=2, marker=marker, markersize=3)
     known = np.flatnonzero(np.isfinite(middle))
-    ends += [(float(middle[known[-1]]), name, colour)] if len(known) else []
+    ends += [(float(x[i]), float(middle[i]), name, colour, line) for i in known[-1:]]
   if falling:
     axes.invert_xaxis()
   low, high = axes.get_ylim()
   axes.set_ylim(min(0.0, low), high)
-  _name_ends(axes, float(x[-1]), ends)
+  _name_ends(axes, ends)
   _save(figure, path, dpi=120)
 
 
@@ -305,19 +305,19 @@ def training_curves(
     smooth = np.convolve(values[there], np.ones(window) / window, "valid")
     panels[0].plot(steps[there], values[there], color=colour, linewidth=0.6, alpha=0.3)
     panels[0].plot(steps[there][window - 1 :], smooth, color=colour, linewidth=2)
-    ends.append((float(smooth[-1]), name, colour))
+    ends.append((float(steps[there][-1]), float(smooth[-1]), name, colour, "-"))
   panels[0].set_yscale("log")
-  _name_ends(panels[0], float(steps[-1]), ends)
+  _name_ends(panels[0], ends)
   if scores:
     ends = []
     for number, (name, points) in enumerate(scores.items()):
       colour = COLOURS[number % len(COLOURS)]
       at, values = zip(*points, strict=True)
       panels[1].plot(at, values, color=colour, linewidth=2, marker="o", markersize=3)
-      ends.append((float(values[-1]), name, colour))
+      ends.append((float(at[-1]), float(values[-1]), name, colour, "-"))
     panels[1].set_xlim(panels[0].get_xlim())
     panels[1].set_ylim(0, 1)
-    _name_ends(panels[1], float(steps[-1]), ends)
+    _name_ends(panels[1], ends)
   _save(figure, path, dpi=120)
 
 
@@ -393,22 +393,56 @@ def _panels(titles: Sequence[tuple[str, str, str]]) -> tuple[Figure, list[Axes]]
   return figure, panels
 
 
-def _name_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]]) -> None:
-  """Names beside the ends of their lines, moved apart where they would overlap."""
+def _look(number: int) -> tuple[str, str, str]:
+  """Colour, line and marker of a series."""
+  return COLOURS[number % len(COLOURS)], *LINES[number // len(COLOURS) % len(LINES)]
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -> None:
+  """Names beside the ends (x, y, name, colour, line) of lines.
+
+  Moved apart where they would overlap; each then has a piece of its line before it.
+  """
   low, high = axes.get_ylim()
   to_axes = axes.transScale.transform
-  bottom, top = (to_axes((x, y))[1] for y in (low, high))
-  last = -1.0
-  for y, name, colour in sorted(ends):
-    place = max((to_axes((x, y))[1] - bottom) / (top - bottom), last + 0.07)
-    last = place
+  bottom, top = (to_axes((ends[0][0], y))[1] if ends else 0.0 for y in (low, high))
+  ends = sorted(ends, key=lambda end: end[1:3])
+  wanted = [(to_axes((x, y))[1] - bottom) / (top - bottom) for x, y, *_ in ends]
+  places = apart(wanted, NAME_GAP)
+  moved = not np.allclose(places, wanted, atol=NAME_GAP / 4)
+  for (x, y, name, colour, line), place in zip(ends, places, strict=True):
+    bare: dict[str, Any] = {"arrowstyle": "-", "color": colour, "shrinkA": 0, "shrinkB": 0}
+    if moved:
+      lead = {"xytext": (1.05, place), "textcoords": "axes fraction", "annotation_clip": False}
+      axes.annotate("", xy=(x, y), arrowprops={**bare, "linewidth": 0.6}, **lead)
+    key = {**bare, "linestyle": line, "linewidth": 2, "relpos": (0, 0.5), "shrinkA": 3}
     axes.annotate(
       name,
-      xy=(1.01, place),
+      xy=(1.05 if moved else 1.01, place),
+      xytext=(1.12 if moved else 1.01, place),
       xycoords="axes fraction",
+      arrowprops=key if moved else None,
       color=colour,
       fontsize=9,
       va="center",
       annotation_clip=False,
       parse_math=False,
     )
+
+
+def apart(wanted: Sequence[float], gap: float) -> list[float]:
+  """Rising places in 0..1 as near to the wanted ones, which rise, as a gap between them lets them.
+
+  The gap shrinks where they would not have room.
+  """
+  gap = min(gap, 1 / max(len(wanted) - 1, 1))
+  joined: list[tuple[float, int]] = []  # mean wanted place of neighbours that touch, and how many
+  for number, place in enumerate(wanted):
+    mean, count = place - number * gap, 1
+    while joined and joined[-1][0] > mean:
+      before, more = joined.pop()
+      mean, count = (before * more + mean * count) / (more + count), more + count
+    joined.append((mean, count))
+  room = 1 - gap * (len(wanted) - 1)
+  bases = [min(max(mean, 0.0), room) for mean, count in joined for _ in range(count)]
+  return [base + number * gap for number, base in enumerate(bases)]

@@ -943,6 +943,26 @@ def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
   assert [path.name for path in (tmp_path / "figures").iterdir()] == ["now-moved.png"]
 
 
+def test_a_curve_is_drawn_where_it_was_measured_and_no_place_twice(tmp_path, monkeypatch):
+  drawn = {}
+  monkeypatch.setattr(
+    pages.plots, "bands", lambda path, lines, **_: drawn.update({path.stem: lines})
+  )
+  places = np.array([[0.125, 0.375, 0.75, 0.875], [0.25, 0.5, 0.5, 0.5]])
+  at = np.repeat(places[..., None], 8, axis=2)
+  values = {"sensitivity": np.random.default_rng(0).random(at.shape), "place_at": at}
+  axes = dict.fromkeys(values, ("setting", "place", "case"))
+  values["one_network"], axes["one_network"] = values["sensitivity"][1], ("place", "case")
+  found = Result(
+    values=values, axes=axes, points={"setting": ["as is", "half"], "place": [0.25, 0.5, 0.5, 0.5]}
+  )
+  assert [len(pages.draw(tmp_path, found, name)) for name in values] == [1, 0, 1]
+  lines = drawn["sensitivity"]
+  assert [line[0].tolist() for line in lines.values()] == [places[0].tolist(), [0.25, 0.5]]
+  np.testing.assert_allclose(lines["half"][1], values["sensitivity"][1, :2].mean(1))
+  assert drawn["one_network"][""][0].tolist() == [0.25, 0.5]
+
+
 def test_only_maps_that_are_signed_get_dots(tmp_path, monkeypatch):
   drawn = {}
   monkeypatch.setattr(pages.plots, "heat_maps", lambda path, *a, **k: drawn.update({path.stem: k}))

@@ -39,6 +39,37 @@ def test_spread_keeps_both_ends():
   assert plots.spread(81, 5) == [0, 20, 40, 60, 80]
 
 
+def test_more_lines_than_colours_differ_in_style_and_all_are_named(tmp_path, monkeypatch):
+  drawn = {}
+
+  def kept(figure, path, dpi):
+    drawn["axes"] = figure.axes[0]
+    save(figure, path, dpi)
+
+  save = plots._save
+  monkeypatch.setattr(plots, "_save", kept)
+  x = np.linspace(0.1, 0.9, 9)
+  names = [f"setting {i}" for i in range(11)]
+  lines = {
+    n: (x, *(np.exp(-x) + 0.001 * i + end for end in (0, -0.1, 0.1))) for i, n in enumerate(names)
+  }
+  plots.bands(tmp_path / "a.png", lines, x_name="place", y_name="move")
+  axes = drawn["axes"]
+  looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+  assert len(looks) == len(axes.lines) == 11
+  boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+  assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(names)
+  assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_names_are_moved_apart_by_no_more_than_they_must():
+  assert plots.apart([], 0.1) == []
+  assert plots.apart([0.2, 0.5], 0.1) == [0.2, 0.5]
+  np.testing.assert_allclose(plots.apart([0.5, 0.5, 0.5, 0.9], 0.1), [0.4, 0.5, 0.6, 0.9])
+  np.testing.assert_allclose(plots.apart([0.0, 0.0, 0.98, 1.0], 0.1), [0.0, 0.1, 0.9, 1.0])
+  np.testing.assert_allclose(plots.apart([0.5] * 21, 0.1), np.arange(21) / 20)
+
+
 def test_curves_and_training_curves(tmp_path):
   sigma = np.linspace(1, 0.1, 10)
   runs = np.random.default_rng(0).random((10, 3))

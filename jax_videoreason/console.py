@@ -19,7 +19,7 @@ def speaks() -> bool:
 def say(text: str) -> None:
   """A line on standard output."""
   if speaks():
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(highlight=False, soft_wrap=True, emoji=False).print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -29,10 +29,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
   made = Table(title=title, title_justify="left")
   for number, name in enumerate(columns):
     is_number = all(isinstance(row[number], int | float) for row in rows)
-    made.add_column(name, justify="right" if is_number else "left")
+    made.add_column(name, justify="right" if is_number else "left", overflow="fold")
   for row in rows:
     made.add_row(*map(_cell, row))
-  Console(highlight=False).print(made)
+  Console(highlight=False, emoji=False).print(made)
 
 
 def _cell(value: Any) -> str:

@@ -395,7 +395,7 @@ def test_too_few_hidden_objects_are_said_instead_of_probed():
   )
   found = with_memory(four)
   assert found.notes == ["Too few hidden objects for a probe of memory."]
-  assert not found.values
+  assert not found.values and not found.signed
 
 
 # controls
@@ -534,6 +534,9 @@ def test_too_few_cases_for_a_probe_are_refused():
   )
   with pytest.raises(ValueError, match="4 cases of sides are too few for any probe"):
     fit(four)
+  elsewhere = dataclasses.replace(four, points={**four.points, "case": ["rotate id 0"] * 4})
+  with pytest.raises(ValueError, match="nothing is known to be probed in cases of rotate, wanted"):
+    fit(elsewhere)
 
 
 @pytest.mark.parametrize("name", ["layer_maps", "probes"])

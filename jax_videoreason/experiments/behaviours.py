@@ -182,7 +182,7 @@ def with_memory(result: Result) -> Result:
     }
     axes |= dict.fromkeys(kept.keys() - axes.keys(), ("probed", "layer", "case", "seed"))
     axes["memory"] = ("case", "seed")
-  signed = ("memory_selectivity",)
+  signed = () if found is None else ("memory_selectivity",)
   return dataclasses.replace(result, values=kept, axes=axes, notes=notes, signed=signed)
 
 

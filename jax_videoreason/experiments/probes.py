@@ -171,6 +171,12 @@ def fit(result: Result) -> Result:
   same = np.array([number[key] for key in hashes])
   here = dict.fromkeys(str(label).split()[0] for label in result.points["case"])
   notes, names, found = list(result.notes), [], []
+  if not targets_of(here):
+    known = ", ".join(probes.tasks)
+    raise ValueError(
+      f"nothing is known to be probed in cases of {', '.join(here)}, wanted some of {known} too: "
+      "give --config.tasks=pick."
+    )
   for target in targets_of(here):
     row = rearrange(labels[list(result.points["target"]).index(target)], "n e -> (n e)")
     right = linear.beside_shuffled(x, row, same, seed=SEED)

@@ -9,6 +9,7 @@ from einops import repeat
 
 from jax_videoreason import tasks
 from jax_videoreason.tasks import Answer, Case, Metadata, Task
+from jax_videoreason.tasks.base import SHORTEST
 
 STATIC, CUT, NEAREST, TRUTH = "static", "cut", "nearest", "truth"
 NAMES = {
@@ -18,7 +19,6 @@ NAMES = {
   TRUTH: "the video that solves the case",
 }
 BANK = 1000  # training clips among which the nearest is looked for
-SHORTEST = 13  # frames that a clip has at least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

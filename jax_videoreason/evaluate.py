@@ -104,7 +104,7 @@ def plan(names: str, split: str, cases: int, kind: str) -> Plan:
   else:
     wanted = tasks.names_of(names)
   for name in wanted:
-    task = tasks.load(name)
+    task = tasks.find(name)
     task.check_split(split, 0)
     if kind == "ambiguous" and not task.ambiguous:
       raise ValueError(f"{name} has no ambiguous cases: leave it out, or give --ambiguous plain.")
@@ -189,7 +189,7 @@ def describe(chosen: SampleSettings, asked: Plan, model: Path) -> dict[str, Any]
   for name in ("batch", "piece", "taps", "checkpoint"):  # they change no number
     settings.pop(name)
   weights = checksum(model / "bundle.json")
-  scoring = tasks.SCORING
+  scoring = tasks.scoring(asked.tasks)
   return plain({**dataclasses.asdict(asked), **settings, "weights": weights, "scoring": scoring})
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, evaluate, interventions, plan, runs
+from jax_videoreason import checkpoint, evaluate, interventions, plan, runs, tasks
 from jax_videoreason.folders import checksum, plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import SITES
-from jax_videoreason.tasks import SCORING, Case, Task
+from jax_videoreason.tasks import Case, Task
 
 FORMAT = 1  # raised where the same question gets other bits or another layout than before
 UNIT = 32  # runs of a unit where nothing is said
@@ -177,7 +177,7 @@ class Product:
     settings["taps"].pop("budget_gb")
     weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
     own = {**dataclasses.asdict(self.varied), "order": list(self.varied.edits), "format": FORMAT}
-    own["scoring"] = SCORING
+    own["scoring"] = tasks.scoring(self.varied.tasks)
     for name in ("unit", "mesh"):  # units and width say what the first did
       own.pop(name)
     return plain({**settings, **own, "weights": weights, "units": self.units, "width": self.width})

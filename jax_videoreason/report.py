@@ -198,8 +198,12 @@ def title_of(run: Run, r: int) -> str:
   said = run.runs[r]
   if said.get("task") is None:
     return str(said.get("case") or "Own prompt")
-  task = str(said["task"]).replace("_", " ").capitalize()
-  return f"{task}, {SPLITS[said['split']]} {said['index']}"
+  return f"{title_of_task(said['task'])}, {SPLITS[said['split']]} {said['index']}"
+
+
+def title_of_task(name: str) -> str:
+  """Such as "Sort bars"; module:Class as it is."""
+  return name if ":" in name else name.replace("_", " ").capitalize()
 
 
 def readings(run: Run, r: int) -> list[str]:

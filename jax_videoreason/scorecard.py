@@ -2,7 +2,8 @@
 differ, the best and worst videos. Opens offline."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import baselines, media, plots, scoring, stats, tables, tasks
-from jax_videoreason.evaluate import PARTS, RESULT, TABLE
+from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
 from jax_videoreason.folders import atomic, read_json
-from jax_videoreason.report import SPLITS, environment, inline
+from jax_videoreason.report import SPLITS, environment, inline, title_of_task
 
 CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
 FRAMES = 17  # frames of a clip that are shown at most
@@ -51,6 +52,7 @@ def contents(folder: Path) -> dict[str, Any]:
   result = read_json(folder / RESULT)
   manifest = read_json(folder / "manifest.json")
   rows = tables.read(folder / TABLE)
+  warn_of_code(folder, result["tasks"])
   sheets: list[str] = []
   blocks = {name: block(folder, name, result, rows, sheets) for name in result["tasks"]}
   return {
@@ -64,13 +66,20 @@ def contents(folder: Path) -> dict[str, Any]:
     "sheets": sheets,
     "stills": STILLS,
     "words": stats.spell,
-    "title": title,
+    "title": title_of_task,
   }
 
 
-def title(name: str) -> str:
-  """A task's name in words."""
-  return name.replace("_", " ").capitalize()
+def warn_of_code(folder: Path, names: Iterable[str]) -> None:
+  """Warns of own tasks that were scored by other code than they have now."""
+  scoring = read_json(folder / ASKED).get("scoring")
+  for name, now in tasks.sources(names).items():
+    if isinstance(scoring, Mapping) and scoring.get(name) != now:
+      warnings.warn(
+        f"{now['module']} has changed since {folder} was scored: its page draws the cases of "
+        f"{name} as they are now.",
+        stacklevel=2,
+      )
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, Any]:

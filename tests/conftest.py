@@ -1,7 +1,9 @@
 """Four CPU devices, strict numerics, and each program compiled once for all workers."""
 
+import importlib
 import os
 import shutil
+import sys
 import tempfile
 
 # Most of a test's time is compilation, which is quicker without the passes of LLVM.
@@ -14,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
@@ -32,3 +35,22 @@ def pytest_configure(config):
   ):
     os.environ[name.upper()] = str(value)
     jax.config.update(name, value)
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+  """Writes a module of a user's, which is then imported anew: (name, text) -> its file."""
+  monkeypatch.syspath_prepend(tmp_path)
+  written = set()
+
+  def write(name, text):
+    file = tmp_path / f"{name}.py"
+    file.write_text(text)
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    written.add(name)
+    return file
+
+  yield write
+  for name in written:
+    sys.modules.pop(name, None)

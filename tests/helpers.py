@@ -1,7 +1,9 @@
 """Tiny models made in memory, and the lists that several test files go through."""
 
 import dataclasses
+import re
 import socket
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,13 @@ def relative(a, b) -> float:
 def replace(value, **changes):
   """dataclasses.replace, under a shorter name."""
   return dataclasses.replace(value, **changes)
+
+
+def documented(name: str) -> str:
+  """The Python of docs/NAME, which is one block."""
+  text = (Path(__file__).parent.parent / "docs" / name).read_text()
+  (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  return block
 
 
 def free_port() -> int:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import helpers
 import toy
 from jax_videoreason import (
   checkpoint,
@@ -671,8 +671,7 @@ def test_a_verdict_taken_again_keeps_what_the_run_declared(tmp_path):
 
 
 def test_the_documented_experiment_runs_as_it_stands():
-  text = (Path(__file__).parent.parent / "docs" / "new_experiment.md").read_text()
-  (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  block = helpers.documented("new_experiment.md")
   body = block[block.index("def early_attention") :].splitlines()
   assert len([line for line in body if line.strip()]) <= 30
   space = {}

@@ -1,8 +1,6 @@
 """Studies that users write: what is wrong with one is said in a sentence, and never scored."""
 
 import dataclasses
-import importlib
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -278,18 +276,14 @@ def {name}(ctx, *, k=3):
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-  """Writes the module `own_file`, which is then imported anew."""
-  monkeypatch.syspath_prepend(tmp_path)
+def write(write_module):
+  """Writes the module `own_file` and says what a study in it is named."""
 
   def write(text):
-    (tmp_path / "own_file.py").write_text(text)
-    sys.modules.pop("own_file", None)
-    importlib.invalidate_caches()
+    write_module("own_file", text)
     return "own_file:own"
 
-  yield write
-  sys.modules.pop("own_file", None)
+  return write
 
 
 def test_code_that_changed_is_new_work_and_a_result_of_other_code_is_named(write, tmp_path):
@@ -344,7 +338,8 @@ def test_a_report_leaves_the_claims_of_an_own_study_alone(tmp_path):
   [
     ("def f(:", r"own_file: SyntaxError: .*own_file.py, line 1"),
     ("1 / 0", "own_file: ZeroDivisionError: division by zero; mend it there"),
-    ("import nowhere", "No module named 'nowhere'"),
+    ("import nowhere", "No module named 'nowhere'; wanted module:function .*on PYTHONPATH"),
+    ("import os; os.nothing", "own_file: AttributeError: module 'os' has no .*; mend it there"),
     ("", "has no attribute 'own'"),
     (FILE.format(name="own", value=1.0).replace("*, k=3", "k=3"), "'k' is no option, wanted key"),
     (FILE.format(name="own", value=1.0).replace("k=3", "k"), "option 'k' has no default: give"),

@@ -3,7 +3,6 @@
 import functools
 import io
 import itertools
-import json
 import time
 
 import av
@@ -37,10 +36,6 @@ CONTRACT = {
   "reversed": (0.0, 0.30),
   "redrawn puzzle": (0.0, 0.10),
 }
-
-
-def splits(task: base.Task) -> tuple[str, ...]:
-  return ("heldout",) if task.held_out else ("train", "id", "ood")
 
 
 def blurred(frames: np.ndarray) -> np.ndarray:
@@ -133,7 +128,7 @@ def cases(name: str, size: int) -> list[base.Case]:
   """Plain and ambiguous cases of every split, more of them where they are small."""
   task = tasks.load(name, size=size)
   few = range(4) if size == 32 else range(2)
-  return [task.generate(split, index) for split in splits(task) for index in few]
+  return [task.generate(split, index) for split in task.splits() for index in few]
 
 
 @functools.cache
@@ -184,7 +179,7 @@ def test_the_ending_says_the_answer_or_that_the_rest_must_be_seen(name):
 @each_task
 def test_no_clip_earns_anything_on_another_problem(name, size):
   task = tasks.load(name, size=size)
-  for split in splits(task):
+  for split in task.splits():
     several = [task.generate(split, index) for index in range(12)]
     pairs = [p for p in itertools.permutations(several, 2) if changed(*p) > REDRAWN]
     assert pairs, f"no two problems of {split} differ enough"
@@ -228,9 +223,6 @@ def test_parse_reads_the_answer_that_a_clip_shows(name, size):
     meta = case.metadata
     assert task.parse(case.frames, meta) == meta["answer"]
     assert task.parse(lossy, meta) == meta["answer"]
-    for answer in [*meta["answers"], *task.wrong_answers(meta)[:3]]:
-      assert task.parse(task.render(meta, answer), meta) == answer
-    assert task.parse(static(case.frames), meta) is None
 
 
 @every_task
@@ -238,20 +230,16 @@ def test_candidates_put_the_mass_on_the_answer_shown(name, size):
   task = tasks.load(name, size=size)
   for case in cases(name, size):
     seen = task.candidates(case.frames, case.metadata)
-    assert list(seen) == task.options(case.metadata["problem"])
     assert seen[case.metadata["answer"]] > 0.9
-    assert all(0 <= v <= 1 for v in seen.values())
     others = [v for a, v in seen.items() if a != case.metadata["answer"]]
     assert max(others) < draw.OCCUPIED
-    before = task.candidates(static(case.frames), case.metadata)
-    assert max(before.values()) < draw.OCCUPIED
 
 
 @pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if task.ambiguous])
 def test_a_blend_of_two_right_answers_shows_both_and_earns_nothing(name):
   task = tasks.load(name, size=32)
   for index in (1, 3, 5):
-    case = task.generate(splits(task)[0], index)
+    case = task.generate(task.splits()[0], index)
     first, second = (task.render(case.metadata, a) for a in case.metadata["answers"][:2])
     blend = mixed(first, second)
     assert task.score(blend, case.metadata).final == 0
@@ -273,7 +261,7 @@ def shown(task: base.Task, case: base.Case, blend: dict[base.Answer, float]) -> 
 def test_one_answer_is_one_candidate_from_its_first_shade_on(name, size):
   task = tasks.load(name, size=size)
   for index in range(12):
-    case = task.generate(splits(task)[-1], index)
+    case = task.generate(task.splits()[-1], index)
     for answer in task.options(case.metadata["problem"])[:4]:
       assert shown(task, case, {answer: 1.0}) == 1
     if name != "bounce":  # whose arrow fades where another end may lie
@@ -285,7 +273,7 @@ def test_one_answer_is_one_candidate_from_its_first_shade_on(name, size):
 def test_candidates_are_seen_by_their_share_of_a_blend(name):
   task, found = tasks.load(name, size=32), []
   for index in range(1, 16, 2):
-    case = task.generate(splits(task)[0], index)
+    case = task.generate(task.splits()[0], index)
     first, second, *third = case.metadata["answers"]
     assert shown(task, case, {first: 0.9, second: 0.1}) == 1
     for share in (0.5, 0.6):
@@ -330,7 +318,7 @@ def test_a_flawless_wrong_mark_earns_half(name):
 @each_task
 def test_a_case_depends_on_task_split_and_index_alone(name):
   one, two = tasks.load(name, size=32), tasks.load(name, size=32)
-  split = splits(one)[0]
+  split = one.splits()[0]
   kept = one.generate(split, 7)
   two.generate(split, 3)
   again = two.generate(split, 7)
@@ -343,7 +331,7 @@ def test_a_case_depends_on_task_split_and_index_alone(name):
 @each_task
 def test_no_problem_is_in_two_splits(name, size):
   task = tasks.load(name, size=size)
-  found = [{task.generate(s, i).metadata["hash"] for i in range(150)} for s in splits(task)]
+  found = [{task.generate(s, i).metadata["hash"] for i in range(150)} for s in task.splits()]
   for one, two in itertools.combinations(found, 2):
     assert not one & two
 
@@ -351,7 +339,7 @@ def test_no_problem_is_in_two_splits(name, size):
 @each_task
 def test_even_cases_have_one_right_answer_and_odd_ones_several(name):
   task = tasks.load(name, size=32)
-  split = splits(task)[0]
+  split = task.splits()[0]
   for index in range(20):
     meta = task.generate(split, index).metadata
     several = task.ambiguous and index % 2 == 1
@@ -369,7 +357,7 @@ def test_even_cases_have_one_right_answer_and_odd_ones_several(name):
 @pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if task.ambiguous])
 def test_the_answer_shown_is_drawn_evenly(name):
   task = tasks.load(name, size=32)
-  metas = [task.generate(splits(task)[0], i, ambiguous=True).metadata for i in range(120)]
+  metas = [task.generate(task.splits()[0], i, ambiguous=True).metadata for i in range(120)]
   hits = sum(m["answer"] == m["answers"][0] for m in metas)
   expected = sum(1 / m["k"] for m in metas)
   assert abs(hits - expected) < 4 * (expected * 0.6) ** 0.5
@@ -378,7 +366,7 @@ def test_the_answer_shown_is_drawn_evenly(name):
 @each_task
 def test_prompts_come_in_several_wordings(name):
   task = tasks.load(name, size=32)
-  case = task.generate(splits(task)[0], 0)
+  case = task.generate(task.splits()[0], 0)
   texts = task.templates(case.metadata["problem"])
   assert len(set(texts)) >= 4
   assert case.prompt in texts
@@ -386,23 +374,15 @@ def test_prompts_come_in_several_wordings(name):
   assert not any("{" in text for text in texts)
 
 
-@each_task
-def test_metadata_survives_json_and_draws_the_case_again(name):
-  task = tasks.load(name, size=32)
-  for index in (0, 1):
-    case = task.generate(splits(task)[0], index)
-    meta = json.loads(json.dumps(case.metadata))
-    assert meta == case.metadata
-    again = task.case(meta)
-    assert (again.frames == case.frames).all()
-    assert task.score(case.frames, meta).value == 1
-    assert task.problem_hash(meta["problem"]) == meta["hash"]
+@every_task
+def test_every_task_keeps_what_authors_promise(name, size):
+  tasks.check(tasks.load(name, size=size), cases=4 if size == 32 else 2)
 
 
 @each_task
 def test_garbage_is_read_without_raising(name):
   task = tasks.load(name, size=32)
-  case = task.generate(splits(task)[0], 1)
+  case = task.generate(task.splits()[0], 1)
   rng = np.random.default_rng(0)
   shape = case.frames.shape
   garbage = [
@@ -424,17 +404,17 @@ def test_garbage_is_read_without_raising(name):
 @each_task
 def test_generation_is_fast_enough_for_training(name):
   task = tasks.load(name, size=32)
-  task.generate(splits(task)[0], 0)
+  task.generate(task.splits()[0], 0)
   began = time.process_time()
   for index in range(40):
-    task.generate(splits(task)[0], index)
+    task.generate(task.splits()[0], index)
   assert time.process_time() - began < 40 * 0.03  # 2000 cases a minute; usual is 20 times that
 
 
 @each_task
 def test_what_does_not_fit_is_refused_in_a_sentence(name):
   task = tasks.load(name, size=32)
-  split = splits(task)[0]
+  split = task.splits()[0]
   case = task.generate(split, 0)
   for read in (task.parse, task.candidates, task.score):
     with pytest.raises(ValueError, match=r"frames are uint8 \(9, 32, 32, 3\), wanted uint8"):
@@ -459,7 +439,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(name):
 def test_longer_clips_keep_the_contract(name):
   task = tasks.load(name, size=32, frames=33)
   for index in (0, 1):
-    case = task.generate(splits(task)[0], index)
+    case = task.generate(task.splits()[0], index)
     assert case.frames.shape[0] == 33
     assert task.score(case.frames, case.metadata).value == 1
     assert task.score(cut(case.frames), case.metadata).value <= 0.55

@@ -35,6 +35,7 @@ def test_the_nine_tasks_and_the_two_held_out_ones():
   ]
   assert held_out == ["tree_reach", "bounce"]
   assert sorted(task.number for task in tasks.TASKS.values()) == list(range(1, 10))
+  assert tasks.NUMBERS > 9
   with pytest.raises(ValueError, match="has no split 'train'; it has: heldout"):
     tasks.load("bounce").generate("train", 0)
 

@@ -20,7 +20,7 @@ TASKS = "maze,tictactoe,select_largest"
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
   cli.define_out(flags, "runs/demo")
-  DEFINE_string("tasks", TASKS, "names of tasks", flag_values=flags)
+  DEFINE_string("tasks", TASKS, "names of tasks, module:Class for your own", flag_values=flags)
   DEFINE_integer("cases", 2, "cases of each task", lower_bound=1, flag_values=flags)
 
 

@@ -3,6 +3,7 @@
   videoreason evaluate --out runs/scores
   videoreason evaluate --tasks maze,pick --cases 16 --seeds 16 --ambiguous ambiguous --out ...
   videoreason evaluate --checkpoint DIR --split ood --mesh seed=2,fsdp=4 --out runs/ood
+  videoreason evaluate --tasks mymodule:MyTask --out runs/mine
 
 Per task: score, strict success and right answers, each with a 95% bootstrap interval over problems,
 beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
@@ -48,7 +49,8 @@ def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
   cli.define_out(flags)
   cli.define_mesh(flags)
-  DEFINE_string("tasks", "all", "names of tasks, or all that have the split", flag_values=flags)
+  said = "names of tasks, module:Class for one of your own, or all that have the split"
+  DEFINE_string("tasks", "all", said, flag_values=flags)
   DEFINE_string("split", "id", "id, ood (beyond the training range) or heldout", flag_values=flags)
   DEFINE_integer("cases", 32, "cases of each task", flag_values=flags)
   DEFINE_integer("seeds", 1, "seeds of each case", lower_bound=1, flag_values=flags)

@@ -19,7 +19,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,7 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
 
 def planned(study: "Study", config: dict[str, Any]) -> "Work":
   """A study: its batches with their taps; without the identity control."""
-  from jax_videoreason import costs, plan, settings
+  from jax_videoreason import costs, plan, settings, tasks
   from jax_videoreason.experiments import setting
 
   config = dict(config)
@@ -182,6 +182,8 @@ def planned(study: "Study", config: dict[str, Any]) -> "Work":
   setting.check(chosen)
   study.check(own["experiment"])
   setting.check_cases(own["tasks"], own["cases"])
+  for name in own["tasks"]:
+    tasks.find(name)
   cases = len(own["tasks"]) * own["cases"]
   size = min(chosen.batch or cases, cases)
   together = size * len(chosen.seeds) * len(study.roles)
@@ -213,9 +215,9 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     settings,
     sharding,
     store,
+    tasks,
   )
   from jax_videoreason.experiments import base, results, setting
-  from jax_videoreason.tasks import SCORING
 
   fault = costs.over_budget(planned(study, config))
   if fault is not None:
@@ -227,13 +229,14 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   batch = asked.pop("batch")
   laid = sharding.mesh_here(mesh)
   layout = None if laid is None else dict(laid.shape)
-  source = study.source()
-  code = [SCORING, results.FORMAT] if source is None else [SCORING, results.FORMAT, source]
+  source, scoring = study.source(), tasks.scoring(own["tasks"])
+  code = [scoring, results.FORMAT] if source is None else [scoring, results.FORMAT, source]
   key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return
-  check_out(out, redo=redo, source=source)
+  of_tasks = tasks.sources(own["tasks"])
+  check_out(out, redo=redo, source=source, of_tasks=of_tasks)
   with folders.held(out, needed=False):
     if redo:
       with folders.disk(out):
@@ -259,7 +262,15 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     )
     with folders.filled(out, owned=lambda name: name in OWNED, redo=True) as folder:
       results.save(
-        folder, result, {**record, "preview_agreement": agreement, "key": key, "source": source}
+        folder,
+        result,
+        {
+          **record,
+          "preview_agreement": agreement,
+          "key": key,
+          "source": source,
+          "task_sources": of_tasks,
+        },
       )
       store.write_manifest(
         folder,
@@ -310,11 +321,17 @@ def is_done(out: Path, key: str) -> bool:
   return _record(out).get("key") == key
 
 
-def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) -> None:
+def check_out(
+  out: Path,
+  *,
+  redo: bool,
+  source: dict[str, str] | None = None,
+  of_tasks: Mapping[str, dict[str, str]] | None = None,
+) -> None:
   """ValueError where `out` holds something else than an interrupted study, or with `redo` than a
   study.
 
-  source: of the study, if it does not ship.
+  source: of the study, if it does not ship. of_tasks: of those of its tasks that do not, by name.
   """
   from jax_videoreason.folders import LOCK, STAGE, refuse_other, replaceable
 
@@ -330,10 +347,13 @@ def check_out(out: Path, *, redo: bool, source: dict[str, str] | None = None) ->
   there = sorted(names - {CHUNKS, LOCK, STAGE})
   if there:
     record, code = _record(out), ""
-    before = record.get("source")
-    if source is not None and before is not None and before != source:
-      code = f"; it was made by other code than {source['module']} has now"
-    elif "axes" in record and "problem_of" not in record:
+    tasks_before = record.get("task_sources", {})
+    pairs = [(record.get("source"), source)]
+    pairs += [(tasks_before.get(name), now) for name, now in (of_tasks or {}).items()]
+    for before, now in pairs:
+      if now is not None and before is not None and before != now:
+        code = f"; it was made by other code than {now['module']} has now"
+    if not code and "axes" in record and "problem_of" not in record:
       code = "; it is a study of an older version, whose intervals are over cases"
     raise ValueError(
       f"{out} holds something else (it has {there[0]}{code}): choose another --out, or give --redo."

@@ -19,7 +19,9 @@ WORDS = 1
 
 def define(flags: FlagValues) -> None:
   cli.define_out(flags)
-  DEFINE_string("tasks", "all", "names of tasks, or all", flag_values=flags)
+  DEFINE_string(
+    "tasks", "all", "names of tasks, module:Class for one of your own, or all", flag_values=flags
+  )
   DEFINE_string("split", "id", "train, id, ood or heldout", flag_values=flags)
   DEFINE_integer("cases", 5, "cases of each task, from index 0", lower_bound=1, flag_values=flags)
   DEFINE_integer("size", 64, "height and width in pixels", flag_values=flags)
@@ -53,11 +55,10 @@ def export(flags: FlagValues) -> None:
     tasks.load(name, size=flags.size, frames=flags.frames).check_split(flags.split, 0)
   out = Path(flags.out)
   if flags.redo:
-    for name in tasks.TASKS:
-      layout.check_replaceable(out / name)
-  with folders.whole(
-    out, what="set of cases", owned=tasks.TASKS.__contains__, redo=flags.redo
-  ) as folder:
+    for item in sorted(out.iterdir()) if out.is_dir() else ():
+      if tasks.is_name(item.name):
+        layout.check_replaceable(item)
+  with folders.whole(out, what="set of cases", owned=tasks.is_name, redo=flags.redo) as folder:
     with console.progress(len(names) * flags.cases, "write", "case") as advance:
       for name in names:
         task = tasks.load(name, size=flags.size, frames=flags.frames)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import datetime
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason import store
+from jax_videoreason import own, store
 from jax_videoreason.experiments import results
 from jax_videoreason.experiments.base import Study, experiment, perform, ships, verdicts
 from jax_videoreason.experiments.behaviours import behaviours
@@ -49,25 +48,15 @@ def find(name: str) -> Study:
   """A study that ships, or `module:function` of one elsewhere."""
   if name in EXPERIMENTS:
     return EXPERIMENTS[name]
-  module, colon, function = name.partition(":")
-  if not colon:
+  if ":" not in name:
     raise ValueError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
-  if not module or module.startswith(".") or not function:
-    raise ValueError(
-      f"{name!r} names no study, wanted module:function, as in early_attention:early_attention."
-    )
-  try:
-    study = getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as error:
-    said = str(error) or type(error).__name__
-    raise ValueError(f"{name}: {said}; wanted module:function of an @experiment.") from error
-  except SystemExit as error:
-    raise ValueError(
-      f'{module} calls sys.exit when it is imported: put that under `if __name__ == "__main__"`.'
-    ) from error
-  except Exception as error:  # whatever the code of a user raises
-    said = f": {error}" if str(error) else ""
-    raise ValueError(f"{module}: {type(error).__name__}{said}; mend it there.") from error
+  study = own.load(
+    name,
+    what="study",
+    form="module:function",
+    of="an @experiment",
+    example="early_attention:early_attention",
+  )
   if not isinstance(study, Study):
     raise ValueError(f"{name} is {type(study).__name__}, wanted a function under @experiment.")
   return study

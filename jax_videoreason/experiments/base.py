@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_videoreason import own
 from jax_videoreason.experiments import results
 from jax_videoreason.experiments.context import (
   Chunks,
@@ -25,7 +26,7 @@ from jax_videoreason.experiments.context import (
   title,
 )
 from jax_videoreason.experiments.results import Claim, Finding, Result
-from jax_videoreason.folders import checksum, plain
+from jax_videoreason.folders import plain
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
@@ -75,17 +76,8 @@ class Study:
     return ships(self.module)
 
   def source(self) -> dict[str, str] | None:
-    """Module and sha256 of the file of a study that does not ship; None = it ships.
-
-    Of one that has no file, such as one typed in, the sha256 is empty.
-    """
-    if self.shipped:
-      return None
-    try:
-      file = Path(inspect.getsourcefile(inspect.unwrap(self.run)) or "")
-    except TypeError:
-      file = Path()
-    return {"module": self.module, "sha256": checksum(file) if file.is_file() else ""}
+    """`own.source` of a study that does not ship; None = it ships."""
+    return None if self.shipped else own.source(self.run)
 
   def trajectories(
     self, sizes: Sizes, options: Mapping[str, Any], *, switch: bool = False

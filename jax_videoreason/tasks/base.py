@@ -1,12 +1,11 @@
 """What a task is: cases drawn from (task, split, index), and their scores.
 
-A task subclasses `Task` and writes `draw_problem`, `right_answers`, `options`, `templates`,
-`draw_answer`, `kept`, `read`, `process` and `soft`; also `final` where a part of an answer is worth
-something, `parts` where it is drawn part by part, and `canonical` where two problem dicts can mean
-one problem. `read` is given whole clips or their last ENDING frames alone, and raises `Unseen`
+A task subclasses `Task` and writes the methods NEEDED; also `final` where a part of an answer is
+worth something, `parts` where it is drawn part by part, and `canonical` where two problem dicts can
+mean one problem. `read` is given whole clips or their last ENDING frames alone, and raises `Unseen`
 where these do not say the answer. `Task` itself makes the cases, keeps the splits apart and puts
 the score together. A problem is a dict that JSON can hold; an answer is a str or an int, so that it
-is hashable and survives metadata.json unchanged.
+is hashable and survives metadata.json unchanged. `tasks.check` holds a task to all that.
 """
 
 import dataclasses
@@ -24,8 +23,20 @@ SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
 BUCKETS = 8  # a problem's hash, modulo 8, says which split may have it
 RESERVED = {"id": 0, "ood": 1}  # `train` has the other six
 SCORING = 2  # raised where a clip gets another score or answer than before
+NEEDED = (  # what a task writes, at least
+  "draw_problem",
+  "right_answers",
+  "options",
+  "templates",
+  "draw_answer",
+  "kept",
+  "read",
+  "process",
+  "soft",
+)
 MOST_ANSWERS = 4
 TRIES = 20_000
+SHORTEST = 13  # frames that a clip has at least
 ENDING = 2  # frames that show the answer
 FIRST_MARK = 4  # frame on which a mark begins to grow: looking comes before acting
 WHOLE, ABSENT = 0.85, 0.15  # drawn shares from which a mark is there, and up to which it isn't
@@ -229,8 +240,8 @@ class Task:
   smallest: ClassVar[int] = 32
 
   def __post_init__(self):
-    if self.frames < 13 or self.frames % 4 != 1:
-      raise ValueError(f"frames={self.frames}, wanted 1 + 4k and at least 13: 17 is usual.")
+    if self.frames < SHORTEST or self.frames % 4 != 1:
+      raise ValueError(f"frames={self.frames}, wanted 1 + 4k and at least {SHORTEST}: 17 is usual.")
     if not self.smallest <= self.size <= 512:
       raise ValueError(
         f"size={self.size} pixels for {self.name}, wanted {self.smallest} to 512: 32 and "
@@ -400,7 +411,13 @@ class Task:
 
   def problem_hash(self, problem: Problem) -> str:
     """Equal for equal problems; decides between `train`, `id` and `ood`."""
-    return digest([self.name, self.canonical(problem)])
+    try:
+      return digest([self.name, self.canonical(problem)])
+    except TypeError as error:
+      raise ValueError(
+        f"a problem of {self.name} can't be kept as JSON ({error}): write numbers, texts, lists "
+        "and dicts, as int(x) for a number of numpy."
+      ) from error
 
   def accept(
     self, rng: np.random.Generator, split: str, ambiguous: bool
@@ -422,13 +439,20 @@ class Task:
       return problem, answers, key
     raise ValueError(
       f"no {'ambiguous ' if ambiguous else ''}{self.name} problem of split {split!r} at "
-      f"size={self.size} in {TRIES} draws: the rules of draw_problem are too strict."
+      f"size={self.size} in {TRIES} draws: the rules of draw_problem are too strict"
+      f"{', or the class lacks ambiguous = False' if ambiguous else ''}."
     )
 
-  def check_split(self, split: str, index: int) -> None:
-    own = ("heldout",) if self.held_out else ("train", "id", "ood")
+  @classmethod
+  def splits(cls) -> tuple[str, ...]:
+    """The splits it has."""
+    return ("heldout",) if cls.held_out else ("train", "id", "ood")
+
+  @classmethod
+  def check_split(cls, split: str, index: int) -> None:
+    own = cls.splits()
     if split not in own:
-      raise ValueError(f"{self.name} has no split {split!r}; it has: {', '.join(own)}.")
+      raise ValueError(f"{cls.name} has no split {split!r}; it has: {', '.join(own)}.")
     if index < 0:
       raise ValueError(f"index={index}, wanted 0 or more.")
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def check_replaceable(folder: Path) -> None:
       )
 
 
+def is_case(metadata: Mapping[str, Any]) -> bool:
+  """Whether metadata.json describes a case of a task of ours, or of one of a user's own."""
+  return tasks.is_name(metadata.get("task")) and "problem" in metadata
+
+
 def read(root: str | Path) -> Iterator[Case]:
   """The cases below a folder in the order of their paths, one at a time: the videos are large.
 
@@ -75,7 +80,7 @@ def read_case(folder: str | Path) -> Case:
     raise ValueError(f"{folder} lacks {', '.join(missing)}: copy or export the case again.")
   metadata = read_metadata(folder / "metadata.json")
   first_frame = media.read_image(folder / "first_frame.png")
-  if metadata.get("task") in tasks.TASKS and "problem" in metadata:
+  if is_case(metadata):
     task = tasks.load(metadata["task"], size=metadata["size"], frames=metadata["frames"])
     case = task.case(metadata)
     if first_frame.shape != case.first_frame.shape or (first_frame != case.first_frame).any():

@@ -57,7 +57,7 @@ class Sample:
   @property
   def own(self) -> bool:
     """Whether it is a case of a task of ours, which our scorers read."""
-    return is_own(self.metadata)
+    return layout.is_case(self.metadata)
 
   @property
   def pro(self) -> bool:
@@ -110,11 +110,6 @@ class Data:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_own(metadata: Mapping[str, Any]) -> bool:
-  """Whether metadata.json describes a case of a task of ours."""
-  return metadata.get("task") in tasks.TASKS and "problem" in metadata
-
-
 def load(
   root: str | Path,
   *,
@@ -153,7 +148,7 @@ def load(
       samples.append(_sample(root, place, chosen[place]))
     except ValueError as error:
       faults.append(str(error))
-  faults += _strangers(samples)
+  faults = list(dict.fromkeys(faults)) + _strangers(samples)  # a task that is not found, once
   if faults:
     more = f" And {len(faults) - NAMED} more." if len(faults) > NAMED else ""
     count = f"{len(faults)} faults. " if len(faults) > 1 else ""
@@ -266,7 +261,7 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
   split, task, number = place
   folder = root.joinpath(*filter(None, place))
   for name in filter(None, place):
-    if not NAME.fullmatch(name):
+    if not (NAME.fullmatch(name) or (name == task and tasks.is_name(name))):
       raise ValueError(
         f"{folder} has the name {name!r}, wanted letters, digits, '.', '_' and '-': rename it."
       )
@@ -286,7 +281,7 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
   path = folder / "first_frame.png"
   first = media.read_image(path) if picture is None else media.image_of(picture, path)
   height, width = first.shape[:2]
-  if is_own(metadata):
+  if layout.is_case(metadata):
     case = layout.read_case(folder)  # refuses a first frame that the symbols do not give
     if metadata["task"] != task or (split and split != metadata["split"]):
       raise ValueError(

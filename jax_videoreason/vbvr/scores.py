@@ -185,10 +185,15 @@ def _rows(
   with disk(out):
     out.mkdir(parents=True, exist_ok=True)
 
+  code = tasks.sources(names_of(data))
+
   def one(sample: Sample) -> dict[str, Any]:
     video = videos.place(folder, sample)
-    ours = f"jax_videoreason {__version__}, scoring {tasks.SCORING}"
-    scorer = ours if sample.own or kit is None else kit.digest
+    scorer = f"jax_videoreason {__version__}, scoring {tasks.SCORING}"
+    if sample.task in code:
+      scorer += f", {code[sample.task]['module']} {code[sample.task]['sha256']}"
+    elif kit is not None and not sample.own:
+      scorer = kit.digest
     key = {"sha256": checksum(video), "mark": sample.mark, "scorer": scorer}
     path = out / SAMPLES / f"{sample.key}.json"
     if path.is_file():
@@ -218,6 +223,11 @@ def _rows(
       raise
   advance(len(absent))
   return rows
+
+
+def names_of(data: Data) -> list[str]:
+  """The tasks that our own scorers read, each once."""
+  return sorted({sample.task for sample in data.samples if sample.own})
 
 
 def _of_sample(sample: Sample) -> dict[str, Any]:
@@ -316,6 +326,7 @@ def summarised(
     "broken": [row["key"] for row in good if row["broken"]],
     "evalkit": None if kit is None or all(s.own for s in data.samples) else kit.said,
     "version": __version__,
+    "task_sources": tasks.sources(names_of(data)) or None,
     "summary": summary(good),
     "samples": list(rows),
   }

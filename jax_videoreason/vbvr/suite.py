@@ -95,6 +95,7 @@ OWN_FACULTIES = {
   "bounce": "Knowledge",
   "pick": "Perception",
 }
+NO_FACULTY = "no faculty"  # of a task that a user wrote
 OWN_SPLITS = {
   "train": "in-domain",
   "id": "in-domain",
@@ -114,5 +115,5 @@ def domain(split: str) -> str:
 
 
 def faculty(task: str) -> str:
-  """The faculty of a task, official or our own; KeyError for another."""
-  return OFFICIAL[task][1] if task in OFFICIAL else OWN_FACULTIES[task]
+  """The faculty of a task, official or our own; those that users write belong to none."""
+  return OFFICIAL[task][1] if task in OFFICIAL else OWN_FACULTIES.get(task, NO_FACULTY)

@@ -75,8 +75,9 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
       ("data", "other data"),
       ("evalkit", "another EvalKit or other packages"),
       ("version", "another version of jax_videoreason"),
+      ("task_sources", "other code of its own tasks"),
     ):
-      if result[key] != results[0][key]:
+      if result.get(key) != results[0].get(key):
         raise ValueError(
           f"{folder} was scored with {words} than {folders[0]}: scores stand in one table only if "
           "they are of the same samples and scorers."

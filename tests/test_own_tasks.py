@@ -297,7 +297,8 @@ def test_a_sweep_takes_the_name_inside_the_text_of_its_config(change):
   after = product_of("--config=mini", f"--config.tasks={NAME}", "--config.cases=2").asked()
   assert after["scoring"].keys() == before.keys()
   assert after["scoring"] != before
-  assert product_of("--config", "seeds_mini:tasks=(maze),cases=2").asked()["scoring"] == 2
+  shipped = product_of("--config", "seeds_mini:tasks=(maze),cases=2")
+  assert shipped.asked()["scoring"] == tasks.SCORING
 
 
 def test_a_study_of_a_task_that_changed_is_another_one(change, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_a_last_step_that_is_the_final_video_is_decoded_once(same, read_at, monk
   of = made(cases=2)
   seen = []
 
-  def show(bundle, latents, last=None, tiles=None):
+  def show(bundle, latents, last=None, tiles=None, mesh=None):
     seen.append((len(latents), last))
     return np.zeros((len(latents), of.chosen.frames if last is None else last, 32, 32, 3), np.uint8)
 
@@ -198,7 +198,7 @@ def test_answers_are_read_from_the_frames_of_their_reader(by, wanted, monkeypatc
   cases = of.cases[:2]
   truths = [of.tasks[c.task].generate(c.split, c.index).frames for c in cases]
 
-  def show(bundle, x0, last, grey=False, tiles=None):
+  def show(bundle, x0, last, grey=False, tiles=None, mesh=None):
     assert tiles == (None if grey else "diffusers")
     runs = [round(float(x.mean())) for x in x0]
     shown = np.stack([np.full_like(truths[r], 128) if grey and r else truths[r] for r in runs])
@@ -224,7 +224,7 @@ def test_more_than_the_ending_is_shown_only_where_that_does_not_say_the_answer(m
   seen: list[tuple[int, int | None]] = []
   sizes: dict[int | None, set[int]] = {ENDING: set(), None: set()}
 
-  def show(bundle, x0, last, tiles):
+  def show(bundle, x0, last, tiles, mesh):
     shown = [round(float(x.mean())) for x in x0]
     seen.extend((r, last) for r in shown)
     sizes[last].add(len(shown))

@@ -22,7 +22,7 @@ from jax_videoreason.tasks import draw
 SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}
 BUCKETS = 8  # a problem's hash, modulo 8, says which split may have it
 RESERVED = {"id": 0, "ood": 1}  # `train` has the other six
-SCORING = 2  # raised where a clip gets another score or answer than before
+SCORING = 3  # raised where a clip gets another score, answer or candidates than before
 NEEDED = (  # what a task writes, at least
   "draw_problem",
   "right_answers",

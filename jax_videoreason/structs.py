@@ -189,7 +189,7 @@ class AnswerTrace:
   flips: R int, changes of the answer between rows that could be read; to_right, to_wrong: how many
     of them went wrong -> right and right -> wrong.
   candidates, entropy, mass: S R, the soft reading: how many answers are visible, their entropy in
-    bits, the share of their weight on right answers; the latter NaN where nothing is visible.
+    bits, the share of their weight on right answers; the two NaN where nothing is visible.
   second: S R, 0..1, the share that the second most drawn answer has in the blend of answers; NaN
     where it was written without.
   task: R names; None = the run belongs to no task and has no answers.

@@ -225,6 +225,10 @@ def test_parse_reads_the_answer_that_a_clip_shows(name, size):
     assert task.parse(lossy, meta) == meta["answer"]
 
 
+def visible(occupancy: float) -> bool:
+  return bool(draw.blended(np.array(occupancy)) >= draw.VISIBLE)
+
+
 @every_task
 def test_candidates_put_the_mass_on_the_answer_shown(name, size):
   task = tasks.load(name, size=size)
@@ -232,7 +236,7 @@ def test_candidates_put_the_mass_on_the_answer_shown(name, size):
     seen = task.candidates(case.frames, case.metadata)
     assert seen[case.metadata["answer"]] > 0.9
     others = [v for a, v in seen.items() if a != case.metadata["answer"]]
-    assert max(others) < draw.OCCUPIED
+    assert not visible(max(others))
 
 
 @pytest.mark.parametrize("name", [n for n, task in tasks.TASKS.items() if task.ambiguous])
@@ -246,7 +250,7 @@ def test_a_blend_of_two_right_answers_shows_both_and_earns_nothing(name):
     assert task.parse(blend, case.metadata) not in case.metadata["answers"]
     if (first[-1] != second[-1]).any():  # otherwise the answer is in the way, not in the end
       seen = task.candidates(blend, case.metadata)
-      assert all(seen[a] > draw.OCCUPIED for a in case.metadata["answers"][:2])
+      assert all(visible(seen[a]) for a in case.metadata["answers"][:2])
 
 
 def shown(task: base.Task, case: base.Case, blend: dict[base.Answer, float]) -> int:
@@ -254,7 +258,7 @@ def shown(task: base.Task, case: base.Case, blend: dict[base.Answer, float]) -> 
   still = (1 - sum(blend.values())) * static(case.frames).astype(float)
   clips = still + sum(share * task.render(case.metadata, a) for a, share in blend.items())
   seen = task.candidates(clips.round().astype(np.uint8), case.metadata)
-  return sum(value >= draw.OCCUPIED for value in seen.values())
+  return sum(visible(value) for value in seen.values())
 
 
 @every_task

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
 
 from jax_videoreason.tasks.base import ENDING, SHORTEST, Answer, Case, Score, Task, Unseen
-from jax_videoreason.tasks.draw import OCCUPIED
+from jax_videoreason.tasks.draw import VISIBLE, blended
 
 STILL = 0.1  # most that a clip may score in which nothing moves
 WRONG = 0.6  # most that one may score that gives a wrong answer
@@ -167,12 +168,12 @@ def _check_still(task: Task, case: Case) -> None:
     )
   if read is not None:
     _broken(case, f"the first frame standing still is read as {read!r}, wanted None", "read")
-  shown = [a for a, seen in task.candidates(clip, case.metadata).items() if seen >= OCCUPIED]
+  shown = _visible(task.candidates(clip, case.metadata))
   if shown:
     _broken(
       case,
-      f"the first frame standing still shows the candidate {shown[0]!r}, wanted each below "
-      f"{OCCUPIED}",
+      f"the first frame standing still shows the candidate {shown[0]!r}, wanted each below the "
+      f"occupancy of a blend of {VISIBLE}",
       "soft",
     )
 
@@ -185,14 +186,18 @@ def _check_candidates(task: Task, case: Case) -> None:
   wrong = [v for v in seen.values() if not 0 <= v <= 1]
   if wrong:
     _broken(case, f"a candidate is seen by {wrong[0]!r}, wanted 0 to 1", "soft")
-  shown, answer = [a for a, value in seen.items() if value >= OCCUPIED], case.metadata["answer"]
+  shown, answer = _visible(seen), case.metadata["answer"]
   if shown != [answer]:
     _broken(
       case,
-      f"the clip of {answer!r} shows the candidates {shown}, wanted [{answer!r}] alone at "
-      f"{OCCUPIED} or more",
+      f"the clip of {answer!r} shows the candidates {shown}, wanted [{answer!r}] alone to "
+      f"have the occupancy of a blend of {VISIBLE} or more",
       "soft",
     )
+
+
+def _visible(seen: Mapping[Answer, float]) -> list[Answer]:
+  return [answer for answer, value in seen.items() if blended(np.array(value)) >= VISIBLE]
 
 
 def _told(score: Score) -> str:

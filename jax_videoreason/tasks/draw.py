@@ -48,7 +48,6 @@ RING_START = 4  # first frame with a piece of a ring
 ASKED = 64  # sets of regions that are kept, of each kind
 STEEP = 4.5  # of occupancy: half the square of 3, as its scale is a third of the way to the mark
 VISIBLE = 0.2  # share of a mark in a blend from which a candidate counts as present
-OCCUPIED = math.exp(-STEEP * (1 - VISIBLE) ** 2)  # its occupancy, .056
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -311,7 +310,7 @@ def occupancy(
 
   ground: (N,) the colour index each region has when it is not marked. s is a third of the
   distance from ground to mark, so a blend with a share b of the mark reads exp(-4.5 (1 - b)^2),
-  which `blended` takes back: an even one .32, one of a fifth OCCUPIED and an unmarked region .01,
+  which `blended` takes back: an even one .32, one of VISIBLE .06 and an unmarked region .01,
   whatever the two colours are. others: RGB (3,) or (N, 3) of what else a region may show unmarked,
   which is read as the ground is, however near the mark its colour lies.
   """

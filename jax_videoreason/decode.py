@@ -6,13 +6,14 @@ darker on average.)
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import pack, reduce, repeat, unpack
+from einops import rearrange, reduce
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
@@ -23,7 +24,8 @@ from jax_videoreason.structs import LatentSpec, ModelBundle, Parts
 from jax_videoreason.tiling import Tiling, join, named, places
 
 PIXELS = 2**18  # pixels of video that are decoded at once; one latent frame of one run at the least
-RUNS = "* f h w c"  # leading axes of any number, joined and parted by einops
+RUNS = "... f h w c -> (...) f h w c"  # leading axes of any number as one
+Rows = np.ndarray | Sequence[np.ndarray]  # an array, or what would be one if it were stacked
 
 
 def decode(
@@ -38,8 +40,9 @@ def decode(
   """Normalised latents ... F H W C -> uint8 frames ... frames height width 3, by the VAE.
 
   Leading axes are free (S R for the x0 of all steps): they are decoded in batches of equal size,
-  so memory does not grow with them. chunk: latent frames at once, the same result; None = all
-  where they are few pixels, else as many as fit.
+  so memory does not grow with them but by the frames that come out; `decode_each` keeps none.
+  chunk: latent frames at once, the same result; None = all where they are few pixels, else as many
+  as fit.
   last: so many frames at the end alone, which are those of the whole to one level of 255, for a
     part of the work, but without chunks: a long large video takes several times their memory.
     None = all.
@@ -50,68 +53,107 @@ def decode(
   ValueError for another rank or channel count, more `last` than there are frames, or when the VAE
   is not loaded.
   """
-  flat, lead = _runs(bundle, latents)
-  _check_last(bundle, flat, last)
+  z = _checked(bundle, latents)
+  return _together(bundle, z, last, _videos(bundle, z, chunk, last, tiles, mesh))
+
+
+def decode_each(
+  bundle: ModelBundle,
+  latents: ArrayLike,
+  *,
+  chunk: int | None = None,
+  last: int | None = None,
+  tiles: str | Tiling | None = None,
+  mesh: Mesh | None = None,
+) -> Iterator[np.ndarray]:
+  """The videos of `decode`, to the bit, one after the other: frames height width 3 each.
+
+  They come in the order of the leading axes, and no more than a batch of them is held.
+  """
+  return _videos(bundle, _checked(bundle, latents), chunk, last, tiles, mesh)
+
+
+def _videos(
+  bundle: ModelBundle,
+  z: np.ndarray,
+  chunk: int | None,
+  last: int | None,
+  tiles: str | Tiling | None,
+  mesh: Mesh | None,
+) -> Iterator[np.ndarray]:
+  """... F H W C -> frames height width 3 uint8 of each; what is refused is so at once."""
+  _check_last(bundle, z, last)
   if bundle.vae is None or bundle.parts.vae is None:
     raise ValueError(
       f"the VAE of {bundle.card.name} is not loaded and latents are to be decoded: load it, "
       "parts=('dit', 'vae'), or use decode.preview."
     )
+
+  @functools.cache  # tiles of several sizes are decoded by turns
+  def laid(along: Mesh) -> Params:
+    return jax.device_put(bundle.vae, NamedSharding(along, PartitionSpec()))
+
+  flat = rearrange(z, RUNS)
   if tiles is None:
-    decoded = _decoded(bundle, flat, chunk, last, mesh)
-  else:
-    if isinstance(tiles, str):
-      tiles = named(tiles, bundle.card.latents, bundle.parts.vae.config.fold)
-    decoded = _tiled(bundle, flat, chunk, last, mesh, tiles)
-  return unpack(decoded, lead, RUNS)[0]
+    return _decoded(bundle, laid, chunk, last, mesh, True, flat)
+  if isinstance(tiles, str):
+    tiles = named(tiles, bundle.card.latents, bundle.parts.vae.config.fold)
+  of_size = functools.partial(_decoded, bundle, laid, chunk, last, mesh, False)
+  return _tiled(of_size, flat, tiles, bundle.card.latents.stride[1:])
 
 
 def _tiled(
-  bundle: ModelBundle,
+  decoded: Callable[[Rows], Iterator[np.ndarray]],
   flat: np.ndarray,
-  chunk: int | None,
-  last: int | None,
-  mesh: Mesh | None,
   tiling: Tiling,
-) -> np.ndarray:
-  """R F H W C -> R frames height width 3 uint8, joined on the host."""
+  stride: tuple[int, int],
+) -> Iterator[np.ndarray]:
+  """R F H W C -> frames height width 3 uint8 of each run, joined on the host.
+
+  decoded: tiles F H W C of one size -> frames height width 3 of each, by one executable. stride:
+  pixels per latent cell.
+  """
   where = places(tiling, *flat.shape[2:4])
-  cut = [[flat[:, :, row, column] for row, column in line] for line in where]
-  shapes = sorted({tile.shape for line in cut for tile in line}, reverse=True)
-  made: list[list[Any]] = [[None] * len(line) for line in cut]
-  for shape in shapes:  # tiles of one size are decoded together, by one executable
-    at = [(i, j) for i, line in enumerate(cut) for j, t in enumerate(line) if t.shape == shape]
-    stacked = np.concatenate([cut[i][j] for i, j in at])
-    decoded = _decoded(bundle, stacked, chunk, last, mesh, whole=False)
-    for (i, j), tile in zip(at, np.split(decoded, len(at)), strict=True):
-      made[i][j] = tile
-  joined = join(tiling, where, made, bundle.card.latents.stride[1:])
-  return np.round(127.5 * (np.clip(joined, -1.0, 1.0) + 1.0)).astype(np.uint8)
+  cut: dict[tuple[int, ...], list[np.ndarray]] = {}
+  for run in flat:
+    for row, column in itertools.chain.from_iterable(where):
+      tile = run[:, row, column]
+      cut.setdefault(tile.shape, []).append(tile)
+  made = {shape: decoded(tiles) for shape, tiles in cut.items()}
+
+  def tiles_of(run: np.ndarray) -> Iterator[Iterator[np.ndarray]]:
+    """Batches hold tiles of several runs; a run takes its own as it is joined."""
+    for line in where:
+      yield (next(made[run[:, row, column].shape])[np.newaxis] for row, column in line)
+
+  for run in flat:
+    (video,) = join(tiling, where, tiles_of(run), stride)
+    levels = (np.round(127.5 * (np.clip(frame, -1.0, 1.0) + 1.0)) for frame in video)
+    yield np.stack([level.astype(np.uint8) for level in levels])
 
 
 def _decoded(
   bundle: ModelBundle,
-  flat: np.ndarray,
+  laid: Callable[[Mesh], Params],
   chunk: int | None,
   last: int | None,
   mesh: Mesh | None,
-  whole: bool = True,
-) -> np.ndarray:
-  """R F H W C -> R frames height width 3 in batches: uint8, or float32 where more is to come."""
-  chunk, size = at_once(bundle.card.latents, flat.shape[1:4], chunk, last)
+  whole: bool,
+  flat: Rows,
+) -> Iterator[np.ndarray]:
+  """R F H W C -> frames height width 3 of each: uint8, or float32 where more is to come.
+
+  laid: the weights of the VAE on all devices of a mesh.
+  """
+  chunk, size = at_once(bundle.card.latents, flat[0].shape[:3], chunk, last)
+  call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole)
   if mesh is None:
-    call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, bundle.vae)
-    return _in_batches(call, flat, size)
+    return _in_batches(functools.partial(call, bundle.vae), flat, size)
   along = sharding.side_by_side(mesh, len(flat))  # no device decodes what another one does
   seats, over = along.size, NamedSharding(along, PartitionSpec("run"))
-  params = jax.device_put(bundle.vae, NamedSharding(along, PartitionSpec()))
-  call = functools.partial(_decode, bundle.parts.vae, chunk, last, whole, params)
-  rows = -(-len(flat) // seats)
-  padded = np.concatenate([flat, np.repeat(flat[-1:], rows * seats - len(flat), axis=0)])
-  spread = _in_batches(
-    lambda x: call(jax.device_put(x, over)), padded, seats * min(size, rows), of=seats
-  )
-  return spread[: len(flat)]
+  params = laid(along)
+  most = seats * min(size, -(-len(flat) // seats))
+  return _in_batches(lambda x: call(params, jax.device_put(x, over)), flat, most, of=seats)
 
 
 def at_once(
@@ -160,23 +202,32 @@ def preview(bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None)
   ValueError for another rank or channel count, more `last` than there are frames, or when the model
   has no preview or it is not loaded.
   """
-  flat, lead = _runs(bundle, latents)
-  _check_last(bundle, flat, last)
+  z = _checked(bundle, latents)
+  return _together(bundle, z, last, _previews(bundle, z, last))
+
+
+def preview_each(
+  bundle: ModelBundle, latents: ArrayLike, *, last: int | None = None
+) -> Iterator[np.ndarray]:
+  """The videos of `preview` one after the other, as `decode_each` gives those of `decode`."""
+  return _previews(bundle, _checked(bundle, latents), last)
+
+
+def _previews(bundle: ModelBundle, z: np.ndarray, last: int | None) -> Iterator[np.ndarray]:
+  """... F H W C -> frames height width 3 uint8 of each; what is refused is so at once."""
+  _check_last(bundle, z, last)
   if bundle.parts.preview is None:
     raise ValueError(f"{bundle.card.name} has no preview: use decode.decode.")
   if bundle.preview is None:
     raise ValueError(
       f"the preview of {bundle.card.name} is not loaded: load it, parts=('dit', 'preview')."
     )
-  frames = last or bundle.card.latents.frames(flat.shape[1])
-  _, high, wide = bundle.card.latents.stride
-  area = flat.shape[2] * high * flat.shape[3] * wide
-  seen = _in_batches(
+  frames, height, width = _size(bundle, z, last)
+  return _in_batches(
     functools.partial(_preview, bundle.parts.preview, last, bundle.preview),
-    flat,
-    max(1, PIXELS // (frames * area)),
+    rearrange(z, RUNS),
+    max(1, PIXELS // (frames * height * width)),
   )
-  return unpack(seen, lead, RUNS)[0]
 
 
 def rows_at_once(count: int, most: int, *, of: int = 1) -> int:
@@ -225,32 +276,48 @@ def _to_uint8(video: Array) -> Array:
   return jnp.round(127.5 * (jnp.clip(video, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
 
 
-def _runs(bundle: ModelBundle, latents: ArrayLike) -> tuple[np.ndarray, list[Any]]:
-  """(latents N F H W C, the shape of the leading axes as einops.unpack takes it)."""
+def _checked(bundle: ModelBundle, latents: ArrayLike) -> np.ndarray:
+  """Latents ... F H W C on the host; ValueError for another rank or channel count, or no run."""
   z, channels = np.asarray(latents), bundle.card.latents.channels
   if z.ndim < 4 or z.shape[-1] != channels:
     raise ValueError(
       f"latents are {z.shape}, wanted ... F H W C with C = {channels} for {bundle.card.name}: "
       "give them as denoise returns them."
     )
-  return pack([z], RUNS)
+  if 0 in z.shape[:-4]:
+    raise ValueError(f"latents hold no run ({z.shape}): give one or more.")
+  return z
 
 
-def _check_last(bundle: ModelBundle, flat: np.ndarray, last: int | None) -> None:
-  frames = bundle.card.latents.frames(flat.shape[1])
+def _check_last(bundle: ModelBundle, z: np.ndarray, last: int | None) -> None:
+  frames, _, _ = _size(bundle, z)
   if last is not None and not 1 <= last <= frames:
     raise ValueError(f"last={last} of {frames} frames, wanted 1 to {frames}, or None for all.")
 
 
-def _in_batches(
-  fn: Callable[[Array], Array], x: np.ndarray, size: int, *, of: int = 1
+def _size(bundle: ModelBundle, z: np.ndarray, last: int | None = None) -> tuple[int, int, int]:
+  """Frames, height and width of the videos of ... F H W C; last: as `decode` takes it."""
+  spec, (frames, rows, columns) = bundle.card.latents, z.shape[-4:-1]
+  return last or spec.frames(frames), rows * spec.stride[1], columns * spec.stride[2]
+
+
+def _together(
+  bundle: ModelBundle, z: np.ndarray, last: int | None, videos: Iterator[np.ndarray]
 ) -> np.ndarray:
-  """fn over axis 0 in equal batches of at most `size`, the last filled up by its own last row."""
-  if not len(x):
-    raise ValueError(f"latents hold no run ({x.shape}): give one or more.")
-  size, parts = rows_at_once(len(x), size, of=of), []
+  """The videos of ... F H W C as ... frames height width 3."""
+  made = np.empty((*z.shape[:-4], *_size(bundle, z, last), 3), np.uint8)
+  for place, video in zip(rearrange(made, RUNS), videos, strict=True):
+    place[...] = video
+  return made
+
+
+def _in_batches(
+  fn: Callable[[Array], Array], x: Rows, size: int, *, of: int = 1
+) -> Iterator[np.ndarray]:
+  """The rows of fn over x, in equal batches of at most `size`, the last filled up by its own last
+  row."""
+  size = rows_at_once(len(x), size, of=of)
   for start in range(0, len(x), size):
-    part = x[start : start + size]
-    filled = np.concatenate([part, repeat(part[-1], "f h w c -> r f h w c", r=size - len(part))])
-    parts.append(np.asarray(fn(jnp.asarray(filled)))[: len(part)])
-  return np.concatenate(parts)
+    part = list(x[start : start + size])
+    filled = np.stack(part + part[-1:] * (size - len(part)))
+    yield from np.asarray(fn(jnp.asarray(filled)))[: len(part)]

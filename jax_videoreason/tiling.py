@@ -6,8 +6,8 @@ all that cover a pixel. The official code decodes whole frames.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,15 +66,16 @@ def places(tiling: Tiling, height: int, width: int) -> list[list[Place]]:
 def join(
   tiling: Tiling,
   where: Sequence[Sequence[Place]],
-  tiles: Sequence[Sequence[np.ndarray]],
+  tiles: Iterable[Iterable[np.ndarray]],
   stride: tuple[int, int],
 ) -> np.ndarray:
   """Decoded tiles, R frames height width C each, as one video; stride: pixels per latent cell.
 
-  The tiles may be written over.
+  The tiles are taken one by one, row by row: at most two rows of them are held.
   """
   if len(where) == 1 and len(where[0]) == 1:
-    return tiles[0][0]
+    ((tile,),) = tiles
+    return tile
   joined = _mixed if tiling.rule == "diffusers" else _weighed
   return joined(tiling, where, tiles, stride)
 
@@ -90,7 +91,7 @@ def _starts(rule: str, length: int, size: int, step: int) -> Iterator[int]:
 def _mixed(
   tiling: Tiling,
   where: Sequence[Sequence[Place]],
-  tiles: Sequence[Sequence[np.ndarray]],
+  tiles: Iterable[Iterable[np.ndarray]],
   stride: tuple[int, int],
 ) -> np.ndarray:
   overlap = [
@@ -98,18 +99,25 @@ def _mixed(
     for size, step, pixels in zip(tiling.size, tiling.stride, stride, strict=True)
   ]
   kept = [step * pixels for step, pixels in zip(tiling.stride, stride, strict=True)]
-  rows = []
-  for i, row in enumerate(tiles):
-    for j, tile in enumerate(row):
-      if i:
-        _mix(tiles[i - 1][j], tile, overlap[0], 2, tiling.fold)
-      if j:
-        _mix(row[j - 1], tile, overlap[1], 3, tiling.fold)
-    # A tile is cut only when its neighbours have mixed with all of it.
-    rows.append([tile[:, :, : kept[0], : kept[1]] for tile in row])
-  whole = np.concatenate([np.concatenate(row, axis=3) for row in rows], axis=2)
-  (_, _), (last_row, last_column) = where[0][0], where[-1][-1]
-  return whole[:, :, : last_row.stop * stride[0], : last_column.stop * stride[1]]
+  ends = _ends(where, stride)
+  whole: Any = None
+  above: list[np.ndarray] = []
+  for row, cells in zip(tiles, where, strict=True):
+    mixed: list[np.ndarray] = []
+    for j, (given, place) in enumerate(zip(row, cells, strict=True)):
+      tile = np.array(given)
+      if above:
+        _mix(above[j], tile, overlap[0], 2, tiling.fold)
+      if mixed:
+        _mix(mixed[-1], tile, overlap[1], 3, tiling.fold)
+      if whole is None:
+        whole = np.zeros((*tile.shape[:2], *ends, tile.shape[-1]), np.float32)
+      top, left = (cut.start * pixels for cut, pixels in zip(place, stride, strict=True))
+      own = whole[:, :, top : top + kept[0], left : left + kept[1]]
+      own[...] = tile[:, :, : own.shape[2], : own.shape[3]]
+      mixed.append(tile)  # all of it: the next ones mix with what is not its own
+    above = mixed
+  return whole
 
 
 def _mix(before: np.ndarray, tile: np.ndarray, extent: int, axis: int, fold: int) -> None:
@@ -128,12 +136,11 @@ def _mix(before: np.ndarray, tile: np.ndarray, extent: int, axis: int, fold: int
 def _weighed(
   tiling: Tiling,
   where: Sequence[Sequence[Place]],
-  tiles: Sequence[Sequence[np.ndarray]],
+  tiles: Iterable[Iterable[np.ndarray]],
   stride: tuple[int, int],
 ) -> np.ndarray:
-  ends = [s.stop * pixels for s, pixels in zip(where[-1][-1], stride, strict=True)]
-  runs, frames, *_, channels = tiles[0][0].shape
-  values = np.zeros((runs, frames, *ends, channels), np.float32)
+  ends = _ends(where, stride)
+  values: Any = None
   weights = np.zeros((1, 1, *ends, 1), np.float32)
   for row, cells in zip(tiles, where, strict=True):
     for tile, place in zip(row, cells, strict=True):
@@ -147,9 +154,17 @@ def _weighed(
         slice(cut.start * pixels, cut.stop * pixels)
         for cut, pixels in zip(place, stride, strict=True)
       )
+      if values is None:
+        values = np.zeros((*tile.shape[:2], *ends, tile.shape[-1]), np.float32)
       values[:, :, *at] += tile * mask
       weights[:, :, *at] += mask
-  return values / weights
+  values /= weights
+  return values
+
+
+def _ends(where: Sequence[Sequence[Place]], stride: tuple[int, int]) -> list[int]:
+  """Height and width in pixels of the video that the tiles cover."""
+  return [cut.stop * pixels for cut, pixels in zip(where[-1][-1], stride, strict=True)]
 
 
 def _ramp(length: int, border: int, open_start: bool, open_end: bool) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Decoding by the VAE and by the preview: batches, rounding, what is looked back on, errors."""
 
+import functools
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from einops import rearrange
 
 from jax_videoreason import decode as public_decode
+from jax_videoreason import tiling
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder, of_ending
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
@@ -146,7 +149,7 @@ def test_batches_are_equal_and_as_full_as_can_be(decoding, rows, most, of, wante
     sizes.append(len(part))
     return part
 
-  assert decoding._in_batches(seen, x, most, of=of).tolist() == x.tolist()
+  assert np.stack([*decoding._in_batches(seen, x, most, of=of)]).tolist() == x.tolist()
   assert sizes == wanted
 
 
@@ -244,6 +247,57 @@ def test_the_last_frames_come_in_tiles_and_over_a_mesh_too(bundle, decoding, spr
   assert int(np.abs(decoding.decode(bundle, z, last=2, **more) - whole[:, -2:]).max()) <= 1
 
 
+def peak_of(call) -> int:
+  tracemalloc.start()
+  try:
+    call()
+    return tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("rule", tiling.NAMES)
+def test_clips_in_tiles_take_the_memory_of_one_beside_their_frames(
+  bundle, decoding, monkeypatch, rule
+):
+  def enlarged(vae, chunk, last, whole, params, z):
+    """In the place of the VAE, whose memory is not the host's."""
+    made = np.asarray(z)[..., :3]
+    for axis, times in enumerate(CONFIG.stride, 1):
+      made = np.repeat(made, times, axis)
+    return made[:, 1:]
+
+  monkeypatch.setattr(decoding, "_decode", enlarged)
+  monkeypatch.setattr(decoding, "PIXELS", 4 * 9 * 16 * 16)  # four tiles at once
+  z = np.random.default_rng(0).normal(size=(24, 5, 22, 20, CHANNELS)).astype(np.float32)
+  tiles = Tiling(size=(8, 8), stride=(6, 6), rule=rule)
+  show = functools.partial(decoding.decode, bundle, tiles=tiles)
+  each = functools.partial(decoding.decode_each, bundle, tiles=tiles)
+  together = show(z)
+  np.testing.assert_array_equal(together, np.concatenate([show(one[None]) for one in z]))
+  np.testing.assert_array_equal(together, list(each(z)))
+  frames = together[0].nbytes
+  few, many, passed = (
+    peak_of(call)
+    for call in (lambda: show(z[:12]), lambda: show(z), lambda: [None for _ in each(z)])
+  )
+  assert many < few + 16 * frames  # those of twelve more, and where their tiles lie
+  assert passed < many - 23 * frames
+  assert passed < 40 * frames  # batches of tiles, and a clip that is joined
+
+
+def test_each_video_comes_as_it_does_with_the_others(bundle, decoding, monkeypatch):
+  monkeypatch.setattr(decoding, "PIXELS", 4 * 5 * 4 * 6)
+  z = latents(2, 3)
+  for show, each in (
+    (decoding.decode, decoding.decode_each),
+    (decoding.preview, decoding.preview_each),
+  ):
+    np.testing.assert_array_equal(
+      show(bundle, z, last=2), np.reshape(list(each(bundle, z, last=2)), (2, 3, 2, 4, 6, 3))
+    )
+
+
 def test_a_preview_of_a_frame_looks_back_on_two_latent_frames_and_on_none_ahead(bundle, decoding):
   z = latents(1, frames=6)  # latent frame n > 0 stands for frames 2 n - 1 and 2 n
   moved = z.copy()
@@ -283,6 +337,8 @@ def test_what_is_not_loaded_or_does_not_fit_is_refused(bundle, decoding):
     decoding.preview(bundle, np.zeros((3, 2, 3, 4)))
   with pytest.raises(ValueError, match="latents hold no run"):
     decoding.decode(bundle, latents(0))
+  with pytest.raises(ValueError, match="latents hold no run"):
+    decoding.decode(bundle, latents(2, 0), tiles="diffusers")
   with pytest.raises(ValueError, match="the VAE of tiny is not loaded"):
     decoding.decode(replace(bundle, vae=None), latents(1))
   with pytest.raises(ValueError, match=r"the preview of tiny is not loaded: load it, parts="):

@@ -1,7 +1,7 @@
 """The answer that x0 gives at every step: when a run commits, how often it changes its mind."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -39,20 +39,32 @@ def read_steps(
       raise ValueError(
         f"{name} has {len(given)} entries, wanted {wanted}: one for each row of frames."
       )
+  return read_each(each, metadata, (video for row in frames for video in row), sigma, steps)
+
+
+def read_each(
+  tasks: Sequence[Task | None],
+  metadata: Sequence[Metadata | None],
+  videos: Iterable[np.ndarray],
+  sigma: np.ndarray,
+  steps: Sequence[int] | None = None,
+) -> AnswerTrace:
+  """As `read_steps`, of S R videos that are not held together: they are taken one after the other,
+  row by row, frames height width 3 uint8 each."""
+  rows, runs = len(sigma), len(tasks)
   answer = np.full((rows, runs), None, object)
   right = np.zeros((rows, runs), bool)
   score = np.zeros((rows, runs))
   soft = np.full((4, rows, runs), np.nan)
-  for r, (task, case) in enumerate(zip(each, metadata, strict=True)):
+  for (s, r), frames in zip(np.ndindex(rows, runs), videos, strict=True):
+    task, case = tasks[r], metadata[r]
     if task is None or case is None:
       continue
-    for s in range(rows):
-      clip = frames[s, r]
-      answer[s, r] = task.parse(clip, case)
-      right[s, r] = answer[s, r] in case["answers"]
-      score[s, r] = task.score(clip, case).value
-      seen = task.candidates(clip, case)
-      soft[:, s, r] = *weigh(seen, case["answers"]), second(seen)
+    answer[s, r] = task.parse(frames, case)
+    right[s, r] = answer[s, r] in case["answers"]
+    score[s, r] = task.score(frames, case).value
+    seen = task.candidates(frames, case)
+    soft[:, s, r] = *weigh(seen, case["answers"]), second(seen)
   commitment = commit(answer)
   flips = changes(answer, right)
   return AnswerTrace(
@@ -72,7 +84,7 @@ def read_steps(
     mass=soft[2],
     second=soft[3],
     task=tuple(
-      None if t is None or m is None else t.name for t, m in zip(each, metadata, strict=True)
+      None if t is None or m is None else t.name for t, m in zip(tasks, metadata, strict=True)
     ),
   )
 

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import socket
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -112,3 +114,12 @@ def free_port() -> int:
   with socket.socket() as found:
     found.bind(("127.0.0.1", 0))
     return found.getsockname()[1]
+
+
+def passing(videos: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """The videos, none of which is made while two others are still held."""
+  made: list[weakref.ref] = []
+  for video in videos:
+    assert sum(ref() is not None for ref in made) < 2
+    made.append(weakref.ref(video))
+    yield video

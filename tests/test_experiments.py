@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from einops import repeat
 
 import helpers
 import toy
@@ -158,6 +159,23 @@ def test_chain_of_steps_finds_neither_where_the_answer_stands_from_the_start():
   assert (found.values["commitment"] == 0).all()
   verdicts = {f.claim.number: f.verdict for f in findings if f.claim.number}
   assert verdicts[7] == "does not hold"
+
+
+def large(passes):
+  """The toy with pictures of 120 pixels; passes: gets the shape of all that it decodes."""
+  plain = toy.setting(toy.both_then_one)
+
+  def decode(x0):
+    passes.append(x0.shape)
+    return helpers.passing(repeat(v, "f h w c -> f (h 30) (w 30) c") for v in plain.decode(x0))
+
+  return dataclasses.replace(plain, decode=decode)
+
+
+def test_behaviours_looks_at_each_video_once_and_lets_it_go():
+  passes = []
+  perform(EXPERIMENTS["behaviours"], large(passes), toy.cases(16), options={"stride": 9})
+  assert [shape[:2] for shape in passes] == [(10, 16)]
 
 
 # noise
@@ -814,7 +832,7 @@ def test_the_reader_is_chosen_on_a_mesh_that_the_runs_looked_at_do_not_fill():
     return plain.decode(x0)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(setting_module, "preview", show)
+    patch.setattr(setting_module, "preview_each", show)
     chosen, agreement = setting_module.with_reader(wide, toy.cases(3))
   assert agreement == 1.0 and chosen is not wide
   assert seen == [4]
@@ -833,9 +851,12 @@ def test_the_reader_is_chosen_by_cases_of_all_tasks_with_every_seed(monkeypatch)
     return ctx
 
   monkeypatch.setattr(setting_module, "assemble", assembled)
-  dark = np.zeros_like
+
+  def dark(videos):
+    return map(np.zeros_like, videos)
+
   for shown, agreement in ((plain.decode, 1.0), (lambda x0: dark(plain.decode(x0)), 0.0)):
-    monkeypatch.setattr(setting_module, "preview", lambda bundle, x0, shown=shown: shown(x0))
+    monkeypatch.setattr(setting_module, "preview_each", lambda bundle, x0, shown=shown: shown(x0))
     chosen, found = setting_module.with_reader(both, toy.cases(84))
     assert found == agreement and (chosen is both) == (agreement == 0.0)
   numbers = [0, 12, 24, 36, 47, 59, 71, 83]

@@ -11,7 +11,7 @@ from helpers import relative, tiny_bundle, tiny_inputs
 from jax_videoreason import probes as linear
 from jax_videoreason import tasks
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
-from jax_videoreason.experiments.behaviours import parts, with_memory
+from jax_videoreason.experiments.behaviours import parts_shown, with_memory
 from jax_videoreason.experiments.context import Chunks, Tally, assemble
 from jax_videoreason.experiments.ensemble import ensemble, medoid, parsed
 from jax_videoreason.experiments.layer_maps import (
@@ -46,11 +46,6 @@ def context(setting, cases):
   return assemble(
     setting, cases, {"case": np.arange(len(cases))}, tally=Tally(), chunks=Chunks(), place="test"
   )
-
-
-def solved(task, cases):
-  """A batch of cases of a task that ships, around a toy that is not run."""
-  return context(dataclasses.replace(toy.setting(), load_task=lambda name, chosen: task), cases)
 
 
 # layer_swap
@@ -327,17 +322,18 @@ def test_an_answer_grows_by_its_parts_and_not_by_its_contrast(name):
     still = case.frames[0].astype(float)
     fade = [still + share * (case.frames[-1] - still) for share in np.linspace(0, 1, 15)]
     for pictures, enhanced in ((np.round(fade).astype(np.uint8), 0), (part_by_part(case), 1)):
-      clips = np.repeat(pictures[:, None, None], 2, axis=2)
-      found = grown(parts(solved(task, [case]), clips))
+      clips = np.repeat(pictures[:, None], 2, axis=1)
+      shown = [[parts_shown(task, clip, case.metadata)] for clip in clips]
+      found = grown(np.array(shown, object))
       assert found["enhanced"].tolist() == [enhanced]
       assert (found["growth_steps"] > 1) == enhanced
 
 
 def test_no_growth_is_asked_of_a_task_whose_answer_has_no_parts():
   task = tasks.load("pick", size=32)
-  cases = [task.generate("id", index) for index in range(2)]
-  clips = np.stack([case.frames for case in cases])[None].repeat(3, axis=0)
-  assert np.isnan(grown(parts(solved(task, cases), clips))["enhanced"]).all()
+  case = task.generate("id", 0)
+  shown = [[parts_shown(task, case.frames, case.metadata)]] * 3
+  assert np.isnan(grown(np.array(shown, object))["enhanced"]).all()
 
 
 def test_early_finds_that_an_early_vote_suffices_where_seeds_commit_at_once():

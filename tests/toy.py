@@ -12,6 +12,7 @@ from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from jax_videoreason.edits import edit_site, layer_edits
 from jax_videoreason.experiments.context import Setting
@@ -218,6 +219,11 @@ def pixels(x):
   return np.repeat(grey, 3, axis=-1)
 
 
+def shown(x):
+  """... F H W C -> the pixels of one video after the other."""
+  return map(pixels, rearrange(np.asarray(x), "... f h w c -> (...) f h w c"))
+
+
 def encode(chosen, cases):
   count = len(cases)
   first = np.stack([lit(case.metadata["answer"]) for case in cases])
@@ -240,7 +246,7 @@ def setting(rule: Callable = truth, carrier: int | None = 2, *, steps=10, seeds=
     seeds=tuple(seeds), **changes,
   )  # fmt: skip
   return Setting(
-    bundle=bundle, chosen=chosen, encode=encode, decode=pixels,
+    bundle=bundle, chosen=chosen, encode=encode, decode=shown,
     load_task=lambda name, chosen: cast(Task, Sides(chosen.frames)),
   )  # fmt: skip
 

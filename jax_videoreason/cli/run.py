@@ -297,13 +297,13 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
   import functools
 
   from jax_videoreason import console
-  from jax_videoreason.decode import preview
+  from jax_videoreason.decode import preview_each
   from jax_videoreason.experiments import setting
 
   if decoder == "vae":
     return made, None
   if decoder == "preview":
-    quick = functools.partial(preview, made.bundle)
+    quick = functools.partial(preview_each, made.bundle)
     return dataclasses.replace(made, decode=quick), None
   if decoder != "auto":
     raise cli.UsageError(f"decoder={decoder!r}, wanted auto, vae or preview.")

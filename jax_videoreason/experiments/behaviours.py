@@ -16,7 +16,7 @@ from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
 from jax_videoreason.reductions import squeeze
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
-from jax_videoreason.tasks import ENDING, draw
+from jax_videoreason.tasks import ENDING, Metadata, Task, draw
 
 KEPT = 0.9  # preservation from which the picture counts as perceived
 HIDES = 0.9  # process of an occlusion above which its curtain hides what it should
@@ -105,16 +105,25 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
   _, trace = ctx.denoise(taps=taps)
   means = jnp.asarray(trace.taps["resid_post/region_mean"], jnp.float32)[:, :, 0]  # S' L R P D
   x0 = np.asarray(trace.x0)
-  said = per_run(ctx.read(x0))
-  score = said["score"]
-  clips = ctx.setting.decode(x0)
-  preserved, process = marks(ctx, clips)
+  tasks = [ctx.task(run) for run in range(ctx.sizes.R)]
+  marks = {part: np.empty(x0.shape[:2]) for part in PARTS}
+  parts = np.full(x0.shape[:2], None, object)
+
+  def look(step: int, run: int, frames: np.ndarray) -> None:
+    case = ctx.cases[run].metadata
+    score = tasks[run].score(frames, case)
+    for part, found in marks.items():
+      found[step, run] = getattr(score, part)
+    parts[step, run] = parts_shown(tasks[run], frames, case)
+
+  said = per_run(ctx.read(x0, look=look))
+  preserved, process = marks.values()
   hides = process[-1] > HIDES
   stands = preserved >= KEPT
   perceived = np.where(stands.any(0), stands.argmax(0) / ctx.sizes.S, np.nan)
   occlusion = np.array([case.task == "occlusion" for case in ctx.cases])
   values = {
-    **grown(parts(ctx, clips)),
+    **grown(parts),
     "corrected": said["corrected"],
     "spoiled": said["spoiled"],
     "net_correction": said["corrected"] - said["spoiled"],
@@ -124,7 +133,7 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
     "acted": said["first_hit"],
     "action_after": said["first_hit"] - perceived,
     "preservation": preserved,
-    "score": score,
+    "score": said["score"],
   }
   axes = {n: ("step", "run") if v.ndim == 2 else ("run",) for n, v in values.items()}
   values |= {
@@ -186,27 +195,9 @@ def with_memory(result: Result) -> Result:
   return dataclasses.replace(result, values=kept, axes=axes, notes=notes, signed=signed)
 
 
-def parts(ctx: Context, clips: np.ndarray) -> np.ndarray:
-  """S R: the parts of an answer that each clip ends with, as `Task.parts` has them."""
-  found = np.full(clips.shape[:2], None, object)
-  for run, case in enumerate(ctx.cases):
-    of = ctx.task(run).parts
-    for step, clip in enumerate(clips[:, run]):
-      found[step, run] = of(draw.label(clip[-ENDING:]), case.metadata["problem"])
-  return found
-
-
-def marks(ctx: Context, clips: np.ndarray) -> np.ndarray:
-  """2 S R: preservation of what must not change, and process, of the score."""
-  tasks = [ctx.task(run) for run in range(ctx.sizes.R)]
-  found = [
-    [
-      task.score(clip, case.metadata)
-      for task, clip, case in zip(tasks, row, ctx.cases, strict=True)
-    ]
-    for row in clips
-  ]
-  return np.array([[[getattr(score, part) for score in row] for row in found] for part in PARTS])
+def parts_shown(task: Task, frames: np.ndarray, metadata: Metadata) -> frozenset[Any] | None:
+  """The parts of an answer that a clip ends with, as `Task.parts` has them."""
+  return task.parts(draw.label(frames[-ENDING:]), metadata["problem"])
 
 
 TITLES = {

@@ -1,6 +1,7 @@
 """Chain of steps: how the answer forms along the denoising steps."""
 
 import numpy as np
+from einops import rearrange
 
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context, title
@@ -75,7 +76,8 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   not as "not corrected".
   """
   _, trace = ctx.denoise()
-  said = ctx.read(trace.x0)
+  x0 = np.asarray(trace.x0)
+  said = ctx.read(x0)
   found = per_run(said)
   overlaid = np.array([case.task in OVERLAID for case in ctx.cases])
   several = found["several"]
@@ -91,16 +93,18 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
     "several_plain": np.where(k == 1, several, np.nan),
     "several_ambiguous": np.where(k > 1, several, np.nan),
     "right_answers": k,
-    "strip": ctx.setting.decode(np.asarray(trace.x0)[:, shown]).swapaxes(0, 1),
   }
   axes: dict[str, tuple[str, ...]]
   axes = {name: ("step", "run") if np.ndim(v) == 2 else ("run",) for name, v in values.items()}
   axes["several_from"] = ("share", "run")
-  axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
   points = ctx.points | {
     "strip": [title(ctx.cases[run]) for run in shown],
     "share": [f"{share:.0%} of a blend" for share in SHARES],
   }
+  if len(shown):
+    videos = np.stack([*ctx.setting.decode(x0[:, shown])])
+    values["strip"] = rearrange(videos, "(s n) f h w c -> n s f h w c", n=len(shown))
+    axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
   return Result(values=values, axes=axes, points=points, titles=TITLES)
 
 

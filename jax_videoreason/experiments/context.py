@@ -37,14 +37,15 @@ class Setting:
   """What all batches of an experiment share.
 
   encode: (settings, cases) -> the conditioning of one run per case. decode: latents ... F H W C ->
-  uint8 frames. load_task: (name, settings) -> Task. mesh: on which the DiT lies and runs are made,
-  of devices of this process; None = one device.
+  the uint8 frames of one video after the other, as `decode.decode_each` gives them. load_task:
+  (name, settings) -> Task. mesh: on which the DiT lies and runs are made, of devices of this
+  process; None = one device.
   """
 
   bundle: ModelBundle
   chosen: SampleSettings
   encode: Callable[[SampleSettings, Sequence[Case]], Conditioning]
-  decode: Callable[[Any], np.ndarray]
+  decode: Callable[[Any], Iterable[np.ndarray]]
   load_task: Callable[[str, SampleSettings], Task]
   mesh: Mesh | None = None
 
@@ -262,10 +263,16 @@ class Context:
     self.chunks.put(key, {**row, **spent})
     return row
 
-  def read(self, latents: Any, of: np.ndarray | None = None) -> AnswerTrace:
+  def read(
+    self,
+    latents: Any,
+    of: np.ndarray | None = None,
+    look: Callable[[int, int, np.ndarray], Any] = lambda row, run, frames: None,
+  ) -> AnswerTrace:
     """The answers that latents give: S R' F H W C, or R' F H W C as one row.
 
-    of: which of the R runs they are, None = all. Rows that are not the S steps have no sigma.
+    of: which of the R runs they are, None = all. Rows that are not the S steps have no sigma. look:
+    shown every video with its row and its place in R'; none is held when it has been read.
     """
     x = np.asarray(latents)
     x = x[None] if x.ndim == 5 else x
@@ -273,8 +280,13 @@ class Context:
     cases = [self.cases[run] for run in of]
     tasks = [self.setting.load_task(case.task, self.setting.chosen) for case in cases]
     sigma = self.sigma[:-1] if len(x) == self.sizes.S else np.full(len(x), np.nan)
-    metadata = [case.metadata for case in cases]
-    return answers.read_steps(tasks, metadata, self.setting.decode(x), sigma)
+
+    def videos() -> Iterator[np.ndarray]:
+      for (row, run), frames in zip(np.ndindex(x.shape[:2]), self.setting.decode(x), strict=True):
+        look(row, run, frames)
+        yield frames
+
+    return answers.read_each(tasks, [case.metadata for case in cases], videos(), sigma)
 
   def vary(self, **changes: Any) -> "Context":
     """The same cases and seeds under other settings (steps, shift, guidance, boundary, frames).

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
-from jax_videoreason.decode import decode, preview
+from jax_videoreason.decode import decode_each, preview_each
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.folders import checksum
 from jax_videoreason.settings import SampleSettings
@@ -41,7 +41,7 @@ def load(
     encode=functools.partial(
       encoded_before, bundle, chosen, dict(zip(asked, encoded, strict=True)), mesh
     ),
-    decode=functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh),
+    decode=functools.partial(decode_each, bundle, tiles=chosen.tiles, mesh=mesh),
     load_task=load_task,
     mesh=mesh,
   )
@@ -163,7 +163,7 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
   _, trace = ctx.denoise()
   assert trace.x0 is not None
   rows = np.unique(np.linspace(0, ctx.sizes.S - 1, LOOKED_AT).round().astype(int))
-  quick = dataclasses.replace(setting, decode=functools.partial(preview, setting.bundle))
+  quick = dataclasses.replace(setting, decode=functools.partial(preview_each, setting.bundle))
   said = [
     dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer[:, : len(asked)]
     for s in (setting, quick)

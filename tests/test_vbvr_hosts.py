@@ -15,6 +15,7 @@ import pytest
 
 import helpers
 from jax_videoreason import checkpoint, cli, folders, media, settings
+from jax_videoreason.structs import ModelBundle, Trace
 from jax_videoreason.vbvr import generate, jobs, samples, videos
 
 STEPS = "--config.steps=2"
@@ -105,6 +106,42 @@ def test_steps_asked_for_later_are_made_later(cases, stubs, tmp_path):
   assert call("generate", *words) == 0 and stubs["made"] == []
   assert call("generate", *words, "--keep-steps=1") == 0
   assert sorted(stubs["made"]) == [0, 1, 2, 3, 4]
+
+
+def test_guesses_are_written_and_read_as_they_come_and_let_go(cases, tmp_path, monkeypatch):
+  card, mini = checkpoint.describe("mini").card, checkpoint.describe("mini").modules
+  bundle = ModelBundle(params=(None,), parts=mini, card=card)
+  chosen = dataclasses.replace(SETTINGS, steps=10)
+  job = jobs.Job(steps=(2, 9))
+  unit = jobs.units(samples.load(cases), card.latents, job, 1)[0]
+  (sample,) = unit.samples
+
+  def denoised(bundle, noise, *rest, on_piece, **more):
+    x0 = np.zeros((10, 1, *noise.grid), np.float32)
+    on_piece(
+      Trace(sigma=np.ones(10), finite=np.ones((10, 1), bool), x0=x0, taps={}),
+      slice(0, 10),
+      slice(0, 1),
+    )
+    return x0[-1]
+
+  def decoded(bundle, latents, **more):
+    shape = (sample.frames, 32, 32, 3)
+    return helpers.passing(np.full(shape, 20 * step, np.uint8) for step in range(len(latents)))
+
+  monkeypatch.setattr(generate.runs, "run", denoised)
+  monkeypatch.setattr(generate, "decode", lambda *_, **more: np.stack([*decoded(bundle, [0])]))
+  monkeypatch.setattr(generate, "decode_each", decoded)
+  told = []
+  rest = (None, None, "parallel", None, told.append)
+  generate.make(tmp_path, bundle, chosen, job, unit, *rest)
+  assert told == [10]
+  record = videos.record_of(tmp_path, sample)
+  assert record is not None and len(record["answers"]["answer"]) == 10
+  kept = [step for step in range(10) if generate.step_file(tmp_path, sample, step).is_file()]
+  assert kept == [2, 9]
+  shown = media.read_mp4(generate.step_file(tmp_path, sample, 9))[0]
+  assert np.abs(shown.astype(int) - 180).max() <= 6
 
 
 # The real command

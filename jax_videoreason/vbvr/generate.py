@@ -7,7 +7,7 @@ encoded in rounds that fit into host memory, and then denoised.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jax_videoreason import (
   sweep,
   tasks,
 )
-from jax_videoreason.decode import decode
+from jax_videoreason.decode import decode, decode_each
 from jax_videoreason.folders import checksum, disk, plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -302,8 +302,14 @@ def make(
   for row, (sample, frames) in enumerate(zip(unit.samples, made, strict=True)):
     if _whole(folder, sample, job):
       continue  # made in another unit, before the data or the batch were chosen otherwise
-    guesses = decode(bundle, x0[:, row], tiles=chosen.tiles, mesh=mesh) if kept else np.empty(0)
-    write_steps(folder, sample, {s: guesses[kept.index(s)] for s in job.steps})
+    shown = decode_each(bundle, x0[:, row], tiles=chosen.tiles, mesh=mesh) if kept else ()
+    guesses = written(folder, sample, job.steps, zip(kept, shown, strict=True))
+    if sample.own and finite[row]:
+      said = read_answers(sample, guesses, sigma[kept])
+    else:
+      said = None
+      for _ in guesses:
+        pass
     if job.layers:
       found = tokens.of_run(
         seen,
@@ -315,7 +321,6 @@ def make(
       )
       draw(folder / videos.MAPS / sample.key, found)
       tokens.write(folder / videos.MAPS / sample.key / tokens.FILE, found)
-    said = read_answers(sample, guesses, sigma[kept]) if sample.own and finite[row] else None
     videos.put(
       folder,
       sample,
@@ -385,11 +390,13 @@ def ensemble(
   )
 
 
-def read_answers(sample: Sample, guesses: np.ndarray, sigma: np.ndarray) -> Mapping[str, Any]:
-  """What x0 answers at every step; guesses: S frames height width 3."""
+def read_answers(
+  sample: Sample, guesses: Iterable[np.ndarray], sigma: np.ndarray
+) -> Mapping[str, Any]:
+  """What x0 answers at every step; guesses: frames height width 3 of each of S."""
   task = tasks.load(sample.task, size=sample.height, frames=sample.frames)
-  clips = np.stack([videos.exported(frames, sample) for frames in guesses])
-  found = answers.read_steps(task, [dict(sample.metadata)], clips[:, None], sigma)
+  clips = (videos.exported(frames, sample) for frames in guesses)
+  found = answers.read_each([task], [dict(sample.metadata)], clips, sigma)
   return {
     "sigma": found.sigma,
     "answer": [None if a is None else str(a) for a in found.answer[:, 0]],
@@ -401,10 +408,15 @@ def read_answers(sample: Sample, guesses: np.ndarray, sigma: np.ndarray) -> Mapp
   }
 
 
-def write_steps(folder: Path, sample: Sample, guesses: Mapping[int, np.ndarray]) -> None:
-  """Writes the guesses of the video at some steps."""
-  for step, frames in guesses.items():
-    path = step_file(folder, sample, step)
-    with disk(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-    media.write_mp4(path, frames, fps=layout.FPS)
+def written(
+  folder: Path, sample: Sample, steps: Sequence[int], guesses: Iterable[tuple[int, np.ndarray]]
+) -> Iterator[np.ndarray]:
+  """The guesses of the video, (step, frames) each, as they are taken; those at `steps` are written
+  first."""
+  for step, frames in guesses:
+    if step in steps:
+      path = step_file(folder, sample, step)
+      with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+      media.write_mp4(path, frames, fps=layout.FPS)
+    yield frames

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
-from einops import repeat
+from einops import reduce, repeat
 from PIL import Image, ImageOps
 
 from jax_videoreason.folders import atomic
@@ -180,6 +180,17 @@ def resize(
     raise ValueError(f"size {width} x {height} pixels, wanted at least 1 x 1.")
   whole = Image.fromarray(np.ascontiguousarray(image))
   return np.asarray(whole.resize((width, height), METHODS[method]))
+
+
+def shrink(frames: np.ndarray, cell: int) -> np.ndarray:
+  """Frames (... height width 3) averaged down by the whole factor that leaves `cell` or more."""
+  height, width = frames.shape[-3:-1]
+  k = max(1, min(height, width) // cell)
+  if k == 1:
+    return frames
+  cut = frames[..., : height // k * k, : width // k * k, :]
+  mean = reduce(cut.astype(np.float32), "... (h a) (w b) c -> ... h w c", "mean", a=k, b=k)
+  return mean.round().astype(np.uint8)
 
 
 def _check(name: str, array: np.ndarray, axes: str, rank: int) -> None:

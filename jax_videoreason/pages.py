@@ -294,7 +294,7 @@ def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str
       sigma,
       steps=[steps[i] for i in shown],
       columns=MOST_COLUMNS,
-      cell=48,
+      cell=results.CELL,
     )
     made.append({"path": path, "title": label, "wide": True})
   return made

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -333,20 +333,9 @@ def scale(frames: np.ndarray, cell: int) -> np.ndarray:
   """
   short = min(frames.shape[-3:-1])
   if short >= cell:
-    return shrink(frames, cell)
+    return media.shrink(frames, cell)
   k = -(-cell // short)
   return repeat(frames, "... h w c -> ... (h a) (w b) c", a=k, b=k)
-
-
-def shrink(frames: np.ndarray, cell: int) -> np.ndarray:
-  """Frames (... height width 3) averaged down by the whole factor that leaves `cell` or more."""
-  height, width = frames.shape[-3:-1]
-  k = max(1, min(height, width) // cell)
-  if k == 1:
-    return frames
-  cut = frames[..., : height // k * k, : width // k * k, :]
-  mean = reduce(cut.astype(np.float32), "... (h a) (w b) c -> ... h w c", "mean", a=k, b=k)
-  return mean.round().astype(np.uint8)
 
 
 def _save(figure: Figure, path: str | Path, dpi: int) -> None:

@@ -306,7 +306,7 @@ def sprite_sheets(run: Run, shown: Sequence[int]) -> tuple[dict[int, str], list[
     with tempfile.TemporaryDirectory() as scratch:
       for r in shown:
         rows = (run.frames[row, r][columns] for row in range(len(run.frames)))
-        tiles = np.stack([plots.shrink(frames, SHEET_CELL) for frames in rows])
+        tiles = np.stack([media.shrink(frames, SHEET_CELL) for frames in rows])
         path = Path(scratch) / f"{r}.png"
         media.write_png(path, rearrange(tiles, "s f h w c -> (s h) (f w) c"))
         size += path.stat().st_size

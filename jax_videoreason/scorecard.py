@@ -152,7 +152,7 @@ def clip(
 
 def sheet(frames: np.ndarray) -> str:
   """The frames of a clip side by side, as data URI."""
-  tiles = plots.shrink(frames[plots.spread(len(frames), FRAMES)], CELL)
+  tiles = media.shrink(frames[plots.spread(len(frames), FRAMES)], CELL)
   with tempfile.TemporaryDirectory() as scratch:
     path = Path(scratch) / "sheet.png"
     media.write_png(path, rearrange(tiles, "t h w c -> h (t w) c"))

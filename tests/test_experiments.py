@@ -172,6 +172,15 @@ def large(passes):
   return dataclasses.replace(plain, decode=decode)
 
 
+def test_a_strip_is_kept_as_large_as_the_page_shows_it_and_no_video_longer_than_it_is_read():
+  small, _, _ = perform(chain_of_steps, toy.setting(toy.both_then_one), toy.cases(4))
+  found, _, _ = perform(chain_of_steps, large([]), toy.cases(4))
+  assert found.values["strip"].shape == (2, 10, 3, 60, 60, 3)
+  np.testing.assert_array_equal(found.values["strip"][..., ::15, ::15, :], small.values["strip"])
+  none, _, _ = perform(chain_of_steps, large([]), toy.cases(4), options={"strips": 0})
+  assert none.values.keys() == found.values.keys() - {"strip"}
+
+
 def test_behaviours_looks_at_each_video_once_and_lets_it_go():
   passes = []
   perform(EXPERIMENTS["behaviours"], large(passes), toy.cases(16), options={"stride": 9})

@@ -30,7 +30,7 @@ def test_growing_keeps_hard_edges_and_shrinking_averages():
   dots = np.array([[[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]], np.uint8)
   grown = plots.scale(dots, 4)
   assert set(np.unique(grown)) == {0, 255} and grown.shape == (1, 4, 4, 3)
-  np.testing.assert_array_equal(plots.shrink(dots, 1), np.full((1, 1, 1, 3), 128))
+  np.testing.assert_array_equal(media.shrink(dots, 1), np.full((1, 1, 1, 3), 128))
 
 
 def test_spread_keeps_both_ends():

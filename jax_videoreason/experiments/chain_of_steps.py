@@ -3,10 +3,11 @@
 import numpy as np
 from einops import rearrange
 
+from jax_videoreason import media
 from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context, title
 from jax_videoreason.experiments.readings import per_run
-from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.results import CELL, Claim, Result
 from jax_videoreason.tasks.draw import VISIBLE
 
 SHARES = (0.1, VISIBLE, 0.3)  # from which a candidate may count as visible
@@ -102,8 +103,8 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
     "share": [f"{share:.0%} of a blend" for share in SHARES],
   }
   if len(shown):
-    videos = np.stack([*ctx.setting.decode(x0[:, shown])])
-    values["strip"] = rearrange(videos, "(s n) f h w c -> n s f h w c", n=len(shown))
+    drawn = [media.shrink(frames, CELL) for frames in ctx.setting.decode(x0[:, shown])]
+    values["strip"] = rearrange(np.stack(drawn), "(s n) f h w c -> n s f h w c", n=len(shown))
     axes["strip"] = ("strip", "step", "pixel_frame", "height", "width", "rgb")
   return Result(values=values, axes=axes, points=points, titles=TITLES)
 

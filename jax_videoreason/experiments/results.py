@@ -15,6 +15,7 @@ SEED = 0  # of every resampling
 FORMAT = 2  # raised where what a study keeps means something else than before
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")
+CELL = 48  # pixels of the shorter side of a picture in a figure, at least
 NAME = re.compile(r"\w[\w-]*")  # of a value, which names a folder and a figure
 TAKEN = ("file", "allow_pickle")  # np.savez has them
 FOUND = ("estimate", "low", "high", "verdict", "cases", "problems", "needed", "note")

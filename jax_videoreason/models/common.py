@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
     return unit.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def standardize(x: Array, epsilon: float = 1e-6) -> Array:
+def standardize(x: Array, epsilon: float) -> Array:
   """Layer norm without parameters over the last axis, in float32."""
   full = x.astype(jnp.float32)
   mean = full.mean(axis=-1, keepdims=True)
@@ -91,9 +91,9 @@ class LayerNorm(nn.Module):
     return unit * scale.reshape(lead + scale.shape) + bias.reshape(lead + bias.shape)
 
 
-def modulate(x: Array, shift: Array, scale: Array, dtype: jnp.dtype) -> Array:
-  """standardize(x) * (1 + scale) + shift, with the product and the sum in `dtype`."""
-  unit = standardize(x).astype(dtype)
+def modulate(x: Array, shift: Array, scale: Array, dtype: jnp.dtype, epsilon: float) -> Array:
+  """standardize(x, epsilon) * (1 + scale) + shift, with the product and the sum in `dtype`."""
+  unit = standardize(x, epsilon).astype(dtype)
   return unit * (1 + scale.astype(dtype)) + shift.astype(dtype)
 
 

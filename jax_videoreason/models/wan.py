@@ -206,7 +206,7 @@ class WanBlock(nn.Module):
 
     x, buffers = at("resid_pre", x, buffers)
     before = x
-    h = modulate(x, shift_a, scale_a, wide).astype(c.compute)
+    h = modulate(x, shift_a, scale_a, wide, c.epsilon).astype(c.compute)
     attn_out = gate_a * SelfAttention(c, name="self_attn")(h, *rotary, tokens).astype(wide)
     attn_out, buffers = at("attn_out", attn_out, buffers)
     x = (x + attn_out).astype(x.dtype)
@@ -214,7 +214,7 @@ class WanBlock(nn.Module):
     cross_out = CrossAttention(c, name="cross_attn")(h, text, clip)
     cross_out, buffers = at("cross_out", cross_out, buffers)
     x = (x + cross_out).astype(x.dtype)
-    h = modulate(x, shift_m, scale_m, wide).astype(c.compute)
+    h = modulate(x, shift_m, scale_m, wide, c.epsilon).astype(c.compute)
     mlp_out = gate_m * MLP(c.ffn_width, c.width, c.compute, name="mlp")(h).astype(wide)
     mlp_out, buffers = at("mlp_out", mlp_out, buffers)
     x = (x + mlp_out).astype(x.dtype)
@@ -245,7 +245,7 @@ class Head(nn.Module):
     shift, scale = (_by_token(rows[:, :, i], given) for i in range(2))
 
     def velocity(x: Array) -> Array:
-      h = modulate(x, shift, scale, wide).astype(dtype)
+      h = modulate(x, shift, scale, wide, c.epsilon).astype(dtype)
       out = jnp.matmul(h, kernel.astype(dtype), precision=EXACT)
       return out + bias.astype(dtype)[None, None, None]
 

@@ -50,7 +50,7 @@ def reference(c):
   model = WanTransformer3DModel(
         num_attention_heads=c.heads, attention_head_dim=c.width // c.heads,
         in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_width,
-        freq_dim=c.freq_dim, ffn_dim=c.ffn_width, num_layers=c.layers, **clip,
+        freq_dim=c.freq_dim, ffn_dim=c.ffn_width, num_layers=c.layers, eps=c.epsilon, **clip,
     ).eval()  # fmt: skip
   with torch.no_grad():
     for parameter in model.parameters():
@@ -63,11 +63,11 @@ def converted(model, c):
   return engine.fill(tensors, wan.table("diffusers"), abstract_params(c))
 
 
-def both(variant, layers, grid=(3, 6, 10), t=937.0):
+def both(variant, layers, grid=(3, 6, 10), t=937.0, **more):
   """Our velocity and theirs, G R F H W C, of two branches of two runs."""
   from diffusers.models.embeddings import Timesteps
 
-  c = config(variant, layers)
+  c = config(variant, layers, **more)
   model, (f, h, w), branches, runs = reference(c), grid, 2, 2
   draw = np.random.default_rng(0).standard_normal
   latents = draw((runs, f, h, w, 6), np.float32)
@@ -120,6 +120,10 @@ def test_forward(variant, layers):
 @pytest.mark.parametrize("grid", [(1, 2, 2), (5, 2, 14), (2, 10, 6)])
 def test_odd_grids(grid):
   assert relative(*both("i2v", 1, grid)) <= 2e-5
+
+
+def test_epsilon_is_that_of_every_norm():
+  assert relative(*both("i2v", 1, epsilon=1e-2)) <= 2e-5
 
 
 def test_time_matters():

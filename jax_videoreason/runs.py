@@ -288,6 +288,7 @@ def pmap_runs(
     latents=None if trace.latents is None else joined(trace.latents, 1),
     x0=None if trace.x0 is None else joined(trace.x0, 1),
     taps={name: joined(value, 3) for name, value in trace.taps.items()},
+    solver={name: joined(value, 1) for name, value in trace.solver.items()},
   )
 
 
@@ -307,4 +308,5 @@ def first_runs(trace: Trace, count: int) -> Trace:
     latents=None if trace.latents is None else trace.latents[:, :count],
     x0=None if trace.x0 is None else trace.x0[:, :count],
     taps={name: value[:, :, :, :count] for name, value in trace.taps.items()},
+    solver={name: value[:, :count] for name, value in trace.solver.items()},
   )

@@ -67,9 +67,10 @@ def start(noise: Noise, solver: str) -> State:
 def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
   """The state that a stored trajectory had before row `step` of the trace.
 
-  Exact for Euler; a multistep solver restarts there (its memory is not in the trace). Edits of that
-  step are in the latents already, and row 0 has no guess before it: x0 = 0, the truth only at the
-  start of a whole schedule.
+  Exact where the trace has the solver's memory (`TapSpec.solver`) or the solver has none, as Euler;
+  else a multistep solver restarts there. Edits of that step are in the latents already (and not in
+  the memory), and row 0 has no guess before it: x0 = 0, the truth only at the start of a whole
+  schedule.
   """
   if trace.latents is None or trace.x0 is None:
     raise ValueError(
@@ -80,7 +81,8 @@ def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
     raise ValueError(f"step {step} is not in the trace; it has the steps 0..{rows - 1}.")
   latents = jnp.asarray(trace.latents[step])
   x0 = jnp.asarray(trace.x0[step - 1]) if step else jnp.zeros_like(latents)
-  return State(latents=latents, x0=x0, solver=SOLVERS[schedule.solver].init(latents))
+  memory = {name: jnp.asarray(rows[step]) for name, rows in trace.solver.items()}
+  return State(latents=latents, x0=x0, solver=memory or SOLVERS[schedule.solver].init(latents))
 
 
 def denoise(
@@ -282,7 +284,7 @@ def _trajectory(
       }
     finite = jnp.all(jnp.isfinite(latents) & jnp.isfinite(state.x0), axis=(1, 2, 3, 4))
     seen = (latents if taps.latents else None, state.x0 if taps.x0 else None)
-    return (state, kept), (finite, *seen)
+    return (state, kept), (finite, *seen, before.solver if taps.solver else {})
 
   rows: dict[str, Any] = {
     "sigma": schedule.sigma[:-1],
@@ -300,8 +302,10 @@ def _trajectory(
     first = jax.tree.map(lambda x: x[0], rows)
     _, shapes = jax.eval_shape(model, state.latents, first)
     kept = {n: jnp.zeros((asked_steps, *s.shape), s.dtype) for n, s in shapes.items()}
-  (state, kept), (finite, latents, x0) = jax.lax.scan(step, (state, kept), rows)
-  trace = Trace(sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept)
+  (state, kept), (finite, latents, x0, memory) = jax.lax.scan(step, (state, kept), rows)
+  trace = Trace(
+    sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept, solver=memory
+  )
   return state.latents, trace, state
 
 

@@ -167,6 +167,7 @@ class Trace:
   sigma: S. finite: S R bool.
   latents, x0: S R F H W C, what the model saw at step s and its guess of the clean video.
   taps: 'attn_out/norm' -> S L G R ... (the steps, layers and branches asked for).
+  solver: S R ..., the solver's memory before step s (`State.solver`); empty where not asked for.
   """
 
   sigma: Array
@@ -174,6 +175,7 @@ class Trace:
   latents: Array | None = None
   x0: Array | None = None
   taps: dict[str, Array]
+  solver: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

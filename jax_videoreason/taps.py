@@ -29,6 +29,7 @@ class TapSpec:
   that site alone.
   steps: rows of the schedule passed. branches: of G; the paper records the branch with the prompt.
   layers, steps and branches are counted from 0 and increase.
+  solver: the solver's memory before every step, without which `state_at` restarts it.
   directions: P D for 'project'. regions: R P T weights for 'region_mean'. targets: R T P for
   'gram'.
   reference: R int32, the run each run is compared with, for 'cosine_to' and 'cka_to'.
@@ -38,6 +39,7 @@ class TapSpec:
   reduce: tuple[str, ...] = static(default=("norm",))
   latents: bool = static(default=True)
   x0: bool = static(default=True)
+  solver: bool = static(default=False)
   layers: tuple[int, ...] | None = static(default=None)
   steps: tuple[int, ...] | None = static(default=None)
   branches: tuple[int, ...] = static(default=(0,))

@@ -208,6 +208,16 @@ def test_noise_finds_the_step_from_which_the_answer_lives_in_the_latents():
   assert record["programs"] <= 1
 
 
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_noise_of_gain_0_moves_nothing_at_any_step(solver):
+  options = {"modes": ("add", "add_sigma"), "gain": 0.0, "stride": 3}
+  setting = toy.setting(toy.read_late, solver=solver)
+  found, record, _ = perform(noise, setting, toy.cases(2), options=options)
+  for name in ("step_drop", "frame_drop", "matched_drop", "cka_x0", "cka_latents", "cka_hidden"):
+    assert np.nanmax(np.abs(found.values[name])) == 0, name
+  assert record["control"] == dict.fromkeys(record["control"], 0.0)
+
+
 @pytest.mark.slow
 def test_noise_finds_no_drop_where_the_answer_is_read_from_the_picture():
   options = {"modes": ("replace",), "stride": 3}
@@ -285,6 +295,36 @@ def test_a_study_is_told_by_its_docstring_and_signature():
   assert study.options == {"steps": (1, 3)}
 
 
+def test_the_control_looks_at_a_middle_point_too():
+  @experiment(
+    tasks="sides",
+    zero=("moved",),
+    claims=[Claim(says="it moves", of="moved[step=5]", statistic="mean", above=0.0)],
+  )
+  def from_its_middle(ctx):
+    """Does a run go on as it was?"""
+    base = identity(ctx.sizes, edits=("noise",))
+    _, trace = ctx.resume(None, 0, base)
+    forgotten = dataclasses.replace(trace, solver={})
+
+    def at(step):
+      edit = noise_at(base, where(ctx.sizes, steps=step), mode="replace")
+      _, again = ctx.resume(forgotten, step, edit)
+      return np.abs(again.latents[-1] - trace.latents[-1]).max(axis=(1, 2, 3, 4))
+
+    steps = list(range(ctx.sizes.S))
+    return Result(
+      values={"moved": ctx.map(at, steps)}, axes={"moved": ("step", "run")}, points={"step": steps}
+    )
+
+  for solver, verdict in (("euler", "holds"), ("unipc", "can't tell")):
+    _, record, findings = perform(
+      from_its_middle, toy.setting(toy.read_late, solver=solver), toy.cases(8)
+    )
+    assert (record["control"]["moved"] == 0) == (solver == "euler")
+    assert findings[0].verdict == verdict
+
+
 def test_batches_are_joined_filled_up_and_cut_and_seeds_stay_with_their_case():
   setting = toy.setting(toy.read_late, seeds=(0, 1, 2))
   whole, _, _ = perform(make_study(), setting, toy.cases(5))
@@ -306,7 +346,9 @@ def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
 
   def stops(self, key, value):
     kept.append(key)
-    if len(kept) == 6:  # control, two points, first batch, a point; the power fails at the next
+    if (
+      len(kept) == 7
+    ):  # control of two points, two points, first batch, a point; the power fails at the next
       raise KeyboardInterrupt
     put(self, key, value)
 

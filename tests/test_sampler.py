@@ -101,6 +101,26 @@ def test_a_stored_trajectory_branches_exactly(bundle, inputs):
     sampler.state_at(trace, schedule, 4)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_trajectory_whose_trace_has_the_memory_goes_on_to_the_last_bit(bundle, inputs, solver):
+  schedule = tiny_schedule(6, solver=solver)
+  taps = TapSpec(solver=True)
+  state = sampler.start(inputs[0], solver)
+  whole, trace, _ = denoise(bundle, *inputs, schedule.only(0, 6), None, taps, state)
+  for step in (0, 1, 3, 5):
+    state = sampler.state_at(trace, schedule, step)
+    rest, again, _ = denoise(bundle, *inputs, schedule.only(step, 6), None, taps, state)
+    np.testing.assert_array_equal(rest, whole)
+    np.testing.assert_array_equal(again.x0[step:], trace.x0[step:])
+    for name, rows in again.solver.items():
+      np.testing.assert_array_equal(rows[step:], trace.solver[name][step:])
+  seen = []
+  runs.run(bundle, *inputs, schedule, None, taps, on_piece=lambda piece, *_: seen.append(piece))
+  assert {n: v.shape for n, v in seen[0].solver.items()} == {
+    n: v.shape for n, v in trace.solver.items()
+  }
+
+
 @pytest.mark.parametrize("branches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
   noise, cond = tiny_inputs(4, branches=branches)

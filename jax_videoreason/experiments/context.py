@@ -113,7 +113,8 @@ class Context:
   """A batch of R runs and what can be done with it.
 
   cases: of the R runs. roles: role -> its runs. control: every edit is replaced by the identity
-  with the same room, and `map` looks at its first point alone; the result must show no effect.
+  with the same room, and `map` looks at its first and its middle point alone; the result must show
+  no effect.
   """
 
   setting: Setting
@@ -179,8 +180,10 @@ class Context:
 
     before: a trace that `resume` returned (None and step 0 for the first one): held steps are part
     of the program, so only runs of one program are equal to the last bit. Rows before `step` of
-    the new trace repeat the state. Exact for Euler (`sampler.state_at`).
+    the new trace repeat the state. Such a trace has the solver's memory; from another one, as of
+    `denoise`, a multistep solver restarts.
     """
+    taps = dataclasses.replace(TapSpec() if taps is None else taps, solver=True)
     if before is None:
       state = sampler.start(self.noise, self.schedule.solver)
     else:
@@ -228,9 +231,10 @@ class Context:
     one compilation if they start from one identity.
     """
     number = next(self.counter)
+    middle = len(points) // 2  # work that is resumed from a later step may err there alone
     rows: list[dict[str, np.ndarray]] = []
     for place, point in enumerate(points):
-      if self.control and place:
+      if self.control and place not in (0, middle):
         rows.append(rows[0])
       else:
         rows.append(self._once(f"map {number} point {place}", functools.partial(fn, point)))

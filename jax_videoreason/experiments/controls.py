@@ -13,6 +13,7 @@ from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import TapSpec
 
 COMMON = 7  # settings that every model has
 OF_SWITCH = 4  # and those of a model with an expert switch
@@ -126,6 +127,7 @@ def moved(rows: np.ndarray) -> np.ndarray:
   ),
   zero=("sensitivity",),
   cost=cost,
+  taps=lambda sizes: TapSpec(solver=True),
   least={"places": 1},
 )
 def controls(ctx: Context, *, settings: tuple[str, ...] = (), places: int = 11) -> Result:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from jax_videoreason import metrics, stats
 from jax_videoreason.experiments.base import experiment
@@ -79,7 +80,11 @@ def tapped(sizes: Sizes) -> TapSpec:
   """A projection of the middle layer."""
   directions = jnp.asarray(signs(COLUMNS, sizes.D), jnp.float32)
   return TapSpec(
-    sites=("resid_post",), reduce=("project",), layers=(sizes.L // 2,), directions=directions
+    sites=("resid_post",),
+    reduce=("project",),
+    layers=(sizes.L // 2,),
+    directions=directions,
+    solver=True,
   )
 
 
@@ -181,7 +186,8 @@ def noise(
   latent frames the matched arm has fewer cells. The CoS index has no number where neither arm
   drops, and a sensitivity that is largest at an edge of the grid has no peak. `replace` at step 0
   is another seed; at late steps it destroys the picture whatever it shows. x0 is the guess of the
-  step before, so `renoise` at step 0 is `replace`.
+  step before, so `renoise` at step 0 is `replace`. Under a multistep solver a noised run starts
+  again without the guesses before the noise, which is part of what the noise does.
   """
   sizes, sigma = ctx.sizes, ctx.sigma
   steps = chosen_steps(sizes, stride)
@@ -213,8 +219,9 @@ def noise(
     }
 
   def grid(fn: Any, places: list[int]) -> dict[str, np.ndarray]:
-    rows = ctx.map(fn, [(mode, place) for mode in modes for place in places])
-    return {n: v.reshape(len(modes), len(places), *v.shape[1:]) for n, v in rows.items()}
+    # place by place, so that the middle point, which the control looks at, is of the middle place
+    rows = ctx.map(fn, [(mode, place) for place in places for mode in modes])
+    return {n: rearrange(v, "(p m) ... -> m p ...", m=len(modes)) for n, v in rows.items()}
 
   found = {**grid(at_step, steps), **grid(at_frame, frames)}
   divergence = found["cka_x0"]  # mode step observed run

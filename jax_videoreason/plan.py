@@ -31,6 +31,7 @@ from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
+from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes
 from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
 
@@ -318,9 +319,13 @@ class Problem:
     return 2.0 * math.prod(keys) * each * (2 / shards if route == "ring" else 1)
 
   def latents(self) -> float:
-    """Bytes of one run's latents, its guess, and the trace of both."""
+    """Bytes of one run's latents, its guess, and the trace of both; of the solver's memory too,
+    where it is kept."""
     s = self.sizes
-    return 4.0 * s.F * s.H * s.W * s.C * (2 + 2 * s.S)
+    one = jax.ShapeDtypeStruct((1, s.F, s.H, s.W, s.C), jnp.float32)
+    memory = jax.eval_shape(SOLVERS[self.chosen.solver].init, one) if self.spec.solver else {}
+    kept = s.S * sum(math.prod(x.shape) * x.dtype.itemsize for x in memory.values())
+    return 4.0 * math.prod(one.shape) * (2 + 2 * s.S) + kept
 
   def decoding(self, tiles: str | None) -> float:
     """Bytes of a device while latents are decoded, beside all weights. tiles: as `decode` has."""

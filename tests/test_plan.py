@@ -12,6 +12,7 @@ import pytest
 
 from jax_videoreason import checkpoint, cli, costs, plan, settings, sharding
 from jax_videoreason.experiments import EXPERIMENTS, find
+from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.taps import TapSpec, tap_bytes
 
 
@@ -491,8 +492,21 @@ def test_a_study_taps_what_its_plan_says():
   assert find("early").tapped(sizes, {}) == TapSpec()
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_study_that_keeps_the_memory_of_its_solver_plans_for_it(solver):
+  bare, kept = (problem("mini:steps=4", 2, taps=TapSpec(solver=said)) for said in (False, True))
+  bare, kept = (
+    dataclasses.replace(p, chosen=dataclasses.replace(p.chosen, solver=solver))
+    for p in (bare, kept)
+  )
+  s = kept.sizes
+  memory = SOLVERS[solver].init(jax.numpy.zeros((1, s.F, s.H, s.W, s.C)))
+  assert kept.latents() - bare.latents() == 4 * sum(x.nbytes for x in memory.values())
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_study_that_taps_says_so(name):
   study = EXPERIMENTS[name]
   taps = "TapSpec(" in inspect.getsource(inspect.getmodule(study.run))
-  assert bool(study.tapped(problem("mini").sizes, study.options).sites) == taps
+  told = study.tapped(problem("mini").sizes, study.options)
+  assert bool(told.sites or told.solver) == taps

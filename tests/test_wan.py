@@ -42,9 +42,17 @@ def run():
   return call
 
 
-def test_what_stays_float32_in_a_bfloat16_model_is_multiplied_in_float32():
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [
+    ("official", 4),  # two of the time embedding, its projection, the head
+    ("diffusers", 2),  # those of the time embedding
+    ("diffsynth", 0),
+  ],
+)
+def test_what_stays_float32_in_a_bfloat16_model_is_multiplied_in_float32(name, count):
   """By default a GPU rounds such factors to TF32 and a TPU to bfloat16."""
-  bundle = tiny_bundle("concat", numerics="official", dtype="bfloat16")
+  bundle = tiny_bundle("concat", numerics=name, dtype="bfloat16")
   cond = tiny_inputs(len(LATENTS))[1]
   with jax.default_matmul_precision("default"):
     lowered = jax.jit(bundle.parts.dit.apply).lower(
@@ -52,7 +60,7 @@ def test_what_stays_float32_in_a_bfloat16_model_is_multiplied_in_float32():
     )
   products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
   wide = [line for line in products if re.search(r"\(tensor<[^>]*f32>, tensor<[^>]*f32>\)", line)]
-  assert len(wide) == 4  # two of the time embedding, its projection, the head
+  assert len(wide) == count
   assert all("precision = [HIGHEST, HIGHEST]" in line for line in wide)
 
 
@@ -198,7 +206,10 @@ def test_in_bfloat16_the_stacks_round_differently(run):
   assert len(set(errors.values())) == len(errors)
 
 
-@pytest.mark.parametrize(("name", "kept"), [("official", jnp.float32), ("diffusers", jnp.bfloat16)])
+@pytest.mark.parametrize(
+  ("name", "kept"),
+  [("official", jnp.float32), ("diffusers", jnp.bfloat16), ("diffsynth", jnp.bfloat16)],
+)
 def test_the_residual_stream_has_the_dtype_of_the_stack(name, kept):
   dit = WanDiT(tiny_config(numerics=name, dtype="bfloat16"))
   _, cond = tiny_inputs(2)

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 
 from jax_videoreason import rope
 from jax_videoreason.convert import engine, wan
+from jax_videoreason.models.common import NUMERICS, RMSNorm, modulate
 from jax_videoreason.models.wan import WanConfig, WanDiT, abstract_params
 from jax_videoreason.schedules import sinusoid
 from jax_videoreason.structs import Conditioning
@@ -141,6 +142,46 @@ def test_rotary_tables_are_diffusers_tables_to_the_last_bit(head_width):
   ours = rope.tables(grid, head_width)
   np.testing.assert_array_equal(ours[0], cos[0, :, 0, 0::2].numpy())
   np.testing.assert_array_equal(ours[1], sin[0, :, 0, 1::2].numpy())
+
+
+def their_norm(stack, x, weight):
+  """The norm of queries and keys, of bfloat16 x."""
+  if stack == "diffusers":
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
+  unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+  return unit.type_as(x) * weight
+
+
+def their_modulation(stack, x, shift, scale):
+  """What attention, MLP and head see of bfloat16 x."""
+  if stack != "diffsynth":
+    x, shift, scale = x.float(), shift.float(), scale.float()
+  unit = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+  return (unit * (1 + scale) + shift).bfloat16()
+
+
+@pytest.mark.parametrize("stack", NUMERICS)
+def test_norm_and_modulation_round_where_the_stack_does(stack):
+  """To the bit."""
+  draw = np.random.default_rng(0).standard_normal
+  x, weight, shift, scale = (
+    torch.tensor(draw(shape, np.float32)).bfloat16()
+    for shape in ((64, WIDTH), WIDTH, (1, WIDTH), (1, WIDTH))
+  )
+  ours = {
+    name: jnp.asarray(value.float().numpy(), jnp.bfloat16)
+    for name, value in dict(x=x, weight=weight, shift=shift, scale=scale).items()
+  }
+  places = NUMERICS[stack]
+  norm = RMSNorm(1e-6, places.scale_before_rounding)
+  normed = norm.apply({"params": {"scale": ours["weight"].astype(jnp.float32)}}, ours["x"])
+  dtype = jnp.dtype(jnp.float32 if places.modulation else jnp.bfloat16)
+  moved = modulate(ours["x"], ours["shift"], ours["scale"], dtype, 1e-6).astype(jnp.bfloat16)
+  for got, wanted in (
+    (normed, their_norm(stack, x, weight)),
+    (moved, their_modulation(stack, x, shift, scale)),
+  ):
+    np.testing.assert_array_equal(got.astype(jnp.float32), wanted.float().numpy())
 
 
 def outside_autocast(module):

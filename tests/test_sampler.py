@@ -95,6 +95,10 @@ def test_a_stored_trajectory_branches_exactly(bundle, inputs):
   schedule = tiny_schedule()
   whole, trace, _ = denoise(bundle, *inputs, schedule)
   state = sampler.state_at(trace, schedule, 2)
+  _, _, handed_on = denoise(bundle, *inputs, schedule[:2])
+  assert jax.tree.structure(state) == jax.tree.structure(handed_on)
+  assert relative(state.latents, handed_on.latents) < SAME
+  assert relative(state.x0, handed_on.x0) < SAME
   branched, _, _ = denoise(bundle, *inputs, schedule[2:], state=state)
   assert relative(branched, whole) < SAME
   with pytest.raises(ValueError, match=r"step 4 is not in the trace"):

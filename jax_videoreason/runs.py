@@ -17,7 +17,6 @@ from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace
 from jax_videoreason.taps import TapSpec, step_slots
 
-ROOT = 0
 STRIDE = 10_000  # seeds of a case
 AFTER_ANOTHER = ("text", "injected")  # fields whose R axis is the second; else it is the first
 
@@ -47,12 +46,10 @@ def check_seeds(seeds: Sequence[int]) -> None:
     seed_of(0, seed)
 
 
-def make_noise(
-  seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any = None, root: int = ROOT
-) -> Noise:
+def make_noise(seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any = None) -> Noise:
   """The noise of R runs; grid is (F, H, W, C).
 
-  Run r's key is fold_in(key(root), seeds[r]): its noise depends on no other run, nor on order,
+  Run r's key is fold_in(key(0), seeds[r]): its noise depends on no other run, nor on order,
   batch or device, and fewer frames get the first frames of the same noise.
   start: R F H W C noise to use instead (float, finite).
   """
@@ -66,7 +63,7 @@ def make_noise(
   if seeds_array.min() < 0 or seeds_array.max() >= 2**32:
     raise ValueError(f"seeds={seeds!r}, wanted numbers in 0..{2**32 - 1}.")
   keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(root), jnp.asarray(seeds_array, jnp.uint32)
+    jax.random.key(0), jnp.asarray(seeds_array, jnp.uint32)
   )
   if start is not None:
     start = np.asarray(start)

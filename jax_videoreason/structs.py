@@ -135,7 +135,7 @@ class Conditioning:
 class Noise:
   """The noise of each run.
 
-  keys: R typed PRNG keys, fold_in(root, seed number).
+  keys: R typed PRNG keys, fold_in(key(0), seed number).
   start: R F H W C noise from elsewhere (parity); None = drawn from keys in float32.
   injected: S R F H W C the same for noise injected on the way.
   grid: (F, H, W, C) of the latents to draw.

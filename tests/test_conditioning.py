@@ -241,9 +241,13 @@ def with_tower(bundle):
   return dataclasses.replace(bundle, parts=parts, clip=weights)
 
 
-def test_image_tokens_are_those_of_the_first_frames(with_tower, first_frames):
-  made = conditioning.encode(with_tower, PROMPTS, first_frames, frames=5)
-  squares = framing.square(first_frames, 8, "official")
+@pytest.mark.parametrize("stack", framing.STACKS)
+def test_image_tokens_are_those_of_the_first_frames(with_tower, first_frames, stack):
+  card = dataclasses.replace(with_tower.card, numerics=stack)
+  made = conditioning.encode(
+    dataclasses.replace(with_tower, card=card), PROMPTS, first_frames, frames=5
+  )
+  squares = framing.square(first_frames, 8, stack)
   wanted = with_tower.parts.clip.apply({"params": with_tower.clip}, squares)
   assert made.clip.shape == (3, 5, 10)
   np.testing.assert_allclose(made.clip, wanted, atol=1e-5)

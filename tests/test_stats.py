@@ -1,5 +1,7 @@
 """Intervals cover what they claim to, tests err as often as they claim to, maps as a whole."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,14 @@ def test_the_interval_of_a_mean_covers_it_95_times_in_100(count):
   values = np.random.default_rng(count).normal(3.0, 2.0, size=(count, 3000))
   found = stats.bootstrap(values, seed=1, draws=DRAWS)
   assert 0.925 <= covers(found, 3.0) <= 0.965
+
+
+def test_the_percentiles_of_a_mean_lie_out_by_t_and_by_what_resampling_lacks():
+  x = np.random.default_rng(3).normal(size=10)
+  found = stats.bootstrap(x, seed=0)
+  weights = np.random.default_rng(0).multinomial(10, np.full(10, 0.1), size=stats.DRAWS) / 10
+  tail = NormalDist().cdf(-2.2621571627 * np.sqrt(10 / 9))  # t of 9 degrees of freedom
+  np.testing.assert_allclose([found.low, found.high], np.quantile(weights @ x, [tail, 1 - tail]))
 
 
 def test_bca_covers_skewed_values_at_least_as_well():
@@ -146,6 +156,12 @@ def test_an_exact_p_value_is_counted_by_hand():
   assert one_turned.p == 4 / 2**8
 
 
+def test_a_drawn_p_value_counts_what_was_seen_among_the_flips():
+  clear = np.random.default_rng(0).normal(size=30) + 2.0
+  for test in (stats.sign_flip, stats.max_statistic):
+    assert test(clear, seed=0, draws=2000).p == 1 / 2001
+
+
 def test_a_map_without_effect_shows_a_cell_5_times_in_100():
   rng = np.random.default_rng(0)
   false = 0
@@ -244,6 +260,17 @@ def test_an_interval_within_one_group_is_that_of_its_mean():
   within, plain = stats.bootstrap_within([x], seed=0), stats.bootstrap(x, seed=0)
   assert within.low == pytest.approx(plain.low, abs=0.05)
   assert within.high == pytest.approx(plain.high, abs=0.05)
+
+
+def test_an_interval_within_unlike_groups_has_the_freedom_of_their_spreads():
+  """Of 3 and 7 values: their sums have variances of 21 and 21, of 2 and 6 degrees of freedom."""
+  groups = [np.sqrt(7) * np.arange(-1, 2), np.sqrt(3) * np.repeat([-1, 0, 1], (3, 1, 3))]
+  found = stats.bootstrap_within(groups, seed=0)
+  rng = np.random.default_rng(0)
+  drawn = sum(g[rng.integers(len(g), size=(stats.DRAWS, len(g)))].sum(1) for g in groups) / 10
+  t = 2.4469118511  # of 6 degrees of freedom: (21 + 21)^2 / (21^2 / 2 + 21^2 / 6)
+  tail = NormalDist().cdf(-t * np.sqrt(42 / 32))  # resampling knows 2 * 7 + 6 * 3 of the 42
+  np.testing.assert_allclose([found.low, found.high], np.quantile(drawn, [tail, 1 - tail]))
 
 
 def test_an_interval_of_shares_stays_among_shares():

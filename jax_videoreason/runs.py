@@ -246,8 +246,8 @@ def pmap_runs(
   noise: Noise,
   cond: Conditioning,
   schedule: Schedule,
-  taps: TapSpec | None = None,
   *,
+  taps: TapSpec | None = None,
   devices: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, Trace]:
   """`sampler.denoise` by `jax.pmap`: weights on every device, runs dealt out evenly.

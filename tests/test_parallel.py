@@ -111,15 +111,17 @@ def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
   bundle = bundle_of("concat")
   noise, cond = inputs(6)
   wanted = traced(bundle, noise, cond)
-  agree(runs.pmap_runs(bundle, noise, cond, tiny_schedule(STEPS), TAPS), wanted)
+  agree(runs.pmap_runs(bundle, noise, cond, tiny_schedule(STEPS), taps=TAPS), wanted)
   agree(traced(bundle, noise, cond, mesh=sharding.make_mesh(seed=4)), wanted)
 
 
-def test_pmap_refuses_taps_of_single_runs():
+def test_pmap_refuses_taps_of_single_runs_and_taps_without_their_name():
   noise, cond = inputs(2)
   taps = TapSpec(sites=("attn_out",), reduce=("region_mean",), regions=np.ones((2, 1, 18)))
   with pytest.raises(ValueError, match="taps with an R axis are not dealt out by pmap_runs"):
-    runs.pmap_runs(bundle_of("concat"), noise, cond, tiny_schedule(STEPS), taps)
+    runs.pmap_runs(bundle_of("concat"), noise, cond, tiny_schedule(STEPS), taps=taps)
+  with pytest.raises(TypeError, match="positional"):  # where `run` and `denoise` have an edit
+    runs.pmap_runs(*(bundle_of("concat"), noise, cond, tiny_schedule(STEPS), taps))
 
 
 # Collectives

@@ -86,9 +86,11 @@ def test_a_held_step_is_not_edited(bundle, inputs):
   noisy = interventions.noise_at(
     identity(sizes), interventions.where(sizes, steps=0), mode="replace"
   )
-  plain, _, _ = denoise(bundle, *inputs, schedule.only(1, 4), identity(sizes, edits=("noise",)))
-  edited, _, _ = denoise(bundle, *inputs, schedule.only(1, 4), noisy)
+  room = identity(sizes, edits=("noise",))
+  plain, seen, _ = denoise(bundle, *inputs, schedule.only(1, 4), room)
+  edited, shown, _ = denoise(bundle, *inputs, schedule.only(1, 4), noisy)
   np.testing.assert_array_equal(plain, edited)
+  np.testing.assert_array_equal(seen.latents, shown.latents)
 
 
 def test_a_stored_trajectory_branches_exactly(bundle, inputs):

@@ -602,6 +602,32 @@ def test_a_row_per_run_and_step(folder):
   assert (last["run"], last["step"], last["task"], last["seed"]) == (0, 5, "maze", 0)
   assert last["answer"] == run.answers.answer[5, 0]
   assert last["right"] == bool(run.answers.right[5, 0])
+  without = dataclasses.replace(run.answers, task=(None, *run.answers.task[1:]))
+  rows = dataclasses.replace(run, answers=without).table()
+  assert [rows[5][name] for name in ("answer", "right", "score")] == [None] * 3
+  assert rows[11]["right"] is not None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_revision_of_a_checkout_says_whether_its_files_differ(tmp_path, monkeypatch):
+  monkeypatch.setattr(store, "__file__", str(tmp_path / "package/store.py"))
+  assert store.revision() is None
+
+  def git(*words):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", "-C", str(tmp_path), *who, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+  git("init")
+  assert store.revision() is None  # nothing is committed
+  (tmp_path / "a.py").write_text("1")
+  git("add", "a.py")
+  git("commit", "-m", "a")
+  head = git("rev-parse", "HEAD")
+  (tmp_path / "b.py").write_text("not tracked")
+  assert store.revision() == head
+  (tmp_path / "a.py").write_text("2")
+  assert store.revision() == f"{head}+"
 
 
 def test_pandas_is_asked_for_in_one_sentence(folder, monkeypatch):

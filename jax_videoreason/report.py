@@ -136,7 +136,6 @@ def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
     "columns": columns,
     "rows": len(shown),
     "shape": (1, 1) if run.frames is None else run.frames.shape[3:5],
-    "decoded_by": None if run.frames is None else run.frames.attributes["decoded_by"],
     "summary": None if run.answers is None else summary(run.answers),
     "share": share,
     "manifest": run.manifest,

@@ -12,8 +12,8 @@ A run folder holds R runs (one case, seed and edit each) that went through one s
       sigma            S
       finite           S R bool, False = a number of that step is not finite
       latents, x0      S R F H W C, what the model saw at the step, its guess of the clean video
-      frames           S' R frames height width rgb uint8, x0 as pixels; attribute `steps` = the S'
-                       steps shown, `decoded_by` = "vae" or "preview"
+      frames           S' R frames height width rgb uint8, x0 through the VAE; attribute `steps` =
+                       the S' steps shown
       taps/SITE/REDUCTION   S' L G R ...; attributes `steps`, `layers`, `branches` = what was asked
     answers.json       the answer read from x0 at every step (`AnswerTrace`), for runs of a task
     first_<run>.png    the given first frame          video_<run>.mp4   the final video
@@ -292,18 +292,12 @@ class TraceWriter:
         )
 
   def write_frames(
-    self,
-    frames: np.ndarray,
-    *,
-    at_run: int = 0,
-    at_row: int | None = None,
-    steps: Sequence[int] | None = None,
-    decoded_by: str = "vae",
+    self, frames: np.ndarray, *, at_row: int | None = None, steps: Sequence[int] | None = None
   ) -> None:
     """Writes x0 as pixels, S' R frames height width 3 uint8.
 
     steps: the S' steps shown, None = all. at_row: the one of them that is given, R frames height
-    width 3; None = all are. decoded_by: "vae" or "preview" (the small decoder).
+    width 3; None = all are.
     """
     shown = list(range(self.steps)) if steps is None else [int(s) for s in steps]
     rows = slice(None)
@@ -313,15 +307,13 @@ class TraceWriter:
       raise ValueError(
         f"frames has {len(frames)} rows for {len(shown)} steps: give one row a step."
       )
-    runs = slice(at_run, at_run + frames.shape[1])
     self._put(
       "frames",
       FRAME_AXES,
-      (len(shown), self.runs, *frames.shape[2:]),
+      (len(shown), *frames.shape[1:]),
       np.asarray(frames, np.uint8),
-      (rows, runs),
+      (rows,),
       steps=shown,
-      decoded_by=decoded_by,
     )
 
   def _put_rows(

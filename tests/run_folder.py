@@ -101,7 +101,7 @@ def make(
   with store.run_folder(out, redo=redo) as folder:
     with store.create_trace(folder, steps=steps, runs=len(every)) as writer:
       writer.write(trace)
-      writer.write_frames(x0, decoded_by="preview")
+      writer.write_frames(x0)
     store.write_final_latents(folder, trace.x0[-1])
     store.write_runs(folder, runs)
     store.write_videos(folder, x0[-1])

@@ -199,6 +199,7 @@ def test_a_page_says_which_steps_have_pictures(folder, text, tmp_path):
   assert data_of(text)["shown"] == [2, 5, 7]
   assert data_of(text)["row"] == [0, 0, 0, 0, 0, 1, 1, 2]
   assert "Pictures are there of the steps 2, 5, 7;" in " ".join(text.split())
+  assert "The guesses were turned into pixels by the VAE." in " ".join(text.split())
 
 
 def test_a_large_video_is_drawn_one_step_in_memory(folder, monkeypatch):

@@ -84,7 +84,7 @@ def test_zarr_reads_it_with_named_dimensions(folder):
   norms = group["taps/attn_out/norm"]
   assert norms.metadata.dimension_names == ("step", "layer", "branch", "run", "norm_0")
   assert norms.attrs["layers"] == [0, 1, 2]
-  assert group["frames"].attrs["decoded_by"] == "preview"
+  assert group["frames"].attrs["steps"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_pieces_in_any_order_equal_the_whole(tmp_path):

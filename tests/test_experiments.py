@@ -590,6 +590,9 @@ def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
     assert found.problem_of == [f"{i // 2}" for i in range(16)]
     assert (record["cases"], record["problems"]) == (16, 8)
     assert (findings[0].cases, findings[0].problems) == (16, 8)
+  bare = make_study(finish=lambda r, **_: Result(values=r.values, axes=r.axes))
+  without, _, _ = perform(bare, toy.setting(toy.read_late), with_shared_problems(16), batch=3)
+  assert without.problem_of == found.problem_of
   results.save(tmp_path, found, record)
   assert results.load(tmp_path)[0].problem_of == found.problem_of
   write_json(tmp_path / "manifest.json", MANIFEST)
@@ -597,6 +600,15 @@ def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
   assert "<b>16</b> cases of <b>8</b> problems" in page
   assert "16 cases are of 8 problems" in page
   assert "bootstrap over problems" in page
+  earlier = {k: v for k, v in read_json(tmp_path / "result.json").items() if k != "problem_of"}
+  write_json(tmp_path / "result.json", earlier)  # as it was written before problems were kept
+  assert "bootstrap over cases" in pages.render(tmp_path).read_text()
+
+
+def test_the_mean_of_equal_cases_is_what_they_are():
+  value = np.array([[0.1, np.nan], [0.1, np.nan], [0.1, 0.7], [0.3, np.nan], [0.1, np.nan]])
+  found = results.mean_by(value, [*"aaabb"])
+  np.testing.assert_array_equal(found, [[0.1, 0.7], [0.2, np.nan]])
 
 
 def test_a_study_of_before_problems_were_kept_opens_and_is_not_taken_for_one_of_now(

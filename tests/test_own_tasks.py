@@ -234,6 +234,10 @@ def with_clips_alone(self, labels, problem):
     ({"soft": lambda self, *_: dict.fromkeys(range(4), 0.0)}, r"shows the candidates \[\], wanted"),
     ({"soft": lambda self, *_: {0: 0.0}}, r"candidates are \[0\], wanted the options \[0, 1, 2, 3"),
     ({"soft": lambda self, *_: dict.fromkeys(range(4), 1.0)}, "still shows the candidate 0"),
+    (
+      {"soft": lambda *args: {a: draw.blended(seen) for a, seen in usual("soft")(*args).items()}},
+      "a blend of 0.1 of the answer with the first frame shows it, wanted none on the scale of",
+    ),
     ({"options": lambda self, _: list(np.arange(4))}, "option np.int64.* is a int64, wanted str"),
     ({"options": lambda self, _: [0, 1, 2, 3, 3]}, "the option 3 is there twice"),
     ({"right_answers": lambda self, _: [4]}, "^4 is no answer to this odd_one:OddOne case"),

@@ -289,6 +289,20 @@ def test_candidates_are_seen_by_their_share_of_a_blend(name):
   assert max(found) == 2 or name in ("maze", "sort_bars")
 
 
+@each_task
+def test_of_a_right_and_a_wrong_answer_both_are_seen_where_they_are_blended(name):
+  task, found = tasks.load(name, size=32), []
+  for index in range(12):
+    case = task.generate(task.splits()[0], index)
+    answer, meta = case.metadata["answer"], case.metadata
+    wrong = [a for a in task.wrong_answers(meta) if (task.render(meta, a) != case.frames)[-1].any()]
+    for other in wrong[:4]:
+      clips = 0.6 * case.frames.astype(float) + 0.4 * task.render(meta, other)
+      seen = task.candidates(clips.round().astype(np.uint8), meta)
+      found.append(visible(seen[answer]) and visible(seen[other]))
+  assert np.mean(found) >= 0.85  # a mixture of two colours may be near a third
+
+
 @every_task
 def test_frames_are_flat_begin_with_the_problem_and_end_with_the_answer(name, size):
   task = tasks.load(name, size=size)

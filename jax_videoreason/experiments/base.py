@@ -291,7 +291,9 @@ def perform(
         result = study.finish(result, **given)
       _check_parts(study, result, whole=True)
       _name_missing(study, result)
-      if list(result.points.get("case", ())) == points["case"]:  # also of one that was made anew
+      if "case" not in result.points and _places(result, "case") == {len(cases)}:  # made anew
+        result = dataclasses.replace(result, points={**result.points, "case": points["case"]})
+      if list(result.points.get("case", ())) == points["case"]:
         result = dataclasses.replace(result, problem_of=problems)
     findings = verdicts(study, result, control)
   say(
@@ -500,6 +502,15 @@ def _warn_of_claims(study: Study, part: Result, counts: Sequence[int], seeds: in
   """`_name_missing` as soon as a batch is there, unless `finish` makes more values of all."""
   if study.finish is None:
     _name_missing(study, results.join([part], seeds, counts[:1]))
+
+
+def _places(result: Result, axis: str) -> set[int]:
+  """The lengths that an axis has in the values of a result."""
+  return {
+    np.shape(value)[result.axes[name].index(axis)]
+    for name, value in result.values.items()
+    if axis in result.axes[name]
+  }
 
 
 def _name_missing(study: Study, result: Result) -> None:

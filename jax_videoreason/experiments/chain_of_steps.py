@@ -68,13 +68,13 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   with an odd number are ambiguous (k right answers).
 
   Limits: the share from which a candidate is visible is a choice; `several_from` says what others
-  would give. Where several orders of the bars make the same blend (sort_bars), all of them count.
-  Nothing is edited here, so there is no identity control. Runs whose final answer can't be read
-  have no commitment. Runs that can first be read after step 0 and never say another answer count
-  for no claim: this tells when the picture became legible and not when the answer was made. As
-  those can only have decided later than at step 0, what is left leans to 0. Runs that never show a
-  candidate are not counted as "not several", and runs read at fewer than two steps before the last
-  not as "not corrected".
+  would give. Where several orders of bars or squares make one blend (sort_bars, occlusion), all
+  of them count. Nothing is edited here, so there is no identity control. Runs whose final answer
+  can't be read have no commitment. Runs that can first be read after step 0 and never say another
+  answer count for no claim: this tells when the picture became legible and not when the answer
+  was made. As those can only have decided later than at step 0, what is left leans to 0. Runs
+  that never show a candidate are not counted as "not several", and runs read at fewer than two
+  steps before the last not as "not corrected".
   """
   _, trace = ctx.denoise()
   x0 = np.asarray(trace.x0)

@@ -255,7 +255,13 @@ def mean_by(value: np.ndarray, groups: Sequence[Any] | np.ndarray) -> np.ndarray
   """(M ...): the mean of what is a number over the rows N ... of each group, in the order of their
   first rows."""
   of = np.asarray(groups)
-  return np.stack([known_mean(value[of == group], 0) for group in dict.fromkeys(of.tolist())])
+
+  def mean(rows: np.ndarray) -> np.ndarray:
+    least, most = np.fmin.reduce(rows), np.fmax.reduce(rows)
+    # a mean of equal numbers may differ in its last bit, and would count as one that moved
+    return np.where((least == most) & np.isfinite(least), least, known_mean(rows, 0))
+
+  return np.stack([mean(value[of == group]) for group in dict.fromkeys(of.tolist())])
 
 
 def join(batches: Sequence[Result], seeds: int, counts: Sequence[int]) -> Result:

@@ -387,7 +387,8 @@ class Task:
     return self.earned(labels, metadata), self.read(labels, metadata["problem"])
 
   def candidates(self, frames: np.ndarray, metadata: Metadata) -> dict[Answer, float]:
-    """The soft reading: occupancy in 0..1 of every option, not normalised."""
+    """The soft reading: occupancy in 0..1 of every option on the scale of `draw.occupancy`, from
+    which `draw.blended` takes back its share of a blend."""
     self.check_frames(frames, metadata)
     return self.soft(frames, metadata["problem"])
 

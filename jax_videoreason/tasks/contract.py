@@ -13,6 +13,7 @@ from jax_videoreason.tasks.draw import VISIBLE, blended
 STILL = 0.1  # most that a clip may score in which nothing moves
 WRONG = 0.6  # most that one may score that gives a wrong answer
 SOME = 4  # wrong answers of a case that are looked at
+BLENDS = ((0.1, False), (0.5, True))  # shares of an answer, and whether it is visible
 METHODS = {"preservation": "kept", "final": "final", "process": "process"}
 
 
@@ -194,6 +195,18 @@ def _check_candidates(task: Task, case: Case) -> None:
       f"have the occupancy of a blend of {VISIBLE} or more",
       "soft",
     )
+  still = case.first_frame.astype(float)
+  for share, wanted in BLENDS:
+    blend = np.round(still + share * (case.frames - still)).astype(np.uint8)
+    shown = case.metadata["answer"] in _visible(task.candidates(blend, case.metadata))
+    if shown != wanted:
+      _broken(
+        case,
+        f"a blend of {share} of the answer with the first frame "
+        f"{'shows' if shown else 'does not show'} it, wanted {'it' if wanted else 'none'} on the "
+        "scale of draw.occupancy",
+        "soft",
+      )
 
 
 def _visible(seen: Mapping[Answer, float]) -> list[Answer]:

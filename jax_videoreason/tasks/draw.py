@@ -325,6 +325,19 @@ def occupancy(
   return np.exp(-away)
 
 
+def among(frames: np.ndarray, where: Regions, mark: int, shown: Sequence[int]) -> np.ndarray:
+  """`occupancy` (T, N) of a mark where a region shows one of several colours, `shown`, or a blend.
+
+  It is measured against the one that is furthest from it: a blend with a nearer one, of which no
+  more than that one's distance is seen, would have the mark read for less than its share.
+  """
+  rest = [colour for colour in shown if colour != mark]
+  away = [np.linalg.norm(RGB[colour].astype(float) - RGB[mark]) for colour in rest]
+  furthest = rest[int(np.argmax(away))]
+  others = [RGB[colour] for colour in rest if colour != furthest]
+  return occupancy(frames, where, mark, np.full(len(where), furthest), others)
+
+
 def blended(occupancy: np.ndarray) -> np.ndarray:
   """The share of a mark in a blend that has this occupancy, 0..1."""
   away = -np.log(np.maximum(occupancy, math.exp(-STEEP))) / STEEP

@@ -154,12 +154,10 @@ class Occlusion(base.Task):
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     """An arrangement is as present as the least visible of its squares, once no curtain hangs."""
     cells = cells_of(problem)
-    where, ground = self.regions(cells), np.full(len(cells), GROUND)
+    where = self.regions(cells)
     marks = [draw.colour(name) for name in colours_of(problem)]
     seen = {
-      draw.NAMES[mark]: draw.occupancy(
-        frames[-2:], where, mark, ground, [draw.RGB[other] for other in marks if other != mark]
-      ).mean(axis=0)
+      draw.NAMES[mark]: draw.among(frames[-2:], where, mark, [GROUND, *marks]).mean(axis=0)
       for mark in marks
     }
     strip = draw.regions([draw.rectangle(self.size, (0, 0, self.boxes()[0, 0, 0], self.size))])

@@ -271,24 +271,15 @@ class SortBars(base.Task):
   def soft(self, frames: np.ndarray, problem: base.Problem) -> dict[base.Answer, float]:
     """An order is as present as the least visible of its bars.
 
-    A bar's colour is measured against the ground or against the bar that another right answer has
-    in its slot, whichever is further away, so that a blend of right answers shows both. A slot that
-    shows one bar shows no other, however alike their colours are.
+    A slot that shows one bar shows no other, however alike their colours are.
     """
     names = [draw.colour(n) for n in colours_of(problem)]
     count = len(names)
-    rows = [str(answer).split() for answer in self.right_answers(problem)]
     seen = np.zeros((count, count))
     for bar, name in enumerate(names):
       boxes = np.array([self.standing(problem, bar, s) for s in range(count)])
       where = draw.cells(self.size, boxes)
-      others = [[draw.colour(row[s]) for s in range(count)] for row in rows]
-      grounds = [np.full(count, GROUND), *(np.array(o) for o in others)]
-      apart = draw.RGB[np.stack(grounds)].astype(float) - draw.RGB[name].astype(float)
-      further = np.linalg.norm(apart, axis=-1).argmax(axis=0)
-      ground = np.stack(grounds)[further, np.arange(count)]
-      rest = [draw.RGB[other] for other in (GROUND, *names) if other != name]
-      seen[bar] = draw.occupancy(frames[-2:], where, name, ground, rest).mean(axis=0)
+      seen[bar] = draw.among(frames[-2:], where, name, [GROUND, *names]).mean(axis=0)
     return {
       answer: float(min(seen[bar, s] for bar, s in enumerate(slots_of(problem, answer))))
       for answer in self.options(problem)

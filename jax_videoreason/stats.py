@@ -6,10 +6,12 @@ are averaged before: they are not independent. Every other axis is carried along
 single number. All random numbers come from the explicit `seed`, and one resampling serves all
 cells, so what cells have in common stays.
 
-Sources: Clopper and Pearson 1934 (the exact interval of a share); Efron 1987 (BCa); Hesterberg
-2015, The American Statistician 69(4) (the percentile interval widened for few cases); Westfall and
-Young 1993 (the maximum statistic); Phipson and Smyth 2010 (no p-value of 0); Satterthwaite 1946
-(degrees of freedom of a sum of variances).
+Intervals are of 95%, tests err in 5%.
+
+Sources: Clopper and Pearson 1934 (the exact interval of a share); Hesterberg 2015, The American
+Statistician 69(4) (the percentile interval widened for few cases); Westfall and Young 1993 (the
+maximum statistic); Phipson and Smyth 2010 (no p-value of 0); Satterthwaite 1946 (degrees of freedom
+of a sum of variances).
 """
 
 import dataclasses
@@ -23,6 +25,8 @@ from einops import rearrange
 from numpy.typing import ArrayLike
 from scipy.special import betaincinv, stdtrit
 
+LEVEL = 0.95  # of intervals
+ERROR = 0.05  # of tests
 LEAST = 8  # cases an interval needs: with fewer, resampling knows too little of the spread
 LEAST_MOVING = 6  # of them off the commonest value: what so few show may be missing by chance
 DRAWS = 10_000
@@ -42,7 +46,6 @@ class Interval:
   estimate: np.ndarray
   low: np.ndarray
   high: np.ndarray
-  level: float
   cases: int
   note: str | None = None
 
@@ -68,9 +71,7 @@ def spell(found: Mapping[str, Any] | None, digits: int = 2) -> str:
 class Test:
   """Two-sided p-values of "the mean is 0", of the shape of one case.
 
-  p is NaN where so few cases can't reject at all (`note` says so). significant: p <= level.
-  threshold: of the maximum statistic, |mean| / root mean square, in 0..1; None for single tests.
-  exact: all sign flips were counted, not drawn.
+  p is NaN where so few cases can't reject at all (`note` says so). significant: p <= ERROR.
   """
 
   __test__ = False  # not a test class of pytest
@@ -78,16 +79,11 @@ class Test:
   estimate: np.ndarray
   p: np.ndarray
   significant: np.ndarray
-  level: float
   cases: int
-  exact: bool
-  threshold: float | None = None
   note: str | None = None
 
 
-def bootstrap_within(
-  groups: Sequence[ArrayLike], *, seed: int, level: float = 0.95, draws: int = DRAWS
-) -> Interval:
+def bootstrap_within(groups: Sequence[ArrayLike], *, seed: int, draws: int = DRAWS) -> Interval:
   """The mean over all values; its percentile interval draws each group anew by itself.
 
   groups: the values of each. n values spread less about their own mean than about that of all, and
@@ -96,13 +92,13 @@ def bootstrap_within(
   value, for fewer than LEAST - 1 values more than groups, and where no group has two that differ.
   `cases` of the interval is the number of values.
 
-  Raises ValueError for values that are not finite, or a level outside 0..1.
+  Raises ValueError for values that are not finite, or too few draws.
   """
   each = [_cases(group) for group in groups]
-  _check(level, draws)
+  _check(draws)
   total = sum(len(group) for group in each)
   estimate = np.asarray(sum(group.sum() for group in each) / total)
-  found = functools.partial(Interval, estimate=estimate, level=level, cases=total)
+  found = functools.partial(Interval, estimate=estimate, cases=total)
   note = None
   if all(np.ptp(group) == 0 for group in each):
     note = "no group has two values that differ: resampling shows no spread"
@@ -117,7 +113,7 @@ def bootstrap_within(
   resampled = np.array([np.square(group - group.mean()).sum() for group in each])
   freedom = np.array([len(group) - 1 for group in each])
   wanted = resampled * (freedom + 1) / freedom  # of the sums of groups, as resampled
-  t = stdtrit(wanted.sum() ** 2 / (wanted**2 / freedom).sum(), (1 + level) / 2)
+  t = stdtrit(wanted.sum() ** 2 / (wanted**2 / freedom).sum(), (1 + LEVEL) / 2)
   tail = NORMAL.cdf(float(-t * np.sqrt(wanted.sum() / resampled.sum())))
   low, high = np.quantile(drawn, [tail, 1 - tail])
   return found(low=low, high=high, note=None)
@@ -127,57 +123,40 @@ def bootstrap(
   values: ArrayLike,
   *,
   seed: int,
-  level: float = 0.95,
   draws: int = DRAWS,
-  method: str = "percentile",
   statistic: Statistic | None = None,
 ) -> Interval:
-  """The mean over cases with its bootstrap interval: cases are drawn with replacement.
+  """The mean over cases with its percentile interval: cases are drawn with replacement.
 
-  values: N ..., a row per case, finite. method: "percentile", or "bca", which corrects bias and
-  skewness (better for skewed values and 15 cases or more). statistic: another summary than the
-  mean, (draws N ...) -> (draws ...), over axis 1.
+  values: N ..., a row per case, finite. statistic: another summary than the mean,
+  (draws N ...) -> (draws ...), over axis 1.
 
   Fewer than LEAST cases, or cases that are all equal, give a note instead of an interval.
 
-  Raises ValueError for values that are not finite, an unknown method, or a level outside 0..1.
+  Raises ValueError for values that are not finite, or too few draws.
   """
   x = _cases(values)
-  _check(level, draws)
-  if method not in ("percentile", "bca"):
-    raise ValueError(f"method={method!r}, wanted 'percentile' or 'bca'.")
+  _check(draws)
   of = statistic or _mean
   count, shape = len(x), x.shape[1:]
   estimate = np.asarray(of(x[None])[0])
   blank = np.full(estimate.shape, np.nan)
   if count < LEAST:
     note = f"{_number(count)}: an interval needs at least {LEAST}"
-    return Interval(estimate=estimate, low=blank, high=blank, level=level, cases=count, note=note)
+    return Interval(estimate=estimate, low=blank, high=blank, cases=count, note=note)
   rng = np.random.default_rng(seed)
   if statistic is None:
     flat = x.reshape(count, -1)
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
     low, high = blank.reshape(-1).copy(), blank.reshape(-1).copy()
-    skew = _skew(flat)
     for cells in _chunks(flat.shape[1], draws):
-      drawn = weights @ flat[:, cells]
-      low[cells], high[cells] = _bounds(
-        drawn, estimate.reshape(-1)[cells], skew[cells], count, level, method
-      )
+      low[cells], high[cells] = _bounds(weights @ flat[:, cells], count)
     low, high = low.reshape(shape), high.reshape(shape)
   else:
     rows = rng.integers(count, size=(draws, count))
     at_once = max(1, CELLS // max(1, x.size))
     drawn = np.concatenate([of(x[rows[i : i + at_once]]) for i in range(0, draws, at_once)])
-    left_out = np.stack([np.asarray(of(np.delete(x, i, 0)[None])[0]) for i in range(count)])
-    low, high = _bounds(
-      drawn.reshape(draws, -1),
-      estimate.reshape(-1),
-      _skew(-left_out.reshape(count, -1)),
-      count,
-      level,
-      method,
-    )
+    low, high = _bounds(drawn.reshape(draws, -1), count)
     low, high = low.reshape(estimate.shape), high.reshape(estimate.shape)
   still = (x == x[:1]).all(0) if statistic is None else np.full(estimate.shape, (x == x[:1]).all())
   note = None
@@ -187,10 +166,10 @@ def bootstrap(
     note = f"all {count} cases are equal{where}: resampling shows no spread"
   elif not np.isfinite(low).all():
     note = "some draws of the cases have no number"
-  return Interval(estimate=estimate, low=low, high=high, level=level, cases=count, note=note)
+  return Interval(estimate=estimate, low=low, high=high, cases=count, note=note)
 
 
-def share(hits: ArrayLike, *, seed: int, level: float = 0.95, draws: int = DRAWS) -> Interval:
+def share(hits: ArrayLike, *, seed: int, draws: int = DRAWS) -> Interval:
   """The share of cases that succeed, with its exact binomial interval.
 
   hits: N ..., 0 or 1 (bool), or the share of a case's seeds in 0..1. A cell with such shares gets
@@ -199,19 +178,17 @@ def share(hits: ArrayLike, *, seed: int, level: float = 0.95, draws: int = DRAWS
   x = _cases(hits)
   if x.min() < 0 or x.max() > 1:
     raise ValueError(f"hits run from {x.min():g} to {x.max():g}, wanted shares in 0..1.")
-  found = bootstrap(x, seed=seed, level=level, draws=draws)
+  found = bootstrap(x, seed=seed, draws=draws)
   if found.cases < LEAST:
     return found
-  low, high = binomial(found.estimate, found.cases, level=level)
+  low, high = binomial(found.estimate, found.cases)
   whole = ((x == 0) | (x == 1)).all(0)
   low = np.where(whole, low, np.fmin(low, found.low))
   high = np.where(whole, high, np.fmax(high, found.high))
   return dataclasses.replace(found, low=low, high=high, note=None)
 
 
-def binomial(
-  estimate: ArrayLike, cases: int, *, level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
+def binomial(estimate: ArrayLike, cases: int) -> tuple[np.ndarray, np.ndarray]:
   """The exact interval (Clopper and Pearson) of shares among so many cases: (low, high).
 
   Both grow with the share. A share of a broken number of cases gets the interval between those of
@@ -220,7 +197,7 @@ def binomial(
   hits = np.asarray(estimate, np.float64) * cases
   near = np.round(hits)
   hits = np.clip(np.where(np.abs(hits - near) < 1e-9 * cases, near, hits), 0, cases)
-  tail = (1 - level) / 2
+  tail = (1 - LEVEL) / 2
   some, lacking = hits > 0, hits < cases
   low = betaincinv(np.where(some, hits, 1), cases - np.where(some, hits, 1) + 1, tail)
   high = betaincinv(np.where(lacking, hits, 0) + 1, cases - np.where(lacking, hits, 0), 1 - tail)
@@ -235,65 +212,49 @@ def moving(values: ArrayLike) -> tuple[int, np.ndarray]:
   return len(x) - int(counts[most]), rows[most].reshape(x.shape[1:])
 
 
-def paired(
-  a: ArrayLike,
-  b: ArrayLike,
-  *,
-  seed: int,
-  level: float = 0.95,
-  draws: int = DRAWS,
-  method: str = "percentile",
-) -> Interval:
+def paired(a: ArrayLike, b: ArrayLike, *, seed: int, draws: int = DRAWS) -> Interval:
   """The mean of a - b with its interval; row i of both is the same case.
 
   a, b: N ..., of one shape. As `bootstrap` otherwise.
   """
-  return bootstrap(_differences(a, b), seed=seed, level=level, draws=draws, method=method)
+  return bootstrap(_differences(a, b), seed=seed, draws=draws)
 
 
-def sign_flip(
-  differences: ArrayLike, *, seed: int, level: float = 0.05, draws: int = DRAWS
-) -> Test:
+def sign_flip(differences: ArrayLike, *, seed: int, draws: int = DRAWS) -> Test:
   """Paired permutation test: if nothing differs, each case's difference is as likely as its
   negative.
 
   differences: N ..., a - b of each case. Every cell is a test of its own; for a map that is looked
   at as a whole use `max_statistic`. Exact while 2^N <= draws.
   """
-  return _permute(differences, seed, level, draws, whole_map=False)
+  return _permute(differences, seed, draws, whole_map=False)
 
 
-def max_statistic(
-  differences: ArrayLike, *, seed: int, level: float = 0.05, draws: int = DRAWS
-) -> Test:
+def max_statistic(differences: ArrayLike, *, seed: int, draws: int = DRAWS) -> Test:
   """Which cells of a map differ from 0, with one error rate for the whole map.
 
   differences: N ..., such as N S L. A cell's statistic is |mean| / root mean square over cases (a
   monotone function of |t|); its p-value is the share of sign flips under which the largest
-  statistic of the *whole map* is as large, so the chance of any false cell is at most `level`.
+  statistic of the *whole map* is as large, so the chance of any false cell is at most ERROR.
   Flips are of whole cases: cells may depend on each other in any way.
   """
-  return _permute(differences, seed, level, draws, whole_map=True)
+  return _permute(differences, seed, draws, whole_map=True)
 
 
-def _permute(
-  differences: ArrayLike, seed: int, level: float, draws: int, *, whole_map: bool
-) -> Test:
+def _permute(differences: ArrayLike, seed: int, draws: int, *, whole_map: bool) -> Test:
   x = _cases(differences)
-  _check(level, draws)
+  _check(draws)
   count, shape = len(x), x.shape[1:]
   estimate = x.mean(0)
   exact = 2**count <= draws
-  if 2.0 ** (1 - count) > level:
-    needs = int(np.ceil(1 - np.log2(level)))
+  if 2.0 ** (1 - count) > ERROR:
+    needs = int(np.ceil(1 - np.log2(ERROR)))
     return Test(
       estimate=estimate,
       p=np.full(shape, np.nan),
       significant=np.zeros(shape, bool),
-      level=level,
       cases=count,
-      exact=exact,
-      note=f"{_number(count)}: a test at {level:g} needs at least {needs}",
+      note=f"{_number(count)}: a test at {ERROR:g} needs at least {needs}",
     )
   flat = x.reshape(count, -1)
   length = np.sqrt((flat**2).sum(0))
@@ -312,61 +273,25 @@ def _permute(
     drawn = np.abs(signs @ unit[:, cells])
     largest = np.maximum(largest, drawn.max(1, initial=0.0))
     above[cells] = (drawn >= rearrange(seen[cells], "m -> 1 m") - slack).sum(0)
-  threshold = None
   if whole_map:
     rank = np.searchsorted(np.sort(largest), seen - slack, side="left")
     above = (len(largest) - rank).astype(float)
-    # The smallest value that `level` of the flips, the observed one among them, don't exceed.
-    threshold = float(np.quantile(largest, 1 - level, method="higher"))
   p = above / len(signs) if exact else (above + 1) / (len(signs) + 1)
   p = p.reshape(shape)
-  return Test(
-    estimate=estimate,
-    p=p,
-    significant=p <= level,
-    level=level,
-    cases=count,
-    exact=exact,
-    threshold=threshold,
-  )
+  return Test(estimate=estimate, p=p, significant=p <= ERROR, cases=count)
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
   return rows.mean(1)
 
 
-def _bounds(
-  drawn: np.ndarray,
-  estimate: np.ndarray,
-  skew: np.ndarray,
-  count: int,
-  level: float,
-  method: str,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Low and high (M,) of the resampled summaries drawn (D, M)."""
+def _bounds(drawn: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Low and high (M,) of the summaries drawn (D, M) from so many cases."""
   # Plain percentiles are too narrow for few cases: they have z for t, and n for n - 1.
-  z = float(stdtrit(count - 1, (1 + level) / 2) * np.sqrt(count / (count - 1)))
-  if method == "percentile":
-    tail = NORMAL.cdf(-z)
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
-    return low, high
-  at = rearrange(estimate, "m -> 1 m")
-  below = (drawn < at).mean(0) + (drawn == at).mean(0) / 2
-  edge = 1 / (2 * len(drawn))
-  bias = np.array([NORMAL.inv_cdf(b) for b in np.clip(below, edge, 1 - edge)])
-  ends = []
-  for side in (-z, z):
-    moved = bias + (bias + side) / (1 - skew * (bias + side))
-    tails = [NORMAL.cdf(float(m)) for m in moved]
-    ends.append(np.array([np.quantile(d, t) for d, t in zip(drawn.T, tails, strict=True)]))
-  return ends[0], ends[1]
-
-
-def _skew(x: np.ndarray) -> np.ndarray:
-  """The acceleration of BCa, from the spread of cases (N, M): a sixth of the skewness of a mean."""
-  away = x - x.mean(0, keepdims=True)
-  square = (away**2).sum(0)
-  return (away**3).sum(0) / np.where(square > 0, 6 * square**1.5, 1.0)
+  z = float(stdtrit(count - 1, (1 + LEVEL) / 2) * np.sqrt(count / (count - 1)))
+  tail = NORMAL.cdf(-z)
+  low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+  return low, high
 
 
 def _cases(values: ArrayLike) -> np.ndarray:
@@ -392,9 +317,7 @@ def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
   return first - second
 
 
-def _check(level: float, draws: int) -> None:
-  if not 0 < level < 1:
-    raise ValueError(f"level={level}, wanted more than 0 and less than 1, such as 0.95.")
+def _check(draws: int) -> None:
   if draws < 100:
     raise ValueError(f"draws={draws}, wanted 100 or more: {DRAWS} is usual.")
 

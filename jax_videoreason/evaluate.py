@@ -254,13 +254,8 @@ def measure(
   own = [s for _ in cases for s in chosen.seeds] + [chosen.seeds[0]] * count
   numbers = [runs.seed_of(case.index, s) for case, s in zip(of_run, own, strict=True)]
   systems = [scoring.MODEL] * (count * seeds) + [scoring.SHUFFLED] * count
-  noise = runs.make_noise(
-    numbers,
-    (
-      *bundle.card.latents.grid(chosen.frames, chosen.height, chosen.width),
-      bundle.card.latents.channels,
-    ),
-  )
+  shape = bundle.card.latents.shape(chosen.frames, chosen.height, chosen.width)
+  noise = runs.make_noise(numbers, shape)
   schedule = prepare.schedule(chosen, bundle)
   watched = [
     r for r in range(count * seeds) if of_run[r].metadata["k"] > 1 and r % seeds < WATCHED_SEEDS

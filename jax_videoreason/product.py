@@ -144,7 +144,7 @@ def sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, An
   spec = bench.bundle.card.latents
   noise = runs.make_noise(
     [runs.seed_of(product.cases[case].index, seed) for case, seed in asked],
-    (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
+    spec.shape(chosen.frames, chosen.height, chosen.width),
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
   sizes = sampler.sizes_of(bench.bundle, noise, cond, bench.schedule)

@@ -38,6 +38,10 @@ class LatentSpec:
         )
     return 1 + (frames - 1) // st, height // sh, width // sw
 
+  def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(F, H, W, C) of a video's latents, for `runs.make_noise`; refuses what `grid` refuses."""
+    return *self.grid(frames, height, width), self.channels
+
   def frames(self, latent_frames: int) -> int:
     """Pixel frames of `latent_frames`."""
     return 1 + self.stride[0] * (latent_frames - 1)

@@ -86,17 +86,16 @@ def say(question: str, **row: Any) -> None:
 def mini_problem(count: int, steps: int) -> tuple[ModelBundle, Noise, Conditioning, Any]:
   """Random conditioning of the shape of mini's: timings do not depend on the values."""
   bundle = load("mini", parts=("dit", "preview"))
-  grid = bundle.card.latents.grid(17, 32, 32)
+  shape = bundle.card.latents.shape(17, 32, 32)
   config = bundle.parts.dit.config
   rng = np.random.default_rng(0)
-  shape = (count, *grid)
   text = rng.normal(size=(2, count, bundle.card.text_length, config.text_width))
   cond = Conditioning(
     text=jnp.asarray(text, jnp.float32),
-    known=jnp.asarray(rng.normal(size=(*shape, config.out_channels)), jnp.float32),
-    known_mask=jnp.zeros((*shape, 4)).at[:, 0].set(1.0),
+    known=jnp.asarray(rng.normal(size=(count, *shape)), jnp.float32),
+    known_mask=jnp.zeros((count, *shape[:-1], 4)).at[:, 0].set(1.0),
   )
-  noise = runs.make_noise(range(count), (*grid, config.out_channels))
+  noise = runs.make_noise(range(count), shape)
   return bundle, noise, cond, schedules.build(steps=steps, freq_dim=config.freq_dim)
 
 

@@ -41,8 +41,8 @@ def problem(seeds: int, steps: int) -> Problem:
   schedule = schedules.build(
     steps=steps, guidance=GUIDANCE, numerics=config.numerics, freq_dim=config.freq_dim
   )
-  grid = bundle.card.latents.grid(17, 32, 32)
-  return bundle, runs.make_noise(range(seeds), (*grid, config.out_channels)), cond, schedule
+  noise = runs.make_noise(range(seeds), bundle.card.latents.shape(17, 32, 32))
+  return bundle, noise, cond, schedule
 
 
 def exported() -> WanTransformer3DModel:

@@ -58,7 +58,7 @@ def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> np.ndarra
   chosen = of.chosen
   noise = runs.make_noise(
     [runs.seed_of(of.cases[case].index, seed) for case, seed in asked],
-    (*spec.grid(chosen.frames, chosen.height, chosen.width), spec.channels),
+    spec.shape(chosen.frames, chosen.height, chosen.width),
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
   return runs.run(bench.bundle, noise, cond, bench.schedule, taps=BARE)

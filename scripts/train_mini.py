@@ -390,8 +390,7 @@ def stage_encode(options: argparse.Namespace) -> None:
 
 
 def latent_shape(parts: Any) -> tuple[int, int, int, int]:
-  spec = latent_spec(parts)
-  return (*spec.grid(FRAMES, SIZE, SIZE), spec.channels)
+  return latent_spec(parts).shape(FRAMES, SIZE, SIZE)
 
 
 def latent_spec(parts: Parts) -> LatentSpec:
@@ -588,7 +587,7 @@ def bundle_of(work: Path, parts: Parts, vae: Any, weights: Any) -> ModelBundle:
 
 def scores(bundle: ModelBundle, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
   """One row per task: marks of unseen cases, with guidance, beside the static clip."""
-  grid = bundle.card.latents.grid(FRAMES, SIZE, SIZE)
+  shape = bundle.card.latents.shape(FRAMES, SIZE, SIZE)
   schedule = schedules.build(
     steps=options.score_steps,
     shift=options.sample_shift,
@@ -601,7 +600,7 @@ def scores(bundle: ModelBundle, options: argparse.Namespace) -> Iterable[dict[st
     cond = conditioning.encode(
       bundle, [c.prompt for c in cases], np.stack([c.first_frame for c in cases]), frames=FRAMES
     )
-    noise = runs.make_noise([0] * len(cases), (*grid, bundle.card.latents.channels))
+    noise = runs.make_noise([0] * len(cases), shape)
     latents, _, _ = sampler.denoise(bundle, noise, cond, schedule)
     own, still = (
       baselines.mean(

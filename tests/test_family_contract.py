@@ -164,6 +164,7 @@ def test_full_size_by_shape(name):
     family.abstract(parts)["dit"], latents, time, cond, edits, taps,
   )  # fmt: skip
   assert velocity.shape == (2, 1, *grid, config.out_channels)
+  assert family.latents(parts).shape(81, 480, 832) == (*grid, config.out_channels)
   assert kept["resid_post/norm"].shape == (config.layers, 1, 1, 32760)
 
 

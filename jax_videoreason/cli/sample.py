@@ -313,9 +313,9 @@ def record(
     chosen, given, mesh=mesh, shown=[shown] if shown else None, experts=experts
   )
   card = bundle.card
-  grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  shape = card.latents.shape(chosen.frames, chosen.height, chosen.width)
   schedule = prepare.schedule(chosen, bundle)
-  start = runs.make_noise(seeds * len(questions), (*grid, card.latents.channels), noise)
+  start = runs.make_noise(seeds * len(questions), shape, noise)
   spec = chosen.taps.spec()
   sizes = sampler.sizes_of(bundle, start, cond, schedule)
   check_budget(spec, sizes, chosen.taps.budget_gb * 1e9, dtype=bundle.parts.dit.config.dtype)

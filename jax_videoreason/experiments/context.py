@@ -335,7 +335,7 @@ def assemble(
   """
   chosen, card = setting.chosen, setting.bundle.card
   seeds = chosen.seeds
-  grid = card.latents.grid(chosen.frames, chosen.height, chosen.width)
+  shape = card.latents.shape(chosen.frames, chosen.height, chosen.width)
   seats = 1 if setting.mesh is None else setting.mesh.shape["seed"]
   if len(cases) % seats:
     raise ValueError(
@@ -343,7 +343,7 @@ def assemble(
       "--config.batch or --config.seeds, or another --mesh."
     )
   drawn = [runs.seed_of(case.index, seeds[i % len(seeds)]) for i, case in enumerate(cases)]
-  noise = runs.place(runs.make_noise(drawn, (*grid, card.latents.channels)), setting.mesh)
+  noise = runs.place(runs.make_noise(drawn, shape), setting.mesh)
   made = setting.encode(chosen, cases) if cond is None else cond
   placed: Conditioning = (
     jax.device_put(made) if setting.mesh is None else runs.place(made, setting.mesh)

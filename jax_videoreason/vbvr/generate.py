@@ -265,7 +265,7 @@ def make(
 ) -> None:
   """Denoises one unit and writes its videos with their records."""
   latents, shape = bundle.card.latents, unit.shape
-  grid = (*latents.grid(shape.frames, shape.height, shape.width), latents.channels)
+  grid = latents.shape(shape.frames, shape.height, shape.width)
   noise = runs.make_noise([unit.seed] * len(unit.samples), grid)
   schedule = prepare.schedule(chosen, bundle)
   read = range(chosen.steps) if any(s.own for s in unit.samples) else ()

@@ -108,7 +108,7 @@ def test_a_study_decodes_and_encodes_anew_in_the_tiles_of_its_settings(bundle, m
   monkeypatch.setattr(checkpoint, "load", lambda *_, **__: bundle)
   monkeypatch.setattr(conditioning, "encode", lambda *_, **__: COND)
   monkeypatch.setattr(conditioning, "reframed", lambda *_, **said: anew.append(said) or COND)
-  monkeypatch.setattr(setting, "decode", lambda *_, **said: decoded.append(said["tiles"]))
+  monkeypatch.setattr(setting, "decode_each", lambda *_, **said: decoded.append(said["tiles"]))
   chosen = replace(CHOSEN, height=16, tiles="diffsynth")
   case = SimpleNamespace(prompt="go", first_frame=np.zeros((16, 16, 3), np.uint8))
   made = setting.load(chosen, groups=[[case]])

@@ -22,7 +22,7 @@ def read_steps(
 
   tasks: one for all runs or one per run; None = the run belongs to no task and stays empty.
   metadata: the R cases' metadata. frames: x0 as pixels, S R frames height width 3 uint8, of which
-  one clip at a time is read. sigma: S, before each step. steps: the denoising step of each row,
+  one row at a time is read. sigma: S, before each step. steps: the denoising step of each row,
   None = 0..S-1.
 
   Raises:

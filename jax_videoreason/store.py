@@ -206,23 +206,28 @@ def write_manifest(
 
 
 @contextlib.contextmanager
-def decoding(run: "Run", **more: Any) -> Iterator[Path]:
+def decoding(run: "Run", *, check: bool = False, **more: Any) -> Iterator[Path]:
   """Yields a folder for what is outstanding of a run: trace.zarr with frames, videos, answers.
 
   They become part of the run's folder, which is held, when the block ends well, and its manifest
-  says so last of all; else they are removed, and the run stays as it was. more: further entries of
+  says so last of all; else they are removed, and the run stays as it was. check: look first whether
+  the run is what its manifest says, whose checksums are then written anew. more: further entries of
   the manifest.
 
   Raises:
-    ValueError: another command works in the folder. OSError: it can't be written.
+    ValueError: another command works in the folder, or a file of the run is damaged.
+    OSError: it can't be written.
   """
   began = time.monotonic()
+  frames = run.path / "trace.zarr" / "frames"
   with held(run.path, needed=False):
+    with disk(run.path):
+      remove(frames)  # of a call that was stopped before the manifest was written
+    if check:
+      run.verify()
     with staged(run.path) as stage:
       yield stage
-      frames = run.path / "trace.zarr" / "frames"
       with disk(run.path):
-        remove(frames)
         (stage / "trace.zarr" / "frames").rename(frames)
         remove(stage / "trace.zarr")
         made = [item.replace(run.path / item.name) for item in stage.iterdir()]

@@ -780,6 +780,35 @@ def test_a_full_disk_at_the_videos_leaves_what_was_denoised(
   assert open_run(out).video(1)
 
 
+def test_a_run_that_was_damaged_meanwhile_is_not_decoded(
+  call, refuses, sample_words, bundle_dir, tmp_path, monkeypatch
+):
+  out = tmp_path / "run"
+  faulty(monkeypatch, FULL, at=1)
+  refuses(*sample_words)
+  denoised_alone(out)
+  kept = out / "trace.zarr" / "x0"
+  chunk, other, *_ = (p for p in kept.rglob("*") if p.is_file() and p.suffix != ".json")
+  before, runs = chunk.read_bytes(), (out / "runs.json").read_text()
+
+  chunk.write_bytes(other.read_bytes())
+  said = refuses("report", out)
+  assert "trace.zarr" in said and f"what was denoised stays in {out}" in said
+  assert open_run(out).undecoded == [0, 1, 2]
+  chunk.write_bytes(before)
+
+  asked = faulty(monkeypatch, FULL, at=99)
+  changed = [{**run, "task": "odd_one:OddOne"} for run in json.loads(runs)]
+  (out / "runs.json").write_text(json.dumps(changed))
+  assert "No module named 'odd_one'" in refuses("report", out)
+  assert not asked  # before anything is decoded
+  (out / "runs.json").write_text(runs)
+
+  assert call("report", out, f"--checkpoint={bundle_dir}")[0] == 0
+  manifest = open_run(out).manifest
+  assert manifest["decoded_by_weights"] == manifest["weights"]
+
+
 def test_a_run_is_decoded_when_its_manifest_says_so(
   call, refuses, sample_words, tmp_path, monkeypatch
 ):

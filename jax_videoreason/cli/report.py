@@ -45,7 +45,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no folder given: videoreason report DIR, the --out of a run.")
   folder = Path(cli.typed_path(words[0], "DIR"))
-  if (options := cli.given(flags)) and not undecoded(folder):
+  if (options := cli.given(flags)) and folder.is_dir() and not undecoded(folder):
     raise cli.UsageError(
       f"--{options[0]} is for a run that is not decoded, which {folder} is not: leave it out."
     )

@@ -407,8 +407,8 @@ def decode_run(
   Returns None where no run is a case of a task, and on all processes but the first.
 
   Raises:
-    ValueError: other weights than made the run and none named, or it could not be decoded; what was
-      denoised stays.
+    ValueError: other weights than made the run and none named, a task that is not found, or it
+      could not be decoded; what was denoised stays.
   """
   if not console.speaks():
     return None
@@ -419,13 +419,19 @@ def decode_run(
   config = run.manifest["config"] | ({} if weights is None else {"checkpoint": weights})
   chosen = settings.from_config(config)
   used = chosen.tiles if tiles is None else tiles
+  for name in {entry["task"] for entry in run.runs if entry.get("task")}:
+    tasks.find(name)  # now, and not when all is decoded
+  again_later = bundle is None
   if bundle is None:
     branching.check_weights(run, chosen.checkpoint, named=weights is not None)
     bundle = checkpoint.load(chosen.checkpoint, parts=("vae",))
   show = functools.partial(decode, bundle, tiles=used, mesh=mesh)
   more = {} if tiles is None else {"decoded_in": tiles}
+  if weights is not None:
+    described = checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION
+    more |= {"decoded_by": bundle.card.name, "decoded_by_weights": folders.checksum(described)}
   try:
-    with store.decoding(run, **more) as folder:
+    with store.decoding(run, check=again_later, **more) as folder:
       return write_decoded(folder, run, shown, show, bundle.card)
   except (ValueError, OSError, MemoryError, RuntimeError) as error:
     again = f"videoreason report {out}"

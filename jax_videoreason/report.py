@@ -188,7 +188,7 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "hit": None if hit < 0 else int(answers.steps[hit]),
     "flips": int(answers.flips[r]),
     "lost": lost(kinds),
-    "unsure": curve(answers.entropy[at, r], total),
+    "unsure": doubt(answers.entropy[at, r], total),
   }
 
 
@@ -271,6 +271,11 @@ def curve(values: np.ndarray, total: int, top: float | None = None) -> dict[str,
       points = [((s + 0.5) / total * 100, 97 - 92 * values[s] / top) for s in group]
       lines.append(" ".join(f"{x:.2f},{y:.1f}" for x, y in points))
   return {"lines": lines, "peak": peak, "top": float(values[peak]), "last": float(values[good][-1])}
+
+
+def doubt(bits: np.ndarray, total: int) -> dict[str, Any] | None:
+  """The curve of an entropy in bits, in a box of one bit at least, as of two answers alike."""
+  return curve(bits, total, top=max(1.0, float(np.fmax.reduce(bits, initial=0.0))))
 
 
 def summary(answers: AnswerTrace) -> dict[str, Any] | None:

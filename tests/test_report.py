@@ -235,3 +235,13 @@ def test_only_the_first_runs_are_shown_in_full(folder, monkeypatch):
   assert "The first 3 runs are shown in full" in text
   monkeypatch.undo()
   report.render(folder)
+
+
+def test_next_to_no_doubt_is_drawn_as_next_to_none():
+  nan = np.nan
+  heights = {}
+  for most in (0.01, 1.0, 3.0):
+    (line,) = report.doubt(np.array([nan, most, 0.0]), 3)["lines"]
+    heights[most] = [float(point.split(",")[1]) for point in line.split()]
+  assert heights == {0.01: [96.1, 97], 1.0: [5, 97], 3.0: [5, 97]}
+  assert report.doubt(np.full(3, nan), 3) is None

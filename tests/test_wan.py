@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import FREQ, GRID, relative, tiny_bundle, tiny_config, tiny_inputs
+from jax_videoreason.models import wan
 from jax_videoreason.models.common import NUMERICS, patchify, unpatchify
 from jax_videoreason.models.wan import WanConfig, WanDiT, abstract_params
 from jax_videoreason.structs import Conditioning
@@ -219,6 +220,32 @@ def test_the_residual_stream_has_the_dtype_of_the_stack(name, kept):
     lambda p, x: dit.apply({"params": p}, x, TIME, cond, taps=spec), params, LATENTS
   )
   assert taps["resid_post/full"].dtype == kept
+
+
+@pytest.mark.parametrize(
+  ("name", "kept"),
+  [("official", jnp.float32), ("diffusers", jnp.bfloat16), ("diffsynth", jnp.bfloat16)],
+)
+def test_queries_and_keys_are_rounded_before_attention_or_from_the_norm_on(name, kept, monkeypatch):
+  turned, attended = [], []
+  rotate, attend = wan.rope.rotate, wan.attend
+
+  def turn(x, cos, sin):
+    turned.append(x.dtype)
+    return rotate(x, cos, sin)
+
+  def attending(q, k, v, **more):
+    attended.extend(x.dtype for x in (q, k, v))
+    return attend(q, k, v, **more)
+
+  monkeypatch.setattr(wan.rope, "rotate", turn)
+  monkeypatch.setattr(wan, "attend", attending)
+  dit = WanDiT(tiny_config(numerics=name, dtype="bfloat16"))
+  _, cond = tiny_inputs(2)
+  params = abstract_params(dit.config)
+  jax.eval_shape(lambda p, x: dit.apply({"params": p}, x, TIME, cond)[0], params, LATENTS)
+  assert len(turned) >= 2 and set(turned) == {jnp.dtype(kept)}
+  assert len(attended) >= 6 and set(attended) == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ class Numerics:
 
   Every field names one place; False = the compute dtype. With a float32 compute dtype all
   presets are the same function.
+  queries: q and k from the weight of their norm, through the rotary positions, to the attention.
   scale_before_rounding: q/k norms multiply by their weight before they round (torch.nn.RMSNorm).
   """
 
@@ -26,21 +27,22 @@ class Numerics:
   time_projection: bool
   modulation: bool
   head: bool
+  queries: bool
   scale_before_rounding: bool
 
 
 NUMERICS = {
     "official": Numerics(
         residual=True, time=True, time_projection=True, modulation=True, head=True,
-        scale_before_rounding=False,
+        queries=True, scale_before_rounding=False,
     ),
     "diffusers": Numerics(
         residual=False, time=True, time_projection=False, modulation=True, head=False,
-        scale_before_rounding=True,
+        queries=False, scale_before_rounding=True,
     ),
     "diffsynth": Numerics(
         residual=False, time=False, time_projection=False, modulation=False, head=False,
-        scale_before_rounding=False,
+        queries=False, scale_before_rounding=False,
     ),
 }  # fmt: skip
 
@@ -53,10 +55,15 @@ def numerics(name: str) -> Numerics:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale over the last axis; the statistics are float32, the dtype that of x."""
+  """x / rms(x) * scale over the last axis; the statistics are float32.
+
+  scale_before_rounding: the product is taken in float32, too, and rounded to the dtype of x;
+  otherwise x / rms(x) is. scaled: the dtype of the product then; None = that of x.
+  """
 
   epsilon: float = 1e-6
   scale_before_rounding: bool = False
+  scaled: jnp.dtype | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -66,7 +73,8 @@ class RMSNorm(nn.Module):
     unit = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.epsilon)
     if self.scale_before_rounding:
       return (unit * scale).astype(x.dtype)
-    return unit.astype(x.dtype) * scale.astype(x.dtype)
+    dtype = self.scaled or x.dtype
+    return unit.astype(x.dtype).astype(dtype) * scale.astype(dtype)
 
 
 def standardize(x: Array, epsilon: float) -> Array:

@@ -122,6 +122,12 @@ class MLP(nn.Module):
     return _dense(self.out, self.dtype, "down", init, self.precision)(h)
 
 
+def _norm(c: WanConfig, name: str) -> RMSNorm:
+  """That of queries or keys."""
+  places = c.precision
+  return RMSNorm(c.epsilon, places.scale_before_rounding, c.kept(places.queries), name=name)
+
+
 class SelfAttention(nn.Module):
   """G R T D -> G R T D, rotary positions on q and k; tokens: how many of T are no padding."""
 
@@ -130,12 +136,11 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, cos: np.ndarray, sin: np.ndarray, tokens: int) -> Array:
     c = self.config
-    rounding = c.precision.scale_before_rounding
-    q = RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x))
-    k = RMSNorm(c.epsilon, rounding, name="norm_k")(_dense(c.width, c.compute, "k")(x))
+    q = _norm(c, "norm_q")(_dense(c.width, c.compute, "q")(x))
+    k = _norm(c, "norm_k")(_dense(c.width, c.compute, "k")(x))
     v = _dense(c.width, c.compute, "v")(x)
     q, k, v = (rearrange(a, "g r t (n k) -> g r t n k", n=c.heads) for a in (q, k, v))
-    q, k = (rope.rotate(a, cos, sin) for a in (q, k))
+    q, k = (rope.rotate(a, cos, sin).astype(c.compute) for a in (q, k))
     out = rearrange(attend(q, k, v, keys=tokens, spread="qkv"), "g r t n k -> g r t (n k)")
     return _dense(c.width, c.compute, "o")(out)
 
@@ -148,18 +153,19 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, text: Array, clip: Array | None) -> Array:
     c = self.config
-    rounding = c.precision.scale_before_rounding
 
     def heads(a):
       return rearrange(a, "g r x (n k) -> g r x n k", n=c.heads)
 
+    def normed(a, name):
+      return heads(_norm(c, name)(a).astype(c.compute))
+
     def attended(tokens, suffix):
       k = _dense(c.width, c.compute, f"k{suffix}")(tokens)
-      k = RMSNorm(c.epsilon, rounding, name=f"norm_k{suffix}")(k)
       v = _dense(c.width, c.compute, f"v{suffix}")(tokens)
-      return attend(q, heads(k), heads(v), spread="q")
+      return attend(q, normed(k, f"norm_k{suffix}"), heads(v), spread="q")
 
-    q = heads(RMSNorm(c.epsilon, rounding, name="norm_q")(_dense(c.width, c.compute, "q")(x)))
+    q = normed(_dense(c.width, c.compute, "q")(x), "norm_q")
     out = attended(text, "")
     if clip is not None:
       out = out + attended(clip, "_clip")

@@ -149,7 +149,8 @@ def their_norm(stack, x, weight):
   if stack == "diffusers":
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
   unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-  return unit.type_as(x) * weight
+  # Wan keeps the weight in float32 unless it is told --convert_model_dtype
+  return unit.type_as(x) * (weight.float() if stack == "official" else weight)
 
 
 def their_modulation(stack, x, shift, scale):
@@ -173,7 +174,8 @@ def test_norm_and_modulation_round_where_the_stack_does(stack):
     for name, value in dict(x=x, weight=weight, shift=shift, scale=scale).items()
   }
   places = NUMERICS[stack]
-  norm = RMSNorm(1e-6, places.scale_before_rounding)
+  queries = jnp.dtype(jnp.float32 if places.queries else jnp.bfloat16)
+  norm = RMSNorm(1e-6, places.scale_before_rounding, queries)
   normed = norm.apply({"params": {"scale": ours["weight"].astype(jnp.float32)}}, ours["x"])
   dtype = jnp.dtype(jnp.float32 if places.modulation else jnp.bfloat16)
   moved = modulate(ours["x"], ours["shift"], ours["scale"], dtype, 1e-6).astype(jnp.bfloat16)
@@ -181,6 +183,7 @@ def test_norm_and_modulation_round_where_the_stack_does(stack):
     (normed, their_norm(stack, x, weight)),
     (moved, their_modulation(stack, x, shift, scale)),
   ):
+    assert jnp.finfo(got.dtype).bits == torch.finfo(wanted.dtype).bits
     np.testing.assert_array_equal(got.astype(jnp.float32), wanted.float().numpy())
 
 

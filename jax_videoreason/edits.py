@@ -5,8 +5,9 @@ order mix, gate, steer.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason.axes import Array
+from jax_videoreason.derivatives import Numbers, by_formula
 from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.sharding import over_runs, whole
 from jax_videoreason.structs import Sizes
@@ -21,6 +23,7 @@ from jax_videoreason.taps import SITES
 
 CELLS = "r f h w c"
 BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
+STILL = {"keep": 1, "to_x0": 0, "noise_gain": 0}  # what changes nothing
 LETTERS = {
   "mix_latents": "SRR",
   "keep": "SRF",
@@ -49,6 +52,12 @@ class Intervention:
   steer: S L R gain of `direction` (L D).
   tokens: S R T bool, which tokens any block edit touches; None = all.
   branches: G bool, which guidance branches; None = all.
+
+  A number that changes nothing (a gate of 1, a gain of 0, a row of mix with a single 1) keeps the
+  bits of what it stands at; the derivative by it is that of the formula all the same, as
+  attribution patching takes it. By a noise_gain of 0 only where `Noise.injected` gives the noise:
+  none is drawn for a gain of 0. That a multistep solver restarts after an edit of the latents has
+  no derivative.
   """
 
   mix_latents: Array | None = None
@@ -181,32 +190,54 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   """
   if edits is None or site not in edits.sites:
     return value
-  active = [] if edits.mix is None else [jnp.any(whole(edits.mix) != _eye(edits.mix))]
-  active += [] if edits.gate is None else [jnp.any(whole(edits.gate) != 1)]
-  active += [] if edits.steer is None else [jnp.any(whole(edits.steer) != 0)]
-  if not active:
+  numbers = {name: getattr(edits, name) for name in ("mix", "gate", "steer", "direction")}
+  if all(numbers[name] is None for name in ("mix", "gate", "steer")):
     return value
+  return _site(numbers, value, {"tokens": edits.tokens, "branches": edits.branches})
+
+
+def _site_formula(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> Array:
+  """What `_site` computes, for every number alike."""
+  mix, gate, steer = (numbers[name] for name in ("mix", "gate", "steer"))
+  made = (value if mix is None else _average(mix, value, "g r t d")).astype(jnp.float32)
+  if gate is not None:
+    made = _over_runs(gate) * made
+  if steer is not None:
+    made = made + _over_runs(steer) * _over_tokens(numbers["direction"])
+  return _masked(made.astype(value.dtype), value, masks)
+
+
+@by_formula(_site_formula)
+def _site(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> Array:
+  mix, gate, steer = (numbers[name] for name in ("mix", "gate", "steer"))
+  active = [] if mix is None else [jnp.any(whole(mix) != _eye(mix))]
+  active += [] if gate is None else [jnp.any(whole(gate) != 1)]
+  active += [] if steer is None else [jnp.any(whole(steer) != 0)]
 
   def apply(value: Array) -> Array:
-    made = value
-    if edits.mix is not None:
-      made = _mix_rows(edits.mix, made, "g r t d")
-    if edits.gate is not None:
-      gate = _over_runs(edits.gate)
-      scaled = (gate * made.astype(jnp.float32)).astype(value.dtype)
-      scaled = jnp.where(gate == 0, jnp.zeros_like(made), scaled)
-      made = jnp.where(gate == 1, made, scaled)
-    if edits.steer is not None and edits.direction is not None:
-      gain = _over_runs(edits.steer)
-      push = gain * rearrange(edits.direction.astype(jnp.float32), "d -> 1 1 1 d")
+    made = value if mix is None else _mix_rows(mix, value, "g r t d")
+    if gate is not None:
+      factor = _over_runs(gate)
+      scaled = (factor * made.astype(jnp.float32)).astype(value.dtype)
+      scaled = jnp.where(factor == 0, jnp.zeros_like(made), scaled)
+      made = jnp.where(factor == 1, made, scaled)
+    if steer is not None:
+      gain = _over_runs(steer)
+      push = gain * _over_tokens(numbers["direction"])
       steered = (made.astype(jnp.float32) + push).astype(value.dtype)
       made = jnp.where(gain == 0, made, steered)
-    for mask, pattern in ((edits.tokens, "r t -> 1 r t 1"), (edits.branches, "g -> g 1 1 1")):
-      if mask is not None:
-        made = jnp.where(rearrange(mask, pattern), made, value)
-    return made
+    return _masked(made, value, masks)
 
   return jax.lax.cond(jnp.any(jnp.stack(active)), apply, lambda value: value, value)
+
+
+def _masked(made: Array, value: Array, masks: Mapping[str, Array | None]) -> Array:
+  """`made` where tokens R T and branches G say so, `value` G R T D elsewhere; None = everywhere."""
+  for name, pattern in (("tokens", "r t -> 1 r t 1"), ("branches", "g -> g 1 1 1")):
+    mask = masks[name]
+    if mask is not None:
+      made = jnp.where(rearrange(mask, pattern), made, value)
+  return made
 
 
 def wants_noise(edit: Intervention, index: Array | int) -> Array:
@@ -236,31 +267,62 @@ def edit_latents(
   touched = jnp.zeros(latents.shape[0], bool)
   if edit.mix_latents is not None:
     mix = _row(whole(edit.mix_latents), index)
-    moved = jnp.any(mix != _eye(mix), axis=1)
-
-    def mixed(pair: tuple[Array, Array], mix: Array = mix) -> tuple[Array, Array]:
-      return _mix_rows(mix, pair[0], CELLS), _mix_rows(mix, pair[1], CELLS)
-
-    latents, x0_before = jax.lax.cond(
-      jnp.any(moved), mixed, lambda pair: pair, (latents, x0_before)
-    )
-    touched = touched | moved
-  numbers = (edit.keep, edit.to_x0, edit.noise_gain)
-  if any(number is not None for number in numbers):
-    if edit.noise_gain is not None and noise is None:
-      raise ValueError("edit_latents got noise=None, wanted R F H W C: the edit has noise_gain.")
-    total = jnp.zeros_like(latents)
-    changed = jnp.zeros((*latents.shape[:2], 1, 1, 1), bool)
-    for number, term, still in zip(numbers, (latents, x0_before, noise), (1, 0, 0), strict=True):
-      if number is not None:
-        number = rearrange(_row(number, index), "r f -> r f 1 1 1")
-        changed = changed | (number != still)
-        total = total + jnp.where(number == 0, 0.0, number * term).astype(latents.dtype)
-      elif still:
-        total = latents
-    latents = jnp.where(changed, total, latents)
-    touched = touched | jnp.any(changed, axis=(1, 2, 3, 4))
+    latents, x0_before = _mixed(mix, (latents, x0_before), None)
+    touched = touched | _moved(mix)
+  if edit.noise_gain is not None and noise is None:
+    raise ValueError("edit_latents got noise=None, wanted R F H W C: the edit has noise_gain.")
+  rows = {name: _row(getattr(edit, name), index) for name in STILL}
+  if any(row is not None for row in rows.values()):
+    numbers = {n: None if r is None else rearrange(r, "r f -> r f 1 1 1") for n, r in rows.items()}
+    latents = _combined(numbers, {"keep": latents, "to_x0": x0_before, "noise_gain": noise}, None)
+    touched = touched | jnp.any(_changed(numbers), axis=(1, 2, 3, 4))
   return latents, touched
+
+
+def _moved(mix: Array) -> Array:
+  """R bool: the runs that rows R R write anew."""
+  return jnp.any(mix != _eye(mix), axis=1)
+
+
+def _mixed_formula(mix: Array, pair: tuple[Array, Array], _: None) -> tuple[Array, Array]:
+  return _average(mix, pair[0], CELLS), _average(mix, pair[1], CELLS)
+
+
+@by_formula(_mixed_formula)
+def _mixed(mix: Array, pair: tuple[Array, Array], _: None) -> tuple[Array, Array]:
+  """Latents and guess, R F H W C each, read through rows R R."""
+
+  def apply(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _mix_rows(mix, pair[0], CELLS), _mix_rows(mix, pair[1], CELLS)
+
+  return jax.lax.cond(jnp.any(_moved(mix)), apply, lambda pair: pair, pair)
+
+
+def _changed(numbers: Numbers) -> Array:
+  """R F 1 1 1 bool: the frames whose numbers are not neutral."""
+  said = [number != STILL[name] for name, number in numbers.items() if number is not None]
+  return functools.reduce(jnp.logical_or, said)
+
+
+def _combined_formula(numbers: Numbers, terms: Mapping[str, Any], _: None) -> Array:
+  latents = terms["keep"]
+  total = latents if numbers["keep"] is None else jnp.zeros_like(latents)
+  for name, number in numbers.items():
+    if number is not None:
+      total = total + (number * terms[name]).astype(latents.dtype)
+  return total
+
+
+@by_formula(_combined_formula)
+def _combined(numbers: Numbers, terms: Mapping[str, Any], _: None) -> Array:
+  """keep*x + to_x0*x0_before + noise_gain*noise R F H W C; numbers R F 1 1 1, None = neutral."""
+  latents = terms["keep"]
+  total = latents if numbers["keep"] is None else jnp.zeros_like(latents)
+  for name, number in numbers.items():
+    if number is not None:
+      term = jnp.where(number == 0, 0.0, number * terms[name])
+      total = total + term.astype(latents.dtype)
+  return jnp.where(_changed(numbers), total, latents)
 
 
 def edit_output(
@@ -280,19 +342,49 @@ def edit_output(
   if edit.mix_out is None:
     return x0, velocity
   mix = _row(whole(edit.mix_out), index)
-  moved = jnp.any(mix != _eye(mix), axis=1)
+  by = _guess_mixed if edit.out == "x0" else _velocity_mixed
+  return by(mix, (x0, velocity, latents, jnp.asarray(sigma)), None)
 
-  def apply(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-    x0, velocity = pair
-    rows = rearrange(moved, "r -> r 1 1 1 1")
-    if edit.out == "x0":
-      mixed = _mix_rows(mix, x0, CELLS)
-      rebuilt = ((latents - mixed) / sigma).astype(velocity.dtype)
-      return mixed, jnp.where(rows, rebuilt, velocity)
+
+Outputs: TypeAlias = tuple[Array, Array, Array, Array]  # x0, velocity, latents, sigma
+
+
+def _guess_formula(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+  x0, velocity, latents, sigma = outputs
+  mixed = _average(mix, x0, CELLS)
+  return mixed, ((latents - mixed) / sigma).astype(velocity.dtype)
+
+
+@by_formula(_guess_formula)
+def _guess_mixed(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+  moved = _moved(mix)
+
+  def apply(outputs: Outputs) -> tuple[Array, Array]:
+    x0, velocity, latents, sigma = outputs
+    mixed = _mix_rows(mix, x0, CELLS)
+    rebuilt = ((latents - mixed) / sigma).astype(velocity.dtype)
+    return mixed, jnp.where(rearrange(moved, "r -> r 1 1 1 1"), rebuilt, velocity)
+
+  return jax.lax.cond(jnp.any(moved), apply, lambda outputs: outputs[:2], outputs)
+
+
+def _velocity_formula(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+  x0, velocity, latents, sigma = outputs
+  mixed = _average(mix, velocity, CELLS)
+  return (latents - sigma * mixed).astype(x0.dtype), mixed
+
+
+@by_formula(_velocity_formula)
+def _velocity_mixed(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+  moved = _moved(mix)
+
+  def apply(outputs: Outputs) -> tuple[Array, Array]:
+    x0, velocity, latents, sigma = outputs
     mixed = _mix_rows(mix, velocity, CELLS)
-    return jnp.where(rows, (latents - sigma * mixed).astype(x0.dtype), x0), mixed
+    rebuilt = (latents - sigma * mixed).astype(x0.dtype)
+    return jnp.where(rearrange(moved, "r -> r 1 1 1 1"), rebuilt, x0), mixed
 
-  return jax.lax.cond(jnp.any(moved), apply, lambda pair: pair, (x0, velocity))
+  return jax.lax.cond(jnp.any(moved), apply, lambda outputs: outputs[:2], outputs)
 
 
 def _row(array: Array | None, index: Array | int) -> Any:
@@ -307,6 +399,28 @@ def _eye(mix: Array) -> Array:
 
 def _over_runs(row: Array) -> Array:
   return rearrange(row.astype(jnp.float32), "r -> 1 r 1 1")
+
+
+def _over_tokens(direction: Array) -> Array:
+  return rearrange(direction.astype(jnp.float32), "d -> 1 1 1 d")
+
+
+def _average(mix: Array, value: Array, letters: str) -> Array:
+  """`value`, whose axes are `letters`, with every row of mix R R multiplied."""
+
+  def rows(everyone: Array, mine: Callable[[Array], Array]) -> Array:
+    return _weighted(mine(mix), everyone, letters)
+
+  return over_runs(rows, value, letters)
+
+
+def _weighted(mix: Array, everyone: Array, letters: str) -> Array:
+  """Rows of mix times all runs, in float32, in the dtype of these."""
+  pattern = "rs,s...->r..." if letters.split().index("r") == 0 else "rs,gs...->gr..."
+  total = jnp.einsum(
+    pattern, mix, everyone.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+  )
+  return total.astype(everyone.dtype)
 
 
 def _mix_rows(mix: Array, value: Array, letters: str) -> Array:
@@ -331,10 +445,7 @@ def _mix_rows(mix: Array, value: Array, letters: str) -> Array:
     taken = jnp.where(shaped(empty), jnp.zeros_like(taken), taken)
 
     def averaged(taken: Array) -> Array:
-      letters = "rs,s...->r..." if axis == 0 else "rs,gs...->gr..."
-      wide = everyone.astype(jnp.float32)
-      total = jnp.einsum(letters, mine(mix), wide, precision=jax.lax.Precision.HIGHEST)
-      return jnp.where(shaped(exact), taken, total.astype(value.dtype))
+      return jnp.where(shaped(exact), taken, _weighted(mine(mix), everyone, letters))
 
     return jax.lax.cond(jnp.any(~exact), averaged, lambda taken: taken, taken)
 

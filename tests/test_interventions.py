@@ -1,6 +1,7 @@
 """Interventions: what they leave alone to the bit, what they change, and what they refuse."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,8 @@ def test_identity_without_room_is_not_in_the_program(value, latents):
 
 def test_one_cond_per_site(value):
   edits = layer_edits(step_edits(room(), 0), 0)
-  program = jax.make_jaxpr(lambda x: edit_site(x, edits, "attn_out"))(value)
+  (edited,) = jax.make_jaxpr(lambda x: edit_site(x, edits, "attn_out"))(value).eqns
+  program = edited.params["call_jaxpr"]
   assert [e.primitive.name for e in program.eqns].count("cond") == 1
   touching = [
     e.primitive.name
@@ -137,6 +139,89 @@ def test_one_cond_per_site(value):
     if any(getattr(v, "aval", None) is not None and v.aval.shape == value.shape for v in e.outvars)
   ]
   assert touching == ["cond"]
+
+
+# Derivatives
+
+
+def slopes(f, at, along):
+  """What jax says of the derivative, and the central difference."""
+  _, exact = jax.jvp(f, (at,), (along,))
+  step = 1e-2
+  return exact, (f(at + step * along) - f(at - step * along)) / (2 * step)
+
+
+def swapped(edit):
+  return swap_runs(edit, where(SIZES), 0, 3)
+
+
+NEUTRAL = [
+  ("mix", lambda edit: edit),
+  ("mix", swapped),
+  ("gate", lambda edit: edit),
+  ("gate", lambda edit: ablate(edit, where(SIZES))),
+  ("steer", lambda edit: edit),
+  ("direction", lambda edit: dataclasses.replace(edit, steer=edit.steer + 0.5)),
+]
+
+
+@pytest.mark.parametrize(("field", "change"), NEUTRAL)
+@pytest.mark.parametrize("dense", [False, True], ids=["plain", "vmap"])
+def test_the_derivative_by_a_number_that_changes_nothing_is_that_of_the_formula(
+  field, change, dense, value
+):
+  """As attribution patching takes it: mix, gate and steer of a site, some tokens of one branch."""
+  draw = np.random.default_rng(0).standard_normal
+  edit = change(steer(room(), where(SIZES), direction=draw((6, 8)).astype(np.float32), gain=0.0))
+  edit = dataclasses.replace(
+    edit,
+    tokens=np.broadcast_to(np.arange(12) % 3 > 0, (5, 4, 12)),
+    branches=np.array([True, False]),
+  )
+  readout = draw(value.shape).astype(np.float32)
+
+  def read(number):
+    changed = dataclasses.replace(edit, **{field: number})
+    return jnp.sum(readout * edit_site(value, layer_edits(step_edits(changed, 2), 3), "attn_out"))
+
+  at = jnp.asarray(getattr(edit, field), jnp.float32)
+  along = draw(at.shape).astype(np.float32)
+  exact, wanted = slopes(read, at, along)
+  assert abs(wanted) > 1
+  np.testing.assert_allclose(exact, wanted, rtol=1e-2)
+  by_all = jax.vmap(jax.grad(read))(at[None])[0] if dense else jax.grad(read)(at)
+  np.testing.assert_allclose(jnp.sum(by_all * along), wanted, rtol=1e-2)
+
+
+@pytest.mark.parametrize("out", ["x0", "velocity"])
+def test_the_derivative_by_a_number_at_the_latents_is_that_of_the_formula(out, latents):
+  x, x0, noise = latents
+  edit = dataclasses.replace(identity(SIZES, edits=("mix_latents", "noise", "mix_out")), out=out)
+  draw = np.random.default_rng(0).standard_normal
+  readout = [draw(x.shape).astype(np.float32) for _ in range(3)]
+
+  def read(field, number):
+    changed = dataclasses.replace(edit, **{field: number})
+    after, _ = edit_latents(changed, 2, x, x0, noise)
+    guess, velocity = edit_output(changed, 2, x0, noise, x, 0.8)
+    return sum(jnp.sum(r * v) for r, v in zip(readout, (after, guess, velocity), strict=True))
+
+  if out == "velocity":  # x0 is what the velocity says of x: in the trajectory they always agree
+    x0 = x - 0.8 * noise
+  else:
+    noise = (x - x0) / np.float32(0.8)
+  for field in ("mix_latents", "keep", "to_x0", "noise_gain", "mix_out"):
+    at = jnp.asarray(getattr(edit, field), jnp.float32)
+    exact, wanted = slopes(functools.partial(read, field), at, draw(at.shape).astype(np.float32))
+    assert abs(wanted) > 1, field
+    np.testing.assert_allclose(exact, wanted, rtol=1e-2, err_msg=field)
+
+
+def test_a_program_without_derivatives_does_not_hold_the_formula(value):
+  """One product for true averages, behind the cond; none more for the slopes."""
+  edits = layer_edits(step_edits(room(), 0), 0)
+  held = jax.jit(lambda x, edits: edit_site(x, edits, "attn_out")).lower(value, edits).as_text()
+  assert held.count("dot_general") == 1
 
 
 # Mixing between runs

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
   (
     "version axes",
-    "pytrees",
+    "pytrees derivatives",
     "sharding",
     "rope",
     "attention",

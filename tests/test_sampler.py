@@ -449,6 +449,28 @@ def test_the_trajectory_is_differentiable(bundle):
   assert np.isfinite(np.asarray(slope)).all() and float(jnp.abs(slope).max()) > 0
 
 
+@pytest.mark.slow
+def test_layers_are_attributed_at_the_gate_that_changes_nothing(bundle, inputs):
+  """The derivative by every gate at 1, through steps and layers, beside a step to both sides."""
+  noise, cond = inputs
+  schedule = tiny_schedule(2)
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  edit = identity(sizes, edits=("gate",), sites=("mlp_out",))
+  readout = jax.random.normal(jax.random.key(3), (sizes.R, *noise.grid))
+
+  @jax.jit
+  def read(gate):
+    latents, _, _ = denoise(bundle, noise, cond, schedule, replace(edit, gate=gate))
+    return jnp.sum(readout * latents)
+
+  gate = jnp.asarray(edit.gate, jnp.float32)
+  slope = jax.jit(jax.grad(read))(gate)
+  along = jax.random.normal(jax.random.key(4), gate.shape)
+  wanted = (read(gate + 1e-2 * along) - read(gate - 1e-2 * along)) / 2e-2
+  assert abs(float(jnp.sum(slope * along)) - wanted) < 0.02 * jnp.linalg.norm(slope)
+  assert (jnp.abs(slope) > 0).all()
+
+
 def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
   noise, cond = inputs
   schedule = tiny_schedule(boundary=0.9)

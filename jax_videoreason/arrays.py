@@ -167,8 +167,8 @@ def _open(path: Path, meta: Mapping[str, Any]) -> StoredArray:
     axes = tuple(meta["dimension_names"]) if meta["shape"] else ()  # a number has none
   except (KeyError, TypeError, ValueError) as error:
     raise damaged(path / "zarr.json") from error
-  return StoredArray(path, stored, axes, meta.get("attributes", {}))
+  return StoredArray(path.resolve(), stored, axes, meta.get("attributes", {}))
 
 
 def _spec(path: Path) -> dict[str, Any]:
-  return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+  return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}}

@@ -512,7 +512,7 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-  """Opens a run folder; arrays are read when indexed.
+  """Opens a run folder; arrays are read when indexed, wherever the process works by then.
 
   Raises:
     ValueError: the folder is not there, is not a run, or a file of it is missing or damaged.
@@ -544,7 +544,7 @@ def open_run(folder: str | Path) -> Run:
     )
   answers = folder / "answers.json"
   return Run(
-    path=folder,
+    path=folder.resolve(),
     manifest=manifest,
     runs=runs,
     sigma=found["sigma"][:],

@@ -461,7 +461,7 @@ def open_sweep(folder: str | Path) -> Sweep:
     rows = [row for part in parts.values() if not isinstance(part, str) for row in part["rows"]]
   root = folder / ARRAYS
   return Sweep(
-    path=folder,
+    path=folder.resolve(),
     asked=asked,
     finished=finished,
     rows=rows,

@@ -265,6 +265,26 @@ def test_an_index_beyond_a_stored_array_is_no_damage(tmp_path, where):
     arrays.open_group(tmp_path / "of")["x"][where]
 
 
+def test_a_run_opened_by_a_relative_path_stays_itself_in_another_folder(
+  folder, tmp_path, monkeypatch
+):
+  for project in ("one", "two"):
+    shutil.copytree(folder, tmp_path / project / "run")
+  wanted = store.open_run(folder)
+  damaged = tmp_path / "one/run/trace.zarr/x0"
+  monkeypatch.chdir(tmp_path / "one")
+  run = store.open_run("run")
+  assert run.latents is not None and run.x0 is not None
+  monkeypatch.chdir(tmp_path / "two")
+  shutil.rmtree("run")
+  np.testing.assert_array_equal(run.latents[2], wanted.latents[2])
+  np.testing.assert_array_equal(run.final_latents, wanted.final_latents)
+  run.verify()
+  shutil.rmtree(damaged / "c")
+  with pytest.raises(ValueError, match=rf"{damaged} can't be read at 2, a chunk is missing"):
+    run.x0[2]
+
+
 def test_only_what_is_asked_for_is_read(tmp_path):
   value = np.arange(12, dtype=np.float32).reshape(4, 3)
   arrays.put(tmp_path / "of", "x", ("step", "run"), value, chunk=(1, 3))

@@ -108,6 +108,16 @@ def test_a_row_per_run_and_arrays_beside_it(whole):
   assert found.column("answers")[1] == [None, "1"]
 
 
+def test_a_sweep_opened_by_a_relative_path_stays_itself_in_another_folder(
+  whole, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(whole.parent)
+  found = open_sweep(whole.name)
+  monkeypatch.chdir(tmp_path)
+  assert found.path == whole.resolve()
+  np.testing.assert_array_equal(found.of("latents"), latents(whole))
+
+
 def test_runs_are_chosen_by_a_filter(whole):
   found = open_sweep(whole)
   wanted = np.concatenate([value_of(unit) for unit in range(UNITS)])

@@ -129,32 +129,33 @@ def _check_file(file: Path) -> None:
 def load(file: Path, part: str, moves: Sequence[Move], tensors: Mapping[str, Header]) -> Lora:
   """A LoRA for a transformer; moves, tensors: of the transformer.
 
-  Faults: half a pair, ranks that differ, a tensor that the base lacks or has in another shape.
+  Faults: half a pair, ranks that differ, a tensor that the base lacks or has in another shape, two
+    pairs or two alphas of one tensor, in whichever naming, an alpha without a pair.
   """
   _check_file(file)
   base = {(move.target, move.layer): tensors[move.source].shape for move in moves}
   found = headers([file])
-  alphas = {
-    _plain(key).removesuffix(".alpha"): header
-    for key, header in found.items()
-    if key.endswith(".alpha")
-  }
+  alphas: dict[Target | str, Header] = {}
   pairs: dict[str, dict[str, Header]] = defaultdict(dict)
   faults: list[str] = []
   for key, header in found.items():
     match = KEY.fullmatch(_plain(key))
-    if match is None and not key.endswith(".alpha"):
-      faults.append(f"{file}: {key} is no LoRA tensor: only low-rank updates are merged.")
+    if key.endswith(".alpha"):
+      name = _plain(key).removesuffix(".alpha")
+      before = alphas.setdefault(_target(name) or name, header)
     elif match is not None:
-      pair, side = pairs[match["name"]], SIDES[match["side"]]
-      if side in pair:
-        faults.append(f"{file}: {pair[side].key} and {key} are for the same tensor.")
-      pair[side] = header
+      before = pairs[match["name"]].setdefault(SIDES[match["side"]], header)
+    else:
+      faults.append(f"{file}: {key} is no LoRA tensor: only low-rank updates are merged.")
+      continue
+    if before is not header:
+      faults.append(_twice(file, before, header))
   overall = _overall_alpha(file)
   updates: dict[Target, Update] = {}
   strangers = []
   for name, pair in pairs.items():
     target = _target(name)
+    own = alphas.pop(target or name, None)
     if target is None or target not in base:
       strangers.append(name)
       continue
@@ -162,9 +163,16 @@ def load(file: Path, part: str, moves: Sequence[Move], tensors: Mapping[str, Hea
     if fault is not None:
       faults.append(fault)
       continue
-    alpha = _own_alpha(alphas[name]) if name in alphas else overall
+    alpha = overall if own is None else _own_alpha(own)
     scale = 1.0 if alpha is None else alpha / pair["a"].shape[0]
-    updates[target] = Update(a=pair["a"], b=pair["b"], scale=scale)
+    update = Update(a=pair["a"], b=pair["b"], scale=scale)
+    before = updates.setdefault(target, update)
+    if before is not update:
+      faults.append(_twice(file, before.a, update.a))
+  faults += [
+    f"{file}: {header.key} has no lora_A and lora_B beside it: add them, or remove it."
+    for header in alphas.values()
+  ]
   if len(strangers) == len(pairs):
     first = f", first {strangers[0]}" if strangers else ""
     faults.append(f"{file} matches nothing in the transformer{first}: it is for another model.")
@@ -212,6 +220,10 @@ def _target(name: str) -> Target | None:
     if match:
       return row[1], int(match["L"]) if "L" in match.re.groupindex else None
   return None
+
+
+def _twice(file: Path, one: Header, two: Header) -> str:
+  return f"{file}: {one.key} and {two.key} are for the same tensor: keep one of them."
 
 
 def _misfit(file: Path, name: str, pair: Mapping[str, Header], base: tuple[int, ...]) -> str | None:

@@ -333,6 +333,50 @@ def test_a_pair_under_two_names(published, tmp_path, refused):
   assert "are for the same tensor" in refused(f"--lora={file}")
 
 
+@pytest.mark.parametrize(
+  "naming", ["peft of the diffusers names", "kohya", "kohya of the diffusers names"]
+)
+def test_two_pairs_for_one_tensor_in_two_namings(published, tmp_path, refused, naming):
+  given = updates(published["dit_0"], 0, targets=TARGETS[:1])
+  other = {key: value for key, value in NAMINGS[naming](given).items() if ".alpha" not in key}
+  file = tmp_path / "twice.safetensors"
+  save_file(pefts(given, "diffusion_model.") | other, file)
+  said = refused(f"--lora={file}")
+  assert "convert: 1 fault." in said
+  assert f"diffusion_model.{TARGETS[0]}.lora_A.weight" in said
+  assert f"{next(key for key in other if 'lora_A' in key or 'lora_down' in key)}" in said
+  assert "are for the same tensor: keep one of them." in said
+
+
+def alpha_of(name, value):
+  return {f"{name}.alpha": np.array(value, np.float32)}
+
+
+@pytest.mark.parametrize(
+  "name", ["transformer.blocks.0.attn1.to_q", "lora_unet_blocks_0_self_attn_q"]
+)
+def test_an_alpha_counts_in_any_naming(single, published, tmp_path, name):
+  file = tmp_path / "lora.safetensors"
+  pairs = pefts(updates(published["dit_0"], 0, targets=TARGETS[:2]), "diffusion_model.")
+  save_file(pairs | alpha_of(name, 8), file)
+  found = loaded(single, file).updates
+  scales = {target: update.scale for target, update in found.items()}
+  assert scales == {("blocks/self_attn/q/kernel", 0): 8 / RANK, ("blocks/self_attn/k/kernel", 0): 1}
+
+
+def test_an_alpha_given_twice_or_of_nothing(published, tmp_path, refused):
+  file = tmp_path / "lora.safetensors"
+  pairs = pefts(updates(published["dit_0"], 0, targets=TARGETS[:1]))
+  for other in ("transformer.blocks.0.attn1.to_q", f"diffusion_model.{TARGETS[0]}"):
+    save_file(pairs | alpha_of(TARGETS[0], 8) | alpha_of(other, 2), file)
+    said = refused(f"--lora={file}")
+    assert f"{other}.alpha" in said and "are for the same tensor: keep one of them." in said
+  for other in (TARGETS[1], "text.q"):
+    save_file(pairs | alpha_of(other, 8), file)
+    said = refused(f"--lora={file}")
+    assert f"{file}: {other}.alpha has no lora_A and lora_B beside it: add them, or" in said
+
+
 def test_words_that_do_not_fit(original, single, published, tmp_path, refused):
   file = diffsynth(updates(published["dit_0"], 0), tmp_path / "l.safetensors")
   assert "the model has two experts" in refused(f"--lora={file}", source=original)

@@ -677,6 +677,19 @@ def test_videos_of_other_people_are_scored_with_settings_unknown(
   assert "theirs: settings unknown." in capsys.readouterr().out
 
 
+def test_scores_by_two_versions_of_the_rules_share_no_table(
+  own_cases, tmp_path, monkeypatch, capsys
+):
+  data, outs = samples.load(own_cases), [tmp_path / "older", tmp_path / "newer"]
+  (folder,) = baselines.write(tmp_path / "clips", data, ["cut"])
+  for out, rules in zip(outs, (2, 3), strict=True):
+    monkeypatch.setattr(tasks, "SCORING", rules)
+    result = scores.score(out, data, {out.name: folder}, None)[out.name]
+    assert result["scoring"] == rules
+  assert call("table", *outs) == 2
+  assert "scored with another version of the tasks' rules than" in capsys.readouterr().err
+
+
 def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):
   baselines.write(tmp_path / "clips", samples.load(copy), ["static"])
   path = copy / "In-Domain_50" / GRID / "00000" / "ground_truth.mp4"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import cli
-from jax_videoreason.vbvr import published, scores, suite, table
+from jax_videoreason.vbvr import published, samples, scores, suite, table
 
 
 def call(*words) -> int:
@@ -118,12 +118,20 @@ def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):
     ({"data": "other"}, "scored with other data than"),
     ({"evalkit": None}, "another EvalKit or other packages"),
     ({"format": 0}, "of another version"),
+    ({"scoring": 2}, "scored with another version of the tasks' rules than"),
   ],
 )
 def test_scores_of_different_things_share_no_table(tmp_path, changed, said):
   written(tmp_path, system("a", np.ones(20)), system("b", np.ones(20), **changed))
   with pytest.raises(ValueError, match=said):
     table.load([tmp_path])
+
+
+@pytest.mark.parametrize("benchmark", [samples.OWN, samples.MIXED])
+def test_scores_of_own_tasks_that_name_no_rules_are_refused(tmp_path, benchmark):
+  (place,) = written(tmp_path, system("a", np.ones(20), benchmark=benchmark))
+  with pytest.raises(ValueError, match=r"does not say by which rules .* scored: score it again"):
+    table.load([place])
 
 
 def test_published_rows_are_marked_everywhere(tmp_path, capsys):

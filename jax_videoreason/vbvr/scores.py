@@ -326,6 +326,7 @@ def summarised(
     "broken": [row["key"] for row in good if row["broken"]],
     "evalkit": None if kit is None or all(s.own for s in data.samples) else kit.said,
     "version": __version__,
+    "scoring": tasks.SCORING if names_of(data) else None,
     "task_sources": tasks.sources(names_of(data)) or None,
     "summary": summary(good),
     "samples": list(rows),

@@ -71,10 +71,16 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
   for folder, result in zip(folders, results, strict=True):
     if result.get("format") != scores.FORMAT:
       raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
+    if result["benchmark"] in (samples.OWN, samples.MIXED) and "scoring" not in result:
+      raise ValueError(
+        f"{folder / scores.RESULT} does not say by which rules of the tasks it was scored: score it "
+        "again."
+      )
     for key, words in (
       ("data", "other data"),
       ("evalkit", "another EvalKit or other packages"),
       ("version", "another version of jax_videoreason"),
+      ("scoring", "another version of the tasks' rules"),
       ("task_sources", "other code of its own tasks"),
     ):
       if result.get(key) != results[0].get(key):

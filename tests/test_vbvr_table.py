@@ -112,6 +112,69 @@ def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):
   assert len(table.find(places)) == 2
 
 
+def rows_of(*places: str | Path) -> dict[str, float]:
+  """The overall score of every row."""
+  rows = table.table(*table.load(places))["systems"]
+  return {row["name"]: row["scores"]["overall"]["estimate"] for row in rows}
+
+
+def in_two(root: Path, *results: dict) -> list[Path]:
+  """Each result in a set of scores of its own: may, june, ..."""
+  outs = [root / out for out in ("may", "june", "july")[: len(results)]]
+  for out, result in zip(outs, results, strict=True):
+    out.mkdir()
+    written(out, result)
+  return outs
+
+
+def test_videos_of_unknown_settings_are_never_seeds_of_one_model(tmp_path):
+  unknown = {"settings": {}, "deviations": None}
+  outs = in_two(tmp_path, *(system("sora", np.full(20, value), **unknown) for value in (1.0, 0.5)))
+  assert rows_of(*outs) == pytest.approx({"may/sora": 1.0, "june/sora": 0.5})
+  assert rows_of(outs[0]) == pytest.approx({"sora": 1.0})
+
+
+def test_one_seed_twice_is_no_mean_of_seeds(tmp_path):
+  values = (0.2, 0.6, 0.7)
+  outs = in_two(
+    tmp_path,
+    *(system("wan", np.full(20, v), seed=s) for v, s in zip(values, (1, 1, 2), strict=True)),
+  )
+  assert rows_of(*outs) == pytest.approx({"may/wan": 0.2, "june/wan": 0.6, "july/wan": 0.7})
+  assert rows_of(*outs[1:]) == pytest.approx({"wan": 0.65})
+
+
+def test_one_model_at_two_settings_is_two_rows(tmp_path):
+  outs = in_two(
+    tmp_path,
+    *(
+      system("wan", np.full(20, v), seed=1, settings={"steps": steps})
+      for v, steps in ((0.2, 50), (0.6, 20))
+    ),
+  )
+  assert rows_of(*outs) == pytest.approx({"may/wan": 0.2, "june/wan": 0.6})
+
+
+def test_clips_that_were_scored_beside_two_models_are_one_row(tmp_path):
+  clip = system("static", np.full(20, 0.3), baseline="static", settings={"baseline": "static"})
+  assert rows_of(*in_two(tmp_path, clip, clip)) == pytest.approx({"static": 0.3})
+
+
+def test_results_that_no_name_tells_apart_are_refused(tmp_path):
+  for place in ("a", "b"):
+    (tmp_path / place / "scores").mkdir(parents=True)
+    written(tmp_path / place / "scores", system("sora", np.ones(20), settings={}))
+  with pytest.raises(ValueError, match=r"are both called 'scores/sora': rename one of the folders"):
+    table.load([tmp_path / "a/scores", tmp_path / "b/scores"])
+
+
+def test_one_folder_counts_once_however_it_is_given(tmp_path, monkeypatch):
+  (place,) = written(tmp_path, system("wan", np.ones(20), seed=1))
+  (tmp_path / "link").symlink_to(place)
+  monkeypatch.chdir(tmp_path)
+  assert table.find(["wan", place, "link", "wan/result.json", tmp_path]) == [Path("wan")]
+
+
 @pytest.mark.parametrize(
   ("changed", "said"),
   [

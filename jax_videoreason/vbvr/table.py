@@ -1,7 +1,8 @@
 """Scores side by side: systems, published rows, and differences with intervals.
 
 All systems of a table answered the same questions by the same scorers. Results of one model with
-several seeds become one row: seeds of a sample are averaged first. Two intervals stand beside a
+several seeds become one row: seeds of a sample are averaged first. Results whose settings nobody
+knows stay apart, whatever they are called. Two intervals stand beside a
 difference: tasks drawn anew (what other tasks of this kind might say), and samples drawn anew (what
 other samples of these tasks might say).
 """
@@ -44,11 +45,11 @@ class System:
 
 
 def find(places: Sequence[str | Path]) -> list[Path]:
-  """The folders of results: those given, or all inside a folder given.
+  """The folders of results: those given, or all inside a folder given; each once.
 
   Raises ValueError where there are none.
   """
-  found: list[Path] = []
+  found: dict[Path, Path] = {}
   for place in map(Path, places):
     folder = place.parent if place.name == scores.RESULT else place
     inner = [folder] if (folder / scores.RESULT).is_file() else []
@@ -56,15 +57,17 @@ def find(places: Sequence[str | Path]) -> list[Path]:
       inner = sorted(path.parent for path in folder.glob(f"*/{scores.RESULT}"))
     if not inner:
       raise ValueError(f"{place} holds no {scores.RESULT}: give the --out of `vbvr score`.")
-    found += [path for path in inner if path not in found]
-  return found
+    for path in inner:
+      found.setdefault(path.resolve(), path)
+  return list(found.values())
 
 
 def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
   """The systems of a table, models first, and what they share: benchmark, data, scorers.
 
   Raises:
-    ValueError: no results, or results of different data, scorers or formats.
+    ValueError: no results, results of different data, scorers or formats, or two of one name that
+      lie in folders of one name.
   """
   folders = find(places)
   results = [read_json(folder / scores.RESULT) for folder in folders]
@@ -73,8 +76,8 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
       raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
     if result["benchmark"] in (samples.OWN, samples.MIXED) and "scoring" not in result:
       raise ValueError(
-        f"{folder / scores.RESULT} does not say by which rules of the tasks it was scored: score it "
-        "again."
+        f"{folder / scores.RESULT} does not say by which rules of the tasks it was scored: score "
+        "it again."
       )
     for key, words in (
       ("data", "other data"),
@@ -88,24 +91,52 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
           f"{folder} was scored with {words} than {folders[0]}: scores stand in one table only if "
           "they are of the same samples and scorers."
         )
-  groups: dict[tuple[str, str], list[int]] = {}
-  for number, result in enumerate(results):
-    settings = {k: v for k, v in result["settings"].items() if k not in ("seed", "deviations")}
-    groups.setdefault((result["model"], repr(settings)), []).append(number)
-  systems = [
-    _joined([results[i] for i in group], [folders[i] for i in group]) for group in groups.values()
-  ]
-  names = [system.name for system in systems]
-  if len(set(names)) < len(names):
-    twice = max(names, key=names.count)
-    raise ValueError(
-      f"two results are called {twice!r} and have other settings: give --name to `vbvr generate`."
-    )
+  systems = _told_apart(
+    [
+      _joined([results[i] for i in group], [folders[i] for i in group])
+      for group in _grouped(results)
+    ]
+  )
   order = list(baselines.CLIPS)
   systems.sort(key=lambda s: -1 if s.baseline is None else order.index(s.baseline))
   shared = {key: results[0][key] for key in ("benchmark", "data", "evalkit", "version", "tasks")}
   whole = all(result["whole"] for result in results)
   return systems, {**shared, "samples": results[0]["expected"], "whole": whole}
+
+
+def _grouped(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+  """Which results make a row: several seeds of one model at the same settings, or the same clips
+  that no model made; all others stand alone."""
+  groups: dict[tuple[str, str], list[int]] = {}
+  for number, result in enumerate(results):
+    settings = {k: v for k, v in result["settings"].items() if k not in ("seed", "deviations")}
+    groups.setdefault((result["model"], repr(settings)), []).append(number)
+  rows = []
+  for group in groups.values():
+    seeds = {results[i]["seed"] for i in group} - {None}
+    joined = results[group[0]]["baseline"] is not None or len(seeds) == len(group)
+    rows += [group] if joined else [[i] for i in group]
+  return rows
+
+
+def _told_apart(systems: Sequence[System]) -> list[System]:
+  """Where several have one name, each has that of its folder and of the one around it."""
+  names = [system.name for system in systems]
+  made = [
+    dataclasses.replace(system, name="/".join(system.folders[0].resolve().parts[-2:]))
+    if names.count(system.name) > 1
+    else system
+    for system in systems
+  ]
+  first: dict[str, System] = {}
+  for system in made:
+    other = first.setdefault(system.name, system)
+    if other is not system:
+      raise ValueError(
+        f"{other.folders[0]} and {system.folders[0]} are both called {system.name!r}: rename one "
+        "of the folders that they lie in."
+      )
+  return made
 
 
 def _joined(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> System:

@@ -37,13 +37,16 @@ class NoLocksError(OSError):
 
 
 @contextlib.contextmanager
-def held(folder: str | Path, *, needed: bool = True, named: Path | None = None) -> Iterator[None]:
+def held(
+  folder: str | Path, *, needed: bool = True, named: Path | None = None, wait: bool = False
+) -> Iterator[None]:
   """Holds the folder, which is made where it is lacking; a dead process holds nothing.
 
   A folder that was made and stays empty is removed where the block fails. needed: False = on a file
-  system without locks it warns and goes on. named: what an error calls it, None = `folder`.
+  system without locks it warns and goes on. named: what an error calls it, None = `folder`. wait:
+  for another command that works in it, of which it warns.
 
-  ValueError: another command works in it. OSError: it can't be made, or not be held.
+  ValueError: another command works in it and not `wait`. OSError: it can't be made, or not be held.
   """
   folder = Path(folder)
   if folder.exists() and not folder.is_dir():
@@ -54,7 +57,7 @@ def held(folder: str | Path, *, needed: bool = True, named: Path | None = None) 
     with disk(folder):
       folder.mkdir(parents=True, exist_ok=True)
     try:
-      file = _wait_for(folder, folder if named is None else named)
+      file = _wait_for(folder, folder if named is None else named, wait)
     except NoLocksError as error:
       if needed:
         raise
@@ -81,11 +84,14 @@ def held_beside(path: Path) -> Iterator[None]:
       guard.rmdir()
 
 
-def _wait_for(folder: Path, named: Path) -> IO[str]:
-  """The lock file, held; ValueError where another command keeps it."""
+def _wait_for(folder: Path, named: Path, wait: bool) -> IO[str]:
+  """The lock file, held; ValueError where another command keeps it and not `wait`."""
   until = time.monotonic() + PATIENCE
   while (file := _hold(folder)) is None:
-    if time.monotonic() > until:
+    if time.monotonic() > until and wait:
+      warnings.warn(f"another command works in {named}: this one waits for it.", stacklevel=4)
+      until = math.inf
+    elif time.monotonic() > until:
       raise ValueError(
         f"another command works in {named}: wait for it (of a sweep, `videoreason sweep --status` "
         "says how far it is), or choose another --out."

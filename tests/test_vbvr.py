@@ -1,17 +1,19 @@
 """VBVR-Bench: what is asked, what it costs, who scores it, and what must never be reported."""
 
 import base64
+import concurrent.futures
 import dataclasses
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vbvr_folder
-from jax_videoreason import cli, costs, media, plan, settings, tasks
+from jax_videoreason import cli, costs, folders, media, plan, settings, tasks
 from jax_videoreason.configs import common
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import (
@@ -688,6 +690,27 @@ def test_scores_by_two_versions_of_the_rules_share_no_table(
     assert result["scoring"] == rules
   assert call("table", *outs) == 2
   assert "scored with another version of the tasks' rules than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["clips/static", "problems", "static"])
+def test_commands_with_one_out_take_turns(own_cases, tmp_path, monkeypatch, place):
+  monkeypatch.setattr(folders, "PATIENCE", 0.1)
+  data = samples.load(own_cases)
+
+  def work() -> float:
+    (folder,) = baselines.write(tmp_path / "clips", data, ["static"])
+    return scores.score(tmp_path, data, {"static": folder}, None)["static"]["expected"]
+
+  with (
+    concurrent.futures.ThreadPoolExecutor(1) as pool,
+    pytest.warns(UserWarning, match=f"works in .*/{place}: this one waits for it") as said,
+  ):
+    with folders.held(tmp_path / place):
+      second = pool.submit(work)
+      while not said and not second.done():
+        time.sleep(0.01)
+      assert [path.name for path in (tmp_path / place).iterdir()] == [folders.LOCK]
+    assert second.result() == len(data.samples)
 
 
 def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):

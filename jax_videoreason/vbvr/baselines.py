@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange, repeat
 
+from jax_videoreason.folders import held
 from jax_videoreason.vbvr import videos
 from jax_videoreason.vbvr.samples import Data, Sample
 
@@ -73,6 +74,7 @@ def write(
 ) -> list[Path]:
   """Writes out/NAME/SPLIT/TASK/00000.mp4 for each of `names`; videos that are there stay.
 
+  Commands that write the same clips take turns.
   advance: told of every video. Raises ValueError for an unknown name, or a folder that holds
   something else.
   """
@@ -80,10 +82,11 @@ def write(
   folders = []
   for name in names:
     folder = out / name
-    videos.begin(folder, {"baseline": name}, redo=redo)
-    for sample in data.samples:
-      if videos.record_of(folder, sample) is None:
-        videos.put(folder, sample, CLIPS[name][0](sample))
-      advance(1)
+    with held(folder, needed=False, wait=True):
+      videos.begin(folder, {"baseline": name}, redo=redo)
+      for sample in data.samples:
+        if videos.record_of(folder, sample) is None:
+          videos.put(folder, sample, CLIPS[name][0](sample))
+        advance(1)
     folders.append(folder)
   return folders

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import checksum, disk, plain, read_json, refuse_other, write_json
+from jax_videoreason.folders import checksum, disk, held, plain, read_json, refuse_other, write_json
 from jax_videoreason.vbvr import evalkit, suite, videos
 from jax_videoreason.vbvr.evalkit import EvalKit
 from jax_videoreason.vbvr.published import COLUMNS
@@ -72,6 +72,8 @@ def score(
 ) -> dict[str, dict[str, Any]]:
   """Scores the videos of each system and returns what its result.json says.
 
+  Commands that score into one `out` take turns where they write the same.
+
   systems: name -> folder of videos. kit: None where there are only tasks of our own. limit: seconds
   that a sample may take. allow_partial: report what there is, with what is missing or failed.
   advance: told of every sample.
@@ -97,17 +99,18 @@ def score(
   draw_problems(out, data)
   results = {}
   for name, folder in systems.items():
-    rows = _rows(out / name, folder, data, set(absent[name]), kit, limit, workers, advance)
-    results[name] = result = summarised(name, folder, data, rows, absent[name], kit)
-    failed = [row for row in rows if row["error"] is not None]
-    if failed and not allow_partial:
-      said = " ".join(f"{row['key']}: {row['error']}." for row in failed[:3])
-      more = f" And {len(failed) - 3} more." if len(failed) > 3 else ""
-      raise ValueError(
-        f"{len(failed)} of {len(rows)} samples of {name} have no score. {said}{more} The others "
-        "are kept: mend it and give the same command, or report the rest by --allow-partial."
-      )
-    write_json(out / name / RESULT, plain(result))
+    with held(out / name, needed=False, wait=True):
+      rows = _rows(out / name, folder, data, set(absent[name]), kit, limit, workers, advance)
+      results[name] = result = summarised(name, folder, data, rows, absent[name], kit)
+      failed = [row for row in rows if row["error"] is not None]
+      if failed and not allow_partial:
+        said = " ".join(f"{row['key']}: {row['error']}." for row in failed[:3])
+        more = f" And {len(failed) - 3} more." if len(failed) > 3 else ""
+        raise ValueError(
+          f"{len(failed)} of {len(rows)} samples of {name} have no score. {said}{more} The others "
+          "are kept: mend it and give the same command, or report the rest by --allow-partial."
+        )
+      write_json(out / name / RESULT, plain(result))
   return results
 
 
@@ -182,9 +185,6 @@ def _rows(
   advance: Advance,
 ) -> list[dict[str, Any]]:
   """A row per sample that has a video; those scored before come from their files."""
-  with disk(out):
-    out.mkdir(parents=True, exist_ok=True)
-
   code = tasks.sources(names_of(data))
 
   def one(sample: Sample) -> dict[str, Any]:
@@ -273,10 +273,11 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
 
 def draw_problems(out: Path, data: Data) -> None:
   """Small pictures of every ground truth, which is decoded for it: a damaged one is found here."""
-  for sample in data.samples:
-    path = out / PROBLEMS / f"{sample.key}.png"
-    if not path.is_file():
-      _write_picture(path, sample.truth())
+  with held(out / PROBLEMS, needed=False, wait=True):
+    for sample in data.samples:
+      path = out / PROBLEMS / f"{sample.key}.png"
+      if not path.is_file():
+        _write_picture(path, sample.truth())
 
 
 def _write_picture(path: Path, frames: np.ndarray) -> None:

@@ -713,6 +713,24 @@ def test_commands_with_one_out_take_turns(own_cases, tmp_path, monkeypatch, plac
     assert second.result() == len(data.samples)
 
 
+def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
+  """As after another export: the clips beside and the pictures of the problems follow the data."""
+  other, out = tmp_path / "cases", tmp_path / "scores"
+  words = ["tasks", "export", "--tasks=pick,maze", "--size=48", "--cases=1", f"--out={other}"]
+  assert cli.main(words) == 0
+  for number, root in enumerate((own_cases, other, own_cases)):
+    data, folder = samples.load(root), tmp_path / f"mine{number}"
+    baselines.write(folder, data, ["truth"])
+    words = [f"--data={root}", f"--videos={folder}", f"--out={out}", "--beside=static,cut"]
+    assert call("score", *words) == 0
+    found = {name: result_of(out / name) for name in ("static", "cut")}
+    assert {result["data"] for result in found.values()} == {data.mark}
+    assert [len(result["samples"]) for result in found.values()] == [len(data.samples)] * 2
+    first = data.samples[0]
+    picture = media.read_image(out / scores.PROBLEMS / f"{first.key}.png")
+    np.testing.assert_array_equal(picture, scores.strip(first.truth()))
+
+
 def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):
   baselines.write(tmp_path / "clips", samples.load(copy), ["static"])
   path = copy / "In-Domain_50" / GRID / "00000" / "ground_truth.mp4"

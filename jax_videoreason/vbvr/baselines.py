@@ -74,7 +74,8 @@ def write(
 ) -> list[Path]:
   """Writes out/NAME/SPLIT/TASK/00000.mp4 for each of `names`; videos that are there stay.
 
-  Commands that write the same clips take turns.
+  Those of another version of their sample are made again; commands that write the same clips take
+  turns.
   advance: told of every video. Raises ValueError for an unknown name, or a folder that holds
   something else.
   """
@@ -85,7 +86,8 @@ def write(
     with held(folder, needed=False, wait=True):
       videos.begin(folder, {"baseline": name}, redo=redo)
       for sample in data.samples:
-        if videos.record_of(folder, sample) is None:
+        record = videos.written(folder, sample)
+        if record is None or record.get("mark") != sample.mark:
           videos.put(folder, sample, CLIPS[name][0](sample))
         advance(1)
     folders.append(folder)

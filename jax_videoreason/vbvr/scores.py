@@ -3,7 +3,7 @@
     OUT/SYSTEM/result.json            all samples with their scores, and how they came about
     OUT/SYSTEM/samples/SPLIT/TASK/00000.json   a finished sample: a second call keeps it
     OUT/SYSTEM/pictures/SPLIT/TASK/00000.png   some frames of its video, small
-    OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth
+    OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth; .json: of which sample
 
 Samples of VBVR-Bench are scored by the official EvalKit, cases of our own tasks by their task.
 """
@@ -95,7 +95,8 @@ def score(
       raise ValueError(f"a system can't be called {name!r}: rename its folder.")
   absent = {name: missing(folder, data) for name, folder in systems.items()}
   for name, folder in systems.items():
-    check(folder, data, absent[name], allow_partial=allow_partial)
+    clip = folder.parent == out / CLIPS
+    check(folder, data, absent[name], allow_partial=allow_partial, allow_more=clip)
   draw_problems(out, data)
   results = {}
   for name, folder in systems.items():
@@ -141,8 +142,18 @@ def missing(folder: Path, data: Data) -> list[str]:
   return [s.key for s in data.samples if not videos.place(folder, s).is_file()]
 
 
-def check(folder: Path, data: Data, absent: Sequence[str], *, allow_partial: bool) -> None:
-  """Refuses a folder of videos that does not fit the data."""
+def check(
+  folder: Path,
+  data: Data,
+  absent: Sequence[str],
+  *,
+  allow_partial: bool,
+  allow_more: bool = False,
+) -> None:
+  """Refuses a folder of videos that does not fit the data.
+
+  allow_more: it may hold videos of other data too.
+  """
   if absent and not allow_partial:
     raise ValueError(
       f"{folder} lacks {len(absent)} of {len(data.samples)} videos ({listing(absent)}): make them, "
@@ -152,7 +163,7 @@ def check(folder: Path, data: Data, absent: Sequence[str], *, allow_partial: boo
     raise ValueError(f"{folder} has none of the {len(absent)} videos that {data.root} asks for.")
   wanted = {f"{sample.key}.mp4" for sample in data.samples}
   extra = sorted(set(_there(folder)) - wanted)
-  if extra and not (data.part or allow_partial):
+  if extra and not (data.part or allow_partial or allow_more):
     raise ValueError(
       f"{folder} has {len(extra)} videos that {data.root} does not ask for ({listing(extra)}): "
       "give the --data they were made from, or leave them out by --allow-partial."
@@ -272,12 +283,17 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
 
 
 def draw_problems(out: Path, data: Data) -> None:
-  """Small pictures of every ground truth, which is decoded for it: a damaged one is found here."""
+  """Small pictures of every ground truth, which is decoded for it: a damaged one is found here.
+
+  A picture of another version of its sample is drawn again; its mark lies beside it.
+  """
   with held(out / PROBLEMS, needed=False, wait=True):
     for sample in data.samples:
       path = out / PROBLEMS / f"{sample.key}.png"
-      if not path.is_file():
+      mark = path.with_suffix(".json")
+      if not (path.is_file() and mark.is_file() and read_json(mark) == sample.mark):
         _write_picture(path, sample.truth())
+        write_json(mark, sample.mark)
 
 
 def _write_picture(path: Path, frames: np.ndarray) -> None:

@@ -33,19 +33,21 @@ def place(folder: Path, sample: Sample) -> Path:
   return folder / f"{sample.key}.mp4"
 
 
-def record_of(folder: Path, sample: Sample) -> dict[str, Any] | None:
-  """The record of a finished video; None where there is none, or the video is gone.
-
-  Raises ValueError for a video of another version of the sample.
-  """
+def written(folder: Path, sample: Sample) -> dict[str, Any] | None:
+  """The record of a finished video, perhaps of another version of the sample; None where there is
+  none, or the video is gone."""
   path = folder / RECORDS / f"{sample.key}.json"
-  if not path.is_file() or not place(folder, sample).is_file():
-    return None
-  record = read_json(path)
-  if record.get("mark") != sample.mark:
+  return read_json(path) if path.is_file() and place(folder, sample).is_file() else None
+
+
+def record_of(folder: Path, sample: Sample) -> dict[str, Any] | None:
+  """`written`; raises ValueError for a video of another version of the sample."""
+  record = written(folder, sample)
+  if record is not None and record.get("mark") != sample.mark:
     raise ValueError(
       f"{place(folder, sample)} was made for another {sample.key} than the one in "
-      f"{sample.folder}: give the --data it was made from, or make it again with --redo."
+      f"{sample.folder}: give the --data it was made from, or give --redo to the command that made "
+      "it."
     )
   return record
 

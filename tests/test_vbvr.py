@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -731,14 +732,65 @@ def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
     np.testing.assert_array_equal(picture, scores.strip(first.truth()))
 
 
-def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):
-  baselines.write(tmp_path / "clips", samples.load(copy), ["static"])
-  path = copy / "In-Domain_50" / GRID / "00000" / "ground_truth.mp4"
+def encode(path: Path, codec: str, **options: str) -> None:
+  """Writes a video anew."""
+  frames = media.read_mp4(path)[0]
+  with av.open(str(path), "w", format="mp4", options=options) as container:
+    stream = container.add_stream(codec, rate=16)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    for frame in frames:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    container.mux(stream.encode(None))
+
+
+def to_av1(path: Path) -> None:
+  encode(path, "libsvtav1")
+
+
+def cut_off(path: Path) -> None:
+  """What an interrupted download leaves of a video whose header comes first."""
+  encode(path, "libx264", movflags="faststart")
+  data = path.read_bytes()
+  path.write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])
+
+
+def to_zeros(path: Path) -> None:
+  """The header of a video stays, its pictures are zeros."""
   data = bytearray(path.read_bytes())
   start = data.index(b"mdat")
   size = int.from_bytes(data[start - 4 : start], "big")
-  data[start + 4 : start - 4 + size] = bytes(size - 8)  # the header stays
+  data[start + 4 : start - 4 + size] = bytes(size - 8)
   path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  ("spoiled", "said"),
+  [
+    (cut_off, "00000.mp4 is damaged or not a video"),
+    (to_zeros, "00000.mp4 is damaged or not a video"),
+    (to_av1, "0 of 5 frames decode in the EvalKit, wanted all: write the video as H.264"),
+  ],
+)
+def test_a_video_that_the_evalkit_cannot_decode_gets_no_score(
+  bench, clips, kit, tmp_path, capsys, spoiled, said
+):
+  shutil.rmtree(clips / "truth" / "records")  # as videos of other people
+  key = f"In-Domain_50/{GRID}/00000"
+  spoiled(clips / "truth" / f"{key}.mp4")
+  assert scored(bench, clips, kit, tmp_path / "scores") == 2
+  error = capsys.readouterr().err
+  assert "1 of 4 samples of truth have no score" in error and said in error
+  assert not (tmp_path / "scores" / "truth" / "result.json").exists()
+  assert scored(bench, clips, kit, tmp_path / "scores", "--allow-partial") == 0
+  result = result_of(tmp_path / "scores" / "truth")
+  assert [e["key"] for e in result["errors"]] == [key]
+  assert result["summary"]["overall"]["samples"] == 3
+
+
+def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):
+  baselines.write(tmp_path / "clips", samples.load(copy), ["static"])
+  to_zeros(copy / "In-Domain_50" / GRID / "00000" / "ground_truth.mp4")
   words = [f"--data={copy}", f"--videos={tmp_path / 'clips'}", f"--out={tmp_path / 'scores'}"]
   assert call("score", *words, "--beside=", *kit) == 2
   assert re.search(r"truth\.mp4 (is damaged|decodes to|holds no)", capsys.readouterr().err)

@@ -161,12 +161,34 @@ if samples:
 '''
 
 
+UTILS = '''
+"""What a stand-in reads of a video: as OpenCV's wheels, it has no decoder for AV1."""
+import av
+
+def get_frame_count(path):
+  with av.open(path) as container:
+    return container.streams.video[0].frames
+
+def get_video_frames(path, max_frames=None):
+  frames = []
+  with av.open(path) as container:
+    try:
+      if "av1" not in container.streams.video[0].codec_context.name:
+        for frame in container.decode(video=0):
+          frames.append(frame.to_ndarray(format="bgr24"))
+    except av.FFmpegError:
+      pass
+  return frames[:max_frames]
+'''
+
+
 def make_evalkit(root: Path) -> tuple[Path, Path]:
   """(toolkit, environment): both look like the official ones from outside."""
   kit, environment = root / "EvalKit", root / "environment"
   (kit / "vbvr_bench" / "evaluators").mkdir(parents=True)
   (kit / "run_evaluation.py").write_text(EVALKIT)
   (kit / "vbvr_bench" / "__init__.py").write_text("")
+  (kit / "vbvr_bench" / "utils.py").write_text(UTILS)
   (environment / "bin").mkdir(parents=True)
   python = environment / "bin" / "python"
   python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ PINS = {
 COMMIT = "275472f"
 DIGEST = "b025583b5e83718ec69ed790e3123ab41dd89e27a8b5de56d46f4b4bc810027e"
 LIMIT = 300.0  # seconds that one sample may take
+COUNT = """
+import sys
+from vbvr_bench.utils import get_frame_count, get_video_frames
+video, most = sys.argv[1], 100  # frames that its evaluators read
+print(len(get_video_frames(video, max_frames=most)), min(get_frame_count(video), most))
+"""
 INSTALL_LIMIT = 1800
 
 
@@ -191,6 +197,27 @@ def clean_environment() -> dict[str, str]:
   }
 
 
+def check_frames(kit: EvalKit, video: Path, limit: float) -> None:
+  """ValueError for a video of which the EvalKit does not decode every frame that it reads.
+
+  Its evaluators leave such frames out and score the others, most of them with 0 where none is left.
+  limit: seconds.
+  """
+  words = ["-c", COUNT, str(video.resolve())]
+  try:
+    done = _run(kit, words, limit, kit.path)
+  except subprocess.TimeoutExpired as error:
+    raise ValueError(f"the EvalKit did not read the video within {limit:g} seconds") from error
+  if done.returncode:
+    raise ValueError(f"the EvalKit can't read the video: {_last_line(done.stderr)}")
+  decoded, read = map(int, done.stdout.split()[-2:])
+  if decoded != read or not decoded:
+    raise ValueError(
+      f"{decoded} of {read} frames decode in the EvalKit, wanted all: write the video as H.264 "
+      "in yuv420p"
+    )
+
+
 def score(kit: EvalKit, root: Path, sample: Sample, video: Path, limit: float) -> dict[str, Any]:
   """{score, error, seconds, faculty} of one video; error None = the evaluator gave the score.
 
@@ -202,26 +229,31 @@ def score(kit: EvalKit, root: Path, sample: Sample, video: Path, limit: float) -
     place = model / f"{sample.key}.mp4"
     place.parent.mkdir(parents=True)
     place.symlink_to(video.resolve())
-    words = [str(kit.python), str(kit.path / ENTRY)]
-    words += ["--model_path", str(model), "--gt_base", str(root.resolve())]
+    words = [str(kit.path / ENTRY), "--model_path", str(model), "--gt_base", str(root.resolve())]
     words += ["--output_dir", str(Path(scratch) / "results"), "--device", "cpu"]
     found: dict[str, Any]
     try:
-      done = subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=limit,
-        check=False,
-        cwd=scratch,
-        env=clean_environment(),
-      )
+      done = _run(kit, words, limit, Path(scratch))
     except subprocess.TimeoutExpired:
       found = _failed(f"the evaluator gave no answer within {limit:g} seconds")
     else:
       found = _result(Path(scratch) / "results" / "model_vbvr_results.json", done)
   return {**found, "seconds": round(time.monotonic() - began, 2)}
+
+
+def _run(
+  kit: EvalKit, words: Sequence[str], limit: float, cwd: Path
+) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [str(kit.python), *words],
+    capture_output=True,
+    text=True,
+    errors="replace",
+    timeout=limit,
+    check=False,
+    cwd=cwd,
+    env=clean_environment(),
+  )
 
 
 def _result(path: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

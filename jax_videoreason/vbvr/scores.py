@@ -9,7 +9,6 @@ Samples of VBVR-Bench are scored by the official EvalKit, cases of our own tasks
 """
 
 import concurrent.futures
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,11 +210,17 @@ def _rows(
       before = read_json(path)
       if before["of"] == key and before["row"]["error"] is None:
         return before["row"]
-    row = {**_of_sample(sample), **_score(sample, folder, data, kit, limit)}
-    record = videos.record_of(folder, sample) or {}
-    row["broken"] = record.get("finite") is False
-    with contextlib.suppress(ValueError):  # a video that does not decode is named by its scorer
+    record = videos.record_of(folder, sample)
+    try:
       _write_picture(out / PICTURES / f"{sample.key}.png", media.read_mp4(video)[0])
+      if kit is not None and not sample.own and record is None:  # ours are H.264 with a checksum
+        evalkit.check_frames(kit, video, limit)
+    except ValueError as error:
+      found = _failed(error)
+    else:
+      found = _score(sample, folder, data, kit, limit)
+    row = {**_of_sample(sample), **found}
+    row["broken"] = record is not None and record.get("finite") is False
     with disk(path):
       path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, plain({"of": key, "row": row}))
@@ -270,7 +275,7 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
   try:
     frames = videos.read(folder, sample)
   except ValueError as error:
-    return {"score": None, "error": str(error), "seconds": 0.0}
+    return _failed(error)
   found, answer = task.judge(frames, metadata)
   return {
     "score": found.value,
@@ -280,6 +285,10 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
     "answer": None if answer is None else str(answer),
     "right": answer in metadata["answers"],
   }
+
+
+def _failed(error: ValueError) -> dict[str, Any]:
+  return {"score": None, "error": str(error).rstrip("."), "seconds": 0.0}
 
 
 def draw_problems(out: Path, data: Data) -> None:

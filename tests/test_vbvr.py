@@ -235,6 +235,7 @@ def other_size(folder: Path) -> None:
 FAULTS = {
   "prompt that is not UTF-8": (
     lambda f: spoil(f, "prompt.txt", b"draw \xff"), r"prompt\.txt is not UTF-8 \(byte 5\)"),
+  "empty prompt": (lambda f: spoil(f, "prompt.txt", b"\n"), "the prompt of .*00001 is empty"),
   "no prompt": (lambda f: spoil(f, "prompt.txt", None), r"00001 lacks prompt\.txt"),
   "no first frame": (lambda f: spoil(f, "first_frame.png", None), r"lacks first_frame\.png"),
   "truth that is no video": (
@@ -283,6 +284,22 @@ def test_entries_that_lead_elsewhere_are_refused(copy, path, said):
   vbvr_folder.write_index(copy, [{"prompt": "x", "ground_truth_video_path": path}])
   with pytest.raises(ValueError, match=said):
     samples.load(copy)
+
+
+def test_a_sample_that_is_listed_twice_is_refused(copy):
+  path = f"In-Domain_50/{GRID}/00000/ground_truth.mp4"
+  entries = [{"prompt": word, "ground_truth_video_path": path} for word in ("one", "two")]
+  vbvr_folder.write_index(copy, entries)
+  with pytest.raises(ValueError, match=f"lists In-Domain_50/{GRID}/00000 twice"):
+    samples.load(copy)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(copy):
+  asked = samples.load(copy)
+  for sample in asked.samples:
+    (sample.folder / "prompt.txt").write_text(sample.prompt, encoding="utf-8-sig")
+  assert samples.load(copy).mark == asked.mark
+  assert next(iter(layout.read(copy))).prompt == asked.samples[0].prompt
 
 
 def test_two_versions_of_a_prompt_are_refused(copy):
@@ -786,6 +803,27 @@ def test_a_video_that_the_evalkit_cannot_decode_gets_no_score(
   result = result_of(tmp_path / "scores" / "truth")
   assert [e["key"] for e in result["errors"]] == [key]
   assert result["summary"]["overall"]["samples"] == 3
+
+
+@pytest.mark.parametrize(
+  ("spoiled", "said"),
+  [
+    (lambda path: path.unlink(), r"00000 lacks final_frame\.png: download"),
+    (lambda path: path.write_bytes(path.read_bytes()[:99]), r"final_frame\.png is damaged"),
+    (
+      lambda path: media.write_png(path, np.zeros((32, 64, 3), np.uint8)),
+      r"final_frame\.png is 64 x 32 pixels and first_frame\.png 64 x 64, wanted one size",
+    ),
+  ],
+)
+def test_a_final_frame_that_the_evalkit_would_miss_is_named(
+  copy, clips, kit, tmp_path, capsys, spoiled, said
+):
+  spoiled(copy / "In-Domain_50" / GRID / "00000" / "final_frame.png")
+  samples.load(copy)  # enough to make videos
+  assert scored(copy, clips, kit, tmp_path / "scores") == 2
+  assert re.search(said, capsys.readouterr().err)
+  assert not (tmp_path / "scores").exists()
 
 
 def test_a_truth_that_does_not_decode_is_named(copy, kit, tmp_path, capsys):

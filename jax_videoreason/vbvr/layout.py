@@ -99,7 +99,7 @@ def read_case(folder: str | Path) -> Case:
     split=folder.parent.parent.name,
     index=int(number[1]),
     first_frame=first_frame,
-    prompt=(folder / "prompt.txt").read_text(encoding="utf-8").strip(),
+    prompt=(folder / "prompt.txt").read_text(encoding="utf-8-sig").strip(),
     frames=media.read_mp4(folder / "ground_truth.mp4")[0],
     metadata=metadata,
   )

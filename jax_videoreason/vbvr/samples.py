@@ -69,6 +69,22 @@ class Sample:
     path = self.folder / "first_frame.png"
     return media.read_image(path) if self.picture is None else media.image_of(self.picture, path)
 
+  def final(self) -> np.ndarray:
+    """final_frame, uint8 height width 3, with which the EvalKit compares.
+
+    Raises ValueError where it is missing, does not decode, or has another size than first_frame.
+    """
+    path = self.folder / "final_frame.png"
+    if not path.is_file():
+      raise ValueError(f"{self.folder} lacks final_frame.png: download it again.")
+    image = media.read_image(path)
+    if image.shape[:2] != (self.height, self.width):
+      raise ValueError(
+        f"{path} is {image.shape[1]} x {image.shape[0]} pixels and first_frame.png {self.width} x "
+        f"{self.height}, wanted one size: download it again."
+      )
+    return image
+
   def truth(self) -> np.ndarray:
     """The ground truth, uint8 F height width 3; exact for an own task.
 
@@ -124,8 +140,8 @@ def load(
 
   Raises:
     ValueError: all faults of all chosen samples in one sentence each: files that are missing or
-      damaged, prompts that are not UTF-8, names or links that lead out of the folder, task folders
-      that the benchmark does not have, splits and tasks that are not there.
+      damaged, prompts that are empty or not UTF-8, names or links that lead out of the folder, task
+      folders that the benchmark does not have, splits and tasks that are not there.
   """
   root = Path(root)
   if not root.is_dir():
@@ -149,16 +165,21 @@ def load(
     except ValueError as error:
       faults.append(str(error))
   faults = list(dict.fromkeys(faults)) + _strangers(samples)  # a task that is not found, once
-  if faults:
-    more = f" And {len(faults) - NAMED} more." if len(faults) > NAMED else ""
-    count = f"{len(faults)} faults. " if len(faults) > 1 else ""
-    raise ValueError(f"{count}{' '.join(faults[:NAMED])}{more}")
+  refuse(faults)
   samples.sort(key=lambda sample: sample.key)
   keys = [sample.key for sample in samples]
   if len(set(keys)) < len(keys):
     twice = sorted({key for key in keys if keys.count(key) > 1})
     raise ValueError(f"{root} has {listing(twice)} twice: export each split into its own folder.")
   return _data(root, samples, bool(splits or names or cases is not None))
+
+
+def refuse(faults: Sequence[str]) -> None:
+  """ValueError of the first NAMED of the sentences, where there are any."""
+  if faults:
+    more = f" And {len(faults) - NAMED} more." if len(faults) > NAMED else ""
+    count = f"{len(faults)} faults. " if len(faults) > 1 else ""
+    raise ValueError(f"{count}{' '.join(faults[:NAMED])}{more}")
 
 
 def listing(names: Sequence[str]) -> str:
@@ -202,7 +223,7 @@ def _listed(root: Path) -> dict[Place, Entry]:
   if not path.is_file():
     return {}
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
   except ValueError as error:
     raise damaged(path) from error
   if isinstance(content, dict):
@@ -219,7 +240,12 @@ def _listed(root: Path) -> dict[Place, Entry]:
         f"entry {number} of {path} lies at {said!r}, wanted SPLIT/TASK/00000/ground_truth.mp4 "
         "inside the folder: download the file again."
       )
-    found[parts[-4], parts[-3], parts[-2]] = entry
+    place = parts[-4], parts[-3], parts[-2]
+    if place in found:
+      raise ValueError(
+        f"{path} lists {'/'.join(place)} twice, wanted each sample once: download it again."
+      )
+    found[place] = entry
   return found
 
 
@@ -272,6 +298,8 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
   if missing:
     raise ValueError(f"{folder} lacks {', '.join(missing)}: download or export it again.")
   prompt, picture = _of_folder(folder) if in_folder else _of_entry(folder, entry or {})
+  if not prompt:
+    raise ValueError(f"the prompt of {folder} is empty, wanted words: download or export it again.")
   if entry is not None and in_folder and str(entry.get("prompt", "")).strip() != prompt:
     raise ValueError(
       f"the prompt of {folder} is not the one in {INDEX}: keep one of the two, they are of "
@@ -326,7 +354,7 @@ def _confine(root: Path, folder: Path, names: Sequence[str]) -> None:
 
 def _of_folder(folder: Path) -> tuple[str, None]:
   try:
-    return (folder / "prompt.txt").read_text(encoding="utf-8").strip(), None
+    return (folder / "prompt.txt").read_text(encoding="utf-8-sig").strip(), None
   except UnicodeDecodeError as error:
     raise ValueError(
       f"{folder / 'prompt.txt'} is not UTF-8 (byte {error.start}): save it as UTF-8."

@@ -21,7 +21,7 @@ from jax_videoreason.folders import checksum, disk, held, plain, read_json, refu
 from jax_videoreason.vbvr import evalkit, suite, videos
 from jax_videoreason.vbvr.evalkit import EvalKit
 from jax_videoreason.vbvr.published import COLUMNS
-from jax_videoreason.vbvr.samples import NUMBER, Data, Sample, listing
+from jax_videoreason.vbvr.samples import NUMBER, Data, Sample, listing, refuse
 from jax_videoreason.version import __version__
 
 RESULT, SAMPLES, PICTURES, PROBLEMS = "result.json", "samples", "pictures", "problems"
@@ -117,7 +117,7 @@ def score(
 def scorable(data: Data) -> bool:
   """Whether the data needs the EvalKit; our own scorers read cases of our own tasks.
 
-  Raises ValueError for samples that the EvalKit can't score.
+  Raises ValueError for samples that the EvalKit can't score, or scores with 0 without a word.
   """
   official = [sample for sample in data.samples if not sample.own]
   pro = [sample.key for sample in official if sample.pro]
@@ -133,6 +133,13 @@ def scorable(data: Data) -> bool:
       f"{listing(unlisted)}: the EvalKit reads first_frame.png and final_frame.png from their "
       "folders, VBVR-Bench.json is not enough: download the folders too."
     )
+  faults = []
+  for sample in official:
+    try:
+      sample.final()
+    except ValueError as error:
+      faults.append(str(error))
+  refuse(faults)
   return bool(official)
 
 

@@ -678,6 +678,67 @@ def test_scored_samples_are_kept_and_changed_videos_refused(
   assert "was changed since it was made" in capsys.readouterr().err
 
 
+def solve_otherwise(data: samples.Data) -> None:
+  """Other ends of the ground truths; what is asked stays."""
+  for sample in data.samples:
+    frames = sample.truth().copy()
+    frames[-2:] = 255 - frames[-2:]
+    media.write_mp4(sample.folder / "ground_truth.mp4", frames)
+    media.write_png(sample.folder / "final_frame.png", frames[-1])
+
+
+def test_scores_of_two_ground_truths_are_never_put_together(copy, kit, tmp_path, capsys):
+  asked = samples.load(copy)
+  baselines.write(tmp_path / "clips", asked, list(baselines.CLIPS))
+
+  def means(out, name="static"):
+    words = [f"--data={copy}", f"--videos={tmp_path / 'clips' / name}", f"--out={tmp_path / out}"]
+    done = call("score", *words, "--beside=", *kit)
+    return result_of(tmp_path / out / name)["summary"] if done == 0 else None
+
+  before = means("one")
+  shutil.copytree(tmp_path / "one", tmp_path / "kept")
+  solve_otherwise(asked)
+  assert samples.load(copy).mark == asked.mark  # a model was asked the same
+  after = means("one")
+  assert before and after and before["overall"]["score"] > after["overall"]["score"] + 0.3
+  assert means("two") == after
+  capsys.readouterr()
+  assert call("table", tmp_path / "kept", tmp_path / "two") == 2
+  assert "was scored with other data" in capsys.readouterr().err
+  for name in ("truth", "cut", "cross-fade"):
+    assert means("one", name) is None
+    assert "was made for another In-Domain_50" in capsys.readouterr().err
+  assert means("one", "noise")
+  baselines.write(tmp_path / "clips", samples.load(copy), ["truth"])  # makes them again
+  assert means("one", "truth")
+
+
+def test_cases_of_our_own_are_told_apart_by_their_symbols(own_cases, tmp_path):
+  root = Path(shutil.copytree(own_cases, tmp_path / "cases"))
+  asked = samples.load(root)
+  solve_otherwise(asked)  # pictures that nothing is compared with
+  assert samples.load(root).truth_mark == asked.truth_mark
+  path = asked.samples[0].folder / "metadata.json"
+  metadata = json.loads(path.read_text())
+  path.write_text(json.dumps({**metadata, "answers": [*metadata["answers"], "another"]}))
+  changed = samples.load(root)
+  assert changed.mark == asked.mark and changed.truth_mark != asked.truth_mark
+
+
+def test_problems_are_drawn_anew_where_the_ground_truth_is_another(copy, tmp_path, monkeypatch):
+  data = samples.load(copy)
+  scores.draw_problems(tmp_path, data)
+  paths = [tmp_path / "problems" / f"{sample.key}.png" for sample in data.samples]
+  drawn = [path.read_bytes() for path in paths]
+  solve_otherwise(data)
+  changed = samples.load(copy)
+  scores.draw_problems(tmp_path, changed)
+  assert not set(drawn) & {path.read_bytes() for path in paths}
+  monkeypatch.setattr(scores, "strip", None)
+  scores.draw_problems(tmp_path, changed)  # nothing is left to draw
+
+
 def test_videos_that_nobody_asked_for_are_refused(bench, clips, kit, tmp_path, capsys):
   extra = clips / "truth" / "In-Domain_50" / COUNT
   shutil.copytree(clips / "truth" / "In-Domain_50" / GRID, extra)
@@ -742,7 +803,7 @@ def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
     words = [f"--data={root}", f"--videos={folder}", f"--out={out}", "--beside=static,cut"]
     assert call("score", *words) == 0
     found = {name: result_of(out / name) for name in ("static", "cut")}
-    assert {result["data"] for result in found.values()} == {data.mark}
+    assert {result["data"] for result in found.values()} == {data.truth_mark}
     assert [len(result["samples"]) for result in found.values()] == [len(data.samples)] * 2
     first = data.samples[0]
     picture = media.read_image(out / scores.PROBLEMS / f"{first.key}.png")

@@ -55,6 +55,7 @@ CLIPS: dict[str, tuple[Callable[[Sample], np.ndarray], str]] = {
   TRUTH: (truth, "the ground truth, through our exporter"),
   NOISE: (noise, "random pixels"),
 }
+OF_TRUTH = (CUT, FADE, TRUTH)  # their records say of which
 
 
 def check(names: Sequence[str]) -> None:
@@ -87,8 +88,9 @@ def write(
       videos.begin(folder, {"baseline": name}, redo=redo)
       for sample in data.samples:
         record = videos.written(folder, sample)
-        if record is None or record.get("mark") != sample.mark:
-          videos.put(folder, sample, CLIPS[name][0](sample))
+        made_of = {"truth": sample.truth_mark} if name in OF_TRUTH else {}
+        if record is None or record != {**record, "mark": sample.mark, **made_of}:
+          videos.put(folder, sample, CLIPS[name][0](sample), **made_of)
         advance(1)
     folders.append(folder)
   return folders

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import damaged
+from jax_videoreason.folders import checksum, damaged, digest
 from jax_videoreason.settings import nearest
 from jax_videoreason.vbvr import layout, suite
 
@@ -34,7 +34,8 @@ class Sample:
 
   split: its folder, or the split of an own task. height, width: of first_frame. frames: of the
   ground truth, F pixel frames. folder: where its files lie. picture: first_frame of the JSON form,
-  None = a file of `folder`. mark: sha256 of what is asked.
+  None = a file of `folder`. mark: sha256 of what is asked. truth_mark: of what answers are compared
+  with: ground_truth.mp4 and final_frame.png, for an own task its symbols.
   """
 
   split: str
@@ -48,6 +49,7 @@ class Sample:
   metadata: Mapping[str, Any]
   picture: bytes | None
   mark: str
+  truth_mark: str
 
   @property
   def key(self) -> str:
@@ -124,6 +126,11 @@ class Data:
     """sha256 over what all samples ask."""
     text = "\n".join(f"{sample.key} {sample.mark}" for sample in self.samples)
     return hashlib.sha256(text.encode()).hexdigest()
+
+  @property
+  def truth_mark(self) -> str:
+    """sha256 over what all samples ask and what answers are compared with."""
+    return digest([[sample.key, sample.mark, sample.truth_mark] for sample in self.samples])
 
 
 def load(
@@ -338,7 +345,14 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
     metadata=metadata,
     picture=picture,
     mark=hashlib.sha256(asked).hexdigest(),
+    truth_mark=digest(metadata if layout.is_case(metadata) else _checksums(folder)),
   )
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+  """Of what the EvalKit compares with; final_frame.png need not be there to make videos."""
+  paths = [folder / name for name in ("ground_truth.mp4", "final_frame.png")]
+  return {path.name: checksum(path) for path in paths if path.is_file()}
 
 
 def _confine(root: Path, folder: Path, names: Sequence[str]) -> None:

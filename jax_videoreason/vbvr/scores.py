@@ -3,7 +3,7 @@
     OUT/SYSTEM/result.json            all samples with their scores, and how they came about
     OUT/SYSTEM/samples/SPLIT/TASK/00000.json   a finished sample: a second call keeps it
     OUT/SYSTEM/pictures/SPLIT/TASK/00000.png   some frames of its video, small
-    OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth; .json: of which sample
+    OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth; .json: of which
 
 Samples of VBVR-Bench are scored by the official EvalKit, cases of our own tasks by their task.
 """
@@ -211,7 +211,7 @@ def _rows(
       scorer += f", {code[sample.task]['module']} {code[sample.task]['sha256']}"
     elif kit is not None and not sample.own:
       scorer = kit.digest
-    key = {"sha256": checksum(video), "mark": sample.mark, "scorer": scorer}
+    key = {"sha256": checksum(video), **_marks(sample), "scorer": scorer}
     path = out / SAMPLES / f"{sample.key}.json"
     if path.is_file():
       before = read_json(path)
@@ -294,6 +294,10 @@ def own_score(sample: Sample, folder: Path) -> dict[str, Any]:
   }
 
 
+def _marks(sample: Sample) -> dict[str, str]:
+  return {"mark": sample.mark, "truth": sample.truth_mark}
+
+
 def _failed(error: ValueError) -> dict[str, Any]:
   return {"score": None, "error": str(error).rstrip("."), "seconds": 0.0}
 
@@ -301,15 +305,15 @@ def _failed(error: ValueError) -> dict[str, Any]:
 def draw_problems(out: Path, data: Data) -> None:
   """Small pictures of every ground truth, which is decoded for it: a damaged one is found here.
 
-  A picture of another version of its sample is drawn again; its mark lies beside it.
+  A picture of another version of its sample is drawn again; its marks lie beside it.
   """
   with held(out / PROBLEMS, needed=False, wait=True):
     for sample in data.samples:
       path = out / PROBLEMS / f"{sample.key}.png"
-      mark = path.with_suffix(".json")
-      if not (path.is_file() and mark.is_file() and read_json(mark) == sample.mark):
+      marks = path.with_suffix(".json")
+      if not (path.is_file() and marks.is_file() and read_json(marks) == _marks(sample)):
         _write_picture(path, sample.truth())
-        write_json(mark, sample.mark)
+        write_json(marks, _marks(sample))
 
 
 def _write_picture(path: Path, frames: np.ndarray) -> None:
@@ -350,7 +354,7 @@ def summarised(
     "deviations": asked.get("deviations"),
     "settings": asked,
     "benchmark": data.name,
-    "data": data.mark,
+    "data": data.truth_mark,
     "tasks": len({sample.task for sample in data.samples}),
     "whole": data.whole and len(good) == len(data.samples),
     "expected": len(data.samples),

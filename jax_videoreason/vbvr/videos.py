@@ -41,15 +41,21 @@ def written(folder: Path, sample: Sample) -> dict[str, Any] | None:
 
 
 def record_of(folder: Path, sample: Sample) -> dict[str, Any] | None:
-  """`written`; raises ValueError for a video of another version of the sample."""
+  """`written`; raises ValueError for a video of another version of the sample (`fits`)."""
   record = written(folder, sample)
-  if record is not None and record.get("mark") != sample.mark:
+  if record is not None and not fits(record, sample):
     raise ValueError(
       f"{place(folder, sample)} was made for another {sample.key} than the one in "
       f"{sample.folder}: give the --data it was made from, or give --redo to the command that made "
       "it."
     )
   return record
+
+
+def fits(record: Mapping[str, Any], sample: Sample) -> bool:
+  """Whether a video was made for what the sample asks and, if of its ground truth, of this one."""
+  truth = record.get("truth", sample.truth_mark)
+  return record.get("mark") == sample.mark and truth == sample.truth_mark
 
 
 def put(folder: Path, sample: Sample, frames: np.ndarray, **record: Any) -> None:

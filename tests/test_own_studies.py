@@ -191,6 +191,106 @@ def test_rows_in_bfloat16_are_the_same_fresh_and_resumed(tmp_path):
   assert seen[0][1] == (np.float32, [1.5, 1.5])
 
 
+def interrupted_once(study, folder):
+  """What a study finds whose first call ends in an OSError and whose second goes on behind it."""
+  with pytest.raises(OSError, match="the power fails"):
+    carried_out(study, chunks=Chunks(folder=folder))
+  return carried_out(study, chunks=Chunks(folder=folder))
+
+
+def failing_once(*places):
+  """A function that fails when it is given one of the places for the first time."""
+  left = list(places)
+
+  def at(place):
+    if place in left:
+      left.remove(place)
+      raise OSError("the power fails")
+
+  return at
+
+
+def test_the_same_settings_asked_for_twice_are_two_pieces_of_work(tmp_path):
+  fails = failing_once((0.0, 1))
+
+  def own(ctx):
+    rows, contexts = [], [ctx.vary(shift=3.0) for _ in range(2)]
+    for gate, other in zip((0.5, 0.0), contexts, strict=True):
+      rows.append(other.map(lambda point, gate=gate: (fails((gate, point)), gate)[1], [2, 1]))
+    rows += [ctx.vary(shift=3.0).once(lambda k=k: [k, k]) for k in (7.0, 8.0)]
+    return np.stack(rows)
+
+  study = study_of(own, axes=("gate", "point"))
+  found, _, _ = interrupted_once(study, tmp_path)
+  assert found.values["v"].tolist() == [[0.5, 0.5], [0.0, 0.0], [7.0, 7.0], [8.0, 8.0]]
+
+
+@pytest.mark.parametrize("inner", ["once", "map", "vary"])
+def test_work_within_a_point_is_that_of_the_point_when_a_study_goes_on(tmp_path, inner):
+  fails = failing_once(2)
+
+  def own(ctx):
+    varied = ctx.vary(shift=3.0)
+
+    def at(point):
+      if inner == "once":
+        made = ctx.once(lambda: point)
+      elif inner == "map":
+        made = ctx.map(lambda part: 10 * point + part, [0, 1])[0] / 10
+      else:
+        made = varied.once(lambda: ctx.vary(shift=3.0).once(lambda: point))
+      fails(point)
+      return made
+
+    return np.concatenate([ctx.map(at, [0, 1, 2, 3]), ctx.map(at, [4, 5])])
+
+  found, _, _ = interrupted_once(study_of(own, axes=("point",)), tmp_path)
+  assert found.values["v"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_work_within_a_point_has_cost_is_counted_once(tmp_path):
+  fails = failing_once(1)
+
+  def own(ctx):
+    def at(point):
+      final = ctx.once(lambda: ctx.denoise()[0].mean((1, 2, 3, 4)))
+      fails(point)
+      return final + ctx.denoise()[0].mean((1, 2, 3, 4))
+
+    return ctx.map(at, [0, 1, 2])
+
+  study = study_of(own, axes=("point", "run"))
+  _, record, _ = interrupted_once(study, tmp_path)
+  each = 3 * record["steps"]
+  assert (record["reused"], record["evaluations"]) == (3 * each, 3 * each)
+  _, record, _ = carried_out(study, chunks=Chunks(folder=tmp_path))
+  assert (record["reused"], record["evaluations"]) == (6 * each, 0)
+
+
+def test_work_is_kept_under_the_keys_of_earlier_versions(monkeypatch):
+  keys = []
+  monkeypatch.setattr(Chunks, "put", lambda self, key, value: keys.append(key))
+
+  def own(ctx):
+    ctx.once(lambda: 0)
+    ctx.map(lambda point: point, [0])
+    for changes in ({"shift": 3.0, "guidance": (1.0,)}, {"steps": 5}):
+      ctx.vary(**changes).map(lambda point: point, [0, 1])
+    return np.zeros(ctx.sizes.R)
+
+  carried_out(study_of(own), chunks=Chunks())
+  place = 'own batch 0 ["0left", "1right", "2left"]'
+  assert keys == [
+    f"{place}\nonce 0\ncontrol=False",
+    f"{place}\nmap 1 point 0\ncontrol=False",
+    f'{place} {{"guidance": [1.0], "shift": 3.0}}\nmap 0 point 0\ncontrol=False',
+    f'{place} {{"guidance": [1.0], "shift": 3.0}}\nmap 0 point 1\ncontrol=False',
+    f'{place} {{"steps": 5}}\nmap 0 point 0\ncontrol=False',
+    f'{place} {{"steps": 5}}\nmap 0 point 1\ncontrol=False',
+    f"{place}\nbatch",
+  ]
+
+
 def test_taps_over_the_budget_are_refused_before_they_are_taken():
   study = study_of(lambda ctx: ctx.denoise(taps=TapSpec(sites=("attn_out",)))[0][:, 0, 0, 0, 0])
   small = dataclasses.replace(toy.setting(seeds=(0,)).chosen.taps, budget_gb=1e-9)
@@ -301,6 +401,27 @@ def test_code_that_changed_is_new_work_and_a_result_of_other_code_is_named(write
     run.check_out(out, redo=False, source=sources[1])
   with pytest.raises(ValueError, match=r"\(it has result.json\)"):
     run.check_out(out, redo=False, source=sources[0])
+
+
+def test_work_of_an_own_study_of_an_older_version_is_neither_gone_on_with_nor_taken(
+  write, tmp_path, monkeypatch
+):
+  asked, out = [], tmp_path / "out"
+
+  def stop(study, *_, chunks, **__):
+    asked.append(chunks.of)
+    raise ValueError("it got as far as that")
+
+  monkeypatch.setattr("jax_videoreason.experiments.perform", stop)
+  study = find(write(FILE.format(name="own", value="1.0")))
+  for version in (results.OWN_FORMAT, results.OWN_FORMAT - 1):
+    monkeypatch.setattr(results, "OWN_FORMAT", version)
+    assert cli.main(["run", "own_file:own", "--config.cases=1", f"--out={out}"]) == cli.BAD_INPUT
+  assert asked[0] != asked[1]
+  out.mkdir(exist_ok=True)
+  write_json(out / "result.json", {"axes": {}, "problem_of": [], "source": study.source()})
+  with pytest.raises(ValueError, match="it is a study of an older version, in which one call"):
+    run.check_out(out, redo=False, source=study.source())
 
 
 def test_an_own_study_named_like_one_that_ships_is_not_taken_for_it(write, tmp_path, monkeypatch):

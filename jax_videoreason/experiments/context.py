@@ -4,6 +4,7 @@ Runs are laid out role by role; within a role they go case by case, seeds inside
 for `ctx.runs("case")`, an index array into R, and gets results whose axis "run" has that order.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -102,6 +103,21 @@ class Chunks:
         np.savez(file, allow_pickle=False, **dict(value))
 
 
+@dataclasses.dataclass
+class Calls:
+  """Numbers the calls of a batch, so that one finds what the same call has left, and no other.
+
+  within: the key of the piece of work that is being done, with a line end; empty = none. counts: of
+  the calls under one key and one place. Work within a piece is numbered by itself: a piece that is
+  found on disk does none.
+  """
+
+  within: str = ""
+  counts: dict[str, Iterator[int]] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(itertools.count)
+  )
+
+
 def storable(value: Any) -> np.ndarray:
   """An array as a chunk can hold it: bfloat16, which a chunk would lose, as float32."""
   made = np.asarray(value)
@@ -128,7 +144,7 @@ class Context:
   chunks: Chunks
   control: bool = False
   place: str = ""
-  counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+  calls: Calls = dataclasses.field(default_factory=Calls)
   lost: set[int] = dataclasses.field(default_factory=set)
 
   @property
@@ -228,9 +244,10 @@ class Context:
     """fn at every point, stacked; each finished point is kept on disk and not done again.
 
     fn: point -> an array, or a dict of arrays. Every value of an edit is data, so all points are
-    one compilation if they start from one identity.
+    one compilation if they start from one identity. What fn itself keeps by `map` or `once` is kept
+    as a part of its point.
     """
-    number = next(self.counter)
+    number = self._number()
     middle = len(points) // 2  # work that is resumed from a later step may err there alone
     rows: list[dict[str, np.ndarray]] = []
     for place, point in enumerate(points):
@@ -243,11 +260,19 @@ class Context:
 
   def once(self, fn: Callable[[], Rows]) -> Any:
     """fn(), kept on disk; arrays or a dict of them."""
-    row = self._once(f"once {next(self.counter)}", fn)
+    row = self._once(f"once {self._number()}", fn)
     return row[""] if list(row) == [""] else row
 
+  @property
+  def _here(self) -> str:
+    """What tells the calls on this context from others, but for their number."""
+    return f"{self.calls.within}{self.place}"
+
+  def _number(self) -> int:
+    return next(self.calls.counts[self._here])
+
   def _once(self, key: str, fn: Callable[[], Rows]) -> dict[str, np.ndarray]:
-    key = f"{self.place}\n{key}\ncontrol={self.control}"
+    key = f"{self._here}\n{key}\ncontrol={self.control}"
     found = self.chunks.get(key)
     if found is not None:
       spent = int(found.pop(".evaluations"))
@@ -256,11 +281,15 @@ class Context:
       self.tally.reused += spent
       self.tally.advance(spent)
       return found
-    before, named = self.tally.evaluations, len(self.tally.broken)
-    made = fn()
+    before, named = self.tally.evaluations + self.tally.reused, len(self.tally.broken)
+    outside, self.calls.within = self.calls.within, f"{key}\n"
+    try:
+      made = fn()
+    finally:
+      self.calls.within = outside
     row = {k: storable(v) for k, v in (made if isinstance(made, dict) else {"": made}).items()}
     spent = {
-      ".evaluations": np.asarray(self.tally.evaluations - before),
+      ".evaluations": np.asarray(self.tally.evaluations + self.tally.reused - before),
       ".lost": np.array(sorted(self.lost), int),
       ".broken": np.array(self.tally.broken[named:], str),
     }
@@ -314,6 +343,7 @@ class Context:
       tally=self.tally,
       chunks=self.chunks,
       place=f"{self.place} {json.dumps(changes, sort_keys=True, default=str)}",
+      calls=self.calls,
       lost=self.lost,
       cond=None if "frames" in changes else self.cond,
     )

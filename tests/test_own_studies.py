@@ -291,6 +291,100 @@ def test_work_is_kept_under_the_keys_of_earlier_versions(monkeypatch):
   ]
 
 
+def spoken(chosen, cases):
+  """As `toy.encode`; where guided, the negative branch holds the length of the negative prompt."""
+  made = toy.encode(chosen, cases)
+  negative = jnp.full_like(made.text, len(chosen.negative_prompt))
+  text = jnp.concatenate([made.text, negative]) if chosen.guided else made.text
+  return dataclasses.replace(made, text=text)
+
+
+def varied_by(*changes, **settings):
+  """The context of a study after these changes, one on top of the other."""
+  seen = []
+
+  def give(ctx):
+    for change in changes:
+      ctx = ctx.vary(**change)
+    seen.append(ctx)
+    return np.zeros(ctx.sizes.R)
+
+  setting = toy.setting(**settings)
+  setting = dataclasses.replace(setting, encode=spoken)
+  perform(study_of(give), setting, toy.cases(3))
+  return seen[0]
+
+
+@pytest.mark.parametrize(
+  ("changes", "negative"),
+  [
+    ([{"guidance": 6.0}], [0]),
+    ([{"negative_prompt": "four"}], []),
+    ([{"negative_prompt": "four"}, {"guidance": 6.0}], [4]),
+    ([{"guidance": 6.0}, {"negative_prompt": "four"}], [4]),
+    ([{"guidance": 6.0}, {"guidance": 1.0}, {"negative_prompt": "four"}, {"guidance": 2.0}], [4]),
+    ([{"guidance": 6.0, "frames": 2}], [0]),
+  ],
+)
+def test_what_is_told_to_the_encoders_is_encoded_anew_where_it_is_varied(changes, negative):
+  ctx = varied_by(*changes)
+  assert ctx.cond.text[1:, 0, 0, 0].tolist() == negative
+  assert ctx.sizes.G == 1 + len(negative)
+
+
+def test_what_is_told_to_no_encoder_keeps_the_conditioning():
+  """So that "no guidance" is the program of the guided runs."""
+  changes = {"guidance": 1.0, "shift": 3.0, "steps": 5, "solver": "unipc", "grid": "official"}
+  guided = varied_by({"guidance": 6.0})
+  ctx = varied_by({"guidance": 6.0}, changes)
+  assert (guided.sizes.G, ctx.sizes.G, ctx.sizes.S) == (2, 2, 5)
+  assert ctx.schedule.solver == "unipc"
+  assert np.asarray(ctx.schedule.guidance).tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+  ("value", "same"),
+  [(2.0, 2.0), ((2.0,), 2.0), (np.float32(2), 2.0), (np.arange(1, 11), range(1, 11))],
+)
+def test_guidance_is_varied_as_a_configuration_says_it(value, same):
+  found = np.asarray(varied_by({"guidance": value}).schedule.guidance)
+  np.testing.assert_array_equal(found, np.broadcast_to(same, 10))
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    *(
+      (
+        {name: value},
+        f"ctx.vary got '{name}', wanted some of steps, shift, .*: any other setting is that of a "
+        "whole study, --config.KEY=VALUE",
+      )
+      for name, value in {
+        "checkpoint": "mini_experts",
+        "height": 64,
+        "seeds": (0, 1),
+        "tiles": "diffusers",
+        "batch": 1,
+        "nonsense": 1,
+      }.items()
+    ),
+    ({"guidance": "x"}, "guidance='x', wanted a finite number"),
+    ({"shift": np.nan}, "shift=nan, wanted a finite number"),
+    ({"boundary": np.inf}, "boundary=inf, wanted a finite number"),
+    ({"steps": 2.5}, "steps=2.5, wanted a whole number"),
+  ],
+)
+@pytest.mark.parametrize("zero", [(), ("v",)])
+def test_a_setting_that_cannot_be_varied_is_refused_by_the_control_too(change, said, zero):
+  def give(ctx):
+    ctx.vary(**change)
+    raise AssertionError(f"it went on, control={ctx.control}")
+
+  with pytest.raises(ValueError, match=said):
+    carried_out(study_of(give, zero=zero))
+
+
 def test_taps_over_the_budget_are_refused_before_they_are_taken():
   study = study_of(lambda ctx: ctx.denoise(taps=TapSpec(sites=("attn_out",)))[0][:, 0, 0, 0, 0])
   small = dataclasses.replace(toy.setting(seeds=(0,)).chosen.taps, budget_gb=1e-9)

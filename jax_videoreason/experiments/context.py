@@ -24,13 +24,16 @@ from jax_videoreason.composing import room_of
 from jax_videoreason.folders import atomic
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
-from jax_videoreason.settings import SampleSettings
+from jax_videoreason.settings import SampleSettings, from_config
 from jax_videoreason.structs import AnswerTrace, Conditioning, ModelBundle, Noise, Sizes, Trace
 from jax_videoreason.taps import TapSpec, check_batch
 from jax_videoreason.tasks import Case, Task
 
 Point = Any
 Rows = Any
+
+ENCODED = ("frames", "negative_prompt")  # settings that the encoders are told
+VARIED = ("steps", "shift", "guidance", "boundary", "solver", "grid", *ENCODED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,14 +325,26 @@ class Context:
     return answers.read_each(tasks, [case.metadata for case in cases], videos(), sigma)
 
   def vary(self, **changes: Any) -> "Context":
-    """The same cases and seeds under other settings (steps, shift, guidance, boundary, frames).
+    """The same cases and seeds under other settings, of `VARIED`, as a configuration has them.
 
-    The control leaves everything as it is.
+    Another negative prompt, or guidance where no run had any, is encoded anew; the encoders are
+    loaded for it beside the DiT. The control leaves everything as it is.
+
+    ValueError: a setting that is none of `VARIED`, or can't have this value.
     """
+    other = [name for name in changes if name not in VARIED]
+    if other:
+      raise ValueError(
+        f"ctx.vary got {other[0]!r}, wanted some of {', '.join(VARIED)}: any other setting is that "
+        "of a whole study, --config.KEY=VALUE."
+      )
+    given = {name: np.asarray(value).tolist() for name, value in changes.items()}
+    chosen = from_config(dataclasses.asdict(self.setting.chosen) | given)
     if self.control or not changes:
       return self
-    chosen = dataclasses.replace(self.setting.chosen, **changes)
     setting = dataclasses.replace(self.setting, chosen=chosen)
+    anew = not changes.keys().isdisjoint(ENCODED) or (chosen.guided and self.sizes.G == 1)
+    named = {name: getattr(chosen, name) for name in changes}
     cases = self.cases
     if "frames" in changes:
       cases = tuple(
@@ -342,10 +357,10 @@ class Context:
       self.roles,
       tally=self.tally,
       chunks=self.chunks,
-      place=f"{self.place} {json.dumps(changes, sort_keys=True, default=str)}",
+      place=f"{self.place} {json.dumps(named, sort_keys=True)}",
       calls=self.calls,
       lost=self.lost,
-      cond=None if "frames" in changes else self.cond,
+      cond=None if anew else self.cond,
     )
 
 

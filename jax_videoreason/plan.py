@@ -32,7 +32,7 @@ from jax_videoreason.pytrees import nest
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.solvers import SOLVERS
-from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes
+from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes, key_of
 from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
 
 # what has a command make so many runs together
@@ -365,7 +365,7 @@ def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, 
   seed = PartitionSpec("seed")
   cells = (s.R, s.F, s.H, s.W)
   image = config.image_input != "none"
-  key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+  key = jax.eval_shape(lambda: key_of(0)).dtype
   text = config.dtype if made.parts.text is None else made.parts.text.config.dtype
   left_out = (None,) * (len(made.experts) - len(problem.experts))
   params = (*(weights(leaves) for leaves in problem.experts), *left_out)

@@ -14,7 +14,7 @@ from jax_videoreason import attention, distributed, sampler
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
-from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace
+from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace, key_of
 from jax_videoreason.taps import TapSpec, step_slots
 
 STRIDE = 10_000  # seeds of a case
@@ -49,22 +49,20 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def make_noise(seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any = None) -> Noise:
   """The noise of R runs; grid is (F, H, W, C).
 
-  Run r's key is fold_in(key(0), seeds[r]): its noise depends on no other run, nor on order,
+  Run r's key is fold_in(key_of(0), seeds[r]): its noise depends on no other run, nor on order,
   batch or device, and fewer frames get the first frames of the same noise.
   start: R F H W C noise to use instead (float, finite).
   """
   if not jax.config.values["jax_threefry_partitionable"]:
     raise ValueError(
-      "jax_threefry_partitionable is off, so noise depends on the sharding: remove the setting."
+      "jax_threefry_partitionable is off, by which a seed is other noise: remove the setting."
     )
   seeds_array = np.asarray(seeds)
   if seeds_array.ndim != 1 or seeds_array.size == 0 or seeds_array.dtype.kind not in "iu":
     raise ValueError(f"seeds={seeds!r}, wanted a list of at least one whole number.")
   if seeds_array.min() < 0 or seeds_array.max() >= 2**32:
     raise ValueError(f"seeds={seeds!r}, wanted numbers in 0..{2**32 - 1}.")
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(0), jnp.asarray(seeds_array, jnp.uint32)
-  )
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key_of(0), jnp.asarray(seeds_array, jnp.uint32))
   if start is not None:
     start = np.asarray(start)
     wanted = (len(seeds), *grid)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_videoreason.axes import Array, Params
@@ -135,11 +136,19 @@ class Conditioning:
   clip: Array | None = None
 
 
+def key_of(seed: int) -> Array:
+  """The typed key of a seed, of one generator whatever `jax_default_prng_impl` says.
+
+  What another one (rbg) draws for a run varies with the batch.
+  """
+  return jax.random.key(seed, impl="threefry2x32")
+
+
 @pytree
 class Noise:
   """The noise of each run.
 
-  keys: R typed PRNG keys, fold_in(key(0), seed number).
+  keys: R typed PRNG keys, fold_in(key_of(0), seed number).
   start: R F H W C noise from elsewhere (parity); None = drawn from keys in float32.
   injected: S R F H W C the same for noise injected on the way.
   grid: (F, H, W, C) of the latents to draw.

@@ -12,7 +12,7 @@ import optax
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.pytrees import pytree
 from jax_videoreason.schedules import sinusoid
-from jax_videoreason.structs import Conditioning, Parts
+from jax_videoreason.structs import Conditioning, Parts, key_of
 
 BANDS = (0.0, 0.4, 0.7, 0.9, 1.0)
 
@@ -89,14 +89,14 @@ def make_step(
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
   """A jitted train step for `loss(params, batch, key) -> (scalar, metrics)`.
 
-  The key of a step is fold_in(key(seed), step), so a resumed training draws what an undisturbed
+  The key of a step is fold_in(key_of(seed), step), so a resumed training draws what an undisturbed
   one draws. A step whose loss or gradient is not finite leaves the state as it was and reports
   `finite` = False.
   """
   transform = optimiser(settings)
 
   def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key_of(seed), state.step)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)

@@ -58,7 +58,7 @@ from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
-from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Parts
+from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Parts, key_of
 from jax_videoreason.tasks import draw
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer
 
@@ -320,7 +320,7 @@ def stage_vae(options: argparse.Namespace) -> None:
     params = checkpoint.load(options.init, parts=("vae",)).vae
   else:
     params = jax.jit(lambda key: parts.vae.init(key, jnp.zeros((1, 5, SIZE, SIZE, 3)))["params"])(
-      jax.random.key(0)
+      key_of(0)
     )
   settings = training.TrainSettings(
     steps=options.steps,
@@ -554,8 +554,8 @@ def begin_dit(parts: Any, shape: tuple[int, ...]) -> Any:
   )
   time = jnp.zeros((2, parts.dit.config.freq_dim))
   return {
-    "dit": jax.jit(parts.dit.init)(jax.random.key(0), latents, time, cond)["params"],
-    "text": jax.jit(parts.text.init)(jax.random.key(1), ids, ids == 0)["params"],
+    "dit": jax.jit(parts.dit.init)(key_of(0), latents, time, cond)["params"],
+    "text": jax.jit(parts.text.init)(key_of(1), ids, ids == 0)["params"],
   }
 
 
@@ -642,7 +642,7 @@ def stage_preview(options: argparse.Namespace) -> None:
   decoder = PreviewDecoder(PreviewConfig(stride=spec.stride, z_channels=spec.channels, **PREVIEW))
   *taught, held = x0_shards(options, bundle)
   cells = jnp.zeros((1, *latent_shape(bundle.parts)))
-  fresh = jax.jit(decoder.init)(jax.random.key(2), cells)["params"]
+  fresh = jax.jit(decoder.init)(key_of(2), cells)["params"]
   learnt = fit(preview_stage(options, decoder, taught), fresh).ema
   parts = dataclasses.replace(bundle.parts, preview=decoder)
   checkpoint.save(

@@ -12,6 +12,7 @@ import pytest
 
 from jax_videoreason import checkpoint, cli, costs, plan, settings, sharding
 from jax_videoreason.experiments import EXPERIMENTS, find
+from jax_videoreason.runs import make_noise
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.taps import TapSpec, tap_bytes
 
@@ -239,6 +240,13 @@ def test_a_mesh_is_proposed():
     found = axes("wan22_i2v_a14b:720p", "v5p:4x4x4", runs)
     assert found["seed"] * found["fsdp"] * found["context"] == 64
     assert runs % found["seed"] == 0
+
+
+def test_a_plan_has_the_keys_of_a_run_under_any_default_generator():
+  one = problem("mini")
+  with jax.default_prng_impl("rbg"):
+    noise = plan.arguments(one, None)[1]
+  assert noise.keys.dtype == make_noise([0], one.grid).keys.dtype
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 3, 4])

@@ -221,6 +221,21 @@ def test_noise_of_a_run_is_its_own():
   )
 
 
+def test_noise_of_a_seed_is_the_same_under_any_default_generator():
+  whole = sampler.start(runs.make_noise([3, 5], GRID), "euler").latents
+  with jax.default_prng_impl("rbg"):
+    alone = sampler.start(runs.make_noise([5], GRID), "euler").latents
+  np.testing.assert_array_equal(alone[0], whole[1])
+
+
+def test_noise_that_a_setting_changes_is_refused():
+  with (
+    jax.threefry_partitionable(False),
+    pytest.raises(ValueError, match="jax_threefry_partitionable is off, by which a seed is other"),
+  ):
+    runs.make_noise([3], GRID)
+
+
 def test_giving_the_noise_equals_drawing_it(bundle, inputs):
   noise, cond = inputs
   schedule = tiny_schedule()

@@ -353,6 +353,16 @@ def test_a_preview_needs_a_bundle_and_runs_to_compare_with(call, work, tmp_path,
   assert not list(work.glob("x0_*"))
 
 
+def test_a_network_begins_the_same_under_any_default_generator(script, monkeypatch):
+  for name, value in {"width": 16, "ffn_width": 16, "heads": 1, "layers": 1}.items():
+    monkeypatch.setitem(script.DIT, name, value)
+  parts = script.make_parts(script.VAE)
+  shape = script.latent_shape(parts)
+  wanted = script.begin_dit(parts, shape)
+  with jax.default_prng_impl("rbg"):
+    jax.tree.map(np.testing.assert_array_equal, script.begin_dit(parts, shape), wanted)
+
+
 def test_clips_of_another_number_are_refused(script, tmp_path):
   np.save(tmp_path / "clips.npy", np.zeros((3, 1), np.uint8))
   (tmp_path / "tokenizer.json").touch()

@@ -390,12 +390,14 @@ def test_a_gradient_beyond_the_norm_that_is_asked_counts_as_one_of_that_norm():
   assert np.all(np.abs(after(1.0) - bound) > 1e-3)
 
 
-def test_each_step_draws_by_the_seed_and_its_number():
+@pytest.mark.parametrize("default", ["threefry2x32", "rbg"])
+def test_each_step_draws_by_the_seed_and_its_number_alone(default):
   def loss(params, batch, key):
     return params["w"], {"draw": jax.random.uniform(key)}
 
   for seed in (3, 4):
-    steps = walk(loss, SETTINGS, {"w": jnp.array(1.0)}, [{}] * 3, seed)
+    with jax.default_prng_impl(default):
+      steps = [*walk(loss, SETTINGS, {"w": jnp.array(1.0)}, [{}] * 3, seed)]
     drawn = [float(metrics["draw"]) for _, metrics in steps]
     keys = [jax.random.fold_in(jax.random.key(seed), step) for step in range(3)]
     assert drawn == [float(jax.random.uniform(key)) for key in keys]

@@ -97,17 +97,11 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
   return _by_run(tree, put)
 
 
-def place_model(
-  bundle: ModelBundle, edit: Intervention | None, mesh: Mesh | None
-) -> tuple[ModelBundle, Intervention | None]:
-  """What denoises of a bundle whose DiT lies on a mesh, and an edit everywhere on it.
-
-  mesh: None = both as they are. The rest of the bundle may lie anywhere, so it is left out.
-  """
+def place_edit(edit: Intervention | None, mesh: Mesh | None) -> Intervention | None:
+  """An edit everywhere on a mesh; None = as it is."""
   if mesh is None:
-    return bundle, edit
-  bundle = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
-  return bundle, jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
+    return edit
+  return jax.device_put(edit, NamedSharding(mesh, PartitionSpec()))
 
 
 @contextlib.contextmanager
@@ -196,7 +190,7 @@ def run(
       f"edits and taps with an R axis leave no room to fill {total} runs up on a mesh with "
       f"seed={seats}: give a multiple of {seats} runs."
     )
-  bundle, edit = place_model(bundle, edit, mesh)
+  edit = place_edit(edit, mesh)
   bare = expert is not None and not any(params is not None for params in bundle.params)
   stretches = schedule.by_expert() if bare else [(None, slice(0, len(schedule)))]
   stand: list[State | None] = [None if state is None else take(state, group) for group in groups]

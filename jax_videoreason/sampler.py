@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason.axes import Array
+from jax_videoreason.axes import Array, Params
 from jax_videoreason.edits import (
   CELLS,
   BlockEdits,
@@ -114,7 +114,9 @@ def denoise(
   check(bundle, noise, cond, schedule, edit, state)
   if guidance not in ("parallel", "sequential"):
     raise ValueError(f"guidance={guidance!r}, wanted 'parallel' or 'sequential'.")
-  return _trajectory(bundle, noise, cond, schedule, edit, taps, state, guidance)
+  return _trajectory(
+    bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, state, guidance
+  )
 
 
 def check(
@@ -210,7 +212,8 @@ def check(
 
 
 def _trajectory(
-  bundle: ModelBundle,
+  dit: Any,
+  experts: tuple[Params | None, ...],
   noise: Noise,
   cond: Conditioning,
   schedule: Schedule,
@@ -219,7 +222,6 @@ def _trajectory(
   state: State | None,
   guidance: Guidance,
 ) -> tuple[Array, Trace, State]:
-  dit = bundle.parts.dit
   solver = SOLVERS[schedule.solver]
   state = start(noise, schedule.solver) if state is None else state
   known = known_cells(dit.config.image_input, cond)
@@ -244,14 +246,14 @@ def _trajectory(
       return dit.apply({"params": params}, latents, row["time"], cond, edits, *tap_arguments)
 
     if schedule.which is None:
-      return call(bundle.params[0])
-    loaded = [expert for expert, params in enumerate(bundle.params) if params is not None]
-    result = jax.eval_shape(call, bundle.params[loaded[0]])
+      return call(experts[0])
+    loaded = [expert for expert, params in enumerate(experts) if params is not None]
+    result = jax.eval_shape(call, experts[loaded[0]])
 
     def filled(value: float) -> Any:
       return lambda: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), result)
 
-    branches: list[Any] = [lambda expert=expert: call(bundle.params[expert]) for expert in loaded]
+    branches: list[Any] = [lambda expert=expert: call(experts[expert]) for expert in loaded]
     # Where `which` is traced, `check` cannot refuse an expert that is not loaded: NaN says so.
     branches += [filled(0.0), filled(jnp.nan)]
     branch_of = np.full(HOLD + 1, len(loaded) + 1, np.int32)
@@ -309,7 +311,7 @@ def _trajectory(
   return state.latents, trace, state
 
 
-_trajectory = jax.jit(_trajectory, static_argnames=("guidance",))
+_trajectory = jax.jit(_trajectory, static_argnames=("dit", "guidance"))
 
 
 def _one_by_one(

@@ -1,5 +1,7 @@
 """The contract of `denoise`."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -243,6 +245,17 @@ def test_giving_the_noise_equals_drawing_it(bundle, inputs):
   start = np.asarray(sampler.start(noise, "euler").latents)
   given, _, _ = denoise(bundle, runs.make_noise(range(4), GRID, start), cond, schedule)
   assert relative(given, drawn) < SAME
+
+
+def test_a_bundle_of_another_name_and_with_other_parts_is_no_other_program(bundle, caplog):
+  card = replace(bundle.card, name="merged", tokenizer="tokenizer.json", sources=(("a", "b"),))
+  elsewhere = jax.device_put({"kernel": jnp.ones(2)}, jax.devices()[1])
+  other = replace(bundle, card=card, parts=replace(bundle.parts, vae="a VAE"), vae=elsewhere)
+  with jax.log_compiles():
+    for each in (bundle, other):
+      denoise(each, *tiny_inputs(1), tiny_schedule(7))  # steps of no other test
+  compiled = [r for r in caplog.records if re.match(r"Compiling .*_trajectory", r.getMessage())]
+  assert len(compiled) == 1
 
 
 def test_one_compilation_for_all_that_is_data(pair, inputs):

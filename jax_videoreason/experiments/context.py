@@ -218,11 +218,11 @@ class Context:
     if self.control and edit is not None:
       edit = neutral(edit, self.sizes)
     mesh = self.setting.mesh
-    bundle, edit = runs.place_model(self.bundle, edit, mesh)
+    edit = runs.place_edit(edit, mesh)
     state = None if state is None else runs.place(state, mesh)
     with runs.over(mesh):
       latents, trace, _ = sampler.denoise(
-        bundle, self.noise, self.cond, schedule, edit, taps, state
+        self.bundle, self.noise, self.cond, schedule, edit, taps, state
       )
     trace = jax.tree.map(np.asarray, trace)
     one = self.sizes.R * self.sizes.G

@@ -365,7 +365,7 @@ def ensemble(
   if not any(params is not None for params in bundle.params):
     ((number, _),) = schedule[0:1].by_expert()
     first = dataclasses.replace(bundle, params=expert(number))
-  first, edit = runs.place_model(first, edit, mesh)
+  edit = runs.place_edit(edit, mesh)
   many, wide, start = (
     runs.place(tree, mesh) for tree in (many, wide, sampler.start(many, schedule.solver))
   )

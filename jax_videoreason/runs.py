@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -245,7 +246,8 @@ def pmap_runs(
   """`sampler.denoise` by `jax.pmap`: weights on every device, runs dealt out evenly.
 
   R is padded to a multiple of the devices (None = all of this process) and the padding dropped.
-  Returns the final latents R F H W C and the trace. `run` with a mesh does the same and more.
+  Returns the final latents R F H W C and the trace. `run` with a mesh does the same and more. A
+  later call with arguments of the same shapes and the same card compiles nothing.
   ValueError for taps with an R axis: they are not dealt out.
   """
   taps = TapSpec() if taps is None else taps
@@ -258,14 +260,8 @@ def pmap_runs(
   parts = [(take(noise, part), take(cond, part)) for part in dealt.reshape(len(chosen), each)]
   sampler.check(bundle, *parts[0], schedule)
   some_noise, some_cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-
-  def denoise(weights: Any, noise: Noise, cond: Conditioning) -> tuple[Array, Trace]:
-    own = dataclasses.replace(bundle, params=weights, vae=None, text=None, clip=None, preview=None)
-    final, trace, _ = sampler.denoise(own, noise, cond, schedule, taps=taps)
-    return final, trace
-
-  spread = jax.pmap(denoise, in_axes=(None, 0, 0), devices=chosen)
-  final, trace = spread(bundle.params, some_noise, some_cond)
+  dit = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
+  final, trace = _spread(tuple(chosen))(dit, some_noise, some_cond, schedule, taps)
 
   def joined(value: Any, axis: int) -> Any:
     """The device axis, which leads, and the axis of runs as one; without what was padded."""
@@ -279,6 +275,19 @@ def pmap_runs(
     taps={name: joined(value, 3) for name, value in trace.taps.items()},
     solver={name: joined(value, 1) for name, value in trace.solver.items()},
   )
+
+
+@functools.cache
+def _spread(devices: tuple[Any, ...]) -> Callable[..., tuple[Array, Trace]]:
+  """`_denoise` by `jax.pmap`, whose programs last as long as what it returns."""
+  return jax.pmap(_denoise, in_axes=(None, 0, 0, None, None), devices=devices)
+
+
+def _denoise(
+  bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule, taps: TapSpec
+) -> tuple[Array, Trace]:
+  final, trace, _ = sampler.denoise(bundle, noise, cond, schedule, taps=taps)
+  return final, trace
 
 
 def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:

@@ -115,6 +115,14 @@ def test_pmap_equals_the_mesh_also_where_runs_do_not_divide():
   agree(traced(bundle, noise, cond, mesh=sharding.make_mesh(seed=4)), wanted)
 
 
+def test_pmap_compiles_once_for_all_calls_of_one_shape(caplog):
+  noise, cond = inputs(6)
+  runs.pmap_runs(bundle_of("concat"), noise, cond, tiny_schedule(STEPS), taps=TAPS)
+  with jax.log_compiles():
+    runs.pmap_runs(bundle_of("concat"), noise, cond, tiny_schedule(STEPS, shift=3.0), taps=TAPS)
+  assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+
 def test_pmap_refuses_taps_of_single_runs_and_taps_without_their_name():
   noise, cond = inputs(2)
   taps = TapSpec(sites=("attn_out",), reduce=("region_mean",), regions=np.ones((2, 1, 18)))

@@ -26,6 +26,7 @@ from jax_videoreason.folders import checksum
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
+from jax_videoreason.sharding import check_auto
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
 
@@ -106,8 +107,10 @@ def load(
   verify: compare every leaf with its checksum; on several processes each checks a share.
 
   FileNotFoundError: no such bundle, a part's folder is missing. ValueError: a damaged or newer
-  bundle.json, a part it does not have, leaves that contradict their config or their checksum.
+  bundle.json, a part it does not have, leaves that contradict their config or their checksum, a
+  mesh whose axes are not Auto.
   """
+  check_auto(mesh)
   folder = find(name_or_path)
   described = _read_description(folder)
   names = _chosen(parts, described, folder)

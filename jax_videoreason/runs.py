@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, distributed, sampler
+from jax_videoreason import attention, distributed, sampler, sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
@@ -88,7 +88,11 @@ def take(tree: Any, runs: Any) -> Any:
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-  """A Noise, Conditioning or State with its R axis on the mesh axis `seed`; None = as it is."""
+  """A Noise, Conditioning or State with its R axis on the mesh axis `seed`; None = as it is.
+
+  ValueError: a mesh whose axes are not Auto.
+  """
+  sharding.check_auto(mesh)
   if mesh is None:
     return tree
 
@@ -107,7 +111,11 @@ def place_edit(edit: Intervention | None, mesh: Mesh | None) -> Intervention | N
 
 @contextlib.contextmanager
 def over(mesh: Mesh | None, route: attention.Route | None = None) -> Iterator[None]:
-  """`sampler.denoise` inside runs on the mesh and by the route, as `run` takes them."""
+  """`sampler.denoise` inside runs on the mesh and by the route, as `run` takes them.
+
+  ValueError: a mesh whose axes are not Auto.
+  """
+  sharding.check_auto(mesh)
   with contextlib.ExitStack() as around:
     around.enter_context(attention.by_route(route))
     if mesh is not None:
@@ -172,7 +180,8 @@ def run(
   expert: asked where `bundle` holds no expert. The schedule is cut where it changes experts; each
   makes its steps of all runs, and is let go before the next one is brought.
 
-  Raises ValueError where an edit or a tap relates runs of different batches.
+  Raises ValueError where an edit or a tap relates runs of different batches, and for a mesh whose
+  axes are not Auto.
   """
   taps = TapSpec() if taps is None else taps
   total = noise.keys.shape[0]

@@ -32,6 +32,19 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def check_auto(mesh: Mesh | None) -> None:
+  """ValueError where XLA may not choose how arrays lie on a mesh, as on one of `jax.make_mesh`."""
+  if mesh is None or all(kind == AxisType.Auto for kind in mesh.axis_types):
+    return
+  found = ", ".join(
+    f"{name}={kind.name}" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+  )
+  sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+  raise ValueError(
+    f"the axes of the mesh are {found}, wanted Auto: make it by sharding.make_mesh({sizes})."
+  )
+
+
 def axes_of(text: str) -> dict[str, int]:
   """The sizes of "seed=2,fsdp=4,context=2"; an axis that is not named is 1."""
   sizes: dict[str, int] = {name: 1 for name in MESH_AXES}

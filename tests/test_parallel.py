@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import relative, tiny_bundle, tiny_schedule
-from jax_videoreason import attention, runs, sampler, sharding
+from jax_videoreason import attention, checkpoint, runs, sampler, sharding
 from jax_videoreason.interventions import (
   ablate,
   ensemble_runs,
@@ -98,6 +98,28 @@ def edited(request):
 def test_sharded_tokens_and_runs_equal_one_device_with_edits_and_taps(edited, shape):
   problem, wanted = edited
   agree(traced(*problem, mesh=sharding.make_mesh(*shape)), wanted)
+
+
+def test_a_mesh_whose_axes_are_not_auto_is_refused():
+  mesh, (noise, cond) = jax.make_mesh((2, 1, 1), sharding.MESH_AXES), inputs(2)
+  problem = (bundle_of("concat"), noise, cond, tiny_schedule(STEPS))
+
+  def over():
+    with runs.over(mesh):
+      sampler.denoise(*problem)
+
+  said = (
+    "the axes of the mesh are seed=Explicit, fsdp=Explicit, context=Explicit, wanted Auto: make it "
+    "by sharding.make_mesh(seed=2, fsdp=1, context=1)."
+  )
+  for use in (
+    over,
+    lambda: runs.run(*problem, mesh=mesh),
+    lambda: runs.place(cond, mesh),
+    lambda: checkpoint.load("mini", parts=("dit",), mesh=mesh),
+  ):
+    with pytest.raises(ValueError, match=re.escape(said)):
+      use()
 
 
 def test_the_odd_grid_does_not_divide():

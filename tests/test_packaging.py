@@ -1,5 +1,6 @@
 """The wheel holds everything and runs elsewhere; metadata lies in setup.cfg and nowhere twice."""
 
+import ast
 import configparser
 import importlib.metadata
 import os
@@ -64,6 +65,29 @@ def test_configs_and_convert_are_found_in_a_checkout():
 
   for module, folder in ((configs, "configs"), (convert, "convert")):
     assert Path(module.__path__[0]).resolve().name == folder
+
+
+def imported() -> set[str]:
+  """The distributions that the package imports from."""
+  found = set()
+  for path in (path for top in FOLDERS.values() for path in (ROOT / top).rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        found |= {alias.name.split(".")[0] for alias in node.names}
+      elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        found.add(node.module.split(".")[0])
+  offered = importlib.metadata.packages_distributions()
+  return {name.lower().replace("_", "-") for top in found for name in offered.get(top, ())}
+
+
+def test_what_every_user_installs_is_imported_by_the_package():
+  required = {name.split(">")[0] for name in lines(setup()["options"]["install_requires"])}
+  assert required - imported() == set()
+
+
+def test_optax_is_one_that_has_the_norm_that_training_takes():
+  required = lines(setup()["options"]["install_requires"])
+  assert [name for name in required if name.startswith("optax")] == ["optax>=0.2.5"]  # optax.tree
 
 
 def test_pins_are_exact_and_cover_what_is_required():

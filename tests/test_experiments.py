@@ -128,6 +128,7 @@ def test_a_study_encodes_its_batches_before_the_model_is_loaded_and_no_finished_
   assert parts == 2 * [("text", "clip", "vae"), ("vae", "preview"), ("dit",)]
   assert cli.main(words) == 0
   assert len(parts) == 6  # nothing is loaded for what is there
+  assert results.load(tmp_path / "parts")[1]["format"] == results.FORMAT
   whole, again = (results.load(tmp_path / place)[0].values for place in ("whole", "parts"))
   for name, value in whole.items():
     np.testing.assert_array_equal(again[name], value)
@@ -633,6 +634,21 @@ def test_a_study_of_before_problems_were_kept_opens_and_is_not_taken_for_one_of_
   assert "it is a study of an older version, whose intervals are over cases" in (
     capsys.readouterr().err
   )
+
+
+def test_a_study_that_meant_something_else_is_not_taken_for_one_of_now(
+  tmp_path, monkeypatch, capsys
+):
+  found = Result(values={"gain": np.ones(2)}, axes={"gain": ("case",)}, problem_of=("a", "b"))
+  for age, named in ((1, True), (0, False)):
+    out = tmp_path / f"{age}"
+    out.mkdir()
+    results.save(out, found, {"key": "a", "format": results.FORMAT - age})
+    write_json(out / "manifest.json", {**MANIFEST, "files": {}})
+    assert stopped(monkeypatch, out) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert "holds something else" in said and "give --redo" in said
+    assert ("; it is a study of an older version)" in said) == named
 
 
 def curves(curve, places):

@@ -554,6 +554,22 @@ def test_probes_find_nothing_in_noise_and_nothing_for_shuffled_labels():
   assert planted[:3].max() < 0.7
 
 
+@pytest.mark.parametrize(("period", "seeds"), [(2, 1), (4, 1), (2, 4)])
+def test_labels_in_an_order_are_judged_as_shuffled_ones_are(period, seeds):
+  groups = np.arange(64) // seeds
+  labels = np.where(groups % period < period // 2, "a", "b")
+  features = np.random.default_rng(0).normal(size=(32, 64, 12))
+  found = linear.beside_shuffled(features, labels, groups)
+  assert np.all(np.abs(found.mean((1, 2)) - 0.5) < 0.08)
+
+
+def test_folds_rest_on_the_order_of_groups_and_not_on_their_numbers():
+  rng = np.random.default_rng(0)
+  features, labels, groups = rng.normal(size=(8, 24, 6)), np.arange(24) % 3, np.arange(24) // 2
+  found = linear.crossed(features, labels, groups)
+  np.testing.assert_array_equal(found, linear.crossed(features, labels, 7 * groups - 30))
+
+
 def test_probes_are_the_same_on_four_devices_and_on_one(monkeypatch):
   rng = np.random.default_rng(1)
   features, labels = rng.normal(size=(8, 24, 6)), np.arange(24) % 3

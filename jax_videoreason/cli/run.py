@@ -270,6 +270,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
           **record,
           "preview_agreement": agreement,
           "key": key,
+          "format": results.FORMAT,
           "source": source,
           "own_format": results.OWN_FORMAT,
           "task_sources": of_tasks,
@@ -336,6 +337,7 @@ def check_out(
 
   source: of the study, if it does not ship. of_tasks: of those of its tasks that do not, by name.
   """
+  from jax_videoreason.experiments.results import FORMAT
   from jax_videoreason.folders import LOCK, STAGE, refuse_other, replaceable
 
   if not out.exists():
@@ -360,6 +362,8 @@ def check_out(
       code = "; it is a study of an older version, whose intervals are over cases"
     elif not code and source is not None and "axes" in record and "own_format" not in record:
       code = "; it is a study of an older version, in which one call could get another's result"
+    elif not code and "axes" in record and record.get("format") != FORMAT:
+      code = "; it is a study of an older version"
     raise ValueError(
       f"{out} holds something else (it has {there[0]}{code}): choose another --out, or give --redo."
     )

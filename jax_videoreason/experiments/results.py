@@ -12,7 +12,7 @@ from jax_videoreason import arrays, stats
 from jax_videoreason.folders import damaged, expect, plain, read_json, write_json
 
 SEED = 0  # of every resampling
-FORMAT = 2  # raised where what a study keeps means something else than before
+FORMAT = 3  # raised where what a study keeps means something else than before
 OWN_FORMAT = 1  # the same of studies that users write alone
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")

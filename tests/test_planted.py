@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import toy
-from helpers import relative, tiny_bundle, tiny_inputs
+from helpers import relative, tiny_bundle, tiny_inputs, tiny_schedule
 from jax_videoreason import probes as linear
-from jax_videoreason import tasks
+from jax_videoreason import sampler, tasks
 from jax_videoreason.experiments import EXPERIMENTS, Result, perform
 from jax_videoreason.experiments.behaviours import parts_shown, with_memory
 from jax_videoreason.experiments.context import Chunks, Tally, assemble
@@ -26,6 +26,8 @@ from jax_videoreason.experiments.layer_maps import (
 from jax_videoreason.experiments.layer_swap import flipped
 from jax_videoreason.experiments.probes import fit, targets_of
 from jax_videoreason.experiments.readings import decision, grown, majority
+from jax_videoreason.interventions import identity, steer, where
+from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import draw
 
 
@@ -579,6 +581,50 @@ def test_probes_are_the_same_on_four_devices_and_on_one(monkeypatch):
   np.testing.assert_array_equal(spread, linear.crossed(features, labels, np.arange(24)))
 
 
+def test_fitted_probes_are_those_that_are_judged():
+  rng = np.random.default_rng(2)
+  groups, labels = np.arange(40) % 4, rng.choice(["a", "b", "c"], size=40)
+  features = rng.normal(size=(8, 40, 6))
+  features[:4, :, :2] += 4 * (labels[:, None] == ["a", "b"])
+  features = 3 + features * 10.0 ** np.arange(-2, 4)  # columns in units of their own
+  right = linear.crossed(features, labels, groups)
+  for group in range(4):  # as many groups as folds
+    seen = groups != group
+    found = linear.fit(features[:, seen], labels[seen])
+    scores = features[:, ~seen] @ found.kernel + found.bias[:, None]
+    said = found.classes[scores.argmax(2)]
+    np.testing.assert_array_equal(said == labels[~seen], right[:, ~seen])
+  assert right[:4].mean() > 0.8
+  with pytest.raises(ValueError, match="label 'd' is no class, wanted one of"):
+    found.direction("d")
+
+
+def test_steering_along_a_probe_moves_its_score():
+  bundle, (noise, cond), schedule = tiny_bundle(), tiny_inputs(8), tiny_schedule()
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  taps = TapSpec(
+    sites=("resid_post",), reduce=("region_mean",), steps=(0,), regions=np.ones((8, 1, sizes.T))
+  )
+
+  def means(edit=None):
+    """L R D."""
+    trace = sampler.denoise(bundle, noise, cond, schedule, edit, taps)[1]
+    return np.asarray(trace.taps["resid_post/region_mean"])[0, :, 0, :, 0]
+
+  before = means()
+  found = linear.fit(before, np.array(["a", "b", "c", "c"] * 2))
+  towards = found.direction("b")
+  room = identity(sizes, edits=("steer",), sites=("resid_post",))
+  at = where(sizes, steps=0, layers=1)
+  after = means(steer(room, at, towards, gain=2.0))
+  rise = (after - before) @ found.kernel  # L R C
+  wanted = 2 * np.square(towards[1]).sum()
+  np.testing.assert_allclose(rise[1, :, 1] - rise[1].mean(1), wanted, rtol=1e-3)
+  assert np.abs(rise[0]).max() == 0
+  said = (after[1] @ found.kernel[1] + found.bias[1]).argmax(1)
+  assert (found.classes[said] == "b").all()
+
+
 @pytest.mark.parametrize(
   ("labels", "groups", "said"),
   [
@@ -589,3 +635,8 @@ def test_probes_are_the_same_on_four_devices_and_on_one(monkeypatch):
 def test_probes_say_what_they_need(labels, groups, said):
   with pytest.raises(ValueError, match=said):
     linear.crossed(np.zeros((2, 8, 3)), labels, groups)
+
+
+def test_a_probe_of_one_class_is_not_fitted():
+  with pytest.raises(ValueError, match="all 8 labels are equal"):
+    linear.fit(np.zeros((2, 8, 3)), np.zeros(8))

@@ -183,6 +183,7 @@ def run(
   Raises ValueError where an edit or a tap relates runs of different batches, and for a mesh whose
   axes are not Auto.
   """
+  sampler.check_kinds(edit, taps)
   taps = TapSpec() if taps is None else taps
   total = noise.keys.shape[0]
   groups = batches(total, batch)

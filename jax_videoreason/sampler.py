@@ -107,9 +107,10 @@ def denoise(
   guidance: "sequential" computes one guidance branch after the other, with half the activations.
 
   Raises:
-    ValueError: shapes that contradict each other, or a schedule that calls an expert that is not
-      loaded.
+    ValueError: shapes that contradict each other, a schedule that calls an expert that is not
+      loaded, or an `edit` or `taps` of another kind.
   """
+  check_kinds(edit, taps)
   taps = TapSpec() if taps is None else taps
   check(bundle, noise, cond, schedule, edit, state)
   if guidance not in ("parallel", "sequential"):
@@ -117,6 +118,16 @@ def denoise(
   return _trajectory(
     bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, state, guidance
   )
+
+
+def check_kinds(edit: Any, taps: Any) -> None:
+  """ValueError unless `edit` is an Intervention or None, and `taps` a TapSpec or None."""
+  for name, given, kind in (("edit", edit, Intervention), ("taps", taps, TapSpec)):
+    if given is not None and not isinstance(given, kind):
+      raise ValueError(
+        f"{name} is of the kind {type(given).__name__}, wanted one {kind.__name__} or None: give "
+        "both by name, edit=..., taps=...; edits compose into one."
+      )
 
 
 def check(

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jax_videoreason.axes import Array
-from jax_videoreason.pytrees import pytree, static
+from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.reductions import REDUCTIONS, Inputs
 from jax_videoreason.structs import Sizes
 
@@ -28,11 +29,13 @@ class TapSpec:
   sites, reduce: every reduction (`reductions.REDUCTIONS`) at every site; "site/reduction" is one at
   that site alone.
   steps: rows of the schedule passed. branches: of G; the paper records the branch with the prompt.
-  layers, steps and branches are counted from 0 and increase.
+  layers, steps and branches are counted from 0 and increase; a number, an array, or a slice whose
+  ends are counted so becomes a tuple, and lists of numbers in the place of arrays become arrays.
   solver: the solver's memory before every step, without which `state_at` restarts it.
   directions: P D for 'project'. regions: R P T weights for 'region_mean'. targets: R T P for
   'gram'.
   reference: R int32, the run each run is compared with, for 'cosine_to' and 'cka_to'.
+  Errors: ValueError for a text where names are wanted, and for what is no index.
   """
 
   sites: tuple[str, ...] = static(default=())
@@ -47,6 +50,17 @@ class TapSpec:
   regions: Array | None = None
   targets: Array | None = None
   reference: Array | None = None
+
+  def __post_init__(self):
+    fields: dict[str, Any] = {n: _names(n, getattr(self, n)) for n in ("sites", "reduce")}
+    fields["branches"] = _indices("branches", self.branches)
+    for name in ("layers", "steps"):
+      given = getattr(self, name)
+      fields[name] = None if given is None else _indices(name, given)
+    for name in ("directions", "regions", "targets", "reference"):
+      fields[name] = _array(getattr(self, name))
+    for name, value in fields.items():
+      object.__setattr__(self, name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +316,43 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
     named = np.asarray(reference)
     if named.size and (named.min() < 0 or named.max() >= sizes.R):
       raise ValueError(f"reference={named.tolist()} names a run outside 0..{sizes.R - 1}.")
+
+
+def _names(name: str, given: Any) -> tuple[str, ...]:
+  if isinstance(given, str):
+    raise ValueError(f"{name}='{given}', wanted a tuple: {name}=('{given}',).")
+  names = tuple(given) if isinstance(given, Iterable) else (given,)
+  if not all(isinstance(one, str) for one in names):
+    raise ValueError(f"{name}={given!r}, wanted a tuple of names.")
+  return names
+
+
+def _indices(name: str, given: Any) -> tuple[int, ...]:
+  """An index, indices or a slice as a tuple; how many there are is not known here."""
+  if not is_known(given):
+    raise ValueError(f"{name} is traced, and decides what the program holds: give plain numbers.")
+  if isinstance(given, slice):
+    start, stop, step = given.start or 0, given.stop, given.step or 1
+    if stop is None or min(start, stop) < 0 or step < 0:
+      raise ValueError(
+        f"{name}={given}, wanted a slice i:j with ends counted from 0: {name}=range(i, j)."
+      )
+    given = range(start, stop, step)
+  index = np.asarray(given)
+  if index.ndim > 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
+    raise ValueError(
+      f"{name}={given!r}, wanted indices from 0 on, as (0, 2); of a mask, np.flatnonzero(mask)."
+    )
+  return tuple(index.ravel().tolist())
+
+
+def _array(given: Any) -> Any:
+  """A list of numbers or arrays as an array; anything else as it is."""
+  kinds = (int, float, np.generic, np.ndarray, jax.Array)
+  # jax puts what it likes into the fields of a pytree, so only numbers are taken for an array
+  if isinstance(given, list | tuple) and all(isinstance(x, kinds) for x in jax.tree.leaves(given)):
+    return (np if is_known(given) else jnp).asarray(given)
+  return given
 
 
 def _slots(asked: tuple[int, ...], size: int) -> np.ndarray:

@@ -531,6 +531,16 @@ def test_contradictions_are_named_before_anything_runs(pair, bundle, inputs):
     denoise(bundle, replace(noise, keys=jnp.zeros((4,), jnp.uint32)), cond, tiny_schedule())
 
 
+def test_an_edit_and_taps_of_another_kind_are_refused(bundle, inputs):
+  schedule = tiny_schedule()
+  for call in (denoise, runs.run):
+    for edit, kind in ((TapSpec(), "TapSpec"), ([Intervention()], "list")):
+      with pytest.raises(ValueError, match=f"edit is of the kind {kind}, wanted one Intervention"):
+        call(bundle, *inputs, schedule, edit)
+    with pytest.raises(ValueError, match="taps is of the kind Intervention, wanted one TapSpec"):
+      call(bundle, *inputs, schedule, taps=Intervention())
+
+
 def test_bad_noise_is_refused():
   good = np.zeros((2, *GRID), np.float32)
   with pytest.raises(ValueError, match=r"noise R F H W C is float32 \(2, 3, 4, 4, 4\), wanted"):

@@ -63,6 +63,68 @@ def test_slots_number_the_layers_asked_for():
   assert layer_slots(TapSpec(), 3).dtype == np.int32
 
 
+@pytest.mark.parametrize(
+  ("given", "kept"),
+  [
+    ({"layers": 3}, (3,)),
+    ({"layers": np.int64(3)}, (3,)),
+    ({"layers": np.array([1, 3])}, (1, 3)),
+    ({"layers": jnp.array([1, 3])}, (1, 3)),
+    ({"layers": [1, 3]}, (1, 3)),
+    ({"steps": slice(0, 1)}, (0,)),
+    ({"steps": slice(None, 4, 2)}, (0, 2)),
+    ({"steps": range(1, 4)}, (1, 2, 3)),
+    ({"steps": ()}, ()),
+    ({"branches": 1}, (1,)),
+    ({"sites": ["attn_out"]}, ("attn_out",)),
+    ({"reduce": ["norm", "update/full"]}, ("norm", "update/full")),
+  ],
+)
+def test_selections_become_tuples_that_a_program_is_known_by(given, kept):
+  ((field, _),) = given.items()
+  spec = TapSpec(**given)
+  assert spec == TapSpec(**{field: kept}) and hash(spec) == hash(TapSpec(**{field: kept}))
+  assert all(type(one) in (int, str) for one in getattr(spec, field))
+
+
+def test_lists_of_numbers_become_arrays():
+  lists = {name: array.tolist() for name, array in ARRAYS.items()}
+  buffers = empty_buffers(dataclasses.replace(ALL, **lists), SIZES, AIDS)
+  assert {n: b.shape for n, b in buffers.items()} == {
+    n: b.shape for n, b in empty_buffers(ALL, SIZES, AIDS).items()
+  }
+  rows = jax.jit(lambda d: TapSpec(directions=[d, 2 * d]).directions)(jnp.ones(16))
+  np.testing.assert_array_equal(rows, np.ones((2, 16)) * [[1], [2]])
+  marked = jax.tree.map(lambda _: ("seed", None), ALL)
+  assert marked.directions == ("seed", None)
+
+
+@pytest.mark.parametrize(
+  ("given", "said"),
+  [
+    ({"sites": "attn_out"}, r"sites='attn_out', wanted a tuple: sites=\('attn_out',\)\."),
+    ({"reduce": "norm"}, r"reduce='norm', wanted a tuple: reduce=\('norm',\)\."),
+    ({"sites": None}, r"sites=None, wanted a tuple of names\."),
+    ({"layers": "3"}, r"layers='3', wanted indices from 0 on"),
+    ({"layers": 1.5}, r"layers=1\.5, wanted indices from 0 on"),
+    ({"layers": [[1], [2]]}, r"wanted indices from 0 on"),
+    ({"layers": np.array([False, True])}, r"of a mask, np\.flatnonzero\(mask\)"),
+    ({"branches": None}, r"branches=None, wanted indices from 0 on"),
+    ({"layers": slice(2, None)}, r"None\), wanted a slice i:j .*: layers=range\(i, j\)\."),
+    ({"layers": slice(-2, 4)}, r"ends counted from 0"),
+    ({"layers": slice(4, 1, -1)}, r"ends counted from 0"),
+  ],
+)
+def test_what_is_no_selection_is_refused(given, said):
+  with pytest.raises(ValueError, match=said):
+    TapSpec(**given)
+
+
+def test_a_traced_layer_is_refused():
+  with pytest.raises(ValueError, match="layers is traced, and decides what the program holds"):
+    jax.jit(lambda layer: layer_slots(TapSpec(layers=layer), 5))(3)
+
+
 def test_a_scan_fills_the_rows_of_the_layers_asked_for(values, scanned):
   kept = scanned(layer_slots(ALL, SIZES.L))
   assert set(kept) == {f"{site}/{name}" for site in ALL.sites for name in ALL.reduce}

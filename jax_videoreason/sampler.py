@@ -95,6 +95,7 @@ def denoise(
   state: State | None = None,
   *,
   guidance: Guidance = "parallel",
+  remat: bool = False,
 ) -> tuple[Array, Trace, State]:
   """Denoises R runs over a schedule or a piece of it.
 
@@ -105,6 +106,8 @@ def denoise(
   `noise.injected` keep the rows of the whole schedule.
 
   guidance: "sequential" computes one guidance branch after the other, with half the activations.
+  remat: a derivative in reverse (`jax.grad`) keeps the state before every step and computes the
+    step again, so memory holds the activations of one step, not of all; values are the same.
 
   Raises:
     ValueError: shapes that contradict each other, a schedule that calls an expert that is not
@@ -116,7 +119,7 @@ def denoise(
   if guidance not in ("parallel", "sequential"):
     raise ValueError(f"guidance={guidance!r}, wanted 'parallel' or 'sequential'.")
   return _trajectory(
-    bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, state, guidance
+    bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, state, guidance, remat
   )
 
 
@@ -232,6 +235,7 @@ def _trajectory(
   taps: TapSpec,
   state: State | None,
   guidance: Guidance,
+  remat: bool,
 ) -> tuple[Array, Trace, State]:
   solver = SOLVERS[schedule.solver]
   state = start(noise, schedule.solver) if state is None else state
@@ -315,14 +319,16 @@ def _trajectory(
     first = jax.tree.map(lambda x: x[0], rows)
     _, shapes = jax.eval_shape(model, state.latents, first)
     kept = {n: jnp.zeros((asked_steps, *s.shape), s.dtype) for n, s in shapes.items()}
-  (state, kept), (finite, latents, x0, memory) = jax.lax.scan(step, (state, kept), rows)
+  # a loop keeps the two passes apart by itself
+  body = jax.checkpoint(step, prevent_cse=False) if remat else step
+  (state, kept), (finite, latents, x0, memory) = jax.lax.scan(body, (state, kept), rows)
   trace = Trace(
     sigma=schedule.sigma[:-1], finite=finite, latents=latents, x0=x0, taps=kept, solver=memory
   )
   return state.latents, trace, state
 
 
-_trajectory = jax.jit(_trajectory, static_argnames=("dit", "guidance"))
+_trajectory = jax.jit(_trajectory, static_argnames=("dit", "guidance", "remat"))
 
 
 def _one_by_one(

@@ -478,6 +478,47 @@ def test_the_trajectory_is_differentiable(bundle):
 
 
 @pytest.mark.slow
+def test_steps_computed_again_give_the_same(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule(2)
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  room = identity(sizes, edits=("gate",), sites=("mlp_out",))
+  at = sampler.start(noise, "euler").latents, jnp.asarray(room.gate, jnp.float32)
+
+  def made(start, gate, remat):
+    own, edit = replace(noise, start=start), replace(room, gate=gate)
+    return denoise(bundle, own, cond, schedule, edit, TapSpec(sites=("mlp_out",)), remat=remat)
+
+  def score(start, gate, remat):
+    latents, trace, _ = made(start, gate, remat)
+    return jnp.square(latents).sum() + trace.taps["mlp_out/norm"].sum()
+
+  chex.assert_trees_all_equal(made(*at, True), made(*at, False))
+  again, kept = (jax.grad(score, argnums=(0, 1))(*at, remat) for remat in (True, False))
+  assert all(relative(a, b) < SAME for a, b in zip(again, kept, strict=True))
+
+
+def test_steps_computed_again_bound_what_a_gradient_holds(bundle, inputs):
+  noise, cond = inputs
+  start = sampler.start(noise, "euler").latents
+
+  def growth(remat):
+    """Bytes that a gradient holds for one more step."""
+
+    def last(start, schedule):
+      return denoise(bundle, replace(noise, start=start), cond, schedule, remat=remat)[0].sum()
+
+    few, many = (
+      jax.jit(jax.grad(last)).lower(start, tiny_schedule(steps)).compile().memory_analysis()
+      for steps in (4, 12)
+    )
+    return (many.temp_size_in_bytes - few.temp_size_in_bytes) / 8
+
+  assert growth(remat=True) <= 1.1 * start.nbytes
+  assert growth(remat=False) > 5 * start.nbytes
+
+
+@pytest.mark.slow
 def test_layers_are_attributed_at_the_gate_that_changes_nothing(bundle, inputs):
   """The derivative by every gate at 1, through steps and layers, beside a step to both sides."""
   noise, cond = inputs

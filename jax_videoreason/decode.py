@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from jax_videoreason import sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.models.preview import of_ending
+from jax_videoreason.pytrees import refuse_traced
 from jax_videoreason.structs import LatentSpec, ModelBundle, Parts
 from jax_videoreason.tiling import Tiling, join, named, places
 
@@ -50,8 +51,9 @@ def decode(
     "diffsynth" with their sizes, or a `Tiling`; the result differs a little from the whole.
   mesh: runs and tiles of equal size are spread over those of its devices that are of this process,
     as many as there are of them; None = one device.
-  ValueError for another rank or channel count, more `last` than there are frames, or when the VAE
-  is not loaded.
+  ValueError for another rank or channel count, more `last` than there are frames, when the VAE is
+  not loaded, or where jax traces the call: `bundle.parts.vae.apply({"params": bundle.vae}, latents,
+  method="decode")` is what it may trace, R F H W C -> R frames height width 3 float32 in -1..1.
   """
   z = _checked(bundle, latents)
   return _together(bundle, z, last, _videos(bundle, z, chunk, last, tiles, mesh))
@@ -278,6 +280,13 @@ def _to_uint8(video: Array) -> Array:
 
 def _checked(bundle: ModelBundle, latents: ArrayLike) -> np.ndarray:
   """Latents ... F H W C on the host; ValueError for another rank or channel count, or no run."""
+  refuse_traced(
+    "decoding to uint8 frames",
+    'use bundle.parts.vae.apply({"params": bundle.vae}, latents, method="decode"), or '
+    'bundle.parts.preview.apply({"params": bundle.preview}, latents), of R F H W C',
+    (latents, bundle.vae, bundle.preview),
+    jnp.zeros(()),  # under jit this is traced, whatever is given
+  )
   z, channels = np.asarray(latents), bundle.card.latents.channels
   if z.ndim < 4 or z.shape[-1] != channels:
     raise ValueError(

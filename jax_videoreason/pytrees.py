@@ -1,6 +1,7 @@
 """Frozen dataclasses that jax walks through: `@pytree`, with `static()` for what is structure.
 
-Also nested dicts as flat ones, by paths such as "blocks/q/kernel", and whether leaves are known.
+Also nested dicts as flat ones, by paths such as "blocks/q/kernel", and whether leaves are known or
+traced.
 """
 
 import dataclasses
@@ -50,3 +51,9 @@ def is_known(*values: Any) -> bool:
   """Are all values here to be looked at: neither traced nor on other hosts?"""
   arrays = [leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, jax.Array)]
   return not any(isinstance(leaf, Tracer) or not leaf.is_fully_addressable for leaf in arrays)
+
+
+def refuse_traced(who: str, remedy: str, *values: Any) -> None:
+  """ValueError where a value is traced; `who` works on the host, `remedy` is what to do instead."""
+  if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
+    raise ValueError(f"{who} works on the host and jax traces it (jit, grad, vmap): {remedy}.")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_videoreason import attention, distributed, sampler, sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
+from jax_videoreason.pytrees import refuse_traced
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace, key_of
 from jax_videoreason.taps import TapSpec, step_slots
@@ -52,8 +53,15 @@ def make_noise(seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any
 
   Run r's key is fold_in(key_of(0), seeds[r]): its noise depends on no other run, nor on order,
   batch or device, and fewer frames get the first frames of the same noise.
-  start: R F H W C noise to use instead (float, finite).
+  start: R F H W C noise to use instead (float, finite). Nothing may be traced; a Noise takes a
+  traced start by `dataclasses.replace(noise, start=start)`.
   """
+  refuse_traced(
+    "make_noise",
+    "make the noise before, from numbers, and give it a traced start by "
+    "dataclasses.replace(noise, start=start)",
+    (seeds, start),
+  )
   if not jax.config.values["jax_threefry_partitionable"]:
     raise ValueError(
       "jax_threefry_partitionable is off, by which a seed is other noise: remove the setting."
@@ -180,9 +188,16 @@ def run(
   expert: asked where `bundle` holds no expert. The schedule is cut where it changes experts; each
   makes its steps of all runs, and is let go before the next one is brought.
 
-  Raises ValueError where an edit or a tap relates runs of different batches, and for a mesh whose
-  axes are not Auto.
+  Raises ValueError where an edit or a tap relates runs of different batches, for a mesh whose axes
+  are not Auto, and where jax traces the call, as for a gradient: `sampler.denoise` is what it may
+  trace.
   """
+  refuse_traced(
+    "run",
+    "call sampler.denoise, which takes the same bundle, noise, cond, schedule, edit and taps",
+    (bundle, noise, cond, schedule, edit, taps, state),
+    jnp.zeros(()),  # under jit this is traced, whatever is given
+  )
   sampler.check_kinds(edit, taps)
   taps = TapSpec() if taps is None else taps
   total = noise.keys.shape[0]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason.axes import Array
-from jax_videoreason.pytrees import is_known, pytree, static
+from jax_videoreason.pytrees import is_known, pytree, refuse_traced, static
 from jax_videoreason.solvers import SOLVERS
 
 HOLD = 2
@@ -218,8 +218,14 @@ def build(
     sigmas and timesteps are float32: one that should lie on the boundary may fall short of it.
   numerics: how the timestep is rounded and embedded; "official" and "diffusers" truncate it to
     an integer, "diffsynth" rounds it to bfloat16.
-  ValueError names the argument.
+  ValueError names the argument. None may be traced; the leaves of the schedule may.
   """
+  refuse_traced(
+    "schedules.build",
+    "build the schedule before, from numbers; its leaves may be traced, as by "
+    "dataclasses.replace(schedule, guidance=guidance)",
+    (steps, shift, guidance, boundary),
+  )
   _check_name("solver", solver, SOLVERS)
   _check_name("grid", grid, GRIDS)
   _check_name("numerics", numerics, ROUNDING)

@@ -351,6 +351,34 @@ def test_what_is_not_loaded_or_does_not_fit_is_refused(bundle, decoding):
       show(bundle, z, last=6)
 
 
+def test_a_traced_call_is_told_what_has_a_gradient(bundle, decoding):
+  z = jnp.asarray(latents(1, frames=2))
+  said = (
+    r'use (bundle\.parts\.vae\.apply\(.*, method="decode"\)), or (bundle\..*\)), of R F H W C\.'
+  )
+  for show in (decoding.decode, decoding.preview, decoding.decode_each, decoding.preview_each):
+    for traced in (
+      lambda z, show=show: jax.grad(lambda z: show(bundle, z).sum())(z),
+      lambda z, show=show: jax.jit(lambda z: show(bundle, z))(z),
+      lambda z, show=show: jax.jit(lambda b: show(b, z))(bundle),
+      lambda z, show=show: jax.jit(lambda: show(bundle, np.asarray(z)))(),
+      lambda z, show=show: jax.vmap(lambda z: show(bundle, z))(z),
+    ):
+      with pytest.raises(ValueError, match=said) as refused:
+        traced(z)
+  for way, shown in zip(
+    re.search(said, str(refused.value)).groups(), (decoding.decode, decoding.preview), strict=True
+  ):
+
+    def video(z, way=way):
+      return eval(way, {"bundle": bundle, "latents": z})
+
+    exact = 127.5 * (np.clip(video(z), -1, 1) + 1)
+    assert float(np.abs(shown(bundle, z) - exact).max()) <= 0.5 + 1e-3
+    slope = jax.grad(lambda z, video=video: video(z).sum())(z)
+    assert np.isfinite(slope).all() and float(jnp.abs(slope).max()) > 0
+
+
 @pytest.fixture(scope="session")
 def decoding():
   """The module; the package's own name `decode` is the function."""

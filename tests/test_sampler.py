@@ -582,6 +582,29 @@ def test_an_edit_and_taps_of_another_kind_are_refused(bundle, inputs):
       call(bundle, *inputs, schedule, taps=Intervention())
 
 
+def test_what_works_on_the_host_is_refused_where_it_is_traced(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule()
+  for call in (
+    lambda: jax.jit(lambda s: runs.run(bundle, noise, cond, s))(schedule),
+    lambda: jax.jit(lambda: runs.run(bundle, noise, cond, schedule))(),
+    lambda: jax.grad(lambda g: runs.run(bundle, noise, cond, replace(schedule, guidance=g)).sum())(
+      schedule.guidance
+    ),
+  ):
+    with pytest.raises(ValueError, match=r"run works on the host .*: call sampler\.denoise"):
+      call()
+  for call in (
+    lambda: jax.jit(lambda seed: runs.make_noise([seed], GRID))(0),
+    lambda: jax.jit(lambda seeds: runs.make_noise(seeds, GRID))(np.arange(2)),
+    lambda: jax.jit(lambda start: runs.make_noise([0], GRID, start))(np.zeros((1, *GRID))),
+  ):
+    with pytest.raises(ValueError, match=r"make_noise works on the host .*replace\(noise, start="):
+      call()
+  keys = jax.jit(lambda: jax.random.key_data(runs.make_noise([0, 1], GRID).keys))()
+  np.testing.assert_array_equal(keys, jax.random.key_data(runs.make_noise([0, 1], GRID).keys))
+
+
 def test_bad_noise_is_refused():
   good = np.zeros((2, *GRID), np.float32)
   with pytest.raises(ValueError, match=r"noise R F H W C is float32 \(2, 3, 4, 4, 4\), wanted"):

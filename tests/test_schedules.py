@@ -238,5 +238,13 @@ def test_only_wants_whole_numbers(start):
     build(steps=5).only(start, 3)
 
 
+@pytest.mark.parametrize("field", ["shift", "guidance", "boundary"])
+def test_a_traced_number_is_told_which_leaves_may_be_traced(field):
+  said = r"schedules\.build works on the host .*replace\(schedule, guidance=guidance\)"
+  with pytest.raises(ValueError, match=said):
+    jax.jit(lambda value: build(**{"steps": 4, field: value}))(1.0)
+  assert jax.jit(lambda: build(steps=4).sigma)().shape == (5,)
+
+
 def test_every_stack_has_a_grid_and_a_rounding():
   assert set(schedules.GRIDS) == set(schedules.ROUNDING) == set(schedules.SLACK)

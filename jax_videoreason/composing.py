@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason.edits import LETTERS, Intervention, check_edit, known_sites, site_names
+from jax_videoreason.edits import (
+  LETTERS,
+  Intervention,
+  check_edit,
+  head_faults,
+  known_sites,
+  site_names,
+)
 from jax_videoreason.places import At, Select, full_mask, selection, space_of, token_mask
 from jax_videoreason.pytrees import is_known
 from jax_videoreason.structs import Sizes
+
+MASKS = {"tokens": "the same frames and region", "heads": "the same heads"}
 
 
 def room_of(name: str, sizes: Sizes) -> dict[str, Any]:
@@ -19,13 +28,13 @@ def room_of(name: str, sizes: Sizes) -> dict[str, Any]:
 
   def of(field: str, value: float | bool) -> dict[str, Any]:
     shape = tuple(getattr(sizes, letter) for letter in LETTERS[field])
-    return {field: np.full(shape, value, bool if field == "tokens" else np.float32)}
+    return {field: np.full(shape, value, bool if field in MASKS else np.float32)}
 
   if name == "noise":
     return of("keep", 1) | of("to_x0", 0) | of("noise_gain", 0)
   if name == "steer":
     return of("steer", 0) | of("direction", 0)
-  if name in ("gate", "tokens"):
+  if name in ("gate", *MASKS):
     return of(name, 1)
   return {name: of(name, 0)[name] + np.eye(sizes.R, dtype=np.float32)}
 
@@ -55,25 +64,19 @@ def with_sites(edit: Intervention, sizes: Sizes, sites: Sequence[str] | None) ->
 
 
 def with_place(edit: Intervention, at: At, written: Any) -> Intervention:
-  """`edit` with the tokens and branches of `at`, refused where another edit holds them already."""
+  """`edit` with the tokens, heads and branches of `at`, refused where another edit holds them."""
   sizes = at.sizes
   check_edit(edit, sizes)
+  if at.heads is not None and (faults := head_faults(edit.sites)):
+    raise ValueError(faults[0])
   cells = full_mask(at.steps, sizes.S)[:, None] & written[None, :]
+  deep = cells[:, None] & full_mask(at.layers, sizes.L)[None, :, None]
   busy = _busy(edit, sizes)
   tokens = token_mask(at)
-  if tokens is not None or edit.tokens is not None:
-    edit = with_room(edit, sizes, "tokens")
-    wanted = np.ones((1, 1, 1), bool) if tokens is None else tokens[None]
-    if is_known(busy, cells, wanted, edit.tokens):
-      clash = np.any(np.asarray(edit.tokens) != np.asarray(wanted), axis=2) & busy & cells
-      if clash.any():
-        step, run = np.argwhere(clash)[0].tolist()
-        raise ValueError(
-          f"run {run} at step {step} is already edited under another token mask; there is one per "
-          "step and run: use the same frames and region, or another run."
-        )
-    space = space_of(cells, wanted, edit.tokens)
-    edit = dataclasses.replace(edit, tokens=space.where(cells[..., None], wanted, edit.tokens))
+  tokens = tokens if tokens is None else tokens[None]
+  heads = at.heads if at.heads is None else at.heads[None, None, None]
+  edit = _with_mask(edit, sizes, "tokens", tokens, cells, busy.any(axis=1))
+  edit = _with_mask(edit, sizes, "heads", heads, deep, busy)
   if at.branches is not None or edit.branches is not None:
     old = full_mask(edit.branches, sizes.G)
     wanted = full_mask(at.branches, sizes.G)
@@ -87,10 +90,36 @@ def with_place(edit: Intervention, at: At, written: Any) -> Intervention:
   return edit
 
 
+def _with_mask(
+  edit: Intervention, sizes: Sizes, name: str, wanted: Any, cells: Any, busy: Any
+) -> Intervention:
+  """`edit` with the mask `name`, of `MASKS`, set to `wanted` in `cells`; None = everything.
+
+  Where `cells` are busy another mask is refused.
+  """
+  if wanted is None and getattr(edit, name) is None:
+    return edit
+  edit = with_room(edit, sizes, name)
+  old = getattr(edit, name)
+  wanted = np.ones((1,) * old.ndim, bool) if wanted is None else wanted
+  if is_known(busy, cells, wanted, old):
+    clash = np.any(np.asarray(old) != np.asarray(wanted), axis=-1) & busy & cells
+    if clash.any():
+      step, *layer, run = np.argwhere(clash)[0].tolist()
+      place = f"run {run} at step {step}" + "".join(f", layer {number}" for number in layer)
+      each = "step, layer and run" if layer else "step and run"
+      raise ValueError(
+        f"{place} is already edited under another {name[:-1]} mask; there is one per {each}: use "
+        f"{MASKS[name]}, or another run."
+      )
+  space = space_of(cells, wanted, old)
+  return dataclasses.replace(edit, **{name: space.where(cells[..., None], wanted, old)})
+
+
 def inside(
   edit: Intervention, at: At, runs: Select, sites: Sequence[str] | None, name: str
 ) -> tuple[Intervention, Any]:
-  """`edit` with room, sites, tokens and branches for a block edit of `runs`, and its mask S L R."""
+  """`edit` with room, sites and masks for a block edit of `runs`, and where it acts, S L R."""
   sizes = at.sizes
   written = full_mask(selection("runs", runs, sizes.R), sizes.R)
   edit = with_place(with_sites(edit, sizes, sites), at, written)
@@ -129,13 +158,13 @@ def put(mask: Any, value: Any, old: Any) -> Any:
 
 
 def _busy(edit: Intervention, sizes: Sizes) -> Any:
-  """S R bool: where some layer already has a block edit."""
+  """S L R bool: what already has a block edit."""
   space = space_of(edit.mix, edit.gate, edit.steer)
-  busy = space.zeros((sizes.S, sizes.R), bool)
+  busy = space.zeros((sizes.S, sizes.L, sizes.R), bool)
   if edit.mix is not None:
-    busy = busy | space.any(edit.mix != np.eye(sizes.R, dtype=np.float32)[None, None], axis=(1, 3))
+    busy = busy | space.any(edit.mix != np.eye(sizes.R, dtype=np.float32)[None, None], axis=3)
   if edit.gate is not None:
-    busy = busy | space.any(edit.gate != 1, axis=1)
+    busy = busy | (edit.gate != 1)
   if edit.steer is not None:
-    busy = busy | space.any(edit.steer != 0, axis=1)
+    busy = busy | (edit.steer != 0)
   return busy

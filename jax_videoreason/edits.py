@@ -12,17 +12,18 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 
 from jax_videoreason.axes import Array
 from jax_videoreason.derivatives import Numbers, by_formula
 from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.sharding import over_runs, whole
 from jax_videoreason.structs import Sizes
-from jax_videoreason.taps import SITES
+from jax_videoreason.taps import HEAD_SITES, SITES
 
 CELLS = "r f h w c"
 BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
+BY_LAYER = ("mix", "gate", "steer", "direction", "heads")  # of what acts inside the blocks
 STILL = {"keep": 1, "to_x0": 0, "noise_gain": 0}  # what changes nothing
 LETTERS = {
   "mix_latents": "SRR",
@@ -35,6 +36,7 @@ LETTERS = {
   "steer": "SLR",
   "direction": "LD",
   "tokens": "SRT",
+  "heads": "SLRN",
   "branches": "G",
 }
 
@@ -51,6 +53,7 @@ class Intervention:
   gate: S L R scales the value at the site; 0 = ablate.
   steer: S L R gain of `direction` (L D).
   tokens: S R T bool, which tokens any block edit touches; None = all.
+  heads: S L R N bool, which heads, at `HEAD_SITES` alone; None = all.
   branches: G bool, which guidance branches; None = all.
 
   A number that changes nothing (a gate of 1, a gain of 0, a row of mix with a single 1) keeps the
@@ -70,6 +73,7 @@ class Intervention:
   steer: Array | None = None
   direction: Array | None = None
   tokens: Array | None = None
+  heads: Array | None = None
   branches: Array | None = None
   sites: tuple[str, ...] = static(default=())
   out: str = static(default="x0")
@@ -79,14 +83,16 @@ class Intervention:
 class BlockEdits:
   """The rows of an Intervention that act inside the blocks at one step.
 
-  L leads mix, gate, steer and direction; `layer_edits` takes it away.
-  mix: L R R; gate, steer: L R; direction: L D; tokens: R T bool; branches: G bool.
+  L leads the fields of `BY_LAYER`; `layer_edits` takes it away.
+  mix: L R R; gate, steer: L R; direction: L D; heads: L R N bool; tokens: R T bool; branches: G
+  bool.
   """
 
   mix: Array | None = None
   gate: Array | None = None
   steer: Array | None = None
   direction: Array | None = None
+  heads: Array | None = None
   tokens: Array | None = None
   branches: Array | None = None
   sites: tuple[str, ...] = static(default=())
@@ -114,9 +120,22 @@ def check_edit(edit: Intervention, sizes: Sizes) -> None:
     faults.append("steer and direction come together: give both or neither.")
   if edit.out not in ("x0", "velocity"):
     faults.append(f"out='{edit.out}', wanted 'x0' or 'velocity'.")
+  if edit.heads is not None:
+    faults += head_faults(edit.sites)
   if faults:
     raise ValueError(" ".join(faults))
   known_sites(sizes, edit.sites)
+
+
+def head_faults(sites: Sequence[str]) -> list[str]:
+  """What is wrong with naming heads at `sites`."""
+  joined = [site for site in sites if site not in HEAD_SITES]
+  if not joined:
+    return []
+  return [
+    f"heads are named and there are none at {', '.join(joined)}: edit at {', '.join(HEAD_SITES)} "
+    "alone, or leave heads out."
+  ]
 
 
 def known_sites(sizes: Sizes, sites: Sequence[str]) -> tuple[str, ...]:
@@ -158,6 +177,7 @@ def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
     gate=_row(edit.gate, index),
     steer=_row(edit.steer, index),
     direction=None if edit.steer is None else edit.direction,
+    heads=_row(edit.heads, index),
     tokens=_row(edit.tokens, index),
     branches=edit.branches,
     sites=edit.sites,
@@ -165,14 +185,9 @@ def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
 
 
 def layer_edits(edits: BlockEdits, layer: Array | int) -> BlockEdits:
-  """The edits of one layer, as a layer scan hands them on: mix R R; gate, steer R; direction D."""
-  return dataclasses.replace(
-    edits,
-    mix=_row(edits.mix, layer),
-    gate=_row(edits.gate, layer),
-    steer=_row(edits.steer, layer),
-    direction=_row(edits.direction, layer),
-  )
+  """The edits of one layer, as a layer scan hands them on: mix R R; gate, steer R; direction D;
+  heads R N."""
+  return dataclasses.replace(edits, **{n: _row(getattr(edits, n), layer) for n in BY_LAYER})
 
 
 def spare_tokens(edits: BlockEdits, runs: int, tokens: int, spare: int) -> BlockEdits:
@@ -193,7 +208,8 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   numbers = {name: getattr(edits, name) for name in ("mix", "gate", "steer", "direction")}
   if all(numbers[name] is None for name in ("mix", "gate", "steer")):
     return value
-  return _site(numbers, value, {"tokens": edits.tokens, "branches": edits.branches})
+  masks = {name: getattr(edits, name) for name in ("tokens", "heads", "branches")}
+  return _site(numbers, value, masks)
 
 
 def _site_formula(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> Array:
@@ -232,9 +248,18 @@ def _site(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> 
 
 
 def _masked(made: Array, value: Array, masks: Mapping[str, Array | None]) -> Array:
-  """`made` where tokens R T and branches G say so, `value` G R T D elsewhere; None = everywhere."""
-  for name, pattern in (("tokens", "r t -> 1 r t 1"), ("branches", "g -> g 1 1 1")):
-    mask = masks[name]
+  """`made` where tokens R T, heads R N and branches G say so, `value` G R T D elsewhere.
+
+  None = everywhere.
+  """
+  heads = masks["heads"]
+  if heads is not None:
+    heads = repeat(heads, "r n -> r (n k)", k=value.shape[-1] // heads.shape[-1])
+  for mask, pattern in (
+    (masks["tokens"], "r t -> 1 r t 1"),
+    (heads, "r d -> 1 r 1 d"),
+    (masks["branches"], "g -> g 1 1 1"),
+  ):
     if mask is not None:
       made = jnp.where(rearrange(mask, pattern), made, value)
   return made

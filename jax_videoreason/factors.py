@@ -29,11 +29,11 @@ MIXING = "ensemble_runs"
 EDITS = {
   "none": (),
   "noise_at": ("mode", "gain", "steps", "frames"),
-  "ablate": ("sites", "gate", "steps", "layers"),
+  "ablate": ("sites", "gate", "steps", "layers", "heads"),
   MIXING: ("what", "keep", "amount", "steps", "layers"),
 }
 NEEDED = {"noise_at": {"mode": NOISE_MODES}, "ablate": {"sites": SITES}}
-PLACES = ("steps", "layers", "frames")
+PLACES = ("steps", "layers", "frames", "heads")
 NUMBERS = ("gain", "gate", "amount")  # gain alone may be one for each step
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -43,7 +43,7 @@ class Varied:
   """What is multiplied, and how it is read.
 
   tasks: names. cases: of each task. kind: plain or ambiguous cases, or both in turn.
-  edits: name -> {"edit": of `EDITS`, its arguments}; steps and layers are (from, to).
+  edits: name -> {"edit": of `EDITS`, its arguments}; `PLACES` are (from, to).
   unit: runs of a work unit at most, rounded down to whole cases or to an equal share of the seeds
   of one; a case whose seeds an edit mixes is never cut. mesh: axes of the devices of a process, or
   of all; None = as many runs side by side as divide a unit. reader: what shows x0 at every step,
@@ -268,10 +268,8 @@ def edit_for(
   An ensemble is one of the seeds of each case.
   """
   options = {key: value for key, value in said.items() if key != "edit" and value is not None}
-  place = {key: slice(*options.pop(key)) for key in PLACES if key in options}
-  at = interventions.where(
-    sizes, steps=place.get("steps"), layers=place.get("layers"), frames=place.get("frames")
-  )
+  place: dict[str, Any] = {key: slice(*options.pop(key)) for key in PLACES if key in options}
+  at = interventions.where(sizes, **place)
   sigma = np.asarray(schedule.sigma)
   if said["edit"] == "none":
     return None

@@ -44,6 +44,7 @@ from jax_videoreason.places import (
 )
 from jax_videoreason.pytrees import is_known
 from jax_videoreason.structs import Sizes
+from jax_videoreason.taps import HEAD_SITES
 
 __all__ = [
   "ENSEMBLES",
@@ -63,7 +64,7 @@ __all__ = [
   "where",
 ]
 
-ROOM = ("mix_latents", "noise", "mix_out", "mix", "gate", "steer", "tokens")
+ROOM = ("mix_latents", "noise", "mix_out", "mix", "gate", "steer", "tokens", "heads")
 NOISE_MODES = ("replace", "add", "add_sigma", "renoise")
 ENSEMBLES = {"resid": ("resid_post",), "update": BLOCK_UPDATE, "attn": ("attn_out",)}
 
@@ -80,9 +81,9 @@ def identity(
   for name in edits:
     if name not in ROOM:
       raise ValueError(f"no edit '{name}' to make room for; there are: {', '.join(ROOM)}.")
-  blocks = {"mix", "gate", "steer", "tokens"} & set(edits)
+  blocks = {"mix", "gate", "steer", "tokens", "heads"} & set(edits)
   if blocks and not sites:
-    site = site_names(sizes)[1]
+    site = HEAD_SITES[0] if "heads" in blocks else site_names(sizes)[1]
     raise ValueError(f"room for '{min(blocks)}' needs a site: sites=({site!r},), say.")
   edit = Intervention(sites=known_sites(sizes, sites), out=out)
   for name in edits:
@@ -112,7 +113,7 @@ def noise_at(
   """
   if mode not in NOISE_MODES:
     raise ValueError(f"no noise mode '{mode}'; there are: {', '.join(NOISE_MODES)}.")
-  refuse(at, "noise_at", "layers", "region", "branches")
+  refuse(at, "noise_at", "layers", "region", "heads", "branches")
   sizes = at.sizes
   if mode in ("replace", "renoise") and not (is_known(gain) and np.all(np.asarray(gain) == 1)):
     raise ValueError(f"gain has no meaning for mode='{mode}': leave it out, or use mode='add'.")
@@ -213,7 +214,7 @@ def ensemble_runs(
     mask = steps[:, None] & full_mask(at.layers, sizes.L)[None, :, None]
     edit = with_room(edit, sizes, "mix")
     return dataclasses.replace(edit, mix=compose(edit.mix, mask, rows[:, None]))
-  refuse(at, f"an ensemble of {what}", "layers", "frames", "region", "branches")
+  refuse(at, f"an ensemble of {what}", "layers", "frames", "region", "heads", "branches")
   if what == "out":
     return _with_out(edit, sizes, out, steps, rows)
   check_edit(edit, sizes)
@@ -254,7 +255,8 @@ def ablate(
 ) -> Intervention:
   """Scales the value at the sites by `gate`: 0 removes it. runs: None = all; sites: as patch_runs.
 
-  At attn_out, cross_out and mlp_out this is the term before it is added, x + gate*u. A gate of
+  At attn_out, cross_out and mlp_out this is the term before it is added, x + gate*u; at attn_heads
+  and cross_heads what the heads found, to which the output projection adds its bias. A gate of
   exactly 0 writes zeros, whatever stood there, and 1 leaves the bits.
   """
   edit, mask = inside(edit, at, runs, sites, "gate")

@@ -24,13 +24,14 @@ class At:
   """Where an edit acts, made by `where`; None = everywhere.
 
   steps: S bool. layers: L bool. frames: F bool, latent frames. region: R T bool, tokens.
-  branches: G bool.
+  heads: N bool. branches: G bool.
   """
 
   steps: Array | None = None
   layers: Array | None = None
   frames: Array | None = None
   region: Array | None = None
+  heads: Array | None = None
   branches: Array | None = None
   sizes: Sizes = static()
 
@@ -42,14 +43,15 @@ def where(
   layers: Select = None,
   frames: Select = None,
   region: ArrayLike | None = None,
+  heads: Select = None,
   branches: Select = None,
 ) -> At:
   """Where an edit acts; None = everywhere.
 
-  steps (of the whole schedule), layers, frames (latent) and branches (0 with the prompt): an
-  index, indices, a slice, or a mask of their length. An index may be traced: all its values are
-  one compilation. region: bool, which tokens, T or (f, h, w) for all runs alike, R T or
-  (R, f, h, w) for each; it is cut with `frames`.
+  steps (of the whole schedule), layers, frames (latent), heads (at attn_heads and cross_heads
+  alone) and branches (0 with the prompt): an index, indices, a slice, or a mask of their length.
+  An index may be traced: all its values are one compilation. region: bool, which tokens, T or
+  (f, h, w) for all runs alike, R T or (R, f, h, w) for each; it is cut with `frames`.
   Errors: ValueError for an index outside, a selection of nothing, or a mask of the wrong shape.
   """
   return At(
@@ -57,6 +59,7 @@ def where(
     layers=selection("layers", layers, sizes.L),
     frames=selection("frames", frames, sizes.F),
     region=None if region is None else _region(region, sizes),
+    heads=selection("heads", heads, sizes.N),
     branches=selection("branches", branches, sizes.G),
     sizes=sizes,
   )

@@ -265,6 +265,7 @@ class Problem:
       C=c,
       T=math.prod(self.model.card.latents.tokens((f, h, w))),
       D=config.width,
+      N=config.heads,
     )
 
   def schedule(self) -> Schedule:

@@ -28,12 +28,13 @@ einsum = functools.partial(
 class Inputs:
   """What the reductions read beside the value; None = not given.
 
-  frames: token frames f. directions: P D. regions: R P T. targets: R T P. reference: R int32.
-  head: G R T D -> G R T 4C. before: G R ..., the row that the last recorded layer left, None at the
-  first.
+  frames: token frames f. heads: N. directions: P D. regions: R P T. targets: R T P. reference: R
+  int32. head: G R T D -> G R T 4C. before: G R ..., the row that the last recorded layer left, None
+  at the first.
   """
 
   frames: int
+  heads: int = 1
   directions: Array | None = None
   regions: Array | None = None
   targets: Array | None = None
@@ -49,7 +50,8 @@ class Reduction:
   needs: the field of Inputs without which it can't work. costly: more than a norm, so it is
   computed only where it is kept.
   state: a hidden state, kept in the dtype of the model; all others are float32. follows: reads
-  `Inputs.before`.
+  `Inputs.before`. heads: True = only of what the heads of attention found, which lie side by side
+  there; False = of everything else; None = of both.
   """
 
   apply: Callable[[Array, Inputs], Array]
@@ -57,6 +59,7 @@ class Reduction:
   costly: bool = True
   state: bool = False
   follows: bool = False
+  heads: bool | None = None
 
 
 @functools.lru_cache(maxsize=32)
@@ -88,6 +91,13 @@ def frame_norm(value: Array, inputs: Inputs) -> Array:
   """G R f: length of each latent frame over its tokens and channels."""
   square = jnp.square(value.astype(jnp.float32))
   return jnp.sqrt(reduce(square, "g r (f t) d -> g r f", "sum", f=inputs.frames))
+
+
+def head_norm(value: Array, inputs: Inputs) -> Array:
+  """G R f N: length of each head in each latent frame, over its tokens and channels."""
+  square = jnp.square(value.astype(jnp.float32))
+  heads = {"f": inputs.frames, "n": inputs.heads}
+  return jnp.sqrt(reduce(square, "g r (f t) (n k) -> g r f n", "sum", **heads))
 
 
 def channel_moments(value: Array, inputs: Inputs) -> Array:
@@ -218,6 +228,7 @@ def full(value: Array, inputs: Inputs) -> Array:
 REDUCTIONS: dict[str, Reduction] = {
   "norm": Reduction(apply=norm, costly=False),
   "frame_norm": Reduction(apply=frame_norm, costly=False),
+  "head_norm": Reduction(apply=head_norm, costly=False, heads=True),
   "channel_moments": Reduction(apply=channel_moments),
   "top_channels": Reduction(apply=top_channels),
   "region_mean": Reduction(apply=region_mean, needs="regions", state=True),
@@ -226,7 +237,7 @@ REDUCTIONS: dict[str, Reduction] = {
   "pca3": Reduction(apply=pca3, follows=True),
   "cosine_to": Reduction(apply=cosine_to, needs="reference"),
   "cka_to": Reduction(apply=cka_to, needs="reference"),
-  "lens": Reduction(apply=lens),
+  "lens": Reduction(apply=lens, heads=False),
   "full": Reduction(apply=full, state=True),
 }
 

@@ -51,6 +51,7 @@ def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Sc
     C=c,
     T=tf * th * tw,
     D=config.width,
+    N=config.heads,
     sites=SITES,
   )
 

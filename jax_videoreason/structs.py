@@ -55,7 +55,10 @@ class LatentSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """The plain sizes of one problem (`axes.LETTERS`); frames, height and width are latent."""
+  """The plain sizes of one problem (`axes.LETTERS`); frames, height and width are latent.
+
+  N: 1 where heads are not told apart.
+  """
 
   S: int
   R: int
@@ -67,6 +70,7 @@ class Sizes:
   C: int
   T: int
   D: int
+  N: int = 1
   sites: tuple[str, ...] = ()
 
 

@@ -1,4 +1,11 @@
-"""What to keep of a run: sites and reductions, the buffers they fill, the bytes they need."""
+"""What to keep of a run: sites and reductions, the buffers they fill, the bytes they need.
+
+A site is a place of a block where a state G R T D is edited and tapped. resid_pre, resid_post: the
+residual stream before and after the block. attn_out, cross_out, mlp_out: the three terms that are
+added to it. attn_heads, cross_heads: what the heads of self- and cross-attention found, side by
+side (D = N heads x K), before the output projection joins them. Maps of attention (T T or T X) are
+no sites: kernels do not hold them. update, for taps alone: the sum of the three terms.
+"""
 
 import dataclasses
 import functools
@@ -18,7 +25,8 @@ from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.reductions import REDUCTIONS, Inputs
 from jax_videoreason.structs import Sizes
 
-SITES = ("resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post")
+HEAD_SITES = ("attn_heads", "cross_heads")
+SITES = ("resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post", *HEAD_SITES)
 TAP_SITES = (*SITES, "update")
 
 
@@ -71,12 +79,13 @@ class TapAids:
   head: G' R T D -> G' R T 4C for 'lens', G' = the branches asked for; a pure function of arrays,
   with no Linen module inside, for it is called under `lax.cond`. Only `record` calls it.
   dtype: of the model's hidden states, kept so by 'full' and 'region_mean'; every other buffer is
-  float32.
+  float32. heads: N, for 'head_norm'.
   """
 
   grid: tuple[int, int, int]
   head: Callable[[Array], Array] | None = None
   dtype: DTypeLike = jnp.float32
+  heads: int = 1
 
 
 def reduced_at(spec: TapSpec, site: str) -> tuple[str, ...]:
@@ -161,7 +170,7 @@ def tap_bytes(spec: TapSpec, sizes: Sizes, dtype: DTypeLike = jnp.float32) -> in
 
   dtype: of the model. The latents and x0 of the trace, 4*S*R*F*H*W*C bytes each, are not counted.
   """
-  aids = TapAids(grid=(sizes.F, 1, sizes.T // sizes.F), dtype=dtype)
+  aids = TapAids(grid=(sizes.F, 1, sizes.T // sizes.F), dtype=dtype, heads=sizes.N)
   steps = len(asked("steps", spec.steps, sizes.S))
   rows = _buffer_shapes(spec, sizes, aids).values()
   return steps * sum(math.prod(row.shape) * row.dtype.itemsize for row in rows)
@@ -239,7 +248,8 @@ def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.
 
   def shape(name: str) -> jax.ShapeDtypeStruct:
     def apply(value: Array, arrays: dict[str, Array]) -> Array:
-      return REDUCTIONS[name].apply(value, Inputs(frames=aids.grid[0], head=head, **arrays))
+      inputs = Inputs(frames=aids.grid[0], heads=aids.heads, head=head, **arrays)
+      return REDUCTIONS[name].apply(value, inputs)
 
     row = jax.eval_shape(apply, value, arrays)
     kept = dtype if REDUCTIONS[name].state else jnp.dtype(jnp.float32)
@@ -253,6 +263,7 @@ def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.
 def _inputs(spec: TapSpec, aids: TapAids, before: Array | None) -> Inputs:
   return Inputs(
     frames=aids.grid[0],
+    heads=aids.heads,
     head=aids.head,
     before=before,
     directions=spec.directions,
@@ -281,6 +292,14 @@ def _check(spec: TapSpec, sizes: Sizes, aids: TapAids) -> None:
         f"sites names '{site}' and reduce={spec.reduce} keeps nothing there: leave it out, or "
         "add a reduction of it."
       )
+    for name in reduced_at(spec, site):
+      heads = REDUCTIONS[name].heads
+      if heads not in (None, site in HEAD_SITES):
+        place = "attn_heads" if heads else "resid_post"
+        raise ValueError(
+          f"'{name}' means nothing at '{site}': name it where it does, as "
+          f"reduce=('{place}/{name}',)."
+        )
   for field, names in (
     ("sites", spec.sites),
     *(("reduce", reduced_at(spec, site)) for site in spec.sites or ("",)),

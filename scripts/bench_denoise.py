@@ -28,10 +28,11 @@ from jax_videoreason.experiments import EXPERIMENTS
 from jax_videoreason.interventions import identity
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
-from jax_videoreason.taps import SITES, TapSpec, tap_bytes
+from jax_videoreason.taps import HEAD_SITES, SITES, TapSpec, tap_bytes
 
 BARE = TapSpec(latents=False, x0=False)
 TRACED = TapSpec()
+STREAM = tuple(site for site in SITES if site not in HEAD_SITES)
 NORMS = TapSpec(sites=("resid_post",), reduce=("norm",))
 
 
@@ -122,13 +123,13 @@ def measure_taps(options: argparse.Namespace) -> None:
 def measure_identity(options: argparse.Namespace) -> None:
   problem = mini_problem(options.runs, options.steps)
   sizes = sampler.sizes_of(*problem)
-  edit = identity(sizes, edits=("mix", "gate", "steer"), sites=SITES)
+  edit = identity(sizes, edits=("mix", "gate", "steer"), sites=STREAM)
   row = pairs(
     lambda: sampler.denoise(*problem, edit=edit),
     lambda: sampler.denoise(*problem),
     options.pairs,
   )
-  say("all sites open with an identity", wanted="at most 1.05", **row)
+  say("all sites but those of heads open with an identity", wanted="at most 1.05", **row)
 
 
 def measure_maps(options: argparse.Namespace) -> None:

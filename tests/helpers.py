@@ -17,7 +17,15 @@ from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
 
 SOLVERS = ("euler", "unipc")
-SITES = ("resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post")
+SITES = (
+  "resid_pre",
+  "attn_out",
+  "cross_out",
+  "mlp_out",
+  "resid_post",
+  "attn_heads",
+  "cross_heads",
+)
 GRID = (3, 4, 4, 4)  # F H W C
 FREQ = 16
 

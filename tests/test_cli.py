@@ -888,6 +888,11 @@ BAD_BRANCHES = {
   ),
   "frame outside": (["--step=1", "--intervene=noise_at:mode=replace,frames=9"], "frames=9:10"),
   "layer outside": (["--step=1", "--intervene=ablate:sites=attn_out,layers=5"], "layers=5:6"),
+  "head outside": (["--step=1", "--intervene=ablate:sites=attn_heads,heads=9"], "heads=9:10"),
+  "heads elsewhere": (
+    ["--step=1", "--intervene=ablate:sites=mlp_out,heads=0"],
+    "heads are named and there are none at mlp_out",
+  ),
   "unknown site": (["--step=1", "--intervene=ablate:sites=attention"], "no site 'attention'"),
   "unknown mode": (["--step=1", "--intervene=noise_at:mode=more"], "no noise mode 'more'"),
   "unknown site later": (

@@ -19,7 +19,7 @@ from jax_videoreason.models.wan import WanConfig
 from jax_videoreason.models.wan21_vae import WanVAEConfig
 from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Conditioning
-from jax_videoreason.taps import TAP_SITES, TapSpec
+from jax_videoreason.taps import HEAD_SITES, TAP_SITES, TapSpec
 
 G, R, GRID = 2, 4, (2, 4, 8)  # T = 16
 WAN_14B = WanConfig(
@@ -101,7 +101,9 @@ def model(request):
 @pytest.fixture(scope="session")
 def everything(model):
   """Velocity and full states of all sites; layers 1 and 2, both branches."""
-  spec = TapSpec(sites=TAP_SITES, reduce=("full", "lens"), layers=(1, 2), branches=(0, 1))
+  lens = tuple(f"{site}/lens" for site in TAP_SITES if site not in HEAD_SITES)
+  heads = tuple(f"{site}/head_norm" for site in HEAD_SITES)
+  spec = TapSpec(sites=TAP_SITES, reduce=("full", *lens, *heads), layers=(1, 2), branches=(0, 1))
   return model.run(model.params, model.latents, model.time, model.cond, None, spec)
 
 
@@ -220,7 +222,10 @@ def test_every_site_gives_the_shape_it_declares(model, everything):
     f"{site}/{name}": (2, G, R, 16, size)
     for site in TAP_SITES
     for name, size in (("full", width), ("lens", head))
-  }
+    if site not in HEAD_SITES or name == "full"
+  } | {
+    f"{site}/head_norm": (2, G, R, GRID[0], model.dit.config.heads) for site in HEAD_SITES
+  }  # fmt: skip
   assert all(bool(jnp.isfinite(value).all()) and value.any() for value in taps.values())
 
 
@@ -271,6 +276,75 @@ def test_an_edit_acts_at_its_site_and_layer(model):
     assert relative(edited[:, 2], wanted[:, 2]) < 1e-5
     assert relative(edited[:, 2], plain[:, 2]) > 1e-3
     assert relative(edited[:, :2], plain[:, :2]) < 1e-5
+
+
+JOINED = {"attn_heads": "self_attn", "cross_heads": "cross_attn"}
+
+
+def test_the_heads_are_what_the_output_projection_joins(model, everything):
+  for site, part in JOINED.items():
+    joins = model.params["blocks"][part]["o"]
+    kernel, bias = (np.asarray(joins[name][1:], np.float64) for name in ("kernel", "bias"))
+    found = np.asarray(everything[1][f"{site}/full"])
+    joined = np.einsum("lgrtd,lde->lgrte", found, kernel) + bias[:, None, None, None]
+    out = everything[1][site.replace("heads", "out") + "/full"]
+    if site == "attn_heads":  # the gate of the modulation is one number for each channel and token
+      alone = model.run(
+        model.params, model.latents, model.time, model.cond,
+        BlockEdits(gate=jnp.zeros((model.dit.config.layers, R)), sites=(site,)),
+        TapSpec(sites=("attn_out",), reduce=("full",), layers=(1, 2), branches=(0, 1)),
+      )[1]["attn_out/full"]  # fmt: skip
+      joined = joined * np.asarray(alone) / bias[:, None, None, None]
+    assert relative(out, joined) < 1e-4
+    by_head = rearrange(found, "l g r (f t) (n k) -> l g r f n (t k)", f=GRID[0],
+                        n=model.dit.config.heads)  # fmt: skip
+    kept = everything[1][f"{site}/head_norm"]
+    np.testing.assert_allclose(kept, np.linalg.norm(by_head, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [None, 1], ids=["all heads", "one head"])
+@pytest.mark.parametrize("site", HEAD_SITES)
+def test_ablated_heads_are_a_projection_without_their_rows(model, plain, site, number):
+  """Of all heads the bias of the output projection is left."""
+  c, layer, run = model.dit.config, 1, 2
+  chosen = slice(None) if number is None else number
+  own = np.arange(c.width).reshape(c.heads, -1)[chosen].ravel()
+  heads = np.zeros((c.layers, R, c.heads), bool)
+  heads[layer, run, chosen] = True
+  gate = jnp.ones((c.layers, R)).at[layer, run].set(0.0)
+  edits = BlockEdits(gate=gate, heads=jnp.asarray(heads), sites=(site,))
+  edited = model.run(model.params, model.latents, model.time, model.cond, edits)[0]
+  muted = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      leaf.at[layer, own].set(0.0)
+      if tuple(p.key for p in path) == ("blocks", JOINED[site], "o", "kernel")
+      else leaf
+    ),
+    model.params,
+  )
+  wanted = model.run(muted, model.latents, model.time, model.cond)[0]
+  assert relative(edited[:, run], wanted[:, run]) < 1e-5
+  assert relative(edited[:, run], plain[:, run]) > 1e-3
+  assert relative(edited[:, :run], plain[:, :run]) < 1e-5
+
+
+@pytest.mark.parametrize("site", HEAD_SITES)
+def test_one_head_is_patched_from_another_run(model, everything, plain, site):
+  c, layer = model.dit.config, 1
+  heads = np.zeros((c.layers, R, c.heads), bool)
+  heads[layer, 3, 0] = True
+  edits = BlockEdits(
+    mix=jnp.broadcast_to(jnp.eye(R)[None], (c.layers, R, R)).at[layer, 3].set(jnp.eye(R)[0]),
+    heads=jnp.asarray(heads),
+    sites=(site,),
+  )
+  spec = TapSpec(sites=(site,), reduce=("full",), layers=(layer,), branches=(0, 1))
+  velocity, kept = model.run(model.params, model.latents, model.time, model.cond, edits, spec)
+  wanted = np.array(everything[1][f"{site}/full"][0])
+  wanted[:, 3, :, : c.width // c.heads] = wanted[:, 0, :, : c.width // c.heads]
+  assert relative(kept[f"{site}/full"][0], wanted) < 1e-5
+  assert relative(velocity[:, 3], plain[:, 3]) > 1e-3
+  assert relative(velocity[:, :3], plain[:, :3]) < 1e-5
 
 
 def test_edits_on_the_stream_reach_the_layers_after_them(model, everything):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,9 +38,9 @@ from jax_videoreason.interventions import (
 )
 from jax_videoreason.sharding import make_mesh
 from jax_videoreason.structs import Sizes
-from jax_videoreason.taps import SITES
+from jax_videoreason.taps import HEAD_SITES, SITES
 
-SIZES = Sizes(S=5, R=4, G=2, L=6, F=3, H=4, W=4, C=2, T=12, D=8, sites=SITES)
+SIZES = Sizes(S=5, R=4, G=2, L=6, F=3, H=4, W=4, C=2, T=12, D=8, N=4, sites=SITES)
 SIGMA = np.array([1.0, 0.95, 0.8, 0.6, 0.3, 0.0], np.float32)
 BLOCK_ROOM = ("mix", "gate", "steer", "tokens")
 MIDDLE = 1 / 3
@@ -63,7 +64,7 @@ def at_site():
   @jax.jit
   def call(value, edit, step, layer):
     edits = step_edits(edit, step)
-    return value if edits is None else edit_site(value, layer_edits(edits, layer), "attn_out")
+    return value if edits is None else edit_site(value, layer_edits(edits, layer), edits.sites[0])
 
   return lambda value, edit, step=0, layer=0: np.asarray(call(value, edit, step, layer))
 
@@ -678,7 +679,7 @@ def test_constructors_make_room_and_leave_their_argument_alone():
 
 
 def test_room_has_no_effect_and_the_right_shapes():
-  edit = identity(SIZES, edits=ROOM, sites=BLOCK_UPDATE)
+  edit = identity(SIZES, edits=ROOM, sites=HEAD_SITES)
   check_edit(edit, SIZES)
   assert edit.branches is None
   assert all(
@@ -705,6 +706,92 @@ def test_what_an_ensemble_of_each_kind_mixes():
     np.testing.assert_array_equal(rows[1:], np.eye(4)[1:])
 
 
+# Heads, side by side in D
+
+
+def of_heads(sites=HEAD_SITES):
+  return room(*BLOCK_ROOM, "heads", sites=sites)
+
+
+def head(value, *numbers):
+  """The channels of some heads."""
+  return rearrange(value, "... (n k) -> ... n k", n=SIZES.N)[..., numbers, :]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_room_for_heads_keeps_every_bit(dtype, at_site, value):
+  x = value.astype(dtype)
+  x[0, 1, 2, 3], x[1, 0, 0, 0] = np.nan, -0.0
+  assert at_site(x, of_heads()).tobytes() == x.tobytes()
+
+
+def test_an_edit_of_some_heads_leaves_the_bits_of_the_others(at_site, value):
+  some = where(SIZES, layers=2, heads=(0, 3))
+  direction = np.arange(8, dtype=np.float32)
+  for change, wanted in (
+    (lambda edit: ablate(edit, some, runs=1), np.zeros_like(value[:, 1])),
+    (lambda edit: patch_runs(edit, some, source=3, target=1), value[:, 3]),
+    (lambda edit: steer(edit, some, direction, gain=2, runs=1), value[:, 1] + 2 * direction),
+  ):
+    for edit in (change(of_heads()), change(identity(SIZES, sites=("attn_heads",)))):
+      after = at_site(value, edit, layer=2)
+      np.testing.assert_array_equal(head(after[:, 1], 0, 3), head(wanted, 0, 3))
+      np.testing.assert_array_equal(head(after[:, 1], 1, 2), head(value[:, 1], 1, 2))
+      np.testing.assert_array_equal(after[:, [0, 2, 3]], value[:, [0, 2, 3]])
+      np.testing.assert_array_equal(at_site(value, edit, layer=3), value)
+
+
+def test_layers_and_runs_have_heads_of_their_own_cut_with_tokens_and_branches(at_site, value):
+  edit = of_heads()
+  for layer, run, number in ((1, 0, 2), (1, 1, 0), (4, 0, 1)):
+    at = where(SIZES, layers=layer, heads=number, frames=0, branches=1)
+    edit = ablate(edit, at, runs=run)
+  check_edit(edit, SIZES)
+  for layer, own in ((1, {0: 2, 1: 0}), (4, {0: 1}), (5, {})):
+    wanted = value.copy()
+    for run, number in own.items():
+      wanted[1, run, :4, 2 * number : 2 * number + 2] = 0
+    np.testing.assert_array_equal(at_site(value, edit, layer=layer), wanted)
+
+
+def test_all_heads_one_by_one_are_one_compilation(value):
+  base, traces = of_heads(), []
+
+  @jax.jit
+  @jax.vmap
+  def without(number):
+    traces.append(0)
+    edit = ablate(base, where(SIZES, heads=number))
+    return edit_site(value, layer_edits(step_edits(edit, 1), 2), "attn_heads")
+
+  numbers = np.arange(SIZES.N)
+  each = [without(numbers), without(numbers[::-1])]
+  assert len(traces) == 1
+  np.testing.assert_array_equal(each[0], each[1][::-1])
+  for number in numbers:
+    wanted = value.copy()
+    wanted[..., 2 * number : 2 * number + 2] = 0
+    np.testing.assert_array_equal(each[0][number], wanted)
+
+
+def test_the_slope_of_a_neutral_gate_is_that_of_its_heads_alone(value):
+  readout = np.random.default_rng(0).standard_normal(value.shape).astype(np.float32)
+
+  def slope(number):
+    edit = ablate(of_heads(), where(SIZES, heads=number), gate=1.0)
+
+    def read(gate):
+      edits = step_edits(dataclasses.replace(edit, gate=gate), 1)
+      return jnp.sum(readout * edit_site(value, layer_edits(edits, 2), "attn_heads"))
+
+    return jax.grad(read)(jnp.asarray(edit.gate))
+
+  found = jax.vmap(slope)(np.arange(SIZES.N))  # N S L R
+  wanted = rearrange(readout * value, "g r t (n k) -> n r (g t k)", n=SIZES.N).sum(axis=2)
+  np.testing.assert_allclose(found[:, 1, 2], wanted, rtol=1e-4, atol=1e-4)
+  assert not np.asarray(found[:, 1, 3]).any()
+
+
 # Refusals
 
 
@@ -717,6 +804,7 @@ def test_what_an_ensemble_of_each_kind_mixes():
     ({"steps": slice(0, 10)}, r"steps=0:10 leaves 0\.\.4"),
     ({"steps": slice(0, 0)}, "selects nothing: for no edit use identity"),
     ({"frames": 3}, "frames=3 does not exist"),
+    ({"heads": 4}, r"heads=4 does not exist: there are 4, 0\.\.3"),
     ({"branches": 2}, "branches=2 does not exist"),
     ({"frames": 1.5}, r"frames=1.5, wanted indices 0\.\.2"),
     ({"steps": np.ones(4, bool)}, r"the mask steps is \(4,\), wanted \(5,\)"),
@@ -731,6 +819,7 @@ def test_places_that_do_not_exist(place, said):
 
 EVERYWHERE = where(SIZES)
 FRAME = where(SIZES, frames=0)
+HEAD = where(SIZES, heads=0)
 SAID = [
   (lambda: identity(SIZES, edits=("swap",)), "no edit 'swap' to make room for; there are: mix_lat"),
   (lambda: identity(SIZES, edits=("mix",)), r"room for 'mix' needs a site: sites=\('attn_out',\)"),
@@ -761,6 +850,35 @@ SAID = [
     lambda: ablate(swap_runs(room(), where(SIZES, branches=0), 0, 1), EVERYWHERE),
     r"acts on branches \[0\], this one on \[0, 1\]",
   ),
+  (
+    lambda: identity(SIZES, edits=("heads",)),
+    r"room for 'heads' needs a site: sites=\('attn_heads',\)",
+  ),
+  (
+    lambda: room("heads"),
+    "heads are named and there are none at attn_out: edit at attn_heads, cro",
+  ),
+  (lambda: ablate(room(), HEAD), "heads are named and there are none at attn_out: edit at attn_h"),
+  (
+    lambda: ablate(identity(SIZES), HEAD, sites=("attn_heads", "resid_post", "mlp_out")),
+    "there are none at resid_post, mlp_out: edit at attn_heads, cross_heads alone, or leave heads",
+  ),
+  (
+    lambda: ensemble_runs(identity(SIZES), HEAD, (0, 1), what="attn"),
+    "heads are named and there are none at attn_out",
+  ),
+  (
+    lambda: ensemble_runs(identity(SIZES), HEAD, (0, 1), what="out"),
+    "an ensemble of out has no heads",
+  ),
+  (lambda: noise_at(room(), HEAD, mode="add"), "noise_at has no heads"),
+  (
+    lambda: ablate(ablate(of_heads(), HEAD, runs=2), where(SIZES, layers=3, heads=1)),
+    "run 2 at step 0, layer 3 is already edited under another head mask; there is one per step, "
+    "layer and run: use the same heads, or another run",
+  ),
+  (lambda: ablate(ablate(of_heads(), HEAD), EVERYWHERE), "under another head mask"),
+  (lambda: ablate(ablate(of_heads(), EVERYWHERE), HEAD), "under another head mask"),
   (lambda: noise_at(room(), EVERYWHERE, mode="swap"), "no noise mode 'swap'; there are: replace, "),
   (lambda: noise_at(room(), EVERYWHERE, mode="renoise"), "needs sigma"),
   (lambda: noise_at(room(), EVERYWHERE, mode="replace", gain=0.5), "gain has no meaning"),
@@ -828,6 +946,8 @@ def test_the_same_mask_may_be_edited_twice(at_site, value):
     ({"sites": ("resid_mid",)}, "no site 'resid_mid'"),
     ({"direction": None}, "steer and direction come together"),
     ({"tokens": np.ones((4, 12), bool)}, r"tokens S R T is \(4, 12\), wanted \(5, 4, 12\)"),
+    ({"heads": np.ones((5, 4, 4), bool)}, r"heads S L R N is \(5, 4, 4\), wanted \(5, 6, 4, 4\)"),
+    ({"heads": np.ones((5, 6, 4, 4), bool)}, "heads are named and there are none at attn_out"),
     ({"out": "noise"}, "out='noise'"),
   ],
 )

@@ -21,7 +21,7 @@ from jax_videoreason.interventions import (
   where,
 )
 from jax_videoreason.structs import Conditioning
-from jax_videoreason.taps import TapSpec
+from jax_videoreason.taps import HEAD_SITES, TapSpec
 
 ODD = (3, 4, 6, 4)  # F H W C: 18 tokens, which 4 devices cannot share evenly
 STEPS = 3
@@ -41,7 +41,7 @@ def inputs(count: int, grid: tuple[int, int, int, int] = ODD):
   return runs.make_noise(range(count), grid), cond
 
 
-def traced(bundle, noise, cond, edit=None, mesh=None, **options):
+def traced(bundle, noise, cond, edit=None, mesh=None, taps=TAPS, **options):
   """Final latents and the whole trace of one batch."""
   kept = []
   final = runs.run(
@@ -50,7 +50,7 @@ def traced(bundle, noise, cond, edit=None, mesh=None, **options):
     cond,
     tiny_schedule(STEPS),
     edit,
-    TAPS,
+    taps,
     mesh=mesh,
     on_piece=lambda trace, steps, part: kept.append(trace),
     **options,
@@ -120,6 +120,19 @@ def test_a_mesh_whose_axes_are_not_auto_is_refused():
   ):
     with pytest.raises(ValueError, match=re.escape(said)):
       use()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), pytest.param((2, 2, 1), marks=pytest.mark.slow)])
+def test_heads_edited_and_tapped_on_a_mesh_equal_one_device(shape):
+  noise, cond = inputs(2)
+  bundle = bundle_of("concat")
+  sizes = sampler.sizes_of(bundle, noise, cond, tiny_schedule(STEPS))
+  edit = identity(sizes, edits=("mix", "gate", "heads"), sites=HEAD_SITES)
+  edit = patch_runs(edit, where(sizes, layers=1, heads=1), source=0, target=1)
+  edit = ablate(edit, where(sizes, layers=2, heads=0), runs=1, gate=0.5)
+  taps = TapSpec(sites=HEAD_SITES, reduce=("head_norm", "full"), branches=(0, 1))
+  wanted = traced(bundle, noise, cond, edit, taps=taps)
+  agree(traced(bundle, noise, cond, edit, mesh=sharding.make_mesh(*shape), taps=taps), wanted)
 
 
 def test_the_odd_grid_does_not_divide():
@@ -209,6 +222,8 @@ def test_without_a_mix_field_no_device_talks_to_another():
   sizes = sizes_for(4)
   gate = identity(sizes, edits=("gate", "noise"), sites=("attn_out",))
   assert collectives(bundle_of("concat"), 4, mesh, gate) == []
+  heads = ablate(identity(sizes), where(sizes, heads=0), sites=HEAD_SITES)
+  assert collectives(bundle_of("concat"), 4, mesh, heads) == []
 
 
 def test_a_kernel_for_whole_runs_makes_no_device_talk_to_another(monkeypatch):

@@ -31,6 +31,7 @@ from jax_videoreason import (
   prepare,
   product,
   runs,
+  schedules,
   settings,
   sweep,
   tasks,
@@ -427,7 +428,7 @@ def test_faults_of_a_sweep_are_told_at_once():
     made({"a": {"edit": "mix"}, "b": {"edit": "ablate", "gain": 2}}, split="test", cases=0)
   said = str(refused.value)
   assert "edits.a.edit='mix', wanted one of none, noise_at, ablate, ensemble_runs." in said
-  assert "edits.b: ablate takes no 'gain'; it takes: sites, gate, steps, layers." in said
+  assert "edits.b: ablate takes no 'gain'; it takes: sites, gate, steps, layers, heads." in said
   assert "split='test', wanted one of id, ood, heldout" in said
   assert "cases=0, wanted at least 1" in said
 
@@ -498,6 +499,21 @@ def test_an_edit_that_the_model_has_no_place_for_is_told_before_anything_is_run(
     made({"none": {"edit": "none"}, "deep": deep})
   with pytest.raises(ValueError, match=r"edits\.mean: an ensemble of 1 seed"):
     made({"mean": ENSEMBLE}, seeds=1)
+
+
+def test_heads_are_ablated_by_their_span_and_refused_where_there_are_none():
+  sizes = Sizes(S=3, R=4, G=2, L=8, F=5, H=8, W=8, C=16, T=80, D=128, N=4)
+  schedule = schedules.build(steps=3, freq_dim=16)
+  said = {"edit": "ablate", "sites": ("attn_heads",), "layers": (2, 3), "heads": (1, 3)}
+  edit = factors.edit_for(said, sizes, schedule, seeds=2)
+  assert edit is not None and edit.heads is not None
+  np.testing.assert_array_equal(edit.heads[:, 2], np.tile([False, True, True, False], (3, 4, 1)))
+  with pytest.raises(ValueError, match=r"edits\.deep: heads=20:30 leaves 0\.\.3: cut it to 4"):
+    made({"deep": {**said, "heads": (20, 30)}})
+  with pytest.raises(
+    ValueError, match=r"edits\.out: heads are named and there are none at attn_out"
+  ):
+    made({"out": {**said, "sites": ("attn_out",)}})
 
 
 def test_units_hold_whole_cases_and_are_all_of_one_size():

@@ -7,7 +7,7 @@ import pytest
 
 from jax_videoreason.reductions import REDUCTIONS, Inputs, pca3, signs, squeeze
 
-G, R, F, T, D, P = 2, 3, 2, 10, 12, 2
+G, R, F, T, D, N, P = 2, 3, 2, 10, 12, 3, 2
 REFERENCE = np.array([0, 0, 1])
 
 
@@ -38,6 +38,7 @@ def reductions(arrays):
     head = jnp.asarray(arrays["head"])
     inputs = Inputs(
       frames=F,
+      heads=N,
       directions=jnp.asarray(arrays["directions"]),
       regions=regions,
       targets=targets,
@@ -62,6 +63,8 @@ def definition(name, a):
     return length
   if name == "frame_norm":
     return np.sqrt((length**2).reshape(G, R, F, T // F).sum(-1))
+  if name == "head_norm":
+    return np.sqrt((x.reshape(G, R, F, T // F, N, D // N) ** 2).sum((3, 5)))
   if name == "channel_moments":
     return np.stack([x.mean(2), x.var(2)], axis=2)
   if name == "top_channels":

@@ -11,6 +11,7 @@ import pytest
 from jax_videoreason.reductions import REDUCTIONS
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import (
+  HEAD_SITES,
   SITES,
   TapAids,
   TapSpec,
@@ -21,9 +22,9 @@ from jax_videoreason.taps import (
   tap_bytes,
 )
 
-SIZES = Sizes(S=4, R=3, G=2, L=5, F=3, H=4, W=4, C=2, T=12, D=16, sites=SITES)
+SIZES = Sizes(S=4, R=3, G=2, L=5, F=3, H=4, W=4, C=2, T=12, D=16, N=4, sites=SITES)
 WAN = Sizes(S=50, R=1, G=2, L=40, F=21, H=60, W=104, C=16, T=32760, D=5120)
-AIDS = TapAids(grid=(3, 2, 2), head=lambda x: x[..., :8])
+AIDS = TapAids(grid=(3, 2, 2), head=lambda x: x[..., :8], heads=4)
 ARRAYS = {
   "directions": np.ones((2, 16), np.float32),
   "regions": np.ones((3, 3, 12), np.float32),
@@ -31,7 +32,16 @@ ARRAYS = {
   "reference": np.zeros(3, np.int32),
 }
 ALL = TapSpec(
-  sites=("attn_out", "update"), reduce=tuple(REDUCTIONS), layers=(1, 3), branches=(1,), **ARRAYS
+  sites=("attn_out", "update"),
+  reduce=tuple(name for name, reduction in REDUCTIONS.items() if not reduction.heads),
+  layers=(1, 3),
+  branches=(1,),
+  **ARRAYS,
+)
+OF_HEADS = dataclasses.replace(
+  ALL,
+  sites=HEAD_SITES,
+  reduce=tuple(name for name, reduction in REDUCTIONS.items() if reduction.heads is not False),
 )
 
 
@@ -155,11 +165,12 @@ def test_layers_and_steps_nobody_asked_for_write_nothing(scanned):
 def test_dearer_reductions_sit_under_a_cond(values):
   """Only what costs no more than a norm is computed at every layer."""
   for name, reduction in REDUCTIONS.items():
-    spec = dataclasses.replace(ALL, sites=("attn_out",), reduce=(name,))
+    (site,) = sites = ("attn_heads" if reduction.heads else "attn_out",)
+    spec = dataclasses.replace(ALL, sites=sites, reduce=(name,))
     buffers = empty_buffers(spec, SIZES, AIDS)
-    program = jax.make_jaxpr(lambda b, v, s, spec=spec: record(b, "attn_out", v, spec, s, AIDS))(
-      buffers, values[0], 0
-    )
+    program = jax.make_jaxpr(
+      lambda b, v, s, spec=spec, site=site: record(b, site, v, spec, s, AIDS)
+    )(buffers, values[0], 0)
     conds = [e for e in program.eqns if e.primitive.name == "cond"]
     assert len(conds) == reduction.costly, name
     outside = {e.primitive.name for e in program.eqns}
@@ -192,10 +203,19 @@ def test_hidden_states_keep_the_dtype_of_the_model():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_bytes_are_those_of_the_buffers(dtype):
-  spec = dataclasses.replace(ALL, steps=(0, 2, 3), branches=(0, 1))
+@pytest.mark.parametrize("spec", [ALL, OF_HEADS], ids=["stream", "heads"])
+def test_bytes_are_those_of_the_buffers(spec, dtype):
+  spec = dataclasses.replace(spec, steps=(0, 2, 3), branches=(0, 1))
   buffers = empty_buffers(spec, SIZES, dataclasses.replace(AIDS, dtype=dtype))
   assert tap_bytes(spec, SIZES, dtype) == 3 * sum(b.nbytes for b in buffers.values())
+
+
+def test_the_length_of_each_head_in_each_latent_frame(values):
+  buffers = empty_buffers(OF_HEADS, SIZES, AIDS)
+  kept = record(buffers, "cross_heads", values[3], OF_HEADS, 1, AIDS)["cross_heads/head_norm"]
+  heads = np.asarray(values[3, 1:], np.float64).reshape(1, 3, 3, 4, 4, 4)  # G R f (h w) N K
+  np.testing.assert_allclose(kept[1], np.sqrt((heads**2).sum(axis=(3, 5))), rtol=1e-5)
+  assert not kept[0].any()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +226,7 @@ def test_bytes_are_those_of_the_buffers(dtype):
     (
       TapSpec(sites=SITES, reduce=("norm",), branches=(0, 1)),
       dataclasses.replace(WAN, R=8),
-      20.97,
+      29.35,
     ),
   ],
 )
@@ -262,6 +282,14 @@ def test_what_the_budget_error_proposes_fits(reduce, budget):
     ),
     ({"reduce": ("update/mean",)}, "no reduction 'mean'; there are: norm, "),
     ({"reduce": ("mlp_out/norm",)}, r"reduce names 'mlp_out/norm' and sites=.* has no 'mlp_out'"),
+    (
+      {"reduce": ("head_norm",)},
+      r"'head_norm' means nothing at 'attn_out': .* reduce=\('attn_heads/head_norm',\)",
+    ),
+    (
+      {"reduce": ("norm", "lens"), "sites": ("resid_post", "cross_heads")},
+      r"'lens' means nothing at 'cross_heads': .* reduce=\('resid_post/lens',\)",
+    ),
     ({"layers": (5,)}, r"layers=\(5,\): there is no 5, only 0\.\.4"),
     ({"layers": (-1,)}, r"there is no -1, only 0\.\.4"),
     ({"layers": (3, 1)}, r"wanted increasing: use \(1, 3\)"),

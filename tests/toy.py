@@ -89,6 +89,7 @@ def leaning(latents, sigma, memory):
 class ToyConfig:
   layers: int = 4
   width: int = 2 * C
+  heads: int = 1
   out_channels: int = C
   text_width: int = 3
   freq_dim: int = FREQ

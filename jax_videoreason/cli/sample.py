@@ -16,8 +16,8 @@ Where decoding fails, by want of memory say, all that was denoised stays in the 
 
 --from takes up a stored run before --step, as its own manifest says, with the same weights unless
 --checkpoint names others, and leaves a whole run folder again; the edit (noise_at, ablate,
-ensemble_runs) acts at that step, or where its keys say (steps=12:15,frames=2,layers=4:8). Exact for
-Euler; another solver restarts there.
+ensemble_runs) acts at that step, or where its keys say (steps=12:15,frames=2,layers=4:8; of
+ablate:sites=attn_heads also heads=3). Exact for Euler; another solver restarts there.
 
 One model may need many devices: --mesh fsdp=2,context=2 lays weights and tokens on them. Started
 once on every host (docs/pods.md), the mesh spans the devices of all, and one folder comes of it.

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from jax_videoreason import rope
 from jax_videoreason.attention import attend
 from jax_videoreason.axes import Array, Params
-from jax_videoreason.edits import BlockEdits, spare_tokens
+from jax_videoreason.edits import BY_LAYER, BlockEdits, spare_tokens
 from jax_videoreason.models.common import (
   LayerNorm,
   Numerics,
@@ -129,12 +129,23 @@ def _norm(c: WanConfig, name: str) -> RMSNorm:
 
 
 class SelfAttention(nn.Module):
-  """G R T D -> G R T D, rotary positions on q and k; tokens: how many of T are no padding."""
+  """G R T D -> G R T D, rotary positions on q and k.
+
+  tokens: how many of T are no padding. at: acts at attn_heads, before the heads are joined.
+  """
 
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x: Array, cos: np.ndarray, sin: np.ndarray, tokens: int) -> Array:
+  def __call__(
+    self,
+    x: Array,
+    buffers: dict[str, Array],
+    at: At,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    tokens: int,
+  ) -> tuple[Array, dict[str, Array]]:
     c = self.config
     q = _norm(c, "norm_q")(_dense(c.width, c.compute, "q")(x))
     k = _norm(c, "norm_k")(_dense(c.width, c.compute, "k")(x))
@@ -142,16 +153,22 @@ class SelfAttention(nn.Module):
     q, k, v = (rearrange(a, "g r t (n k) -> g r t n k", n=c.heads) for a in (q, k, v))
     q, k = (rope.rotate(a, cos, sin).astype(c.compute) for a in (q, k))
     out = rearrange(attend(q, k, v, keys=tokens, spread="qkv"), "g r t n k -> g r t (n k)")
-    return _dense(c.width, c.compute, "o")(out)
+    out, buffers = at("attn_heads", out, buffers)
+    return _dense(c.width, c.compute, "o")(out), buffers
 
 
 class CrossAttention(nn.Module):
-  """Attends to the text, and with CLIP tokens to those by a second softmax, summed."""
+  """Attends to the text, and with CLIP tokens to those by a second softmax, summed.
+
+  at: acts at cross_heads, after that sum and before the heads are joined.
+  """
 
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x: Array, text: Array, clip: Array | None) -> Array:
+  def __call__(
+    self, x: Array, buffers: dict[str, Array], at: At, text: Array, clip: Array | None
+  ) -> tuple[Array, dict[str, Array]]:
     c = self.config
 
     def heads(a):
@@ -170,7 +187,8 @@ class CrossAttention(nn.Module):
     if clip is not None:
       out = out + attended(clip, "_clip")
     out = rearrange(out, "g r t n k -> g r t (n k)")
-    return _dense(c.width, c.compute, "o")(out)
+    out, buffers = at("cross_heads", out, buffers)
+    return _dense(c.width, c.compute, "o")(out), buffers
 
 
 def _by_token(rows: Array, given: Array | None) -> Array:
@@ -213,11 +231,12 @@ class WanBlock(nn.Module):
     x, buffers = at("resid_pre", x, buffers)
     before = x
     h = modulate(x, shift_a, scale_a, wide, c.epsilon).astype(c.compute)
-    attn_out = gate_a * SelfAttention(c, name="self_attn")(h, *rotary, tokens).astype(wide)
+    attended, buffers = SelfAttention(c, name="self_attn")(h, buffers, at, *rotary, tokens)
+    attn_out = gate_a * attended.astype(wide)
     attn_out, buffers = at("attn_out", attn_out, buffers)
     x = (x + attn_out).astype(x.dtype)
     h = LayerNorm(c.epsilon, name="norm_cross")(x).astype(c.compute)
-    cross_out = CrossAttention(c, name="cross_attn")(h, text, clip)
+    cross_out, buffers = CrossAttention(c, name="cross_attn")(h, buffers, at, text, clip)
     cross_out, buffers = at("cross_out", cross_out, buffers)
     x = (x + cross_out).astype(x.dtype)
     h = modulate(x, shift_m, scale_m, wide, c.epsilon).astype(c.compute)
@@ -318,16 +337,16 @@ class WanDiT(nn.Module):
     buffers, aids = {}, None
     if taps is not None and taps.sites:
       taps = dataclasses.replace(taps, steps=None)
-      aids = TapAids(grid=grid, head=head, dtype=x.dtype)
+      aids = TapAids(grid=grid, head=head, dtype=x.dtype, heads=c.heads)
       sizes = Sizes(S=1, R=r, G=g, L=c.layers, F=latents.shape[1], H=latents.shape[2],
                     W=latents.shape[3], C=c.out_channels, T=tokens, D=c.width,
-                    sites=SITES)  # fmt: skip
+                    N=c.heads, sites=SITES)  # fmt: skip
       buffers = empty_buffers(taps, sizes, aids)
       slots = jnp.asarray(layer_slots(taps, c.layers) if slots is None else slots)
     else:
       taps, slots = None, None
     by_layer = {} if edits is None else {
-      name: rows for name in ("mix", "gate", "steer", "direction")
+      name: rows for name in BY_LAYER
       if (rows := getattr(edits, name)) is not None
     }  # fmt: skip
 

@@ -72,9 +72,9 @@ def crossed(
 
   features: M N K, M probes (layers and steps) over the same N samples. labels: N classes. groups: N
   int, such as the case: a group is never split between training and test, and every fold has its
-  share of each class. Each probe is a softmax of a linear map on standardised features, trained by
-  Adam on its weights' squares times `ridge` beside the cross-entropy. All M probes of all folds
-  train in one call, spread over the devices.
+  share of each class, by the first sample of a group. Each probe is a softmax of a linear map on
+  standardised features, trained by Adam on its weights' squares times `ridge` beside the
+  cross-entropy. All M probes of all folds train in one call, spread over the devices.
 
   ValueError for one class only, or fewer groups than folds.
   """

@@ -267,30 +267,6 @@ def test_what_work_within_a_point_has_cost_is_counted_once(tmp_path):
   assert (record["reused"], record["evaluations"]) == (6 * each, 0)
 
 
-def test_work_is_kept_under_the_keys_of_earlier_versions(monkeypatch):
-  keys = []
-  monkeypatch.setattr(Chunks, "put", lambda self, key, value: keys.append(key))
-
-  def own(ctx):
-    ctx.once(lambda: 0)
-    ctx.map(lambda point: point, [0])
-    for changes in ({"shift": 3.0, "guidance": (1.0,)}, {"steps": 5}):
-      ctx.vary(**changes).map(lambda point: point, [0, 1])
-    return np.zeros(ctx.sizes.R)
-
-  carried_out(study_of(own), chunks=Chunks())
-  place = 'own batch 0 ["0left", "1right", "2left"]'
-  assert keys == [
-    f"{place}\nonce 0\ncontrol=False",
-    f"{place}\nmap 1 point 0\ncontrol=False",
-    f'{place} {{"guidance": [1.0], "shift": 3.0}}\nmap 0 point 0\ncontrol=False',
-    f'{place} {{"guidance": [1.0], "shift": 3.0}}\nmap 0 point 1\ncontrol=False',
-    f'{place} {{"steps": 5}}\nmap 0 point 0\ncontrol=False',
-    f'{place} {{"steps": 5}}\nmap 0 point 1\ncontrol=False',
-    f"{place}\nbatch",
-  ]
-
-
 def spoken(chosen, cases):
   """As `toy.encode`; where guided, the negative branch holds the length of the negative prompt."""
   made = toy.encode(chosen, cases)
@@ -497,9 +473,7 @@ def test_code_that_changed_is_new_work_and_a_result_of_other_code_is_named(write
     run.check_out(out, redo=False, source=sources[0])
 
 
-def test_work_of_an_own_study_of_an_older_version_is_neither_gone_on_with_nor_taken(
-  write, tmp_path, monkeypatch
-):
+def test_work_of_an_older_version_is_neither_gone_on_with_nor_taken(write, tmp_path, monkeypatch):
   asked, out = [], tmp_path / "out"
 
   def stop(study, *_, chunks, **__):
@@ -508,13 +482,14 @@ def test_work_of_an_own_study_of_an_older_version_is_neither_gone_on_with_nor_ta
 
   monkeypatch.setattr("jax_videoreason.experiments.perform", stop)
   study = find(write(FILE.format(name="own", value="1.0")))
-  for version in (results.OWN_FORMAT, results.OWN_FORMAT - 1):
-    monkeypatch.setattr(results, "OWN_FORMAT", version)
+  for version in (results.FORMAT, results.FORMAT - 1):
+    monkeypatch.setattr(results, "FORMAT", version)
     assert cli.main(["run", "own_file:own", "--config.cases=1", f"--out={out}"]) == cli.BAD_INPUT
   assert asked[0] != asked[1]
   out.mkdir(exist_ok=True)
-  write_json(out / "result.json", {"axes": {}, "problem_of": [], "source": study.source()})
-  with pytest.raises(ValueError, match="it is a study of an older version, in which one call"):
+  before = {"axes": {}, "problem_of": [], "source": study.source(), "format": results.FORMAT - 1}
+  write_json(out / "result.json", before)
+  with pytest.raises(ValueError, match="it is a study of an older version"):
     run.check_out(out, redo=False, source=study.source())
 
 

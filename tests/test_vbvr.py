@@ -847,7 +847,7 @@ def to_zeros(path: Path) -> None:
   [
     (cut_off, "00000.mp4 is damaged or not a video"),
     (to_zeros, "00000.mp4 is damaged or not a video"),
-    (to_av1, "0 of 5 frames decode in the EvalKit, wanted all: write the video as H.264"),
+    (to_av1, "0 of 5 frames decode in the EvalKit, wanted all: encode the video anew"),
   ],
 )
 def test_a_video_that_the_evalkit_cannot_decode_gets_no_score(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import cli
-from jax_videoreason.vbvr import published, samples, scores, suite, table
+from jax_videoreason.vbvr import published, scores, suite, table
 
 
 def call(*words) -> int:
@@ -155,6 +155,18 @@ def test_one_model_at_two_settings_is_two_rows(tmp_path):
   assert rows_of(*outs) == pytest.approx({"may/wan": 0.2, "june/wan": 0.6})
 
 
+def test_two_settings_at_several_seeds_are_rows_called_by_the_model(tmp_path):
+  for out, steps, values in (("may", 50, (0.2, 0.4)), ("june", 20, (0.6, 0.8))):
+    (tmp_path / out).mkdir()
+    seeds = (
+      system(f"wan-seed{s}", np.full(20, v), seed=s, model="wan", settings={"steps": steps})
+      for s, v in zip((1, 2), values, strict=True)
+    )
+    written(tmp_path / out, *seeds)
+  wanted = {"may/wan": 0.3, "june/wan": 0.7}
+  assert rows_of(tmp_path / "may", tmp_path / "june") == pytest.approx(wanted)
+
+
 def test_clips_that_were_scored_beside_two_models_are_one_row(tmp_path):
   clip = system("static", np.full(20, 0.3), baseline="static", settings={"baseline": "static"})
   assert rows_of(*in_two(tmp_path, clip, clip)) == pytest.approx({"static": 0.3})
@@ -188,13 +200,6 @@ def test_scores_of_different_things_share_no_table(tmp_path, changed, said):
   written(tmp_path, system("a", np.ones(20)), system("b", np.ones(20), **changed))
   with pytest.raises(ValueError, match=said):
     table.load([tmp_path])
-
-
-@pytest.mark.parametrize("benchmark", [samples.OWN, samples.MIXED])
-def test_scores_of_own_tasks_that_name_no_rules_are_refused(tmp_path, benchmark):
-  (place,) = written(tmp_path, system("a", np.ones(20), benchmark=benchmark))
-  with pytest.raises(ValueError, match=r"does not say by which rules .* scored: score it again"):
-    table.load([place])
 
 
 def test_published_rows_are_marked_everywhere(tmp_path, capsys):

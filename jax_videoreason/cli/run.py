@@ -230,9 +230,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   laid = sharding.mesh_here(mesh)
   layout = None if laid is None else dict(laid.shape)
   source, scoring = study.source(), tasks.scoring(own["tasks"])
-  code = [scoring, results.FORMAT]
-  if source is not None:
-    code += [source, results.OWN_FORMAT]
+  code = [scoring, results.FORMAT, *([] if source is None else [source])]
   key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
@@ -272,7 +270,6 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
           "key": key,
           "format": results.FORMAT,
           "source": source,
-          "own_format": results.OWN_FORMAT,
           "task_sources": of_tasks,
         },
       )
@@ -360,8 +357,6 @@ def check_out(
         code = f"; it was made by other code than {now['module']} has now"
     if not code and "axes" in record and "problem_of" not in record:
       code = "; it is a study of an older version, whose intervals are over cases"
-    elif not code and source is not None and "axes" in record and "own_format" not in record:
-      code = "; it is a study of an older version, in which one call could get another's result"
     elif not code and "axes" in record and record.get("format") != FORMAT:
       code = "; it is a study of an older version"
     raise ValueError(

@@ -13,7 +13,6 @@ from jax_videoreason.folders import damaged, expect, plain, read_json, write_jso
 
 SEED = 0  # of every resampling
 FORMAT = 3  # raised where what a study keeps means something else than before
-OWN_FORMAT = 1  # the same of studies that users write alone
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")
 CELL = 48  # pixels of the shorter side of a picture in a figure, at least

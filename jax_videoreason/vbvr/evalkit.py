@@ -213,8 +213,8 @@ def check_frames(kit: EvalKit, video: Path, limit: float) -> None:
   decoded, read = map(int, done.stdout.split()[-2:])
   if decoded != read or not decoded:
     raise ValueError(
-      f"{decoded} of {read} frames decode in the EvalKit, wanted all: write the video as H.264 "
-      "in yuv420p"
+      f"{decoded} of {read} frames decode in the EvalKit, wanted all: encode the video anew, "
+      "as H.264 in yuv420p"
     )
 
 

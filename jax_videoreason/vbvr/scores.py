@@ -26,7 +26,7 @@ from jax_videoreason.version import __version__
 
 RESULT, SAMPLES, PICTURES, PROBLEMS = "result.json", "samples", "pictures", "problems"
 CLIPS = "clips"  # where the videos of baselines lie that are scored beside a model
-FORMAT = 1
+FORMAT = 2  # of a result: raised where one of before must not stand beside one of now
 SHOWN = 5  # frames of a picture
 CELL = 72  # pixels of the shorter side of each
 GAP = 3  # pixels between them

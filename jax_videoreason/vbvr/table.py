@@ -74,11 +74,6 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
   for folder, result in zip(folders, results, strict=True):
     if result.get("format") != scores.FORMAT:
       raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
-    if result["benchmark"] in (samples.OWN, samples.MIXED) and "scoring" not in result:
-      raise ValueError(
-        f"{folder / scores.RESULT} does not say by which rules of the tasks it was scored: score "
-        "it again."
-      )
     for key, words in (
       ("data", "other data"),
       ("evalkit", "another EvalKit or other packages"),
@@ -120,12 +115,17 @@ def _grouped(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def _told_apart(systems: Sequence[System]) -> list[System]:
-  """Where several have one name, each has that of its folder and of the one around it."""
+  """Where several have one name, each has that of the folder it lies in before its own: that of its
+  folder, or of the model where it is several seeds."""
   names = [system.name for system in systems]
+
+  def placed(system: System) -> str:
+    folder = system.folders[0].resolve()
+    own = folder.name if len(system.folders) == 1 else system.name
+    return f"{folder.parent.name}/{own}"
+
   made = [
-    dataclasses.replace(system, name="/".join(system.folders[0].resolve().parts[-2:]))
-    if names.count(system.name) > 1
-    else system
+    dataclasses.replace(system, name=placed(system)) if names.count(system.name) > 1 else system
     for system in systems
   ]
   first: dict[str, System] = {}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 Numbers: TypeAlias = Any  # a pytree of floats
@@ -15,9 +14,9 @@ Rest: TypeAlias = Any  # a pytree of anything
 def by_formula(formula: Callable[[Numbers, Values, Rest], Any]) -> Callable[..., Any]:
   """Decorates f(numbers, values, rest), which equals the formula but for bits.
 
-  Derivatives by `numbers` are those of `formula`, by `values` those of f itself; a program without
-  derivatives does not hold the formula. What f leaves out where a number is neutral, as a factor
-  of 1 or a term of 0, has a slope there all the same.
+  Derivatives of every order are those of the formula, and a program without derivatives does not
+  hold it. What f leaves out where a number is neutral, as a factor of 1 or a term of 0, has a slope
+  there all the same.
   """
 
   def decorate(f: Callable[[Numbers, Values, Rest], Any]) -> Callable[..., Any]:
@@ -25,9 +24,8 @@ def by_formula(formula: Callable[[Numbers, Values, Rest], Any]) -> Callable[...,
 
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
       numbers, values, rest = primals
-      made, slopes = _slopes(lambda v: f(numbers, v, rest), values, tangents[1])
-      _, more = _slopes(lambda n: formula(n, values, rest), numbers, tangents[0])
-      return made, jax.tree.map(jnp.add, slopes, more)
+      slopes = _slopes(lambda at: formula(at[0], at[1], rest), (numbers, values), tangents[:2])
+      return shortened(numbers, values, rest), slopes
 
     shortened.defjvp(rule, symbolic_zeros=True)
     return shortened
@@ -35,8 +33,8 @@ def by_formula(formula: Callable[[Numbers, Values, Rest], Any]) -> Callable[...,
   return decorate
 
 
-def _slopes(f: Callable[[Any], Any], at: Any, along: Any) -> tuple[Any, Any]:
-  """(f(at), its derivative along `along`); what has no tangent stays out of the derivative."""
+def _slopes(f: Callable[[Any], Any], at: Any, along: Any) -> Any:
+  """The derivative of f along `along`; what has no tangent stays out of it."""
   leaves, tree = jax.tree.flatten(at)
   tangents = jax.tree.leaves(along, is_leaf=lambda t: isinstance(t, SymbolicZero))
   live = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
@@ -47,7 +45,4 @@ def _slopes(f: Callable[[Any], Any], at: Any, along: Any) -> tuple[Any, Any]:
       whole[i] = leaf
     return f(jax.tree.unflatten(tree, whole))
 
-  if not live:
-    made = f(at)
-    return made, jax.tree.map(jnp.zeros_like, made)
-  return jax.jvp(of_live, [leaves[i] for i in live], [tangents[i] for i in live])
+  return jax.jvp(of_live, [leaves[i] for i in live], [tangents[i] for i in live])[1]

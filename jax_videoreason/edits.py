@@ -58,9 +58,9 @@ class Intervention:
 
   A number that changes nothing (a gate of 1, a gain of 0, a row of mix with a single 1) keeps the
   bits of what it stands at; the derivative by it is that of the formula all the same, as
-  attribution patching takes it. By a noise_gain of 0 only where `Noise.injected` gives the noise:
-  none is drawn for a gain of 0. That a multistep solver restarts after an edit of the latents has
-  no derivative.
+  attribution patching takes it, and so are higher ones. By a noise_gain of 0 only where
+  `Noise.injected` gives the noise: in a step where no run has a gain none is drawn. That a
+  multistep solver restarts after an edit of the latents has no derivative.
   """
 
   mix_latents: Array | None = None

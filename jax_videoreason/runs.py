@@ -210,6 +210,7 @@ def run(
       f"{len(groups)}: raise batch, or call run for each group of runs."
     )
   step_slots(taps, len(schedule))  # refuses steps that are not there
+  sharding.check_auto(mesh)
   seats = 1 if mesh is None else mesh.shape["seed"]
   if fixed and total % seats:
     raise ValueError(

@@ -27,7 +27,7 @@ from jax_videoreason.edits import (
 )
 from jax_videoreason.guidance import combine
 from jax_videoreason.schedules import HOLD, Schedule
-from jax_videoreason.sharding import constrain
+from jax_videoreason.sharding import ambient, check_auto, constrain
 from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, State, Trace
 from jax_videoreason.taps import SITES, TapSpec, asked, layer_slots, step_slots
@@ -115,6 +115,7 @@ def denoise(
       loaded, or an `edit` or `taps` of another kind.
   """
   check_kinds(edit, taps)
+  check_auto(ambient())
   taps = TapSpec() if taps is None else taps
   check(bundle, noise, cond, schedule, edit, state)
   if guidance not in ("parallel", "sequential"):

@@ -32,16 +32,18 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_auto(mesh: Mesh | None) -> None:
+def check_auto(mesh: Mesh | AbstractMesh | None) -> None:
   """ValueError where XLA may not choose how arrays lie on a mesh, as on one of `jax.make_mesh`."""
   if mesh is None or all(kind == AxisType.Auto for kind in mesh.axis_types):
     return
   found = ", ".join(
     f"{name}={kind.name}" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
   )
-  sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+  known = {name: size for name, size in mesh.shape.items() if name in MESH_AXES}
+  sizes = ", ".join(f"{name}={size}" for name, size in (known or {"seed": mesh.size}).items())
   raise ValueError(
-    f"the axes of the mesh are {found}, wanted Auto: make it by sharding.make_mesh({sizes})."
+    f"the axes of the mesh are {found}, wanted Auto ones of {', '.join(MESH_AXES)}: make it by "
+    f"sharding.make_mesh({sizes})."
   )
 
 

@@ -66,7 +66,7 @@ class TapSpec:
       given = getattr(self, name)
       fields[name] = None if given is None else _indices(name, given)
     for name in ("directions", "regions", "targets", "reference"):
-      fields[name] = _array(getattr(self, name))
+      fields[name] = _array(name, getattr(self, name))
     for name, value in fields.items():
       object.__setattr__(self, name, value)
 
@@ -351,13 +351,13 @@ def _indices(name: str, given: Any) -> tuple[int, ...]:
   if not is_known(given):
     raise ValueError(f"{name} is traced, and decides what the program holds: give plain numbers.")
   if isinstance(given, slice):
-    start, stop, step = given.start or 0, given.stop, given.step or 1
-    if stop is None or min(start, stop) < 0 or step < 0:
+    ends = (0 if given.start is None else given.start, given.stop, given.step or 1)
+    if given.step == 0 or not all(isinstance(end, int | np.integer) and end >= 0 for end in ends):
       raise ValueError(
         f"{name}={given}, wanted a slice i:j with ends counted from 0: {name}=range(i, j)."
       )
-    given = range(start, stop, step)
-  index = np.asarray(given)
+    given = range(*ends)
+  index = _stacked(name, given)
   if index.ndim > 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
     raise ValueError(
       f"{name}={given!r}, wanted indices from 0 on, as (0, 2); of a mask, np.flatnonzero(mask)."
@@ -365,13 +365,20 @@ def _indices(name: str, given: Any) -> tuple[int, ...]:
   return tuple(index.ravel().tolist())
 
 
-def _array(given: Any) -> Any:
+def _array(name: str, given: Any) -> Any:
   """A list of numbers or arrays as an array; anything else as it is."""
   kinds = (int, float, np.generic, np.ndarray, jax.Array)
   # jax puts what it likes into the fields of a pytree, so only numbers are taken for an array
-  if isinstance(given, list | tuple) and all(isinstance(x, kinds) for x in jax.tree.leaves(given)):
-    return (np if is_known(given) else jnp).asarray(given)
+  if isinstance(given, list) and all(isinstance(x, kinds) for x in jax.tree.leaves(given)):
+    return _stacked(name, given, np if is_known(given) else jnp)
   return given
+
+
+def _stacked(name: str, given: Any, space: Any = np) -> Any:
+  try:
+    return space.asarray(given)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{name}={given!r} makes no array: give rows of one length.") from error
 
 
 def _slots(asked: tuple[int, ...], size: int) -> np.ndarray:

@@ -218,6 +218,32 @@ def test_the_derivative_by_a_number_at_the_latents_is_that_of_the_formula(out, l
     np.testing.assert_allclose(exact, wanted, rtol=1e-2, err_msg=field)
 
 
+def test_second_derivatives_at_a_gate_that_changes_nothing_are_those_of_the_formula(value):
+  """Two gates with a sine between them."""
+  edits = layer_edits(step_edits(identity(SIZES, edits=("gate",), sites=("attn_out",)), 0), 0)
+  readout = np.random.default_rng(0).standard_normal(value.shape).astype(np.float32)
+
+  def by_edits(gates, x):
+    for gate in gates:
+      own = dataclasses.replace(edits, gate=jnp.broadcast_to(gate, edits.gate.shape))
+      x = edit_site(jnp.sin(x), own, "attn_out")
+    return jnp.sum(readout * x)
+
+  def by_hand(gates, x):
+    return jnp.sum(readout * gates[1] * jnp.sin(gates[0] * jnp.sin(x)))
+
+  gates = jnp.ones(2)
+  exact, wanted = (jax.hessian(f)(gates, value) for f in (by_edits, by_hand))
+  assert jnp.abs(wanted).max() > 1
+  np.testing.assert_allclose(exact, wanted, rtol=1e-4, atol=1e-4)
+
+  def steepness(f):
+    return lambda gates: jnp.sum(jax.grad(f, argnums=1)(gates, value) ** 2)
+
+  exact, wanted = (jax.grad(steepness(f))(gates) for f in (by_edits, by_hand))
+  np.testing.assert_allclose(exact, wanted, rtol=1e-4)
+
+
 def test_a_program_without_derivatives_does_not_hold_the_formula(value):
   """One product for true averages, behind the cond; none more for the slopes."""
   edits = layer_edits(step_edits(room(), 0), 0)

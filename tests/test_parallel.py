@@ -108,18 +108,25 @@ def test_a_mesh_whose_axes_are_not_auto_is_refused():
     with runs.over(mesh):
       sampler.denoise(*problem)
 
+  def ambient():
+    with jax.set_mesh(mesh):
+      sampler.denoise(*problem)
+
   said = (
-    "the axes of the mesh are seed=Explicit, fsdp=Explicit, context=Explicit, wanted Auto: make it "
-    "by sharding.make_mesh(seed=2, fsdp=1, context=1)."
+    "the axes of the mesh are seed=Explicit, fsdp=Explicit, context=Explicit, wanted Auto ones of "
+    "seed, fsdp, context: make it by sharding.make_mesh(seed=2, fsdp=1, context=1)."
   )
   for use in (
     over,
+    ambient,
     lambda: runs.run(*problem, mesh=mesh),
     lambda: runs.place(cond, mesh),
     lambda: checkpoint.load("mini", parts=("dit",), mesh=mesh),
   ):
     with pytest.raises(ValueError, match=re.escape(said)):
       use()
+  with pytest.raises(ValueError, match=r"are data=Explicit, .* sharding.make_mesh\(seed=4\)\."):
+    runs.run(*problem, mesh=jax.make_mesh((4,), ("data",)))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), pytest.param((2, 2, 1), marks=pytest.mark.slow)])

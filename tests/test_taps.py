@@ -123,6 +123,10 @@ def test_lists_of_numbers_become_arrays():
     ({"layers": slice(2, None)}, r"None\), wanted a slice i:j .*: layers=range\(i, j\)\."),
     ({"layers": slice(-2, 4)}, r"ends counted from 0"),
     ({"layers": slice(4, 1, -1)}, r"ends counted from 0"),
+    ({"layers": slice(0, 4, 0)}, r"ends counted from 0"),
+    ({"layers": slice(0.5, 4)}, r"ends counted from 0"),
+    ({"layers": [[1], [2, 3]]}, r"layers=\[\[1\], \[2, 3\]\] makes no array: give rows of one"),
+    ({"regions": [[1.0, 2.0], [3.0]]}, r"regions=.* makes no array: give rows of one length"),
   ],
 )
 def test_what_is_no_selection_is_refused(given, said):

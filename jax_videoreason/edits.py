@@ -1,7 +1,7 @@
 """What an `Intervention` is, and what the sampler and the model do with it.
 
 It is a pytree of arrays over the steps and layers of a run. Within one step the kinds act in the
-order mix, gate, steer.
+order mix, gate, steer, added.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from jax_videoreason.taps import HEAD_SITES, SITES
 
 CELLS = "r f h w c"
 BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
-BY_LAYER = ("mix", "gate", "steer", "direction", "heads")  # of what acts inside the blocks
+ACTING = ("mix", "gate", "steer", "added")  # inside the blocks
+BY_LAYER = ("mix", "gate", "steer", "direction", "heads", "added_at")
 STILL = {"keep": 1, "to_x0": 0, "noise_gain": 0}  # what changes nothing
 LETTERS = {
   "mix_latents": "SRR",
@@ -35,6 +36,7 @@ LETTERS = {
   "gate": "SLR",
   "steer": "SLR",
   "direction": "LD",
+  "added_at": "SL",
   "tokens": "SRT",
   "heads": "SLRN",
   "branches": "G",
@@ -52,6 +54,7 @@ class Intervention:
   mix: S L R R inside the blocks, at every site in `sites`.
   gate: S L R scales the value at the site; 0 = ablate.
   steer: S L R gain of `direction` (L D).
+  added: K R T D, added where added_at S L (int32) names one of the K; -1 = nothing.
   tokens: S R T bool, which tokens any block edit touches; None = all.
   heads: S L R N bool, which heads, at `HEAD_SITES` alone; None = all.
   branches: G bool, which guidance branches; None = all.
@@ -72,6 +75,8 @@ class Intervention:
   gate: Array | None = None
   steer: Array | None = None
   direction: Array | None = None
+  added: Array | None = None
+  added_at: Array | None = None
   tokens: Array | None = None
   heads: Array | None = None
   branches: Array | None = None
@@ -84,8 +89,8 @@ class BlockEdits:
   """The rows of an Intervention that act inside the blocks at one step.
 
   L leads the fields of `BY_LAYER`; `layer_edits` takes it away.
-  mix: L R R; gate, steer: L R; direction: L D; heads: L R N bool; tokens: R T bool; branches: G
-  bool.
+  mix: L R R; gate, steer: L R; direction: L D; heads: L R N bool; added: K R T D; added_at: L
+  int32; tokens: R T bool; branches: G bool.
   """
 
   mix: Array | None = None
@@ -93,6 +98,8 @@ class BlockEdits:
   steer: Array | None = None
   direction: Array | None = None
   heads: Array | None = None
+  added: Array | None = None
+  added_at: Array | None = None
   tokens: Array | None = None
   branches: Array | None = None
   sites: tuple[str, ...] = static(default=())
@@ -114,8 +121,9 @@ def check_edit(edit: Intervention, sizes: Sizes) -> None:
       faults.append(f"{field} {' '.join(letters)} is {tuple(value.shape)}, wanted {wanted}.")
     elif field.startswith("mix") and is_known(value):
       faults += _row_faults(field, value)
-    if field in ("mix", "gate", "steer") and not edit.sites:
+    if field in ("mix", "gate", "steer", "added_at") and not edit.sites:
       faults.append(f"{field} has no site to act at: set sites, e.g. sites={BLOCK_UPDATE}.")
+  faults += _added_faults(edit, sizes)
   if (edit.steer is None) != (edit.direction is None):
     faults.append("steer and direction come together: give both or neither.")
   if edit.out not in ("x0", "velocity"):
@@ -125,6 +133,19 @@ def check_edit(edit: Intervention, sizes: Sizes) -> None:
   if faults:
     raise ValueError(" ".join(faults))
   known_sites(sizes, edit.sites)
+
+
+def _added_faults(edit: Intervention, sizes: Sizes) -> list[str]:
+  if edit.added is None and edit.added_at is None:
+    return []
+  if edit.added is None or edit.added_at is None:
+    return ["added and added_at come together: give both or neither."]
+  shape, wanted = tuple(edit.added.shape), (sizes.R, sizes.T, sizes.D)
+  if len(shape) != 4 or shape[1:] != wanted:
+    return [f"added K R T D is {shape}, wanted K and {wanted}."]
+  if is_known(edit.added_at) and np.max(edit.added_at) >= shape[0]:
+    return [f"added_at names {np.max(edit.added_at)}, wanted -1 or one of the {shape[0]} of added."]
+  return []
 
 
 def head_faults(sites: Sequence[str]) -> list[str]:
@@ -170,7 +191,7 @@ def _row_faults(field: str, mix: Any) -> list[str]:
 
 def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
   """The block edits of step `index` of the whole schedule; None where the structure has none."""
-  if not edit.sites or (edit.mix is None and edit.gate is None and edit.steer is None):
+  if not edit.sites or all(getattr(edit, name) is None for name in ACTING):
     return None
   return BlockEdits(
     mix=_row(edit.mix, index),
@@ -178,6 +199,8 @@ def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
     steer=_row(edit.steer, index),
     direction=None if edit.steer is None else edit.direction,
     heads=_row(edit.heads, index),
+    added=edit.added,
+    added_at=_row(edit.added_at, index),
     tokens=_row(edit.tokens, index),
     branches=edit.branches,
     sites=edit.sites,
@@ -186,18 +209,24 @@ def step_edits(edit: Intervention, index: Array | int) -> BlockEdits | None:
 
 def layer_edits(edits: BlockEdits, layer: Array | int) -> BlockEdits:
   """The edits of one layer, as a layer scan hands them on: mix R R; gate, steer R; direction D;
-  heads R N."""
+  heads R N; added_at a number."""
   return dataclasses.replace(edits, **{n: _row(getattr(edits, n), layer) for n in BY_LAYER})
 
 
 def spare_tokens(edits: BlockEdits, runs: int, tokens: int, spare: int) -> BlockEdits:
   """The same for `spare` more tokens, which fill the T real ones up and which no edit touches."""
   touched = jnp.ones((runs, tokens), bool) if edits.tokens is None else edits.tokens
-  return dataclasses.replace(edits, tokens=jnp.pad(touched, ((0, 0), (0, spare))))
+  added = edits.added
+  return dataclasses.replace(
+    edits,
+    tokens=jnp.pad(touched, ((0, 0), (0, spare))),
+    added=None if added is None else jnp.pad(added, ((0, 0), (0, 0), (0, spare), (0, 0))),
+  )
 
 
 def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
-  """The value G R T D at `site` of one layer after its edits, in the order mix, gate, steer.
+  """The value G R T D at `site` of one layer after its edits, in the order mix, gate, steer,
+  added.
 
   edits: one layer's (no L axis). Cells that no edit touches keep their bits; a row of mix with a
   single 1 is gathered; only true averages are multiplied, in float32. Where nothing is active at
@@ -205,30 +234,34 @@ def edit_site(value: Array, edits: BlockEdits | None, site: str) -> Array:
   """
   if edits is None or site not in edits.sites:
     return value
-  numbers = {name: getattr(edits, name) for name in ("mix", "gate", "steer", "direction")}
-  if all(numbers[name] is None for name in ("mix", "gate", "steer")):
+  if all(getattr(edits, name) is None for name in ACTING):
     return value
-  masks = {name: getattr(edits, name) for name in ("tokens", "heads", "branches")}
-  return _site(numbers, value, masks)
+  numbers = {name: getattr(edits, name) for name in (*ACTING, "direction")}
+  where = {name: getattr(edits, name) for name in ("tokens", "heads", "branches", "added_at")}
+  return _site(numbers, value, where)
 
 
-def _site_formula(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> Array:
+def _site_formula(numbers: Numbers, value: Array, where: Mapping[str, Any]) -> Array:
   """What `_site` computes, for every number alike."""
-  mix, gate, steer = (numbers[name] for name in ("mix", "gate", "steer"))
+  mix, gate, steer, added = (numbers[name] for name in ACTING)
   made = (value if mix is None else _average(mix, value, "g r t d")).astype(jnp.float32)
   if gate is not None:
     made = _over_runs(gate) * made
   if steer is not None:
     made = made + _over_runs(steer) * _over_tokens(numbers["direction"])
-  return _masked(made.astype(value.dtype), value, masks)
+  if added is not None:
+    made = made + jnp.where(where["added_at"] >= 0, _row(added, where["added_at"])[None], 0.0)
+  return _masked(made.astype(value.dtype), value, where)
 
 
 @by_formula(_site_formula)
-def _site(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> Array:
-  mix, gate, steer = (numbers[name] for name in ("mix", "gate", "steer"))
+def _site(numbers: Numbers, value: Array, where: Mapping[str, Any]) -> Array:
+  mix, gate, steer, added = (numbers[name] for name in ACTING)
+  row = where["added_at"]
   active = [] if mix is None else [jnp.any(whole(mix) != _eye(mix))]
   active += [] if gate is None else [jnp.any(whole(gate) != 1)]
   active += [] if steer is None else [jnp.any(whole(steer) != 0)]
+  active += [] if added is None else [row >= 0]
 
   def apply(value: Array) -> Array:
     made = value if mix is None else _mix_rows(mix, value, "g r t d")
@@ -242,23 +275,26 @@ def _site(numbers: Numbers, value: Array, masks: Mapping[str, Array | None]) -> 
       push = gain * _over_tokens(numbers["direction"])
       steered = (made.astype(jnp.float32) + push).astype(value.dtype)
       made = jnp.where(gain == 0, made, steered)
-    return _masked(made, value, masks)
+    if added is not None:
+      total = (made.astype(jnp.float32) + _row(added, row)[None]).astype(value.dtype)
+      made = jnp.where(row >= 0, total, made)
+    return _masked(made, value, where)
 
   return jax.lax.cond(jnp.any(jnp.stack(active)), apply, lambda value: value, value)
 
 
-def _masked(made: Array, value: Array, masks: Mapping[str, Array | None]) -> Array:
+def _masked(made: Array, value: Array, where: Mapping[str, Any]) -> Array:
   """`made` where tokens R T, heads R N and branches G say so, `value` G R T D elsewhere.
 
   None = everywhere.
   """
-  heads = masks["heads"]
+  heads = where["heads"]
   if heads is not None:
     heads = repeat(heads, "r n -> r (n k)", k=value.shape[-1] // heads.shape[-1])
   for mask, pattern in (
-    (masks["tokens"], "r t -> 1 r t 1"),
+    (where["tokens"], "r t -> 1 r t 1"),
     (heads, "r d -> 1 r 1 d"),
-    (masks["branches"], "g -> g 1 1 1"),
+    (where["branches"], "g -> g 1 1 1"),
   ):
     if mask is not None:
       made = jnp.where(rearrange(mask, pattern), made, value)

@@ -1,8 +1,8 @@
 """Changes to a run while it runs: the constructors of an `Intervention`.
 
 They are pure functions from an Intervention to an Intervention, and they compose: a second edit of
-one kind acts on the result of the first, and the kinds act in the order mix, gate, steer, whatever
-the order of the calls.
+one kind acts on the result of the first, and the kinds act in the order mix, gate, steer, add,
+whatever the order of the calls.
 """
 
 import dataclasses
@@ -53,6 +53,7 @@ __all__ = [
   "At",
   "Intervention",
   "ablate",
+  "add",
   "closeness_weights",
   "depth",
   "ensemble_runs",
@@ -301,6 +302,54 @@ def steer(
     steer=put(mask, edit.steer + to_scalar("gain", gain), edit.steer),
     direction=put(layers[:, None], wanted, edit.direction),
   )
+
+
+def add(
+  edit: Intervention,
+  at: At,
+  values: ArrayLike,
+  *,
+  runs: Select = None,
+  sites: Sequence[str] | None = None,
+) -> Intervention:
+  """Adds values to what stands at the sites, such as a `full` tap kept them; calls add up.
+
+  values: S' L' R T D of the steps and layers asked for, or what broadcasts to that; of other runs
+  than `runs` they are left out (None = all). Every device holds them. sites: as patch_runs. Where
+  `ablate` takes away what stands there, the values stand there alone: a patch from another step or
+  layer, or from a stored run. The derivative by values of 0 is that by the hidden state.
+  Errors: ValueError for values of another shape, and for steps or layers that are traced.
+  """
+  sizes = at.sizes
+  steps, layers = full_mask(at.steps, sizes.S), full_mask(at.layers, sizes.L)
+  if not is_known(steps, layers, edit.added_at):
+    raise ValueError("add got traced steps or layers, which decide what is held: give plain ones.")
+  written = full_mask(selection("runs", runs, sizes.R), sizes.R)
+  edit = with_place(with_sites(edit, sizes, sites), at, written)
+  shape = (int(steps.sum()), int(layers.sum()), sizes.R, sizes.T, sizes.D)
+  space = space_of(values, written, edit.added)
+  given = space.asarray(values, dtype=np.float32)
+  pairs_of_sizes = zip(given.shape[::-1], shape[::-1], strict=False)
+  if given.ndim > 5 or any(n not in (1, m) for n, m in pairs_of_sizes):
+    raise ValueError(
+      f"values are {tuple(given.shape)}, wanted S' L' R T D = {shape} or what broadcasts to it."
+    )
+  given = space.where(written[:, None, None][None, None], space.broadcast_to(given, shape), 0.0)
+  given = rearrange(given, "s l r t d -> (s l) r t d")
+  rows = np.full((sizes.S, sizes.L), -1, np.int32) if edit.added_at is None else edit.added_at
+  rows, place = np.array(rows), np.ix_(np.flatnonzero(steps), np.flatnonzero(layers))
+  held = 0 if edit.added is None else edit.added.shape[0]
+  asked = rows[place].ravel()
+  fresh = asked < 0
+  asked[fresh] = held + np.arange(fresh.sum())
+  rows[place] = asked.reshape(rows[place].shape)
+  before = [] if edit.added is None else [edit.added]
+  total = space.concatenate([*before, space.zeros((int(fresh.sum()), *shape[2:]), np.float32)])
+  own = np.full(total.shape[0], -1)
+  own[asked] = np.arange(len(asked))
+  more = space.take(given, np.maximum(own, 0), axis=0)
+  total = total + space.where((own >= 0)[:, None, None, None], more, 0.0)
+  return dataclasses.replace(edit, added=total.astype(np.float32), added_at=rows)
 
 
 def _gather(

@@ -26,6 +26,7 @@ from jax_videoreason.interventions import (
   ROOM,
   Intervention,
   ablate,
+  add,
   closeness_weights,
   depth,
   ensemble_runs,
@@ -163,6 +164,7 @@ NEUTRAL = [
   ("gate", lambda edit: ablate(edit, where(SIZES))),
   ("steer", lambda edit: edit),
   ("direction", lambda edit: dataclasses.replace(edit, steer=edit.steer + 0.5)),
+  ("added", lambda edit: add(edit, where(SIZES, steps=(1, 2), layers=(0, 3)), 0.0)),
 ]
 
 
@@ -249,6 +251,77 @@ def test_a_program_without_derivatives_does_not_hold_the_formula(value):
   edits = layer_edits(step_edits(room(), 0), 0)
   held = jax.jit(lambda x, edits: edit_site(x, edits, "attn_out")).lower(value, edits).as_text()
   assert held.count("dot_general") == 1
+
+
+# Added values
+
+
+def test_values_are_added_where_they_are_asked_for(at_site, value):
+  draw = np.random.default_rng(0).standard_normal
+  at = where(SIZES, steps=(1, 3), layers=(2, 5))
+  values = draw((2, 2, 4, 12, 8)).astype(np.float32)
+  edit = add(room(), at, values, runs=(0, 2))
+  check_edit(edit, SIZES)
+  for i, step in enumerate((1, 3)):
+    for j, layer in enumerate((2, 5)):
+      wanted = value + values[i, j] * np.array([1, 0, 1, 0], np.float32)[:, None, None]
+      np.testing.assert_array_equal(at_site(value, edit, step, layer), wanted)
+  for step, layer in ((0, 2), (1, 3), (4, 5)):
+    assert at_site(value, edit, step, layer).tobytes() == value.tobytes()
+
+
+def test_added_to_what_is_ablated_stands_alone(at_site, value):
+  """A patch from elsewhere; tokens of a region alone, the others keep their bits."""
+  at = where(SIZES, steps=2, layers=4, region=np.arange(12) < 5)
+  stored = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+  edit = add(ablate(room(), at, runs=1), at, stored, runs=1)
+  wanted = value.copy()
+  wanted[:, 1, :5] = stored[:5]
+  np.testing.assert_array_equal(at_site(value, edit, 2, 4), wanted)
+
+
+def test_values_that_are_added_twice_add_up(at_site, value):
+  """At places that they share and beside them; also under a trace."""
+  first, second = where(SIZES, steps=1, layers=(1, 2)), where(SIZES, steps=1, layers=(2, 3))
+  edit = add(add(room(), first, 1.0), second, 2.0)
+  assert edit.added.shape == (3, 4, 12, 8)
+  traced = jax.jit(lambda v: add(add(room(), first, v), second, 2 * v).added)(1.0)
+  np.testing.assert_array_equal(traced, edit.added)
+  for layer, more in ((1, 1), (2, 3), (3, 2), (4, 0)):
+    after = at_site(value, edit, 1, layer)
+    np.testing.assert_allclose(after, value + np.float32(more), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("make", "said"),
+  [
+    (
+      lambda: add(room(), where(SIZES), np.ones((3, 8))),
+      r"values are \(3, 8\), wanted S' L' R",
+    ),
+    (lambda: add(identity(SIZES), where(SIZES), 1.0), "sites"),
+    (lambda: jax.jit(lambda i: add(room(), where(SIZES, steps=i), 1.0).added)(1), "traced steps"),
+    (
+      lambda: check_edit(dataclasses.replace(room(), added=np.ones((2, 4, 12, 8))), SIZES),
+      "added and added_at come together",
+    ),
+    (
+      lambda: check_edit(
+        dataclasses.replace(add(room(), where(SIZES), 1.0), added=np.ones((2, 4, 12, 8))), SIZES
+      ),
+      "added_at names 29, wanted -1 or one of the 2 of added",
+    ),
+    (
+      lambda: check_edit(
+        dataclasses.replace(add(room(), where(SIZES), 1.0), added=np.ones((30, 4, 8))), SIZES
+      ),
+      r"added K R T D is \(30, 4, 8\), wanted K and \(4, 12, 8\)",
+    ),
+  ],
+)
+def test_added_values_are_checked(make, said):
+  with pytest.raises(ValueError, match=said):
+    make()
 
 
 # Mixing between runs
@@ -711,7 +784,7 @@ def test_room_has_no_effect_and_the_right_shapes():
   assert all(
     getattr(edit, field.name) is not None
     for field in dataclasses.fields(Intervention)
-    if field.name != "branches"
+    if field.name not in ("branches", "added", "added_at")
   )
 
 

@@ -14,6 +14,7 @@ from helpers import relative, tiny_bundle, tiny_schedule
 from jax_videoreason import attention, checkpoint, runs, sampler, sharding
 from jax_videoreason.interventions import (
   ablate,
+  add,
   ensemble_runs,
   identity,
   patch_runs,
@@ -137,6 +138,8 @@ def test_heads_edited_and_tapped_on_a_mesh_equal_one_device(shape):
   edit = identity(sizes, edits=("mix", "gate", "heads"), sites=HEAD_SITES)
   edit = patch_runs(edit, where(sizes, layers=1, heads=1), source=0, target=1)
   edit = ablate(edit, where(sizes, layers=2, heads=0), runs=1, gate=0.5)
+  values = np.random.default_rng(0).standard_normal((2, sizes.T, sizes.D))
+  edit = add(edit, where(sizes, steps=1, layers=0), values)
   taps = TapSpec(sites=HEAD_SITES, reduce=("head_norm", "full"), branches=(0, 1))
   wanted = traced(bundle, noise, cond, edit, taps=taps)
   agree(traced(bundle, noise, cond, edit, mesh=sharding.make_mesh(*shape), taps=taps), wanted)

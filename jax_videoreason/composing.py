@@ -159,7 +159,7 @@ def put(mask: Any, value: Any, old: Any) -> Any:
 
 def _busy(edit: Intervention, sizes: Sizes) -> Any:
   """S L R bool: what already has a block edit."""
-  space = space_of(edit.mix, edit.gate, edit.steer, edit.added_at)
+  space = space_of(edit.mix, edit.gate, edit.steer, edit.added, edit.added_at)
   busy = space.zeros((sizes.S, sizes.L, sizes.R), bool)
   if edit.mix is not None:
     busy = busy | space.any(edit.mix != np.eye(sizes.R, dtype=np.float32)[None, None], axis=3)
@@ -167,6 +167,8 @@ def _busy(edit: Intervention, sizes: Sizes) -> Any:
     busy = busy | (edit.gate != 1)
   if edit.steer is not None:
     busy = busy | (edit.steer != 0)
-  if edit.added_at is not None:
-    busy = busy | (edit.added_at >= 0)[..., None]
+  if edit.added is not None:
+    held = space.any(space.asarray(edit.added) != 0, axis=(1, 3, 4))
+    row = space.asarray(edit.added_at)
+    busy = busy | ((row >= 0)[..., None] & space.take(held, space.maximum(row, 0), axis=0))
   return busy

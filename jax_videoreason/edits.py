@@ -54,7 +54,7 @@ class Intervention:
   mix: S L R R inside the blocks, at every site in `sites`.
   gate: S L R scales the value at the site; 0 = ablate.
   steer: S L R gain of `direction` (L D).
-  added: K R T D, added where added_at S L (int32) names one of the K; -1 = nothing.
+  added: K G R T D, added where added_at S L (int32) names one of the K; -1 = nothing.
   tokens: S R T bool, which tokens any block edit touches; None = all.
   heads: S L R N bool, which heads, at `HEAD_SITES` alone; None = all.
   branches: G bool, which guidance branches; None = all.
@@ -63,7 +63,8 @@ class Intervention:
   bits of what it stands at; the derivative by it is that of the formula all the same, as
   attribution patching takes it, and so are higher ones. By a noise_gain of 0 only where
   `Noise.injected` gives the noise: in a step where no run has a gain none is drawn. That a
-  multistep solver restarts after an edit of the latents has no derivative.
+  multistep solver restarts after an edit of the latents has no derivative. In a derivative NaN of
+  one run reaches all where there is room for a mix: leave out runs that are not finite.
   """
 
   mix_latents: Array | None = None
@@ -89,7 +90,7 @@ class BlockEdits:
   """The rows of an Intervention that act inside the blocks at one step.
 
   L leads the fields of `BY_LAYER`; `layer_edits` takes it away.
-  mix: L R R; gate, steer: L R; direction: L D; heads: L R N bool; added: K R T D; added_at: L
+  mix: L R R; gate, steer: L R; direction: L D; heads: L R N bool; added: K G R T D; added_at: L
   int32; tokens: R T bool; branches: G bool.
   """
 
@@ -140,11 +141,13 @@ def _added_faults(edit: Intervention, sizes: Sizes) -> list[str]:
     return []
   if edit.added is None or edit.added_at is None:
     return ["added and added_at come together: give both or neither."]
-  shape, wanted = tuple(edit.added.shape), (sizes.R, sizes.T, sizes.D)
-  if len(shape) != 4 or shape[1:] != wanted:
-    return [f"added K R T D is {shape}, wanted K and {wanted}."]
-  if is_known(edit.added_at) and np.max(edit.added_at) >= shape[0]:
-    return [f"added_at names {np.max(edit.added_at)}, wanted -1 or one of the {shape[0]} of added."]
+  shape, wanted = tuple(edit.added.shape), (sizes.G, sizes.R, sizes.T, sizes.D)
+  if len(shape) != 5 or shape[1:] != wanted:
+    return [f"added K G R T D is {shape}, wanted K and {wanted}."]
+  if not np.issubdtype(edit.added_at.dtype, np.integer):
+    return [f"added_at is {edit.added_at.dtype}, wanted int32."]
+  if is_known(edit.added_at) and (last := np.asarray(edit.added_at).max()) >= shape[0]:
+    return [f"added_at names {last}, wanted -1 or one of the {shape[0]} of added."]
   return []
 
 
@@ -220,7 +223,7 @@ def spare_tokens(edits: BlockEdits, runs: int, tokens: int, spare: int) -> Block
   return dataclasses.replace(
     edits,
     tokens=jnp.pad(touched, ((0, 0), (0, spare))),
-    added=None if added is None else jnp.pad(added, ((0, 0), (0, 0), (0, spare), (0, 0))),
+    added=None if added is None else jnp.pad(added, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0))),
   )
 
 
@@ -250,7 +253,7 @@ def _site_formula(numbers: Numbers, value: Array, where: Mapping[str, Any]) -> A
   if steer is not None:
     made = made + _over_runs(steer) * _over_tokens(numbers["direction"])
   if added is not None:
-    made = made + jnp.where(where["added_at"] >= 0, _row(added, where["added_at"])[None], 0.0)
+    made = made + jnp.where(where["added_at"] >= 0, _row(added, where["added_at"]), 0.0)
   return _masked(made.astype(value.dtype), value, where)
 
 
@@ -276,8 +279,9 @@ def _site(numbers: Numbers, value: Array, where: Mapping[str, Any]) -> Array:
       steered = (made.astype(jnp.float32) + push).astype(value.dtype)
       made = jnp.where(gain == 0, made, steered)
     if added is not None:
-      total = (made.astype(jnp.float32) + _row(added, row)[None]).astype(value.dtype)
-      made = jnp.where(row >= 0, total, made)
+      more = _row(added, row)
+      total = (made.astype(jnp.float32) + more).astype(value.dtype)
+      made = jnp.where((row >= 0) & (more != 0), total, made)
     return _masked(made, value, where)
 
   return jax.lax.cond(jnp.any(jnp.stack(active)), apply, lambda value: value, value)

@@ -76,6 +76,7 @@ def identity(
   """An Intervention without effect, with room for `edits` (of `ROOM`) at `sites`.
 
   Room is part of the compiled program: a sweep starts from an identity that has all it will need.
+  Room for `add` is `add(..., 0.0)` at the places that it will need.
   "noise" is keep, to_x0 and noise_gain; "steer" brings its direction.
   Errors: ValueError for an edit or site that does not exist, or block edits without a site.
   """
@@ -314,30 +315,49 @@ def add(
 ) -> Intervention:
   """Adds values to what stands at the sites, such as a `full` tap kept them; calls add up.
 
-  values: S' L' R T D of the steps and layers asked for, or what broadcasts to that; of other runs
-  than `runs` they are left out (None = all). Every device holds them. sites: as patch_runs. Where
-  `ablate` takes away what stands there, the values stand there alone: a patch from another step or
-  layer, or from a stored run. The derivative by values of 0 is that by the hidden state.
-  Errors: ValueError for values of another shape, and for steps or layers that are traced.
+  values: S' L' G R T D of the steps and layers asked for, or what broadcasts to that; those of
+  other runs than `runs` (None = all) are left out. Every device holds them. sites: as patch_runs.
+  Where `ablate` takes away what stands there, the values stand there alone: a patch from another
+  step or layer, or from a stored run. A tap keeps the branch with the prompt unless its `branches`
+  say more: such values go to `where(..., branches=0)`. The derivative by values of 0 is that by the
+  hidden state, summed over the sites.
+  Errors: ValueError for values of another shape or of one branch where several are asked for, for
+  several steps or layers that `at` does not name in order, and for places that are traced.
   """
   sizes = at.sizes
   steps, layers = full_mask(at.steps, sizes.S), full_mask(at.layers, sizes.L)
-  if not is_known(steps, layers, edit.added_at):
+  if not is_known(steps, layers):
     raise ValueError("add got traced steps or layers, which decide what is held: give plain ones.")
+  if not is_known(edit.added_at):
+    raise ValueError(
+      "add got an edit that is traced and holds values: add them before the edit is traced."
+    )
   written = full_mask(selection("runs", runs, sizes.R), sizes.R)
   edit = with_place(with_sites(edit, sizes, sites), at, written)
-  shape = (int(steps.sum()), int(layers.sum()), sizes.R, sizes.T, sizes.D)
+  shape = (int(steps.sum()), int(layers.sum()), sizes.G, sizes.R, sizes.T, sizes.D)
   space = space_of(values, written, edit.added)
   given = space.asarray(values, dtype=np.float32)
   pairs_of_sizes = zip(given.shape[::-1], shape[::-1], strict=False)
-  if given.ndim > 5 or any(n not in (1, m) for n, m in pairs_of_sizes):
+  if given.ndim > 6 or any(n not in (1, m) for n, m in pairs_of_sizes):
     raise ValueError(
-      f"values are {tuple(given.shape)}, wanted S' L' R T D = {shape} or what broadcasts to it."
+      f"values are {tuple(given.shape)}, wanted S' L' G R T D = {shape} or what broadcasts to it."
     )
-  given = space.where(written[:, None, None][None, None], space.broadcast_to(given, shape), 0.0)
-  given = rearrange(given, "s l r t d -> (s l) r t d")
+  lead = (1,) * (6 - given.ndim) + tuple(given.shape)
+  if not at.increase and max(lead[:2]) > 1:
+    raise ValueError(
+      "values of several steps or layers, which `where` names out of order: name each once, "
+      "increasing, and give the values in that order."
+    )
+  if given.ndim == 6 and lead[2] < sizes.G and int(full_mask(at.branches, sizes.G).sum()) > 1:
+    raise ValueError(
+      f"values of one branch for all {sizes.G}: name its own by where(branches=0), or tap all, "
+      f"TapSpec(branches={tuple(range(sizes.G))})."
+    )
+  runs_of = rearrange(written, "r -> 1 1 1 r 1 1")
+  given = space.where(runs_of, space.broadcast_to(space.reshape(given, lead), shape), 0.0)
+  given = rearrange(given, "s l ... -> (s l) ...")
   rows = np.full((sizes.S, sizes.L), -1, np.int32) if edit.added_at is None else edit.added_at
-  rows, place = np.array(rows), np.ix_(np.flatnonzero(steps), np.flatnonzero(layers))
+  rows, place = np.array(rows, np.int32), np.ix_(np.flatnonzero(steps), np.flatnonzero(layers))
   held = 0 if edit.added is None else edit.added.shape[0]
   asked = rows[place].ravel()
   fresh = asked < 0
@@ -348,7 +368,7 @@ def add(
   own = np.full(total.shape[0], -1)
   own[asked] = np.arange(len(asked))
   more = space.take(given, np.maximum(own, 0), axis=0)
-  total = total + space.where((own >= 0)[:, None, None, None], more, 0.0)
+  total = total + space.where(rearrange(own >= 0, "k -> k 1 1 1 1"), more, 0.0)
   return dataclasses.replace(edit, added=total.astype(np.float32), added_at=rows)
 
 

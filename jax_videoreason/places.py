@@ -24,7 +24,8 @@ class At:
   """Where an edit acts, made by `where`; None = everywhere.
 
   steps: S bool. layers: L bool. frames: F bool, latent frames. region: R T bool, tokens.
-  heads: N bool. branches: G bool.
+  heads: N bool. branches: G bool. increase: whether steps and layers were named in that order,
+  each once.
   """
 
   steps: Array | None = None
@@ -34,6 +35,7 @@ class At:
   heads: Array | None = None
   branches: Array | None = None
   sizes: Sizes = static()
+  increase: bool = static(default=True)
 
 
 def where(
@@ -62,7 +64,18 @@ def where(
     heads=selection("heads", heads, sizes.N),
     branches=selection("branches", branches, sizes.G),
     sizes=sizes,
+    increase=_increase(steps) and _increase(layers),
   )
+
+
+def _increase(which: Select) -> bool:
+  """Are the indices of a selection in order, each once?"""
+  if which is None or not is_known(which):
+    return True
+  if isinstance(which, slice):
+    return which.step is None or which.step > 0
+  index = np.asarray(which).ravel()
+  return index.dtype == bool or bool(np.all(np.diff(index) > 0))
 
 
 def depth(layers: int, low: float = 0.5, high: float = 0.75) -> slice:

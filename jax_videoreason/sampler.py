@@ -347,14 +347,17 @@ def _one_by_one(
   alone = None if taps is None else dataclasses.replace(taps, branches=(0,))
   kept = None if taps is None else asked("branches", taps.branches, cond.text.shape[0])
 
-  def branch(own: tuple[Array, Array | None]) -> tuple[Array, dict[str, Array]]:
-    text, touched = (None if a is None else a[None] for a in own)
-    mine = edits if edits is None else dataclasses.replace(edits, branches=touched)
+  def branch(own: tuple[Array | None, ...]) -> tuple[Array, dict[str, Array]]:
+    text, touched, added = (None if a is None else a[None] for a in own)
+    added = None if added is None else rearrange(added, "g k ... -> k g ...")
+    mine = edits if edits is None else dataclasses.replace(edits, branches=touched, added=added)
     said = dataclasses.replace(cond, text=text)
     return dit.apply({"params": params}, latents, time, said, mine, alone, slots)
 
   touched = None if edits is None else edits.branches
-  velocity, tapped = jax.lax.map(branch, (cond.text, touched))
+  added = None if edits is None else edits.added
+  added = None if added is None else rearrange(added, "k g ... -> g k ...")
+  velocity, tapped = jax.lax.map(branch, (cond.text, touched, added))
   if kept is None:
     return velocity[:, 0], tapped
   return velocity[:, 0], {

@@ -21,6 +21,7 @@ from jax_videoreason.edits import (
   step_edits,
   wants_noise,
 )
+from jax_videoreason.experiments.context import neutral
 from jax_videoreason.interventions import (
   NOISE_MODES,
   ROOM,
@@ -259,7 +260,7 @@ def test_a_program_without_derivatives_does_not_hold_the_formula(value):
 def test_values_are_added_where_they_are_asked_for(at_site, value):
   draw = np.random.default_rng(0).standard_normal
   at = where(SIZES, steps=(1, 3), layers=(2, 5))
-  values = draw((2, 2, 4, 12, 8)).astype(np.float32)
+  values = draw((2, 2, 2, 4, 12, 8)).astype(np.float32)
   edit = add(room(), at, values, runs=(0, 2))
   check_edit(edit, SIZES)
   for i, step in enumerate((1, 3)):
@@ -284,7 +285,7 @@ def test_values_that_are_added_twice_add_up(at_site, value):
   """At places that they share and beside them; also under a trace."""
   first, second = where(SIZES, steps=1, layers=(1, 2)), where(SIZES, steps=1, layers=(2, 3))
   edit = add(add(room(), first, 1.0), second, 2.0)
-  assert edit.added.shape == (3, 4, 12, 8)
+  assert edit.added.shape == (3, 2, 4, 12, 8)
   traced = jax.jit(lambda v: add(add(room(), first, v), second, 2 * v).added)(1.0)
   np.testing.assert_array_equal(traced, edit.added)
   for layer, more in ((1, 1), (2, 3), (3, 2), (4, 0)):
@@ -292,22 +293,65 @@ def test_values_that_are_added_twice_add_up(at_site, value):
     np.testing.assert_allclose(after, value + np.float32(more), rtol=1e-6)
 
 
+def test_runs_that_nothing_is_added_to_keep_their_bits_and_their_masks(at_site, value):
+  x = value.copy()
+  x[0, 1, :2, 0] = -0.0, 1e-40
+  first = where(SIZES, steps=1, layers=2, region=np.arange(12) < 5)
+  edit = add(room(), first, 1.0, runs=0)
+  other = where(SIZES, steps=1, layers=2, region=np.arange(12) > 8)
+  edit = ablate(add(edit, other, 2.0, runs=1), other, runs=2)
+  wanted = x.copy()
+  wanted[:, 0, :5] += 1
+  wanted[:, 1, 9:] += 2
+  wanted[:, 2, 9:] = 0
+  assert at_site(x, edit, 1, 2).tobytes() == wanted.tobytes()
+  with pytest.raises(ValueError, match="already edited under another token mask"):
+    add(edit, other, 1.0, runs=0)
+
+
+def test_an_edit_that_lies_on_a_device_is_checked_inside_jit(value):
+  edit = jax.tree.map(jnp.asarray, add(room(), where(SIZES), 1.0))
+
+  @jax.jit
+  def call(x):
+    check_edit(ablate(edit, where(SIZES), gate=1.0), SIZES)
+    return edit_site(x, layer_edits(step_edits(edit, 0), 0), "attn_out")
+
+  np.testing.assert_allclose(call(value), value + 1, rtol=1e-6)
+
+
+def test_every_edit_of_a_study_has_a_control_without_effect(at_site, on_latents, value, latents):
+  full = {f.name for f in dataclasses.fields(Intervention)} - {"sites", "out"}
+  edit = identity(SIZES, edits=[name for name in ROOM if name != "heads"], sites=("attn_out",))
+  at = where(SIZES, branches=0)
+  edit = add(steer(edit, at, np.ones(8), gain=2.0), at, 1.0, runs=0)
+  edit = ablate(swap_runs(edit, at, 0, 1), at, gate=0.5)
+  edit = noise_at(edit, where(SIZES), mode="add", gain=0.5)
+  assert {name for name in full if getattr(edit, name) is None} == {"heads"}
+  control = neutral(edit, SIZES)
+  assert at_site(value, control, 1, 2).tobytes() == value.tobytes()
+  assert at_site(value, edit, 1, 2).tobytes() != value.tobytes()
+  x, x0, noise = latents
+  assert on_latents(control, 2, x, x0, noise)[0].tobytes() == x.tobytes()
+  assert jax.tree.structure(control) == jax.tree.structure(edit)
+
+
 @pytest.mark.parametrize(
   ("make", "said"),
   [
     (
       lambda: add(room(), where(SIZES), np.ones((3, 8))),
-      r"values are \(3, 8\), wanted S' L' R",
+      r"values are \(3, 8\), wanted S' L' G",
     ),
     (lambda: add(identity(SIZES), where(SIZES), 1.0), "sites"),
     (lambda: jax.jit(lambda i: add(room(), where(SIZES, steps=i), 1.0).added)(1), "traced steps"),
     (
-      lambda: check_edit(dataclasses.replace(room(), added=np.ones((2, 4, 12, 8))), SIZES),
+      lambda: check_edit(dataclasses.replace(room(), added=np.ones((2, 2, 4, 12, 8))), SIZES),
       "added and added_at come together",
     ),
     (
       lambda: check_edit(
-        dataclasses.replace(add(room(), where(SIZES), 1.0), added=np.ones((2, 4, 12, 8))), SIZES
+        dataclasses.replace(add(room(), where(SIZES), 1.0), added=np.ones((2, 2, 4, 12, 8))), SIZES
       ),
       "added_at names 29, wanted -1 or one of the 2 of added",
     ),
@@ -315,7 +359,25 @@ def test_values_that_are_added_twice_add_up(at_site, value):
       lambda: check_edit(
         dataclasses.replace(add(room(), where(SIZES), 1.0), added=np.ones((30, 4, 8))), SIZES
       ),
-      r"added K R T D is \(30, 4, 8\), wanted K and \(4, 12, 8\)",
+      r"added K G R T D is \(30, 4, 8\), wanted K and \(2, 4, 12, 8\)",
+    ),
+    (
+      lambda: check_edit(
+        dataclasses.replace(add(room(), where(SIZES), 1.0), added_at=np.zeros((5, 6))), SIZES
+      ),
+      "added_at is float64, wanted int32",
+    ),
+    (
+      lambda: add(room(), where(SIZES, layers=(5, 1)), np.ones((2, 1, 1, 12, 8))),
+      "names out of order: name each once",
+    ),
+    (
+      lambda: add(room(), where(SIZES), np.ones((1, 1, 1, 4, 12, 8))),
+      r"of one branch for all 2: name its own by where\(branches=0\)",
+    ),
+    (
+      lambda: jax.jit(lambda e: add(e, where(SIZES), 1.0).added)(add(room(), where(SIZES), 1.0)),
+      "an edit that is traced and holds values",
     ),
   ],
 )

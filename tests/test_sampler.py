@@ -1,5 +1,6 @@
 """The contract of `denoise`."""
 
+import functools
 import re
 
 import chex
@@ -518,21 +519,24 @@ def test_steps_computed_again_bound_what_a_gradient_holds(bundle, inputs):
   assert growth(remat=False) > 5 * start.nbytes
 
 
-def test_a_stored_value_put_in_is_a_patch_from_the_run_it_was_stored_of(bundle, inputs):
-  """To the bit; a region of one branch, at one step and layer."""
+@pytest.mark.parametrize("guidance", ["parallel", "sequential"])
+def test_a_stored_value_put_in_is_a_patch_from_the_run_it_was_stored_of(bundle, inputs, guidance):
+  """To the bit; a region of both branches, at one step and layer."""
   noise, cond = inputs
   schedule = tiny_schedule(3)
   sizes = sampler.sizes_of(bundle, noise, cond, schedule)
-  taps = TapSpec(sites=("resid_post",), reduce=("full",), layers=1, steps=1)
-  _, trace, _ = denoise(bundle, noise, cond, schedule, taps=taps)
-  (stored,) = trace.taps["resid_post/full"][:, 0, 0]  # R T D of the branch with the prompt
-  at = interventions.where(sizes, steps=1, layers=1, region=np.arange(sizes.T) > 2, branches=0)
+  taps = TapSpec(sites=("resid_post",), reduce=("full",), layers=1, steps=1, branches=(0, 1))
+  call = functools.partial(denoise, bundle, noise, cond, schedule, guidance=guidance)
+  _, trace, _ = call(taps=taps)
+  stored = trace.taps["resid_post/full"]  # S' L' G R T D
+  at = interventions.where(sizes, steps=1, layers=1, region=np.arange(sizes.T) > 2)
   room = identity(sizes, edits=("mix", "gate"), sites=("resid_post",))
   patched = interventions.patch_runs(room, at, source=2, target=0)
-  put = interventions.add(interventions.ablate(room, at, runs=0), at, stored[2], runs=0)
-  latents, _, _ = denoise(bundle, noise, cond, schedule, patched)
-  np.testing.assert_array_equal(denoise(bundle, noise, cond, schedule, put)[0], latents)
-  assert relative(latents[0], denoise(bundle, noise, cond, schedule)[0][0]) > 1e-4
+  away = interventions.ablate(room, at, runs=0)
+  put = interventions.add(away, at, stored[:, :, :, 2:3], runs=0)
+  latents, _, _ = call(patched)
+  np.testing.assert_array_equal(call(put)[0], latents)
+  assert relative(latents[0], call()[0][0]) > 1e-4
 
 
 @pytest.mark.slow

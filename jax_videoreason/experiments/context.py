@@ -411,6 +411,8 @@ def assemble(
 def neutral(edit: Intervention, sizes: Sizes) -> Intervention:
   """`edit` with the same room and no effect."""
   still = {k: v for name in interventions.ROOM for k, v in room_of(name, sizes).items()}
+  if edit.added_at is not None:
+    still["added_at"] = np.full_like(edit.added_at, -1)
   kept = {name: value for name, value in still.items() if getattr(edit, name) is not None}
   return dataclasses.replace(edit, **kept)
 

@@ -15,7 +15,7 @@ from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.reductions import signs
 from jax_videoreason.sampler import impose, known_cells
 from jax_videoreason.structs import Sizes, Trace
-from jax_videoreason.taps import TapSpec, tap_bytes
+from jax_videoreason.taps import HEAD_SITES, SITES, TapSpec, tap_bytes
 from jax_videoreason.tasks import draw
 
 COLUMNS = 32  # of the projection by which layers are compared
@@ -36,6 +36,9 @@ def rise_before_last(rows: np.ndarray) -> np.ndarray:
 
 def tapped(sizes: Sizes, *, site: str) -> TapSpec:
   """What is shown of a site at every step, and the norm of each layer's update."""
+  if site in HEAD_SITES:
+    joined = ", ".join(name for name in SITES if name not in HEAD_SITES)
+    raise ValueError(f"site={site!r}, where the lens has no meaning: wanted one of {joined}.")
   of_site = ("channel_moments", "project", "lens")
   return TapSpec(
     sites=(site, "update"),

@@ -317,6 +317,7 @@ def test_one_latent_frame_is_one_pixel_frame(bundle, decoding):
   assert decoding.decode(bundle, latents(2, frames=1)).shape == (2, 1, 4, 6, 3)
 
 
+@pytest.mark.slow
 def test_a_preview_that_learnt_from_the_vae_shows_what_it_shows(bundle, decoding):
   z = latents(48)
   video = decoding.decode(bundle, z).astype(np.float32) / 127.5 - 1.0
@@ -351,6 +352,7 @@ def test_what_is_not_loaded_or_does_not_fit_is_refused(bundle, decoding):
       show(bundle, z, last=6)
 
 
+@pytest.mark.slow
 def test_a_traced_call_is_told_what_has_a_gradient(bundle, decoding):
   z = jnp.asarray(latents(1, frames=2))
   said = (

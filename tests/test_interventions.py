@@ -170,7 +170,9 @@ NEUTRAL = [
 
 
 @pytest.mark.parametrize(("field", "change"), NEUTRAL)
-@pytest.mark.parametrize("dense", [False, True], ids=["plain", "vmap"])
+@pytest.mark.parametrize(
+  "dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "vmap"]
+)
 def test_the_derivative_by_a_number_that_changes_nothing_is_that_of_the_formula(
   field, change, dense, value
 ):

@@ -241,7 +241,7 @@ def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.
     return jnp.zeros((*x.shape[:-1], width), jnp.float32)
 
   arrays = {
-    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    name: jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
     for name in ("directions", "regions", "targets", "reference")
     if (array := getattr(spec, name)) is not None
   }

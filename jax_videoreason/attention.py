@@ -18,6 +18,7 @@ import numpy as np
 from einops import pack, rearrange, unpack
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from jax_videoreason.axes import Array
 from jax_videoreason.sharding import RULES, ambient, token_shards
@@ -140,6 +141,26 @@ def attend(
   return jax.shard_map(gathered, in_specs=(mine, whole, whole), out_specs=mine, check_vma=False)(
     q, k, v
   )
+
+
+def weights(q: ArrayLike, k: ArrayLike, heads: int) -> Array:
+  """How much each query attends to each key: q ... T D and k ... X D -> ... N T X float32.
+
+  softmax(q k' / sqrt(K)) over the keys, D = N heads x K side by side, as the taps "attn_q/full" and
+  "attn_k/full" hold them. A map has T X numbers for each head, which attention itself never holds:
+  cut layers, steps and queries first (those of some tokens are q[..., tokens, :]). Sums over the
+  keys of a frame or a region say how much of the attention goes there.
+  ValueError: D is not the same, or does not divide by heads.
+  """
+  q, k = (jnp.asarray(a) for a in (q, k))
+  if q.shape[-1] != k.shape[-1] or q.shape[-1] % heads:
+    raise ValueError(
+      f"q is {q.shape} and k {k.shape}, wanted ... T D and ... X D with D a multiple of "
+      f"heads={heads}."
+    )
+  q, k = (rearrange(a.astype(jnp.float32), "... t (n k) -> ... n t k", n=heads) for a in (q, k))
+  scores = jnp.einsum("...ntk,...nxk->...ntx", q, k, precision=jax.lax.Precision.HIGHEST)
+  return jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
 
 
 def _platform_now() -> str:

@@ -50,7 +50,7 @@ def where(
 ) -> At:
   """Where an edit acts; None = everywhere.
 
-  steps (of the whole schedule), layers, frames (latent), heads (at attn_heads and cross_heads
+  steps (of the whole schedule), layers, frames (latent), heads (at `taps.HEAD_SITES`
   alone) and branches (0 with the prompt): an index, indices, a slice, or a mask of their length.
   An index may be traced: all its values are one compilation. region: bool, which tokens, T or
   (f, h, w) for all runs alike, R T or (R, f, h, w) for each; it is cut with `frames`.

@@ -11,6 +11,7 @@ import pytest
 from einops import rearrange
 
 from helpers import relative, tiny_config
+from jax_videoreason.attention import weights
 from jax_videoreason.convert import engine, wan
 from jax_videoreason.edits import BlockEdits
 from jax_videoreason.models import FAMILIES
@@ -296,14 +297,70 @@ def test_the_heads_are_what_the_output_projection_joins(model, everything):
       )[1]["attn_out/full"]  # fmt: skip
       joined = joined * np.asarray(alone) / bias[:, None, None, None]
     assert relative(out, joined) < 1e-4
-    by_head = rearrange(found, "l g r (f t) (n k) -> l g r f n (t k)", f=GRID[0],
-                        n=model.dit.config.heads)  # fmt: skip
+
+
+def test_the_norms_of_heads_are_those_of_their_columns(model, everything):
+  for site in HEAD_SITES:
+    by_head = rearrange(everything[1][f"{site}/full"], "l g r (f t) (n k) -> l g r f n (t k)",
+                        f=GRID[0], n=model.dit.config.heads)  # fmt: skip
     kept = everything[1][f"{site}/head_norm"]
     np.testing.assert_allclose(kept, np.linalg.norm(by_head, axis=-1), rtol=1e-5)
 
 
+def attention(model, tap):
+  """L' G R N T X of what is kept at attn_q and attn_k."""
+  return weights(tap["attn_q/full"], tap["attn_k/full"], model.dit.config.heads)
+
+
+def test_weights_times_values_are_what_the_heads_find(model, everything):
+  tap, heads = everything[1], model.dit.config.heads
+  maps = np.asarray(attention(model, tap), np.float64)
+  np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
+  values = rearrange(tap["attn_v/full"], "l g r x (n k) -> l g r n x k", n=heads)
+  found = rearrange(maps @ np.asarray(values, np.float64), "l g r n t k -> l g r t (n k)")
+  assert relative(tap["attn_heads/full"], found) < 1e-5
+  assert relative(np.ones_like(maps) / maps.shape[-1], maps) > 1e-2  # it attends to something
+
+
+def test_maps_of_some_queries_and_one_layer_are_those_rows(model, everything):
+  tap = everything[1]
+  some = weights(tap["attn_q/full"][1, :, :, 3:5], tap["attn_k/full"][1], model.dit.config.heads)
+  np.testing.assert_allclose(some, attention(model, tap)[1, ..., 3:5, :], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("q", "k", "heads"), [((4, 6), (5, 8), 2), ((4, 6), (4, 6), 4)], ids=["widths", "heads"]
+)
+def test_weights_say_what_does_not_fit(q, k, heads):
+  with pytest.raises(ValueError, match=rf"q is .* and k .*, wanted .* multiple of heads={heads}"):
+    weights(np.zeros(q), np.zeros(k), heads)
+
+
+def test_muted_queries_attend_to_all_tokens_alike_and_muted_values_bring_nothing(model):
+  c, layer = model.dit.config, 1
+  spec = TapSpec(sites=("attn_heads", "attn_v"), reduce=("full",), layers=(layer,))
+
+  def muted(site, tokens):
+    edits = BlockEdits(
+      gate=jnp.ones((c.layers, R)).at[layer, 2].set(0.0), tokens=jnp.asarray(tokens), sites=(site,)
+    )
+    tap = model.run(model.params, model.latents, model.time, model.cond, edits, spec)[1]
+    return (np.asarray(tap[f"{name}/full"][0, 0], np.float64) for name in ("attn_heads", "attn_v"))
+
+  first = np.broadcast_to(np.arange(16) < 8, (R, 16))
+  found, values = muted("attn_q", first)
+  alike = np.broadcast_to(values[2].mean(0), (8, c.width))
+  assert relative(found[2, :8], alike) < 1e-5
+  # the rest attends as before, and so do the other runs
+  assert relative(found[2, 8:], alike) > 1e-3 and relative(found[1, :8], values[1].mean(0)) > 1e-3
+  found, values = muted("attn_v", first)
+  assert not values[2, :8].any() and values[2, 8:].all()
+  found, _ = muted("attn_v", np.ones((R, 16), bool))
+  assert not found[2].any() and found[1].all()
+
+
 @pytest.mark.parametrize("number", [None, 1], ids=["all heads", "one head"])
-@pytest.mark.parametrize("site", HEAD_SITES)
+@pytest.mark.parametrize("site", JOINED)
 def test_ablated_heads_are_a_projection_without_their_rows(model, plain, site, number):
   """Of all heads the bias of the output projection is left."""
   c, layer, run = model.dit.config, 1, 2
@@ -343,7 +400,7 @@ def test_one_head_is_patched_from_another_run(model, everything, plain, site):
   wanted = np.array(everything[1][f"{site}/full"][0])
   wanted[:, 3, :, : c.width // c.heads] = wanted[:, 0, :, : c.width // c.heads]
   assert relative(kept[f"{site}/full"][0], wanted) < 1e-5
-  assert relative(velocity[:, 3], plain[:, 3]) > 1e-3
+  assert relative(velocity[:, 3], plain[:, 3]) > 1e-4
   assert relative(velocity[:, :3], plain[:, :3]) < 1e-5
 
 

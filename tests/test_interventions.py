@@ -1024,7 +1024,7 @@ SAID = [
   (lambda: ablate(room(), HEAD), "heads are named and there are none at attn_out: edit at attn_h"),
   (
     lambda: ablate(identity(SIZES), HEAD, sites=("attn_heads", "resid_post", "mlp_out")),
-    "there are none at resid_post, mlp_out: edit at attn_heads, cross_heads alone, or leave heads",
+    "there are none at resid_post, mlp_out: edit at attn_heads, .* alone, or leave heads",
   ),
   (
     lambda: ensemble_runs(identity(SIZES), HEAD, (0, 1), what="attn"),

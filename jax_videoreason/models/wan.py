@@ -131,7 +131,8 @@ def _norm(c: WanConfig, name: str) -> RMSNorm:
 class SelfAttention(nn.Module):
   """G R T D -> G R T D, rotary positions on q and k.
 
-  tokens: how many of T are no padding. at: acts at attn_heads, before the heads are joined.
+  tokens: how many of T are no padding. at: acts at attn_q, attn_k and attn_v, as attention takes
+  them, and at attn_heads, before the heads are joined.
   """
 
   config: WanConfig
@@ -152,6 +153,11 @@ class SelfAttention(nn.Module):
     v = _dense(c.width, c.compute, "v")(x)
     q, k, v = (rearrange(a, "g r t (n k) -> g r t n k", n=c.heads) for a in (q, k, v))
     q, k = (rope.rotate(a, cos, sin).astype(c.compute) for a in (q, k))
+    taken = []
+    for name, heads in (("attn_q", q), ("attn_k", k), ("attn_v", v)):
+      flat, buffers = at(name, rearrange(heads, "g r t n k -> g r t (n k)"), buffers)
+      taken.append(rearrange(flat, "g r t (n k) -> g r t n k", n=c.heads))
+    q, k, v = taken
     out = rearrange(attend(q, k, v, keys=tokens, spread="qkv"), "g r t n k -> g r t (n k)")
     out, buffers = at("attn_heads", out, buffers)
     return _dense(c.width, c.compute, "o")(out), buffers

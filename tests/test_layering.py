@@ -85,6 +85,7 @@ FLOORS = (
   (
     "experiments.results",
     "experiments.context",
+    "experiments.study",
     "experiments.base experiments.readings experiments.setting",
     "experiments.chain_of_steps experiments.noise experiments.frames experiments.behaviours "
     "experiments.layer_maps experiments.layer_swap experiments.ensemble experiments.probes "

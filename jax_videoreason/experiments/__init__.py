@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_videoreason import own, store
 from jax_videoreason.experiments import results
-from jax_videoreason.experiments.base import Study, experiment, perform, ships, verdicts
+from jax_videoreason.experiments.base import perform, verdicts
 from jax_videoreason.experiments.behaviours import behaviours
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
 from jax_videoreason.experiments.context import Chunks, Context, Setting
@@ -21,6 +21,7 @@ from jax_videoreason.experiments.layer_swap import layer_swap
 from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
+from jax_videoreason.experiments.study import Study, experiment, ships
 from jax_videoreason.folders import checksum, damaged, read_json, write_json
 from jax_videoreason.settings import nearest
 

@@ -4,10 +4,10 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context, title
 from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import CELL, Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.tasks.draw import VISIBLE
 
 SHARES = (0.1, VISIBLE, 0.3)  # from which a candidate may count as visible

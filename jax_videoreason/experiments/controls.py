@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import metrics
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.noise import inner_peak
 from jax_videoreason.experiments.readings import per_run
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.interventions import identity, noise_at, where
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec

@@ -3,10 +3,10 @@
 import numpy as np
 
 from jax_videoreason.edits import BLOCK_UPDATE
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import majority
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.interventions import depth, ensemble_runs, identity, where
 
 EARLY = 0.15  # of the steps, where the follow-up reads the plan

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import majority
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.interventions import (
   ENSEMBLES,
   Intervention,

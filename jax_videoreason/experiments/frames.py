@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.structs import Sizes
 
 

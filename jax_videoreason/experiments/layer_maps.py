@@ -9,9 +9,9 @@ import numpy as np
 from einops import rearrange, reduce
 
 from jax_videoreason import answers, guidance, metrics
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.reductions import signs
 from jax_videoreason.sampler import impose, known_cells
 from jax_videoreason.structs import Sizes, Trace

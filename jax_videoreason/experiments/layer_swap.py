@@ -7,9 +7,9 @@ from einops import rearrange, reduce
 
 from jax_videoreason import answers, metrics
 from jax_videoreason.edits import BLOCK_UPDATE
-from jax_videoreason.experiments.base import experiment
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
+from jax_videoreason.experiments.study import experiment
 from jax_videoreason.interventions import Intervention, identity, patch_runs, where
 from jax_videoreason.structs import Sizes
 

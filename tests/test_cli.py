@@ -33,8 +33,8 @@ from jax_videoreason import (
   tasks,
   tokenizer,
 )
+from jax_videoreason.cli import decoding, sample
 from jax_videoreason.cli import report as report_command
-from jax_videoreason.cli import sample
 from jax_videoreason.models import FAMILIES, Family
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle
 
@@ -619,7 +619,7 @@ def test_more_experts_than_a_model_has_are_refused(call, sample_words, tmp_path)
 def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
   call, sample_words, tmp_path, monkeypatch
 ):
-  load, inner, weights, seen = checkpoint.load, sample.decode, [], []
+  load, inner, weights, seen = checkpoint.load, decoding.decode, [], []
 
   def watched(where, parts=None, **options):
     bundle = load(where, parts, **options)
@@ -632,7 +632,7 @@ def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
     return inner(*args, mesh=mesh, **options)
 
   monkeypatch.setattr(checkpoint, "load", watched)
-  monkeypatch.setattr(sample, "decode", decoded)
+  monkeypatch.setattr(decoding, "decode", decoded)
   words = [*sample_words, "--config.steps=2", "--mesh=seed=2", f"--out={tmp_path / 'run'}"]
   assert call(*words)[0] == 0
   assert weights
@@ -673,7 +673,7 @@ def test_x0_is_decoded_at_the_steps_to_keep_and_the_last(call, refuses, sample_w
 
 def faulty(monkeypatch, error, *, at):
   """Lets decoding fail at its call number `at`, once; returns the options of all calls."""
-  inner, asked = sample.decode, []
+  inner, asked = decoding.decode, []
 
   def decoded(*args, **options):
     asked.append(options)
@@ -681,7 +681,7 @@ def faulty(monkeypatch, error, *, at):
       raise error
     return inner(*args, **options)
 
-  monkeypatch.setattr(sample, "decode", decoded)
+  monkeypatch.setattr(decoding, "decode", decoded)
   return asked
 
 

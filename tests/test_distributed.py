@@ -259,10 +259,10 @@ def test_where_one_process_fails_all_end_soon_and_it_says_why(fault, tmp_path):
 
 
 NO_ROOM = """
-from jax_videoreason.cli import sample
+from jax_videoreason.cli import decoding
 def decode(*args, **options):
   raise MemoryError
-sample.decode = decode
+decoding.decode = decode
 """
 
 

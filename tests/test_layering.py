@@ -102,8 +102,9 @@ FLOORS = (
   ("console plots", "report", "scorecard pages vbvr.page vbvr.maps gallery"),
   (
     "cli",
-    "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.tasks",
-    "cli.demo cli.plan cli.report",  # the demo is `sample` on cases of the tasks
+    "cli.decoding",
+    "cli.sample cli.run cli.sweep cli.evaluate cli.vbvr cli.convert cli.tasks cli.report",
+    "cli.demo cli.plan",  # the demo is `sample` on cases of the tasks
     "__init__",
     "__main__",
   ),

@@ -11,7 +11,8 @@ import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import cli, console, settings, store, tasks
-from jax_videoreason.cli.sample import Question, decode_run, finish, record
+from jax_videoreason.cli.decoding import decode_run
+from jax_videoreason.cli.sample import Question, finish, record
 from jax_videoreason.structs import AnswerTrace
 
 TASKS = "maze,tictactoe,select_largest"

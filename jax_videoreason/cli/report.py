@@ -28,7 +28,7 @@ from jax_videoreason import (
   sweep,
   tiling,
 )
-from jax_videoreason.cli.sample import decode_run
+from jax_videoreason.cli.decoding import decode_run
 from jax_videoreason.experiments import claims, judge_again
 
 WORDS = 1

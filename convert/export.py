@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, leaves
+from jax_videoreason import bundles, leaves
 from jax_videoreason.folders import beside, disk, held_beside, remove, spare
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
@@ -114,7 +114,7 @@ class Part:
 
 def parts(bundle: str | os.PathLike[str]) -> list[Part]:
   """What of a bundle can be written back. Faults: something that diffusers has no name for."""
-  described = checkpoint.describe(bundle)
+  described = bundles.describe(bundle)
   found = []
   faults = []
   for name, tree in described.folders.items():
@@ -201,9 +201,9 @@ def _write(
       f"{out} has no {INDEX}, and --redo replaces folders of diffusers alone: remove it, or choose "
       "another --out."
     )
-  spare(out, checkpoint.describe(bundle).folders.values())
+  spare(out, bundles.describe(bundle).folders.values())
   made = parts(bundle)
-  checkpoint.check_space(out, sum(part.nbytes for part in made))
+  bundles.check_space(out, sum(part.nbytes for part in made))
   old = out.with_name(f".{out.name}.old")
   with disk(out), beside(out) as partial:
     for part in made:
@@ -213,7 +213,7 @@ def _write(
       _write_json(place / "config.json", part.config)
       if check:
         _compare(place, part)
-    _write_rest(partial, checkpoint.describe(bundle), [part.name for part in made])
+    _write_rest(partial, bundles.describe(bundle), [part.name for part in made])
     remove(old)
     if out.exists():
       out.rename(old)
@@ -381,7 +381,7 @@ def _compare(place: Path, part: Part) -> None:
     raise Faults(faults)
 
 
-def _write_rest(folder: Path, described: checkpoint.Described, names: list[str]) -> None:
+def _write_rest(folder: Path, described: bundles.Described, names: list[str]) -> None:
   """The index, the scheduler and the tokenizer."""
   modules, card = described.modules, described.card
   config = modules.dit.config

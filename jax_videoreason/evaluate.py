@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax_videoreason import (
   answers,
   baselines,
-  checkpoint,
+  bundles,
   media,
   prepare,
   runs,
@@ -145,7 +145,7 @@ def evaluate(
     )
   runs.check_seeds(chosen.seeds)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
-  said = describe(chosen, asked, checkpoint.find(chosen.checkpoint))
+  said = describe(chosen, asked, bundles.find(chosen.checkpoint))
   with held(out, needed=False):
     return _evaluate(Path(out), chosen, asked, loaded, said, mesh, command, redo, advance)
 
@@ -460,7 +460,7 @@ def finish(
 ) -> dict[str, Any]:
   """result.json, table.parquet and, last, manifest.json, from the finished tasks."""
   parts = read_parts(out, asked.tasks)
-  name = checkpoint.describe(chosen.checkpoint).card.name
+  name = bundles.describe(chosen.checkpoint).card.name
   result = plain(
     {
       "format": 1,

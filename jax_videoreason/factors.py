@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import checkpoint, evaluate, interventions, plan, runs, tasks
+from jax_videoreason import bundles, evaluate, interventions, plan, runs, tasks
 from jax_videoreason.folders import checksum, plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
@@ -175,7 +175,7 @@ class Product:
     for name in ("batch", "piece", "checkpoint"):  # they change no number
       settings.pop(name)
     settings["taps"].pop("budget_gb")
-    weights = checksum(checkpoint.find(self.chosen.checkpoint) / checkpoint.DESCRIPTION)
+    weights = checksum(bundles.find(self.chosen.checkpoint) / bundles.DESCRIPTION)
     own = {**dataclasses.asdict(self.varied), "order": list(self.varied.edits), "format": FORMAT}
     own["scoring"] = tasks.scoring(self.varied.tasks)
     for name in ("unit", "mesh"):  # units and width say what the first did
@@ -242,7 +242,7 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
   ValueError: as `check` and `check_model`, or taps of a unit that are over their budget.
   """
   loaded, cases = check(chosen, wanted), []
-  checkpoint.describe(chosen.checkpoint)  # a plan needs no bundle, a sweep does
+  bundles.describe(chosen.checkpoint)  # a plan needs no bundle, a sweep does
   for task in loaded.values():
     drawn = evaluate.cases_of(task, split_of(task, wanted), wanted.cases, wanted.kind)
     # the video that solves a case is large and not looked at here

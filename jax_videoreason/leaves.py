@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from jax_videoreason import checkpoint
+from jax_videoreason import bundles, checkpoint
 from jax_videoreason.folders import NoLocksError, disk, remove
 from jax_videoreason.pytrees import nest
 from jax_videoreason.structs import ModelBundle
@@ -35,9 +35,9 @@ def refuse_existing(path: Path, *, redo: bool) -> None:
   """ValueError where a bundle can't be written: something is there and not `redo`, or no bundle."""
   if path.exists() and not redo:
     raise ValueError(f"{path} exists already: remove it, or give --redo to replace it.")
-  if path.exists() and not (path / checkpoint.DESCRIPTION).is_file():
+  if path.exists() and not (path / bundles.DESCRIPTION).is_file():
     raise ValueError(
-      f"{path} has no {checkpoint.DESCRIPTION}, and --redo replaces bundles alone: remove it, or "
+      f"{path} has no {bundles.DESCRIPTION}, and --redo replaces bundles alone: remove it, or "
       "choose another --out."
     )
 
@@ -148,13 +148,13 @@ class LeafWriter:
       raise ValueError(f"{len(lacking)} leaves are not written, first {lacking[0]}.")
     records = {
       part: {
-        path: checkpoint.Record(shape=leaf.shape, dtype=leaf.dtype, sha256=self._sha[part, path])
+        path: bundles.Record(shape=leaf.shape, dtype=leaf.dtype, sha256=self._sha[part, path])
         for path, leaf in leaves.items()
       }
       for part, leaves in self.leaves.items()
     }
     with disk(self.folder, full=RESUME):
-      checkpoint.complete(self.folder, bundle, records)
+      bundles.complete(self.folder, bundle, records)
       old = self.path.parent / f".{self.path.name}.old"
       remove(old)
       if self.redo and self.path.exists():
@@ -205,7 +205,7 @@ class LeafWriter:
     begun = bool(lines) and self._recall(lines, plan)
     total = sum(_bytes(leaf) for part in self.leaves.values() for leaf in part.values())
     there = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-    checkpoint.check_space(self.path, total - there)
+    bundles.check_space(self.path, total - there)
     with disk(self.folder, full=RESUME):
       self._journal.truncate(sum(len(line.encode()) for line in lines) if begun else 0)
       for item in [] if begun else list(self.folder.iterdir()):

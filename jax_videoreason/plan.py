@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, checkpoint, sampler, schedules, sharding
+from jax_videoreason import attention, bundles, sampler, schedules, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.decode import decoding_bytes
 from jax_videoreason.models import FAMILIES
@@ -144,11 +144,11 @@ def model(name_or_path: str) -> Model:
   """Of a bundle, or by the name of its folder of a published model that is not here yet."""
   name = Path(name_or_path).name
   variants = [key for family in FAMILIES.values() for key in family.variants]
-  if name not in checkpoint.shipped() and not Path(name_or_path).is_dir():
+  if name not in bundles.shipped() and not Path(name_or_path).is_dir():
     known = [key for key in variants if name.startswith(key)]
     if known:
       return _published(name, max(known, key=len))
-  described = checkpoint.describe(name_or_path)
+  described = bundles.describe(name_or_path)
 
   def leaves(part: str) -> dict[str, jax.ShapeDtypeStruct]:
     if part not in described.leaves:
@@ -205,7 +205,7 @@ def size_of(leaves: Mapping[str, jax.ShapeDtypeStruct], shares: int = 1) -> int:
   total = 0
   for path, leaf in leaves.items():
     count = math.prod(leaf.shape)
-    if checkpoint.shared_axis(path, leaf.shape, shares) is not None:
+    if sharding.shared_axis(path, leaf.shape, shares) is not None:
       count //= shares
     total += count * leaf.dtype.itemsize
   return total
@@ -358,7 +358,7 @@ def arguments(problem: Problem, mesh: Mesh | None) -> tuple[ModelBundle, Noise, 
 
   def weights(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     specs = {
-      path: PartitionSpec() if mesh is None else checkpoint.partition(path, leaf.shape, mesh)
+      path: PartitionSpec() if mesh is None else sharding.partition(path, leaf.shape, mesh)
       for path, leaf in leaves.items()
     }
     return nest({path: of(leaf.shape, leaf.dtype, specs[path]) for path, leaf in leaves.items()})

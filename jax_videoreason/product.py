@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax_videoreason import (
   answers,
   baselines,
-  checkpoint,
+  bundles,
   distributed,
   evaluate,
   factors,
@@ -359,7 +359,7 @@ def perform(
       command=command,
       device=used[0].device_kind,
       processes=count,
-      model=checkpoint.describe(product.chosen.checkpoint).card.name,
+      model=bundles.describe(product.chosen.checkpoint).card.name,
       evaluations=factors.evaluations(product),
     )
 

@@ -1,4 +1,4 @@
-"""The one mesh and its rule: which letter of an array lies on which mesh axis."""
+"""The one mesh and its rules: which letter of an array, and which axis of a leaf, lies where."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax_videoreason.axes import Array
 
 MESH_AXES = ("seed", "fsdp", "context")
+SMALL = 2**16  # numbers; a smaller leaf is replicated
 RULES: dict[str, str | tuple[str, ...]] = {"r": "seed", "t": ("fsdp", "context")}
 
 
@@ -77,6 +78,27 @@ def side_by_side(mesh: Mesh, most: int | None = None) -> Mesh:
 def spec(letters: str) -> PartitionSpec:
   """The partition of an array whose axes are `letters`, e.g. "g r t d"."""
   return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))
+
+
+def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """How a leaf is stored on the mesh: the axis of `shared_axis` over `fsdp`."""
+  shared = shared_axis(path, shape, mesh.shape["fsdp"])
+  if shared is None:
+    return PartitionSpec()
+  return PartitionSpec(*("fsdp" if axis == shared else None for axis in range(len(shape))))
+
+
+def shared_axis(path: str, shape: Sequence[int], shares: int) -> int | None:
+  """The axis along which a leaf is stored in shares: its longest that divides, if it is large.
+
+  The L axis of a stacked leaf stays whole, for a layer is gathered at a time. None = it lies whole
+  on every device.
+  """
+  axes = range(1 if "blocks" in path.split("/") else 0, len(shape))
+  fitting = [axis for axis in axes if shape[axis] % shares == 0]
+  if shares == 1 or len(axes) < 2 or int(np.prod(shape)) < SMALL or not fitting:
+    return None
+  return max(fitting, key=lambda axis: shape[axis])
 
 
 def ambient() -> AbstractMesh | None:

@@ -22,7 +22,7 @@ from bench_denoise import BARE, ask, pairs, say
 from diffusers import WanTransformer3DModel
 from einops import rearrange
 
-from jax_videoreason import checkpoint, conditioning, load, runs, sampler, schedules, tasks
+from jax_videoreason import bundles, conditioning, load, runs, sampler, schedules, tasks
 from jax_videoreason.convert import export
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise
@@ -48,7 +48,7 @@ def problem(seeds: int, steps: int) -> Problem:
 def exported() -> WanTransformer3DModel:
   """The transformer of the shipped model, written by our command and read by diffusers."""
   with tempfile.TemporaryDirectory() as scratch:
-    out = export.write(checkpoint.find("mini"), Path(scratch) / "mini")
+    out = export.write(bundles.find("mini"), Path(scratch) / "mini")
     return WanTransformer3DModel.from_pretrained(out / "transformer").eval().float()
 
 

@@ -37,6 +37,7 @@ import numpy as np
 
 from jax_videoreason import (
   baselines,
+  bundles,
   checkpoint,
   conditioning,
   console,
@@ -471,7 +472,7 @@ def dit_stage(
 
 def begun_from(options: argparse.Namespace) -> str | None:
   """The checksum of the bundle of --init."""
-  return checksum(checkpoint.find(options.init) / "bundle.json") if options.init else None
+  return checksum(bundles.find(options.init) / "bundle.json") if options.init else None
 
 
 def stage_dit(options: argparse.Namespace) -> None:
@@ -719,7 +720,7 @@ def x0_shards(options: argparse.Namespace, bundle: ModelBundle) -> list[dict[str
     if not all(path.exists() for path in paths.values())
   ]
   of_step = 4 * math.prod(shape) + 3 * FRAMES * SIZE * SIZE
-  checkpoint.check_space(folder, len(lacking) * SHARD_RUNS * options.score_steps * of_step)
+  bundles.check_space(folder, len(lacking) * SHARD_RUNS * options.score_steps * of_step)
   folder.mkdir(exist_ok=True)
   schedule = schedules.build(
     steps=options.score_steps,

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from helpers import tiny_bundle
-from jax_videoreason import checkpoint, sharding
+from jax_videoreason import bundles, checkpoint, sharding
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.structs import LatentSpec, ModelBundle
@@ -174,7 +174,7 @@ def test_bundles_are_compact_and_name_no_machine(whole, tmp_path):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_weights_lie_over_fsdp(whole, saved, monkeypatch, verify):
-  monkeypatch.setattr(checkpoint, "SMALL", 1000)
+  monkeypatch.setattr(sharding, "SMALL", 1000)
   mesh = sharding.make_mesh(fsdp=4)
   loaded = checkpoint.load(saved, mesh=mesh, verify=verify)
   chex.assert_trees_all_equal(
@@ -199,8 +199,8 @@ def test_how_a_leaf_is_cut():
     ("odd/kernel", (333, 333)): (),
   }
   for (path, shape), wanted in cut.items():
-    assert tuple(checkpoint.partition(path, shape, mesh)) == wanted
-  assert tuple(checkpoint.partition("a/kernel", (512, 512), sharding.make_mesh(seed=4))) == ()
+    assert tuple(sharding.partition(path, shape, mesh)) == wanted
+  assert tuple(sharding.partition("a/kernel", (512, 512), sharding.make_mesh(seed=4))) == ()
 
 
 def test_a_part_may_lie_in_another_bundle(whole, saved, tmp_path):
@@ -289,13 +289,13 @@ def test_what_save_refuses(whole, saved, tmp_path, monkeypatch):
 
 
 def test_no_such_bundle(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+  monkeypatch.setattr(bundles, "ASSETS", tmp_path)
   for name in ("mini", "mini_experts"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "bundle.json").write_text("{}")
   with pytest.raises(FileNotFoundError, match=r"no bundle 'maxi'.*mini, mini_experts"):
     checkpoint.load("maxi")
-  assert checkpoint.find("mini") == tmp_path / "mini"
+  assert bundles.find("mini") == tmp_path / "mini"
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match=r"empty has no bundle.json"):
     checkpoint.load(tmp_path / "empty")
@@ -370,7 +370,7 @@ def test_damaged_json_and_damaged_bytes(copy):
     checkpoint.load(copy)
 
 
-@pytest.mark.parametrize("name", checkpoint.shipped())
+@pytest.mark.parametrize("name", bundles.shipped())
 def test_shipped_bundles_load(name):
   bundle = checkpoint.load(name)
   assert bundle.card.name == name

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli, leaves
+from jax_videoreason import bundles, checkpoint, cli, leaves
 from jax_videoreason.convert import bundle, clip, detect, engine, reader, umt5, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
@@ -286,11 +286,11 @@ def test_an_interrupted_redo_goes_on(single, tmp_path, monkeypatch):
   redo = [*words, "--redo", "--dtype=bf16"]
   with pytest.raises(Killed):
     cli.main(redo)
-  assert checkpoint.describe(tmp_path / "out").modules.dit.config.dtype == "float32"
+  assert bundles.describe(tmp_path / "out").modules.dit.config.dtype == "float32"
   monkeypatch.setattr(leaves.LeafWriter, "write", counting)
   assert cli.main(redo) == 0
   assert len(written) == len(set(written)) == len(bundle.plan(detect.source(single)).steps)
-  assert checkpoint.describe(tmp_path / "out").modules.dit.config.dtype == "bfloat16"
+  assert bundles.describe(tmp_path / "out").modules.dit.config.dtype == "bfloat16"
   assert os.listdir(tmp_path) == ["out"]
 
 

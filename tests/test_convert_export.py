@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli, folders
+from jax_videoreason import bundles, checkpoint, cli, folders
 from jax_videoreason.convert import export, reader, wan
 from published import CLIP, DIT, clip_original, parts, shards, tensors, write_original
 
@@ -47,14 +47,14 @@ def leaves(bundle):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["mini", "a14b"])
 def test_there_and_back_changes_no_bit(which, converted, tmp_path):
-  bundle = checkpoint.find("mini") if which == "mini" else converted
+  bundle = bundles.find("mini") if which == "mini" else converted
   given = "mini" if which == "mini" else str(converted)
   folder, again = tmp_path / "hub", tmp_path / "again"
   words = ["convert", given, "--out", str(folder), "--to=diffusers", "--verify"]
   assert cli.main(words) == 0
   assert cli.main(["convert", str(folder), "--out", str(again), "--verify"]) == 0
   assert leaves(again) == leaves(bundle)
-  ours, theirs = checkpoint.describe(again), checkpoint.describe(bundle)
+  ours, theirs = bundles.describe(again), bundles.describe(bundle)
   assert ours.card.boundary == theirs.card.boundary
   assert ours.card.latents == theirs.card.latents
   for part in ("vae", "text"):
@@ -100,7 +100,7 @@ def test_the_image_tower_there_and_back(tmp_path):
   ):
     assert cli.main(["convert", *words]) == 0
   assert leaves(tmp_path / "two") == leaves(tmp_path / "one")
-  one, two = (checkpoint.describe(tmp_path / name).modules.clip.config for name in ("one", "two"))
+  one, two = (bundles.describe(tmp_path / name).modules.clip.config for name in ("one", "two"))
   assert one == two == CLIP
   found = reader.headers(reader.files_in(folder / "image_encoder"))
   assert not reader.read(found["vision_model.encoder.layers.2.mlp.fc2.weight"]).any()

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import bundles, cli
 from jax_videoreason.convert import hub
 from published import COMMIT, parts, publish, write_original
 
@@ -50,7 +50,7 @@ def test_a_repository_becomes_a_bundle(cache, tmp_path):
   settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(words, env={**os.environ, **settings}, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  sources = dict(checkpoint.describe(out).card.sources)
+  sources = dict(bundles.describe(out).card.sources)
   assert "high_noise_model/diffusion_pytorch_model-00001-of-00003.safetensors" in sources
   assert len(sources) == 8
 

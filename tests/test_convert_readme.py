@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_videoreason import checkpoint, cli
+from jax_videoreason import bundles, cli
 from jax_videoreason.convert import umt5, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
 from published import (
@@ -152,7 +152,7 @@ def test_the_command_makes_a_bundle(command, hub, tmp_path, monkeypatch):
   words = shlex.split(command)
   assert cli.main(["convert", *words]) == 0
   out = Path(words[words.index("--out") + 1])
-  described = checkpoint.describe(out)
+  described = bundles.describe(out)
   lora = [name for name, _ in described.card.sources if "LoRA merged" in name]
   assert len(lora) == command.count("--lora ")
   modules = described.modules

@@ -55,6 +55,7 @@ FLOORS = (
   ),
   (
     "distributed",
+    "bundles",
     "checkpoint",
     "leaves",
     "tokenizer",
@@ -295,6 +296,11 @@ def run_python(code: str) -> str:
 def test_the_package_is_light_to_import():
   loaded = set(run_python("import sys, jax_videoreason; print(*sys.modules)").split())
   assert loaded.isdisjoint({"jax", "numpy", *HOMES})
+
+
+def test_a_plan_needs_nothing_that_reads_weights():
+  code = "import sys\nfrom jax_videoreason import bundles, costs, plan\nprint(*sys.modules)"
+  assert "orbax" not in run_python(code).split()
 
 
 def test_public_names_touch_no_device():

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from helpers import FREQ, relative, tiny_bundle, tiny_inputs, tiny_schedule
-from jax_videoreason import checkpoint, runs, sampler, schedules, sharding
+from jax_videoreason import bundles, checkpoint, runs, sampler, schedules, sharding
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves
 from jax_videoreason.structs import Card, Conditioning, ModelBundle
@@ -36,7 +36,7 @@ def described(root, name):
     boundary=variant.boundary,
   )  # fmt: skip
   bundle = ModelBundle(params=(), parts=parts, card=card)
-  text = checkpoint._describe(bundle, {part: part for part in trees}, records, None)
+  text = bundles.description(bundle, {part: part for part in trees}, records, None)
   for part in trees:
     (root / part).mkdir(parents=True)
   (root / "bundle.json").write_text(json.dumps(text))
@@ -107,7 +107,7 @@ def test_what_would_be_restored_denoises_at_full_size(large, abstract_restore):
 
 @pytest.mark.slow
 def test_a_small_model_on_four_devices_denoises_as_on_one(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "SMALL", 100)
+  monkeypatch.setattr(sharding, "SMALL", 100)
   whole = tiny_bundle(experts=2)
   checkpoint.save(whole, tmp_path / "tiny")
   mesh = sharding.make_mesh(fsdp=4)

@@ -171,4 +171,4 @@ def test_the_wheel_runs_where_there_is_no_checkout(wheel, tmp_path):
     assert (out / "report.html").is_file()
 
 
-MODELS = "from jax_videoreason import checkpoint; print('\\n'.join(checkpoint.shipped()))"
+MODELS = "from jax_videoreason import bundles; print('\\n'.join(bundles.shipped()))"

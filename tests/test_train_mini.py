@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_videoreason import checkpoint, cli, encoded, evaluate, fitting, tasks
+from jax_videoreason import bundles, checkpoint, cli, encoded, evaluate, fitting, tasks
 from jax_videoreason.folders import checksum, differences
 from jax_videoreason.training import TrainSettings
 
@@ -97,7 +97,7 @@ def test_dit_trains_from_the_shipped_weights_and_becomes_a_bundle(call, work, tm
   assert row["step"] == 2 and np.isfinite(row["loss"])
   assert (work / "dit.png").is_file()
   assert call("bundle", "--work", work, "--out", tmp_path / "new")[0] == 0
-  new, old = (checkpoint.describe(name) for name in (tmp_path / "new", "mini"))
+  new, old = (bundles.describe(name) for name in (tmp_path / "new", "mini"))
   assert new.leaves["vae"] == old.leaves["vae"]
   assert new.leaves["dit_0"].keys() == old.leaves["dit_0"].keys()
   assert new.modules.dit.config == old.modules.dit.config
@@ -276,7 +276,7 @@ def test_what_decides_the_result_is_compared_on_resume(call, work, stages):
   for words in (("--init=mini",), ()):
     assert call("dit", "--work", work, *words, *DIT)[0] == 0
   ours, fresh = (dict(stage.data) for stage in stages)
-  assert ours.pop("init") == checksum(checkpoint.find("mini") / "bundle.json")
+  assert ours.pop("init") == checksum(bundles.find("mini") / "bundle.json")
   assert fresh.pop("init") is None
   assert ours == fresh
   assert set(ours) == {"cases", "shares", "dit", "dtype", "text", "made_by"}
@@ -305,7 +305,7 @@ def test_experts_are_the_network_continued_above_and_below_a_sigma(call, work, s
   assert (high.high, low.low, high.low) == (1.0, 0.0, low.high)
   sigma = high.shift * high.low / (1 + (high.shift - 1) * high.low)
   assert sigma == pytest.approx(0.9)
-  made, shared = checkpoint.describe(out), checkpoint.describe("mini")
+  made, shared = bundles.describe(out), bundles.describe("mini")
   assert made.card.boundary == 0.9
   assert made.leaves["dit_0"] == made.leaves["dit_1"] == shared.leaves["dit_0"]
   assert made.folders["vae"].resolve() == shared.folders["vae"].resolve()
@@ -325,7 +325,7 @@ def test_watched_cases_are_none_that_an_evaluation_asks(script):
 
 
 def test_the_experts_compute_as_the_device_does(script, monkeypatch):
-  config = checkpoint.describe("mini").modules.dit.config
+  config = bundles.describe("mini").modules.dit.config
   assert script.computing(config).config.dtype == "float32"
   monkeypatch.setattr(script.training, "compute_dtype", lambda device: "bfloat16")
   assert script.computing(config).config.dtype == "bfloat16"
@@ -426,7 +426,7 @@ def test_two_processes_carry_every_stage_out_to_a_bundle_of_two_experts(tmp_path
   steps = "--score-steps=2"
   (said,) = tiny(work, "preview", *once, steps, "--init", str(first), "--out", str(shown))
   assert json.loads(said.splitlines()[-1])["preview_explained"] < 1
-  before, after = checkpoint.describe(first), checkpoint.describe(shown)
+  before, after = bundles.describe(first), bundles.describe(shown)
   assert before.modules.preview is None
   assert {**after.leaves, "preview": None} == {**before.leaves, "preview": None}
   lost, kept = sorted(work.glob("x0_*/video_*.npy"))
@@ -434,11 +434,11 @@ def test_two_processes_carry_every_stage_out_to_a_bundle_of_two_experts(tmp_path
   made = kept.stat().st_mtime_ns
   tiny(work, "preview", *once, steps, "--init", str(first), "--out", str(tmp_path / "again"))
   assert lost.exists() and kept.stat().st_mtime_ns == made
-  assert checkpoint.describe(tmp_path / "again").leaves == after.leaves
+  assert bundles.describe(tmp_path / "again").leaves == after.leaves
   tiny(work, "experts", *once, "--init", str(shown), "--out", str(experts), **two)
   made, shared = checkpoint.load(experts), checkpoint.load(shown)
   assert made.card.boundary == 0.9
   high, low = (dit["head"]["kernel"] for dit in made.params)
   assert high.shape == low.shape == shared.params[0]["head"]["kernel"].shape
   assert not np.array_equal(high, low)
-  assert checkpoint.describe(experts).folders["preview"].resolve() == (shown / "preview").resolve()
+  assert bundles.describe(experts).folders["preview"].resolve() == (shown / "preview").resolve()

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jax_videoreason import checkpoint
+from jax_videoreason import bundles
 from jax_videoreason.models import FAMILIES
 
 FAMILY = FAMILIES["wan21"]
@@ -54,7 +54,7 @@ def test_a_bundle_of_a_published_model_has_its_frame_rate(name):
 
 @pytest.mark.parametrize("name", ["mini", "mini_experts"])
 def test_a_model_like_no_published_one_has_a_rate_of_its_own(name):
-  assert FAMILY.fps(checkpoint.describe(name).card.latents) == 8
+  assert FAMILY.fps(bundles.describe(name).card.latents) == 8
 
 
 @pytest.mark.parametrize("name", DIT)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import helpers
-from jax_videoreason import checkpoint, cli, folders, media, settings
+from jax_videoreason import bundles, checkpoint, cli, folders, media, settings
 from jax_videoreason.structs import ModelBundle, Trace
 from jax_videoreason.vbvr import generate, jobs, samples, videos
 
@@ -109,7 +109,7 @@ def test_steps_asked_for_later_are_made_later(cases, stubs, tmp_path):
 
 
 def test_guesses_are_written_and_read_as_they_come_and_let_go(cases, tmp_path, monkeypatch):
-  card, mini = checkpoint.describe("mini").card, checkpoint.describe("mini").modules
+  card, mini = bundles.describe("mini").card, bundles.describe("mini").modules
   bundle = ModelBundle(params=(None,), parts=mini, card=card)
   chosen = dataclasses.replace(SETTINGS, steps=10)
   job = jobs.Job(steps=(2, 9))

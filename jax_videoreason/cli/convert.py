@@ -26,7 +26,7 @@ from absl.flags import (
   FlagValues,
 )
 
-from jax_videoreason import checkpoint, cli, console, folders, leaves
+from jax_videoreason import bundles, cli, console, folders, leaves
 
 WORDS = 1
 ONLY_FORWARD = ("dtype", "parts", "numerics", "lora", "lora-alpha", "lora-order")
@@ -103,7 +103,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   out = Path(flags.out)
   folders.spare(out, plan.files)
   if _compares(flags):
-    checkpoint.describe(out)  # refuses a damaged one, or one of a newer version
+    bundles.describe(out)  # refuses a damaged one, or one of a newer version
     with _bar(plan.read_bytes, "compare") as advance:
       bundle.verify(plan, out, advance=advance)
     console.say(f"{out.resolve()} holds what {source} holds.")
@@ -123,7 +123,7 @@ def _lora(word: str) -> str:
 
 def _compares(flags: FlagValues) -> bool:
   """Whether --verify finds a bundle to compare with."""
-  there = (Path(flags.out) / checkpoint.DESCRIPTION).is_file()
+  there = (Path(flags.out) / bundles.DESCRIPTION).is_file()
   return flags.verify and there and not flags.redo
 
 

@@ -16,6 +16,7 @@ from jax_videoreason import (
   answers,
   arrays,
   branching,
+  bundles,
   checkpoint,
   cli,
   console,
@@ -66,7 +67,7 @@ def decode_run(
   show = functools.partial(decode, bundle, tiles=used, mesh=mesh)
   more = {} if tiles is None else {"decoded_in": tiles}
   if weights is not None:
-    described = checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION
+    described = bundles.find(chosen.checkpoint) / bundles.DESCRIPTION
     more |= {"decoded_by": bundle.card.name, "decoded_by_weights": folders.checksum(described)}
   try:
     with store.decoding(run, check=again_later, **more) as folder:

@@ -206,7 +206,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   import jax
 
   from jax_videoreason import (
-    checkpoint,
+    bundles,
     console,
     costs,
     experiments,
@@ -246,7 +246,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"
     )
     left = base.batches_left(study, chosen, setting.load_task, cases, batch=batch, chunks=chunks)
-    previews = checkpoint.describe(chosen.checkpoint).modules.preview is not None
+    previews = bundles.describe(chosen.checkpoint).modules.preview is not None
     looked_at = [setting.compared(cases)] if own["decoder"] == "auto" and previews else []
     made = setting.load(chosen, laid, itertools.chain(looked_at, left))
     made, agreement = choose_reader(made, cases, own["decoder"])

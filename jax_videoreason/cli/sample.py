@@ -41,6 +41,7 @@ from jax.sharding import Mesh
 
 from jax_videoreason import (
   branching,
+  bundles,
   checkpoint,
   cli,
   console,
@@ -124,7 +125,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags.seeds is not None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
-  cli.check_experts(flags, checkpoint.describe(chosen.checkpoint).experts)
+  cli.check_experts(flags, bundles.describe(chosen.checkpoint).experts)
   keep = steps_of(flags, chosen)
   noise = None if flags.noise is None else read_noise(flags.noise)
   image = shown = None
@@ -165,7 +166,7 @@ def branch_off(flags: FlagValues, mesh: Mesh | None) -> None:
   branch = branching.take_up(
     str(flags["from"].value), flags.step, flags.intervene, weights=flags.checkpoint
   )
-  cli.check_experts(flags, checkpoint.describe(branch.chosen.checkpoint).experts)
+  cli.check_experts(flags, bundles.describe(branch.chosen.checkpoint).experts)
   keep = steps_of(flags, branch.chosen)
   folders.spare(Path(flags.out), [branch.run.path])
   if branch.chosen.solver != "euler":
@@ -378,7 +379,7 @@ def record(
     processes=process[1],
     model=card.name,
     sources=dict(card.sources),
-    weights=folders.checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION),
+    weights=folders.checksum(bundles.find(chosen.checkpoint) / bundles.DESCRIPTION),
     seconds=round(time.monotonic() - began, 1),
     evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
     undecoded=shown_steps(chosen, len(of_run), keep),

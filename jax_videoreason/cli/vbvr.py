@@ -29,7 +29,7 @@ from absl.flags import (
 )
 
 from jax_videoreason import (
-  checkpoint,
+  bundles,
   cli,
   console,
   costs,
@@ -150,7 +150,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   cli.check_experts(flags, len(plan.model(chosen.checkpoint).experts))
   mesh = None if dry else sharding.mesh_here(flags.mesh)
   name = chosen.checkpoint  # only a dry run takes one that is not here yet
-  model = plan.model(name).parts if dry else checkpoint.describe(name).modules
+  model = plan.model(name).parts if dry else bundles.describe(name).modules
   generate.check(chosen, job, model, redo=flags.redo, mesh=mesh)  # before a bar begins
   cost = costs.totals(jobs.work(chosen, data, job), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")

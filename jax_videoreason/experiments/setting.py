@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
+from jax_videoreason import (
+  answers,
+  bundles,
+  checkpoint,
+  conditioning,
+  evaluate,
+  prepare,
+  runs,
+  tasks,
+)
 from jax_videoreason.decode import decode_each, preview_each
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.folders import checksum
@@ -177,4 +186,4 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
 
 def fingerprint(chosen: SampleSettings) -> str:
   """Tells the weights of one bundle from those of another: all leaves of all parts count."""
-  return checksum(checkpoint.find(chosen.checkpoint) / checkpoint.DESCRIPTION)
+  return checksum(bundles.find(chosen.checkpoint) / bundles.DESCRIPTION)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jax_videoreason import (
   answers,
+  bundles,
   checkpoint,
   conditioning,
   framing,
@@ -77,7 +78,7 @@ def generate(
       settings that the model refuses; fewer `experts` than it has with several processes.
     OSError: a folder can't be written.
   """
-  found = checkpoint.describe(chosen.checkpoint)
+  found = bundles.describe(chosen.checkpoint)
   check(chosen, job, found.modules, redo=redo, mesh=mesh)
   if experts is not None and experts < found.experts and process[1] > 1:
     raise ValueError(
@@ -202,7 +203,7 @@ def step_file(folder: Path, sample: Sample, step: int) -> Path:
   return folder / videos.STEPS / sample.key / f"step_{step:03d}.mp4"
 
 
-def rounds(left: Sequence[Unit], found: checkpoint.Described) -> list[list[Unit]]:
+def rounds(left: Sequence[Unit], found: bundles.Described) -> list[list[Unit]]:
   """Units whose conditioning fits into host memory together."""
   config, latents = found.modules.dit.config, found.card.latents
   groups: list[list[Unit]] = []

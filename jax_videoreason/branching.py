@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax_videoreason import bundles, factors, plan, sampler, settings, store, tasks
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.axes import Array
-from jax_videoreason.folders import checksum
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -133,7 +132,7 @@ def check_weights(run: store.Run, name: str, *, named: bool) -> None:
       f"{run.path} was written by a version that did not keep all that a branch needs: sample it "
       "again."
     )
-  if checksum(bundles.find(name) / bundles.DESCRIPTION) != made and not named:
+  if bundles.fingerprint(name) != made and not named:
     raise ValueError(
       f"{name} holds other weights than those that made {run.path}: put those back, or give "
       f"--checkpoint={name} to go on with these."

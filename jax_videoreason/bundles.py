@@ -100,6 +100,11 @@ def describe(name_or_path: str | os.PathLike[str]) -> Described:
   )
 
 
+def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
+  """Tells the weights of one bundle from those of another: all leaves of all parts count."""
+  return checksum(find(name_or_path) / DESCRIPTION)
+
+
 def complete(folder: Path, bundle: ModelBundle, leaves: Mapping[str, Mapping[str, Record]]) -> None:
   """Makes a folder that holds the trees of all parts a bundle: its description, its tokenizer.
 

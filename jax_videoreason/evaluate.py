@@ -145,7 +145,7 @@ def evaluate(
     )
   runs.check_seeds(chosen.seeds)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
-  said = describe(chosen, asked, bundles.find(chosen.checkpoint))
+  said = describe(chosen, asked)
   with held(out, needed=False):
     return _evaluate(Path(out), chosen, asked, loaded, said, mesh, command, redo, advance)
 
@@ -183,12 +183,12 @@ def load_task(name: str, chosen: SampleSettings) -> Task:
   return tasks.load(name, size=chosen.height, frames=chosen.frames)
 
 
-def describe(chosen: SampleSettings, asked: Plan, model: Path) -> dict[str, Any]:
+def describe(chosen: SampleSettings, asked: Plan) -> dict[str, Any]:
   """What two calls must share for one to go on where the other stopped."""
   settings = dataclasses.asdict(chosen)
   for name in ("batch", "piece", "taps", "checkpoint"):  # they change no number
     settings.pop(name)
-  weights = checksum(model / "bundle.json")
+  weights = bundles.fingerprint(chosen.checkpoint)
   scoring = tasks.scoring(asked.tasks)
   return plain({**dataclasses.asdict(asked), **settings, "weights": weights, "scoring": scoring})
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import bundles, evaluate, interventions, plan, runs, tasks
-from jax_videoreason.folders import checksum, plain
+from jax_videoreason.folders import plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -175,7 +175,7 @@ class Product:
     for name in ("batch", "piece", "checkpoint"):  # they change no number
       settings.pop(name)
     settings["taps"].pop("budget_gb")
-    weights = checksum(bundles.find(self.chosen.checkpoint) / bundles.DESCRIPTION)
+    weights = bundles.fingerprint(self.chosen.checkpoint)
     own = {**dataclasses.asdict(self.varied), "order": list(self.varied.edits), "format": FORMAT}
     own["scoring"] = tasks.scoring(self.varied.tasks)
     for name in ("unit", "mesh"):  # units and width say what the first did

@@ -54,7 +54,7 @@ from jax_videoreason import (
 )
 from jax_videoreason.conditioning import known_mask
 from jax_videoreason.decode import decode, preview_explained
-from jax_videoreason.folders import atomic, beside, checksum, read_json, write_json
+from jax_videoreason.folders import atomic, beside, read_json, write_json
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
@@ -471,8 +471,8 @@ def dit_stage(
 
 
 def begun_from(options: argparse.Namespace) -> str | None:
-  """The checksum of the bundle of --init."""
-  return checksum(bundles.find(options.init) / "bundle.json") if options.init else None
+  """The fingerprint of the bundle of --init."""
+  return bundles.fingerprint(options.init) if options.init else None
 
 
 def stage_dit(options: argparse.Namespace) -> None:

@@ -288,6 +288,14 @@ def test_what_save_refuses(whole, saved, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fingerprint_tells_weights_and_not_folders_apart(whole, saved, copy, tmp_path):
+  assert bundles.fingerprint(copy) == bundles.fingerprint(saved)
+  assert bundles.fingerprint("mini") == bundles.fingerprint(bundles.find("mini"))
+  grown = jax.tree.map(lambda leaf: leaf + 1, whole.vae)
+  other = checkpoint.save(dataclasses.replace(whole, vae=grown), tmp_path / "other")
+  assert bundles.fingerprint(other) != bundles.fingerprint(saved)
+
+
 def test_no_such_bundle(tmp_path, monkeypatch):
   monkeypatch.setattr(bundles, "ASSETS", tmp_path)
   for name in ("mini", "mini_experts"):

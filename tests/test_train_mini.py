@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import bundles, checkpoint, cli, encoded, evaluate, fitting, tasks
-from jax_videoreason.folders import checksum, differences
+from jax_videoreason.folders import differences
 from jax_videoreason.training import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,7 @@ def test_what_decides_the_result_is_compared_on_resume(call, work, stages):
   for words in (("--init=mini",), ()):
     assert call("dit", "--work", work, *words, *DIT)[0] == 0
   ours, fresh = (dict(stage.data) for stage in stages)
-  assert ours.pop("init") == checksum(bundles.find("mini") / "bundle.json")
+  assert ours.pop("init") == bundles.fingerprint("mini")
   assert fresh.pop("init") is None
   assert ours == fresh
   assert set(ours) == {"cases", "shares", "dit", "dtype", "text", "made_by"}

@@ -20,7 +20,6 @@ from jax_videoreason import (
   checkpoint,
   cli,
   console,
-  folders,
   settings,
   store,
   tasks,
@@ -67,8 +66,8 @@ def decode_run(
   show = functools.partial(decode, bundle, tiles=used, mesh=mesh)
   more = {} if tiles is None else {"decoded_in": tiles}
   if weights is not None:
-    described = bundles.find(chosen.checkpoint) / bundles.DESCRIPTION
-    more |= {"decoded_by": bundle.card.name, "decoded_by_weights": folders.checksum(described)}
+    made_by = bundles.fingerprint(chosen.checkpoint)
+    more |= {"decoded_by": bundle.card.name, "decoded_by_weights": made_by}
   try:
     with store.decoding(run, check=again_later, **more) as folder:
       return write_decoded(folder, run, shown, show, bundle.card)

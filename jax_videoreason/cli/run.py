@@ -231,7 +231,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   layout = None if laid is None else dict(laid.shape)
   source, scoring = study.source(), tasks.scoring(own["tasks"])
   code = [scoring, results.FORMAT, *([] if source is None else [source])]
-  key = _key(study.name, asked, own, setting.fingerprint(chosen), *code)
+  key = _key(study.name, asked, own, bundles.fingerprint(chosen.checkpoint), *code)
   if not redo and is_done(out, key):
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return

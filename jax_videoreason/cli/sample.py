@@ -379,7 +379,7 @@ def record(
     processes=process[1],
     model=card.name,
     sources=dict(card.sources),
-    weights=folders.checksum(bundles.find(chosen.checkpoint) / bundles.DESCRIPTION),
+    weights=bundles.fingerprint(chosen.checkpoint),
     seconds=round(time.monotonic() - began, 1),
     evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
     undecoded=shown_steps(chosen, len(of_run), keep),

@@ -8,19 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import (
-  answers,
-  bundles,
-  checkpoint,
-  conditioning,
-  evaluate,
-  prepare,
-  runs,
-  tasks,
-)
+from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
 from jax_videoreason.decode import decode_each, preview_each
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
-from jax_videoreason.folders import checksum
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
 from jax_videoreason.tasks import Case, Task
@@ -182,8 +172,3 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
     return setting, None
   agreement = float((said[0] == said[1])[seen].mean())
   return (quick if agreement >= AGREEMENT else setting), agreement
-
-
-def fingerprint(chosen: SampleSettings) -> str:
-  """Tells the weights of one bundle from those of another: all leaves of all parts count."""
-  return checksum(bundles.find(chosen.checkpoint) / bundles.DESCRIPTION)

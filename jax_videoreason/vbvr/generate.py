@@ -31,7 +31,7 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.decode import decode, decode_each
-from jax_videoreason.folders import checksum, disk, plain
+from jax_videoreason.folders import disk, plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Parts, Trace
@@ -88,7 +88,7 @@ def generate(
   name = job.name or found.card.name + ("-ensemble" if job.ensemble == PAPER else "")
   asked = {
     **_settings(chosen),
-    "weights": checksum(found.folder / "bundle.json"),
+    "weights": bundles.fingerprint(chosen.checkpoint),
     "model": name,
     "max_area": job.max_area,
     "frames": job.frames,

@@ -1,6 +1,7 @@
 """Each experiment beside a toy that has the effect, and one that has not."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -48,6 +49,17 @@ def context(setting, cases):
   return assemble(
     setting, cases, {"case": np.arange(len(cases))}, tally=Tally(), chunks=Chunks(), place="test"
   )
+
+
+def test_tokens_are_the_grid_that_a_hidden_state_lies_in():
+  setting = toy.setting(toy.truth)
+  card = setting.bundle.card
+  card = dataclasses.replace(card, latents=dataclasses.replace(card.latents, patch=(1, 2, 4)))
+  bundle = dataclasses.replace(setting.bundle, card=card)
+  ctx = context(dataclasses.replace(setting, bundle=bundle), toy.cases(2))
+  sizes = ctx.sizes
+  assert ctx.tokens == (sizes.F, sizes.H // 2, sizes.W // 4)
+  assert math.prod(ctx.tokens) == sizes.T
 
 
 # layer_swap

@@ -147,7 +147,7 @@ def behaviours(ctx: Context, *, stride: int = 2) -> Result:
 
 def hidden(ctx: Context) -> tuple[Array, np.ndarray]:
   """R P T, where each hidden object is while all of it is hidden; R P, its colour ("" = none)."""
-  f, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  f, h, w = ctx.tokens
   regions = np.zeros((ctx.sizes.R, MOST_HIDDEN, f, h, w), np.float32)
   colours = np.full((ctx.sizes.R, MOST_HIDDEN), "", dtype="U64")
   for run, case in enumerate(ctx.cases):

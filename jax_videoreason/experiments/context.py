@@ -155,6 +155,11 @@ class Context:
     return self.setting.bundle
 
   @property
+  def tokens(self) -> tuple[int, int, int]:
+    """(f, h, w): the grid of the tokens of a run; a hidden state has T = f * h * w of them."""
+    return self.bundle.card.latents.tokens((self.sizes.F, self.sizes.H, self.sizes.W))
+
+  @property
   def sigma(self) -> np.ndarray:
     """S+1."""
     return np.asarray(self.schedule.sigma)

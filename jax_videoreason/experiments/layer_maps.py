@@ -175,7 +175,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
 
 def token_grid(ctx: Context) -> tuple[int, int]:
   """(h, w) of the tokens of a latent frame."""
-  f, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  f, h, w = ctx.tokens
   if f != ctx.sizes.F:
     raise ValueError(f"tokens span several latent frames ({f} of {ctx.sizes.F}); wanted one each.")
   return h, w
@@ -223,7 +223,7 @@ def lens_x0(ctx: Context, trace: Trace, lens: np.ndarray) -> np.ndarray:
 def combined(ctx: Context, lens: np.ndarray) -> np.ndarray:
   """S L R F H W C: the guided velocity of lens taps S L G R T (patch C)."""
   pf, ph, pw = ctx.bundle.card.latents.patch
-  _, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  _, h, w = ctx.tokens
   pattern = "s l g r (f h w) (pf ph pw c) -> s g l r (f pf) (h ph) (w pw) c"
   by_branch = rearrange(lens, pattern, h=h, w=w, pf=pf, ph=ph, pw=pw)
   scale = np.asarray(ctx.schedule.guidance)

@@ -167,7 +167,7 @@ def flipped(answer: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarra
 
 def objects(ctx: Context) -> np.ndarray:
   """R T bool: tokens where a case and its counterpart show different pixels."""
-  f, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  f, h, w = ctx.tokens
   frames = np.stack([case.first_frame for case in ctx.cases])
   apart = (frames[ctx.runs("case")] != frames[ctx.runs("counterpart")]).any(-1)
   tokens = reduce(apart.astype(float), "r (h a) (w b) -> r h w", "max", h=h, w=w) > 0

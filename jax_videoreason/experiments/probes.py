@@ -126,7 +126,6 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
       labels[names.index(f"{case.task}: {target}"), run] = NO_LABEL if label is None else str(label)
   problems = np.array([case.metadata["hash"] for case in ctx.cases])
   points = ctx.points | {"target": names, "step": list(steps)}
-  points["sigma"] = ctx.points["sigma"]
   return Result(
     values={"features": features, "labels": labels, "problem": problems},
     axes={
@@ -141,7 +140,7 @@ def probes(ctx: Context, *, stride: int = 1, site: str = "resid_post") -> Result
 
 def quarters(ctx: Context) -> Any:
   """R 8 T: the four quarters of the first latent frame, and of all others."""
-  f, h, w = ctx.bundle.card.latents.tokens((ctx.sizes.F, ctx.sizes.H, ctx.sizes.W))
+  f, h, w = ctx.tokens
   weights = np.zeros((8, f, h, w), np.float32)
   number = 0
   for time in (slice(0, 1), slice(1, None) if f > 1 else slice(0, 1)):

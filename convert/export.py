@@ -182,43 +182,31 @@ def write(
   """
   out = Path(os.path.abspath(out))
   with held_beside(out):
-    return _write(bundle, out, redo, check, shard_bytes, advance)
-
-
-def _write(
-  bundle: str | os.PathLike[str],
-  out: Path,
-  redo: bool,
-  check: bool,
-  shard_bytes: int,
-  advance: Callable[[int], Any],
-) -> Path:
-  """`write` where no other process writes the same."""
-  if out.exists() and not redo:
-    raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
-  if out.exists() and not (out / INDEX).is_file():
-    raise ValueError(
-      f"{out} has no {INDEX}, and --redo replaces folders of diffusers alone: remove it, or choose "
-      "another --out."
-    )
-  spare(out, bundles.describe(bundle).folders.values())
-  made = parts(bundle)
-  bundles.check_space(out, sum(part.nbytes for part in made))
-  old = out.with_name(f".{out.name}.old")
-  with disk(out), beside(out) as partial:
-    for part in made:
-      place = partial / part.place
-      place.mkdir(parents=True)
-      _write_shards(place, part, shard_bytes, advance)
-      _write_json(place / "config.json", part.config)
-      if check:
-        _compare(place, part)
-    _write_rest(partial, bundles.describe(bundle), [part.name for part in made])
+    if out.exists() and not redo:
+      raise ValueError(f"{out} exists already: remove it, or give --redo to replace it.")
+    if out.exists() and not (out / INDEX).is_file():
+      raise ValueError(
+        f"{out} has no {INDEX}, and --redo replaces folders of diffusers alone: remove it, or "
+        "choose another --out."
+      )
+    spare(out, bundles.describe(bundle).folders.values())
+    made = parts(bundle)
+    bundles.check_space(out, sum(part.nbytes for part in made))
+    old = out.with_name(f".{out.name}.old")
+    with disk(out), beside(out) as partial:
+      for part in made:
+        place = partial / part.place
+        place.mkdir(parents=True)
+        _write_shards(place, part, shard_bytes, advance)
+        _write_json(place / "config.json", part.config)
+        if check:
+          _compare(place, part)
+      _write_rest(partial, bundles.describe(bundle), [part.name for part in made])
+      remove(old)
+      if out.exists():
+        out.rename(old)
     remove(old)
-    if out.exists():
-      out.rename(old)
-  remove(old)
-  return out
+    return out
 
 
 def _as_diffusers(kind: str, config: Any) -> tuple[Iterable[Any], dict[str, Any], dict[str, int]]:

@@ -146,37 +146,21 @@ def evaluate(
   runs.check_seeds(chosen.seeds)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   said = describe(chosen, asked)
+  out = Path(out)
   with held(out, needed=False):
-    return _evaluate(Path(out), chosen, asked, loaded, said, mesh, command, redo, advance)
-
-
-def _evaluate(
-  out: Path,
-  chosen: SampleSettings,
-  asked: Plan,
-  loaded: Mapping[str, Task],
-  said: Mapping[str, Any],
-  mesh: Mesh | None,
-  command: Sequence[str],
-  redo: bool,
-  advance: Advance,
-) -> dict[str, Any]:
-  """`evaluate` in a folder that is held. said: what `describe` says."""
-  begin(out, ASKED, said, owned=OWNED, what="evaluation", redo=redo, ignored=(LOCK,))
-  if (out / MANIFEST).exists():
-    advance(work(chosen, asked))
-    return again(out)
-  cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
-  left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
-  advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
-  if left:
-    bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left], mesh=mesh)
-    for name in left:
-      with beside(out / PARTS / name) as folder:
-        with disk(folder):
-          folder.mkdir(parents=True)
-        measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), mesh, advance)
-  return finish(out, chosen, asked, mesh, command)
+    begin(out, ASKED, said, owned=OWNED, what="evaluation", redo=redo, ignored=(LOCK,))
+    if (out / MANIFEST).exists():
+      advance(work(chosen, asked))
+      return again(out)
+    cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
+    left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
+    advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
+    if left:
+      bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left], mesh=mesh)
+      for name in left:
+        with beside(out / PARTS / name) as folder:
+          measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), mesh, advance)
+    return finish(out, chosen, asked, mesh, command)
 
 
 def load_task(name: str, chosen: SampleSettings) -> Task:
@@ -246,6 +230,8 @@ def measure(
   advance: Advance,
 ) -> None:
   """Runs, reads and scores one task, and writes its folder; cond: of `questions`, 2N rows."""
+  with disk(folder):
+    folder.mkdir(parents=True)
   show = functools.partial(decode, bundle, tiles=chosen.tiles, mesh=mesh)
   others = beside_models(bundle, task, cases, show)  # first: it may refuse the cases
   count, seeds = len(cases), len(chosen.seeds)

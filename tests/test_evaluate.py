@@ -195,6 +195,7 @@ def test_an_interrupted_task_leaves_nothing_and_what_was_finished_stays(copy, mo
   shutil.rmtree(copy / "tasks" / "pick")
 
   def stop(folder, *_):
+    folder.mkdir(parents=True)
     (folder / "task.json").touch()
     raise KeyboardInterrupt
 

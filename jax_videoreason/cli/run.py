@@ -121,31 +121,24 @@ def every(words: Sequence[str], out: Path) -> None:
 
   A study that fails is named, and the others go on; the table says that it is missing.
   """
-  from jax_videoreason import folders
-
-  folders.refuse_other(out, "set of studies")
-  with folders.held(out, needed=False):
-    _every(words, out)
-
-
-def _every(words: Sequence[str], out: Path) -> None:
-  """`every` in a folder that is held."""
-  from jax_videoreason import console, pages
+  from jax_videoreason import console, folders, pages
   from jax_videoreason.experiments import claims
 
+  folders.refuse_other(out, "set of studies")
   failed, asked = {}, []
   module = importlib.import_module(__name__)
   whole, _ = cli.parse(module, [ALL, *words])
-  for place, study, more in every_study(whole):
-    asked.append(place)
-    try:
-      flags, _ = cli.parse(module, [study.name, *words, *more])
-      one(study, cli.resolved(flags), out / place, mesh=flags.mesh, redo=flags.redo)
-    except (ValueError, RuntimeError, OSError) as error:
-      failed[place] = str(error)
-      console.say(f"{place}: {error}")
-  rows = claims.write(out, failed, asked)
-  page = pages.render_claims(out)
+  with folders.held(out, needed=False):
+    for place, study, more in every_study(whole):
+      asked.append(place)
+      try:
+        flags, _ = cli.parse(module, [study.name, *words, *more])
+        one(study, cli.resolved(flags), out / place, mesh=flags.mesh, redo=flags.redo)
+      except (ValueError, RuntimeError, OSError) as error:
+        failed[place] = str(error)
+        console.say(f"{place}: {error}")
+    rows = claims.write(out, failed, asked)
+    page = pages.render_claims(out)
   console.table(
     "claims",
     ("number", "claim", "ours", "verdict"),

@@ -12,8 +12,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media
-from jax_videoreason.folders import atomic
-from jax_videoreason.report import environment, inline
+from jax_videoreason.report import inline, write_page
 from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
 
 T = TypeVar("T")
@@ -29,10 +28,7 @@ def render(folder: str | Path) -> Path:
   ValueError: the folder is no sweep, or is damaged. OSError: it can't be written.
   """
   folder = Path(folder)
-  page = environment().get_template("gallery.html.j2").render(**contents(open_sweep(folder)))
-  with atomic(folder / PAGE) as part:
-    part.write_text(page, encoding="utf-8")
-  return folder / PAGE
+  return write_page(folder / PAGE, "gallery.html.j2", **contents(open_sweep(folder)))
 
 
 def contents(sweep: Sweep) -> dict[str, Any]:

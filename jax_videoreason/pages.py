@@ -18,7 +18,7 @@ from jax_videoreason import plots, stats
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
 from jax_videoreason.folders import atomic, disk, read_json
-from jax_videoreason.report import environment, flat, inline
+from jax_videoreason.report import flat, inline, write_page
 
 # Axes of the figures whose name is not that of the axis; those along the steps also show sigma.
 ALONG_STEPS = {
@@ -64,23 +64,17 @@ def render(folder: str | Path) -> Path:
   with disk(figures):
     figures.mkdir(exist_ok=True)
   drawn = [made for name in result.values for made in draw(figures, result, name)]
-  page = (
-    environment()
-    .get_template("result.html.j2")
-    .render(
-      record=record,
-      manifest=manifest,
-      settings=flat(manifest["config"]),
-      figures=[{**figure, "src": inline(figure["path"], "image/png")} for figure in drawn],
-      numbers=numbers(result),
-      tasks=tasks_of(result),
-      claims=[said(claim) for claim in record["claims"]],
-    )
+  return write_page(
+    folder / "report.html",
+    "result.html.j2",
+    record=record,
+    manifest=manifest,
+    settings=flat(manifest["config"]),
+    figures=[{**figure, "src": inline(figure["path"], "image/png")} for figure in drawn],
+    numbers=numbers(result),
+    tasks=tasks_of(result),
+    claims=[said(claim) for claim in record["claims"]],
   )
-  path = folder / "report.html"
-  with atomic(path) as part:
-    part.write_text(page, encoding="utf-8")
-  return path
 
 
 def said(claim: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,25 +368,20 @@ def render_claims(out: str | Path) -> Path:
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
   studies = [study_of(out / name / "result.json", figures) for name in table["studies"]]
-  page = (
-    environment()
-    .get_template("claims.html.j2")
-    .render(
-      claims=[said(claim) for claim in table["claims"]],
-      model=table["model"],
-      made=how_made(studies),
-      studies=[
-        {**s, "figures": [{**f, "src": inline(f["path"], "image/png")} for f in s["figures"]]}
-        for s in studies
-      ],
-    )
+  page = write_page(
+    out / "report.html",
+    "claims.html.j2",
+    claims=[said(claim) for claim in table["claims"]],
+    model=table["model"],
+    made=how_made(studies),
+    studies=[
+      {**s, "figures": [{**f, "src": inline(f["path"], "image/png")} for f in s["figures"]]}
+      for s in studies
+    ],
   )
-  path = out / "report.html"
-  with atomic(path) as part:
-    part.write_text(page, encoding="utf-8")
   with atomic(out / "claims.md") as part:
     part.write_text(document(table, studies), encoding="utf-8")
-  return path
+  return page
 
 
 def study_of(path: Path, figures: Path) -> dict[str, Any]:

@@ -42,22 +42,22 @@ def render(folder: str | Path) -> Path:
   change = None if run.x0 is None else changes(run.x0)
   draw_strips(run)
   draw_figures(run, change)
-  page = environment().get_template("report.html.j2").render(**contents(run, change))
-  path = run.path / "report.html"
-  with atomic(path) as part:
-    part.write_text(page, encoding="utf-8")
-  return path
+  return write_page(run.path / "report.html", "report.html.j2", **contents(run, change))
 
 
-def environment() -> Environment:
-  """Templates with every text escaped."""
-  return Environment(
+def write_page(path: Path, template: str, /, **shown: Any) -> Path:
+  """Writes a template filled with what is shown, every text escaped; returns the path."""
+  templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  page = templates.get_template(template).render(**shown)
+  with atomic(path) as part:
+    part.write_text(page, encoding="utf-8")
+  return path
 
 
 def changes(x0: StoredArray) -> np.ndarray:

@@ -12,8 +12,8 @@ from einops import rearrange
 
 from jax_videoreason import baselines, media, plots, scoring, stats, tables, tasks
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
-from jax_videoreason.folders import atomic, read_json
-from jax_videoreason.report import SPLITS, environment, inline, title_of_task
+from jax_videoreason.folders import read_json
+from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 
 CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
 FRAMES = 17  # frames of a clip that are shown at most
@@ -41,10 +41,7 @@ def render(folder: str | Path) -> Path:
     ValueError: the folder is no whole evaluation, or is damaged. OSError: it can't be written.
   """
   folder = Path(folder)
-  page = environment().get_template("evaluation.html.j2").render(**contents(folder))
-  with atomic(folder / "report.html") as part:
-    part.write_text(page, encoding="utf-8")
-  return folder / "report.html"
+  return write_page(folder / "report.html", "evaluation.html.j2", **contents(folder))
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason.folders import atomic
-from jax_videoreason.report import environment, inline
+from jax_videoreason.report import inline, write_page
 from jax_videoreason.vbvr import baselines, scores, table
 from jax_videoreason.vbvr.table import System
 
@@ -14,11 +13,7 @@ PICTURE_BYTES = 12 << 20  # all pictures of a page
 
 def render(out: Path, made: Mapping[str, Any], systems: Sequence[System]) -> Path:
   """Writes report.html of what `table.table` says of the systems; returns its path."""
-  page = environment().get_template("vbvr.html.j2").render(**contents(made, systems))
-  path = out / "report.html"
-  with atomic(path) as part:
-    part.write_text(page, encoding="utf-8")
-  return path
+  return write_page(out / "report.html", "vbvr.html.j2", **contents(made, systems))
 
 
 def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, Any]:

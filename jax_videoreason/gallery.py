@@ -2,7 +2,6 @@
 seeds, to filter by task, success and flips. Opens offline."""
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +122,4 @@ def marks(row: Row) -> list[dict[str, str]]:
 
 def sheet(strips: np.ndarray) -> str:
   """R n height width 3: a row per seed, as data URI."""
-  with tempfile.TemporaryDirectory() as scratch:
-    path = Path(scratch) / "sheet.png"
-    media.write_png(path, rearrange(strips, "r n h w c -> (r h) (n w) c"))
-    return inline(path, "image/png")
+  return inline(media.png(rearrange(strips, "r n h w c -> (r h) (n w) c")))

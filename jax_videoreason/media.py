@@ -69,13 +69,19 @@ def image_of(data: bytes, path: str | Path) -> np.ndarray:
   return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def write_png(path: str | Path, image: np.ndarray) -> None:
-  """Writes uint8 RGB, height width 3, without loss; OSError when the disk refuses."""
+def png(image: np.ndarray) -> bytes:
+  """uint8 RGB, height width 3, as a PNG file, without loss."""
   _check("image", image, "height width 3", 3)
   file = io.BytesIO()
   Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG")
+  return file.getvalue()
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+  """Writes the `png` of an image; OSError when the disk refuses."""
+  data = png(image)
   with atomic(path) as part:
-    part.write_bytes(file.getvalue())
+    part.write_bytes(data)
 
 
 def mp4_scale(height: int, width: int) -> int:

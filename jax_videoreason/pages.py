@@ -70,7 +70,7 @@ def render(folder: str | Path) -> Path:
     record=record,
     manifest=manifest,
     settings=flat(manifest["config"]),
-    figures=[{**figure, "src": inline(figure["path"], "image/png")} for figure in drawn],
+    figures=[{**figure, "src": inline(figure["path"].read_bytes())} for figure in drawn],
     numbers=numbers(result),
     tasks=tasks_of(result),
     claims=[said(claim) for claim in record["claims"]],
@@ -375,7 +375,7 @@ def render_claims(out: str | Path) -> Path:
     model=table["model"],
     made=how_made(studies),
     studies=[
-      {**s, "figures": [{**f, "src": inline(f["path"], "image/png")} for f in s["figures"]]}
+      {**s, "figures": [{**f, "src": inline(f["path"].read_bytes())} for f in s["figures"]]}
       for s in studies
     ],
   )

@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,6 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
   said, total = run.runs[r], len(run.sigma)
   broken = np.flatnonzero(~run.finite[:, r])
   video = run.video(r) if full else None
-  linked = video is not None and video.stat().st_size > VIDEO_BYTES
   first = run.first(r) if full else None
   moved = None if change is None else np.concatenate([[np.nan], change[:, r]])
   answers = run.answers if run.answers is not None and run.answers.task[r] else None
@@ -167,8 +165,8 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "rights": (said.get("metadata") or {}).get("answers"),
     "full": full,
     "broken": int(broken[0]) if len(broken) else None,
-    "first": None if first is None else inline(first, "image/png"),
-    "video": None if video is None else video.name if linked else inline(video, "video/mp4"),
+    "first": None if first is None else inline(first.read_bytes()),
+    "video": None if video is None else source(video),
     "change": None if moved is None else curve(moved, total),
     "words": readings(run, r),
     "answer": None,
@@ -190,6 +188,13 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "lost": lost(kinds),
     "unsure": doubt(answers.entropy[at, r], total),
   }
+
+
+def source(video: Path) -> str:
+  """What a page plays: the name of a file beside it, or a short one itself."""
+  if video.stat().st_size > VIDEO_BYTES:
+    return video.name
+  return inline(video.read_bytes(), "video/mp4")
 
 
 def title_of(run: Run, r: int) -> str:
@@ -307,24 +312,22 @@ def sprite_sheets(run: Run, shown: Sequence[int]) -> tuple[dict[int, str], list[
   for most in SHEET_COLUMNS:
     columns = plots.spread(run.frames.shape[2], most)
     sheets, size = {}, 0
-    with tempfile.TemporaryDirectory() as scratch:
-      for r in shown:
-        rows = (run.frames[row, r][columns] for row in range(len(run.frames)))
-        tiles = np.stack([media.shrink(frames, SHEET_CELL) for frames in rows])
-        path = Path(scratch) / f"{r}.png"
-        media.write_png(path, rearrange(tiles, "s f h w c -> (s h) (f w) c"))
-        size += path.stat().st_size
-        if size > SHEET_BYTES and most != SHEET_COLUMNS[-1]:
-          break
-        sheets[r] = inline(path, "image/png")
-      else:
-        return sheets, columns
+    for r in shown:
+      rows = (run.frames[row, r][columns] for row in range(len(run.frames)))
+      tiles = np.stack([media.shrink(frames, SHEET_CELL) for frames in rows])
+      picture = media.png(rearrange(tiles, "s f h w c -> (s h) (f w) c"))
+      size += len(picture)
+      if size > SHEET_BYTES and most != SHEET_COLUMNS[-1]:
+        break
+      sheets[r] = inline(picture)
+    else:
+      return sheets, columns
   return sheets, columns
 
 
-def inline(path: Path, kind: str) -> str:
-  """The file as a data URI."""
-  return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+def inline(data: bytes, kind: str = "image/png") -> str:
+  """The bytes of a file as a data URI."""
+  return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def flat(config: Any, prefix: str = "") -> list[tuple[str, str]]:

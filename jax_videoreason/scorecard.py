@@ -1,7 +1,6 @@
 """An evaluation as one page, report.html: scores beside the clips that no model made, whether seeds
 differ, the best and worst videos. Opens offline."""
 
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -150,10 +149,7 @@ def clip(
 def sheet(frames: np.ndarray) -> str:
   """The frames of a clip side by side, as data URI."""
   tiles = media.shrink(frames[plots.spread(len(frames), FRAMES)], CELL)
-  with tempfile.TemporaryDirectory() as scratch:
-    path = Path(scratch) / "sheet.png"
-    media.write_png(path, rearrange(tiles, "t h w c -> h (t w) c"))
-    return inline(path, "image/png")
+  return inline(media.png(rearrange(tiles, "t h w c -> h (t w) c")))
 
 
 def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -61,6 +61,6 @@ def tasks(made: Mapping[str, Any], systems: Sequence[System]) -> list[dict[str, 
       for name, score, path in places:
         if path.is_file():
           room -= path.stat().st_size
-          pictures.append({"name": name, "score": score, "src": inline(path, "image/png")})
+          pictures.append({"name": name, "score": score, "src": inline(path.read_bytes())})
     found.append({**row, "pictures": pictures, "prompt": prompt, "sample": shown[:1]})
   return found

@@ -4,6 +4,7 @@ Everything is computed on the host, in float64 but for DiffSynth's grid, which i
 The leaves are numpy arrays that jit takes as data.
 """
 
+import dataclasses
 import itertools
 import math
 import operator
@@ -56,17 +57,8 @@ class Schedule:
         f"schedule[{rows.start}:{rows.stop}:{rows.step}] of {len(self)} steps: wanted "
         "consecutive steps, at least one: schedule[i:j] with i < j."
       )
-    return Schedule(
-      sigma=self.sigma[start : stop + 1],
-      timestep=self.timestep[start:stop],
-      time=self.time[start:stop],
-      guidance=self.guidance[start:stop],
-      coef={name: values[start:stop] for name, values in self.coef.items()},
-      index=self.index[start:stop],
-      which=None if self.which is None else self.which[start:stop],
-      solver=self.solver,
-      total=self.total,
-    )
+    piece = jax.tree.map(lambda leaf: leaf[start:stop], self)
+    return dataclasses.replace(piece, sigma=self.sigma[start : stop + 1])
 
   def by_expert(self) -> list[tuple[int, slice]]:
     """(expert, its steps i:j) of each stretch that one expert makes, together the whole.
@@ -93,17 +85,7 @@ class Schedule:
     rows = jnp.arange(len(self), dtype=jnp.int32)
     inside = (rows >= start) & (rows < stop)
     which = jnp.zeros_like(rows) if self.which is None else self.which
-    return Schedule(
-      sigma=self.sigma,
-      timestep=self.timestep,
-      time=self.time,
-      guidance=self.guidance,
-      coef=self.coef,
-      index=self.index,
-      which=jnp.where(inside, which, jnp.int32(HOLD)),
-      solver=self.solver,
-      total=self.total,
-    )
+    return dataclasses.replace(self, which=jnp.where(inside, which, jnp.int32(HOLD)))
 
   def _bounds(self, *bounds: int | Array) -> list[int | Array]:
     """`start` and `stop` of `only`: an int where it is known, and then one that is possible."""
@@ -159,18 +141,14 @@ GRIDS: dict[str, Callable[[int, float], np.ndarray]] = {
 SLACK: dict[str, float] = {"official": 1e-6, "diffusers": 1e-6, "diffsynth": 0.0}
 
 
-def _truncated(timestep: np.ndarray) -> np.ndarray:
-  return np.trunc(timestep)
-
-
 def _bfloat16(timestep: np.ndarray) -> np.ndarray:
   # float32 comes first, as in the reference.
   return timestep.astype(np.float32).astype(jnp.dtype("bfloat16")).astype(np.float64)
 
 
 ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-  "official": _truncated,
-  "diffusers": _truncated,
+  "official": np.trunc,
+  "diffusers": np.trunc,
   "diffsynth": _bfloat16,
 }
 

@@ -24,6 +24,7 @@ from jax_videoreason.taps import HEAD_SITES, SITES
 CELLS = "r f h w c"
 BLOCK_UPDATE = ("attn_out", "cross_out", "mlp_out")
 ACTING = ("mix", "gate", "steer", "added")  # inside the blocks
+OUTS = ("x0", "velocity")  # what `mix_out` acts on
 BY_LAYER = ("mix", "gate", "steer", "direction", "heads", "added_at")
 STILL = {"keep": 1, "to_x0": 0, "noise_gain": 0}  # what changes nothing
 LETTERS = {
@@ -127,7 +128,7 @@ def check_edit(edit: Intervention, sizes: Sizes) -> None:
   faults += _added_faults(edit, sizes)
   if (edit.steer is None) != (edit.direction is None):
     faults.append("steer and direction come together: give both or neither.")
-  if edit.out not in ("x0", "velocity"):
+  if edit.out not in OUTS:
     faults.append(f"out='{edit.out}', wanted 'x0' or 'velocity'.")
   if edit.heads is not None:
     faults += head_faults(edit.sites)
@@ -407,49 +408,41 @@ def edit_output(
   if edit.mix_out is None:
     return x0, velocity
   mix = _row(whole(edit.mix_out), index)
-  by = _guess_mixed if edit.out == "x0" else _velocity_mixed
-  return by(mix, (x0, velocity, latents, jnp.asarray(sigma)), None)
+  return _MIXED[edit.out](mix, (x0, velocity, latents, jnp.asarray(sigma)), None)
 
 
 Outputs: TypeAlias = tuple[Array, Array, Array, Array]  # x0, velocity, latents, sigma
 
 
-def _guess_formula(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
-  x0, velocity, latents, sigma = outputs
-  mixed = _average(mix, x0, CELLS)
-  return mixed, ((latents - mixed) / sigma).astype(velocity.dtype)
+def _mixer(out: str) -> Callable[[Array, Outputs, None], tuple[Array, Array]]:
+  """What reads one of x0 and velocity through rows R R and rebuilds the other where they move."""
 
-
-@by_formula(_guess_formula)
-def _guess_mixed(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
-  moved = _moved(mix)
-
-  def apply(outputs: Outputs) -> tuple[Array, Array]:
+  def both(mixed: Array, outputs: Outputs) -> tuple[Array, Array]:
     x0, velocity, latents, sigma = outputs
-    mixed = _mix_rows(mix, x0, CELLS)
-    rebuilt = ((latents - mixed) / sigma).astype(velocity.dtype)
-    return mixed, jnp.where(rearrange(moved, "r -> r 1 1 1 1"), rebuilt, velocity)
+    if out == "x0":
+      return mixed, ((latents - mixed) / sigma).astype(velocity.dtype)
+    return (latents - sigma * mixed).astype(x0.dtype), mixed
 
-  return jax.lax.cond(jnp.any(moved), apply, lambda outputs: outputs[:2], outputs)
+  place = OUTS.index(out)
+
+  def formula(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+    return both(_average(mix, outputs[place], CELLS), outputs)
+
+  @by_formula(formula)
+  def mixed(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
+    moved = _moved(mix)
+
+    def apply(outputs: Outputs) -> tuple[Array, Array]:
+      x0, velocity = both(_mix_rows(mix, outputs[place], CELLS), outputs)
+      touched = rearrange(moved, "r -> r 1 1 1 1")
+      return jnp.where(touched, x0, outputs[0]), jnp.where(touched, velocity, outputs[1])
+
+    return jax.lax.cond(jnp.any(moved), apply, lambda outputs: outputs[:2], outputs)
+
+  return mixed
 
 
-def _velocity_formula(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
-  x0, velocity, latents, sigma = outputs
-  mixed = _average(mix, velocity, CELLS)
-  return (latents - sigma * mixed).astype(x0.dtype), mixed
-
-
-@by_formula(_velocity_formula)
-def _velocity_mixed(mix: Array, outputs: Outputs, _: None) -> tuple[Array, Array]:
-  moved = _moved(mix)
-
-  def apply(outputs: Outputs) -> tuple[Array, Array]:
-    x0, velocity, latents, sigma = outputs
-    mixed = _mix_rows(mix, velocity, CELLS)
-    rebuilt = (latents - sigma * mixed).astype(x0.dtype)
-    return jnp.where(rearrange(moved, "r -> r 1 1 1 1"), rebuilt, x0), mixed
-
-  return jax.lax.cond(jnp.any(moved), apply, lambda outputs: outputs[:2], outputs)
+_MIXED = {out: _mixer(out) for out in OUTS}
 
 
 def _row(array: Array | None, index: Array | int) -> Any:

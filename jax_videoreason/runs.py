@@ -293,14 +293,8 @@ def pmap_runs(
     """The device axis, which leads, and the axis of runs as one; without what was padded."""
     return np.concatenate(np.asarray(value), axis=axis).take(np.arange(total), axis=axis)
 
-  return joined(final, 0), Trace(
-    sigma=trace.sigma[0],
-    finite=joined(trace.finite, 1),
-    latents=None if trace.latents is None else joined(trace.latents, 1),
-    x0=None if trace.x0 is None else joined(trace.x0, 1),
-    taps={name: joined(value, 3) for name, value in trace.taps.items()},
-    solver={name: joined(value, 1) for name, value in trace.solver.items()},
-  )
+  trace = dataclasses.replace(trace, sigma=trace.sigma[0])
+  return joined(final, 0), _by_run_of_trace(trace, joined)
 
 
 @functools.cache
@@ -326,11 +320,14 @@ def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:
 
 def first_runs(trace: Trace, count: int) -> Trace:
   """The first `count` runs of a trace."""
-  return Trace(
-    sigma=trace.sigma,
-    finite=trace.finite[:, :count],
-    latents=None if trace.latents is None else trace.latents[:, :count],
-    x0=None if trace.x0 is None else trace.x0[:, :count],
-    taps={name: value[:, :, :, :count] for name, value in trace.taps.items()},
-    solver={name: value[:, :count] for name, value in trace.solver.items()},
-  )
+  return _by_run_of_trace(trace, lambda x, axis: x[(*[slice(None)] * axis, slice(count))])
+
+
+def _by_run_of_trace(trace: Trace, change: Callable[[Any, int], Any]) -> Trace:
+  """`change(array, place of its R axis)` for every array of a trace but sigma, which has none."""
+
+  def changed(path: Any, x: Any) -> Any:
+    field = path[0].name
+    return x if field == "sigma" else change(x, 3 if field == "taps" else 1)
+
+  return jax.tree_util.tree_map_with_path(changed, trace)

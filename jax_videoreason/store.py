@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import math
 import platform
 import re
@@ -44,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import arrays, media
+from jax_videoreason import arrays, media, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
   LOCK,
@@ -500,11 +499,7 @@ class Run:
 
   def to_pandas(self) -> Any:
     """`table()` as a pandas DataFrame."""
-    if importlib.util.find_spec("pandas") is None:
-      raise ValueError(
-        "to_pandas needs pandas, which is not installed: pip install pandas, or use .table()."
-      )
-    return importlib.import_module("pandas").DataFrame(self.table())
+    return tables.frame(self.table(), otherwise=".table()")
 
   def _file(self, name: str) -> Path | None:
     path = self.path / name

@@ -14,8 +14,6 @@ of day.
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import json
 import os
 import time
@@ -438,11 +436,7 @@ class Sweep:
 
   def to_pandas(self) -> Any:
     """The table as a pandas DataFrame."""
-    if importlib.util.find_spec("pandas") is None:
-      raise ValueError(
-        "to_pandas needs pandas, which is not installed: pip install pandas, or use .rows."
-      )
-    return importlib.import_module("pandas").DataFrame(self.rows)
+    return tables.frame(self.rows, otherwise=".rows")
 
 
 def open_sweep(folder: str | Path) -> Sweep:

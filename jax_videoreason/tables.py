@@ -1,5 +1,7 @@
 """Tables on disk: rows with named columns as Parquet, which pandas, polars and DuckDB open."""
 
+import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,3 +25,12 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
   except (OSError, pa.ArrowException) as error:
     raise damaged(Path(path)) from error
+
+
+def frame(rows: Sequence[Mapping[str, Any]], otherwise: str) -> Any:
+  """Rows as a pandas DataFrame; otherwise: where they are to be had where pandas is missing."""
+  if importlib.util.find_spec("pandas") is None:
+    raise ValueError(
+      f"to_pandas needs pandas, which is not installed: pip install pandas, or use {otherwise}."
+    )
+  return importlib.import_module("pandas").DataFrame(rows)

@@ -22,7 +22,7 @@ import pytest
 import zarr
 
 import run_folder
-from jax_videoreason import arrays, folders, store, sweep
+from jax_videoreason import arrays, folders, store, sweep, tables
 from jax_videoreason.branching import Branch
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Trace
@@ -651,7 +651,7 @@ def test_the_revision_of_a_checkout_says_whether_its_files_differ(tmp_path, monk
 
 
 def test_pandas_is_asked_for_in_one_sentence(folder, monkeypatch):
-  monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="to_pandas needs pandas, which is not installed"):
     store.open_run(folder).to_pandas()
 
@@ -662,8 +662,8 @@ def test_to_pandas_is_the_table(folder, monkeypatch):
   class Pandas:
     DataFrame = builtins.list
 
-  monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: object())
-  monkeypatch.setattr(store.importlib, "import_module", lambda name: Pandas)
+  monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(tables.importlib, "import_module", lambda name: Pandas)
   run = store.open_run(folder)
   assert run.to_pandas() == run.table()
 

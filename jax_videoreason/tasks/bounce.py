@@ -5,8 +5,6 @@ is the direction, in degrees clockwise from the top, whose path ends where the b
 one is the arrow's. Held out: there is no training split.
 """
 
-import itertools
-
 import numpy as np
 
 from jax_videoreason.tasks import base, draw
@@ -138,12 +136,7 @@ class Bounce(base.Task):
     its place, white or, where it blurs, grey."""
     rim = round(RIM * self.size)
     inside = draw.rectangle(self.size, (rim, rim, self.size - rim, self.size - rim))
-    edges = [round(i * self.size / 4) for i in range(5)]
-    blocks = [
-      draw.rectangle(self.size, (y0, x0, y1, x1))
-      for y0, y1 in itertools.pairwise(edges)
-      for x0, x1 in itertools.pairwise(edges)
-    ]
+    blocks = [draw.rectangle(self.size, box) for box in draw.blocks(self.size, self.size)]
     walls = [block & ~inside for block in blocks if (block & ~inside).any()]
     arrow = self.arrow(problem, wider=1)
     belong = {GROUND: True, draw.colour(problem["colour"]): True, ARROW: arrow, draw.GREY: arrow}

@@ -105,6 +105,14 @@ def rectangle(size: int, box: Sequence[int]) -> np.ndarray:
   return mask
 
 
+def blocks(height: int, width: int) -> list[tuple[int, int, int, int]]:
+  """The boxes y0 x0 y1 x1 of 4 x 4 equal parts, row by row."""
+  ys, xs = ([round(i * length / 4) for i in range(5)] for length in (height, width))
+  return [
+    (y0, x0, y1, x1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)
+  ]
+
+
 def offsets(size: int, centre: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
   """(dy, dx) of every pixel's middle from `centre` = (y, x); the picture spans 0..size."""
   middle = np.arange(size) + 0.5
@@ -232,14 +240,9 @@ def _outside(size: int, centres: Rows, slot: float) -> Regions:
   apart = np.ones((size, size), bool)
   for centre in centres:
     apart &= ~disc(size, centre, ring_radii(slot)[1] + 1)
-  edges = [round(i * size / 4) for i in range(5)]
-  blocks = [
-    apart & rectangle(size, (y0, x0, y1, x1))
-    for y0, y1 in itertools.pairwise(edges)
-    for x0, x1 in itertools.pairwise(edges)
-  ]
+  parts = [apart & rectangle(size, box) for box in blocks(size, size)]
   least = 0.05 * (size / 4) ** 2
-  return regions([block for block in blocks if block.sum() >= least])
+  return regions([part for part in parts if part.sum() >= least])
 
 
 def _rows(values: Iterable[Sequence[float]]) -> Rows:

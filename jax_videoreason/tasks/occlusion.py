@@ -111,10 +111,6 @@ class Occlusion(base.Task):
   def regions(self, cells: list[int]) -> draw.Regions:
     return draw.cells(self.size, np.array([self.square(c) for c in cells]))
 
-  def final(self, labels: np.ndarray, metadata: base.Metadata) -> float:
-    """1 when the curtain is gone and every square shows its colour."""
-    return float(self.read(labels, metadata["problem"]) in metadata["answers"])
-
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
     seen = draw.majority(labels[-2:], self.regions(list(range(SIDE * SIDE))))
     hanging = (labels[-2:, : int(self.boxes()[0, 0, 0])] == CURTAIN).mean()

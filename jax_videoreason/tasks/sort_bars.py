@@ -138,14 +138,8 @@ class SortBars(base.Task):
     """The floor; and nowhere a colour that no bar has: by blocks, and over the area of the shortest
     bar there could be. The latter may be grey, as where two bars blend."""
     floor = self.pixels(LOWER)
-    edges = [round(i * self.size / 4) for i in range(5)]
-    floors = [(floor, x0, self.size, x1) for x0, x1 in itertools.pairwise(edges)]
-    rows = [round(i * floor / 4) for i in range(5)]
-    blocks = [
-      (y0, x0, y1, x1)
-      for y0, y1 in itertools.pairwise(rows)
-      for x0, x1 in itertools.pairwise(edges)
-    ]
+    blocks = draw.blocks(floor, self.size)
+    floors = [(floor, x0, self.size, x1) for _, x0, _, x1 in blocks[:4]]
     bars = [GROUND, draw.UNDECIDED, *(draw.colour(n) for n in colours_of(problem))]
     return [
       base.kept(draw.regions([draw.rectangle(self.size, b) for b in floors]), [[FLOOR]] * 4),

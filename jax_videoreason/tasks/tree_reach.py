@@ -149,13 +149,8 @@ class TreeReach(base.Task):
     apart = ~np.any(self.edges(problem, 2 * rim), axis=0)
     for box in self.boxes(problem) + np.round([-rim, -rim, rim, rim]).astype(int):
       apart &= ~draw.rectangle(self.size, np.maximum(box, 0))
-    side = self.size / 4
-    blocks = [
-      apart & draw.rectangle(self.size, [round(v * side) for v in (y, x, y + 1, x + 1)])
-      for y in range(4)
-      for x in range(4)
-    ]
-    return [block for block in blocks if block.sum() >= 0.05 * side**2]
+    blocks = [apart & draw.rectangle(self.size, b) for b in draw.blocks(self.size, self.size)]
+    return [block for block in blocks if block.sum() >= 0.05 * (self.size / 4) ** 2]
 
   def read(self, labels: np.ndarray, problem: base.Problem) -> base.Answer | None:
     """The leaf whose path is yellow while every other node is as it was, on both last frames."""

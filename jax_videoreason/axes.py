@@ -1,9 +1,11 @@
-"""The letters of the axes, used in docstrings, einops patterns and sharding rules."""
+"""The letters of the axes, used in docstrings, einops patterns and sharding rules, and places on
+an axis."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -24,3 +26,8 @@ LETTERS: dict[str, str] = {
   "X": "text (or CLIP) token",
   "P": "probe, direction, region, target, point of a sweep",
 }
+
+
+def spread(count: int, most: int) -> list[int]:
+  """At most `most` of 0..count-1, evenly spread, the first and the last among them."""
+  return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})

@@ -31,7 +31,7 @@ from jax_videoreason import (
   tables,
   tasks,
 )
-from jax_videoreason.axes import Array, Params
+from jax_videoreason.axes import Array, Params, spread
 from jax_videoreason.baselines import Mark
 from jax_videoreason.decode import decode
 from jax_videoreason.folders import (
@@ -246,7 +246,7 @@ def measure(
   watched = [
     r for r in range(count * seeds) if of_run[r].metadata["k"] > 1 and r % seeds < WATCHED_SEEDS
   ]
-  steps = sorted({round(s) for s in np.linspace(0, chosen.steps - 1, WATCHED_STEPS)})
+  steps = spread(chosen.steps, WATCHED_STEPS)
   x0 = np.empty((len(steps), len(watched), *noise.grid), np.float32)
   finite = np.ones(len(row), bool)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import plots, stats
+from jax_videoreason.axes import spread
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
 from jax_videoreason.folders import atomic, disk, read_json
@@ -280,7 +281,7 @@ def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str
     path = folder / f"{name}-{number}.png"
     label = ", ".join([title, *[str(p) for p in result.points.get("strip", ())][number:][:1]])
     steps = labels_of(result, "step", len(frames))
-    shown = plots.spread(len(frames), 12)
+    shown = spread(len(frames), 12)
     sigma = [result.points["sigma"][steps[i]] for i in shown]
     plots.film_strip(
       path,
@@ -302,7 +303,7 @@ def maps_of_tokens(folder: Path, result: Result, name: str, title: str) -> list[
     labels_of(result, a, n) for a, n in zip((row, column), pictures.shape, strict=False)
   )
   path = folder / f"{name}.png"
-  shown = plots.spread(len(rows), 12)
+  shown = spread(len(rows), 12)
   plots.picture_grid(
     path,
     pictures[shown],

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jax_videoreason import media
+from jax_videoreason.axes import spread
 
 INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -319,11 +320,6 @@ def training_curves(
     panels[1].set_ylim(0, 1)
     _name_ends(panels[1], ends)
   _save(figure, path, dpi=120)
-
-
-def spread(count: int, most: int) -> list[int]:
-  """At most `most` of 0..count-1, evenly spread, the first and the last among them."""
-  return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
 
 
 def scale(frames: np.ndarray, cell: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from jax_videoreason import (
   sharding,
   sweep,
 )
+from jax_videoreason.axes import spread
 from jax_videoreason.decode import decode, preview, rows_at_once
 from jax_videoreason.factors import Product
 from jax_videoreason.schedules import Schedule
@@ -279,8 +280,7 @@ def read(bench: Bench, unit: int, made: Made) -> Part:
 
 def stills(videos: np.ndarray) -> np.ndarray:
   """R n height width 3: frames of R videos, from the first to the last, small."""
-  shown = np.linspace(0, videos.shape[1] - 1, min(STILLS, videos.shape[1])).round().astype(int)
-  some = videos[:, shown]
+  some = videos[:, spread(videos.shape[1], STILLS)]
   height, width = some.shape[2:4]
   shrink = min(1.0, STILL_PIXELS / min(height, width))
   if shrink == 1.0:

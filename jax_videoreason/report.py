@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jax_videoreason import media, metrics, plots
 from jax_videoreason.arrays import StoredArray
+from jax_videoreason.axes import spread
 from jax_videoreason.folders import atomic, disk
 from jax_videoreason.store import Run, open_run
 from jax_videoreason.structs import AnswerTrace
@@ -129,7 +130,7 @@ def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
     "cases": [list(group) for group in grouped(cards)],
     "total": total,
     "sigma": [float(s) for s in run.sigma],
-    "ticks": plots.spread(total, 6),
+    "ticks": spread(total, 6),
     "seeds": sorted({str(said["seed"]) for said in run.runs}),
     "sheets": sheets,
     "columns": columns,
@@ -310,7 +311,7 @@ def sprite_sheets(run: Run, shown: Sequence[int]) -> tuple[dict[int, str], list[
   sheets: dict[int, str] = {}
   columns: list[int] = []
   for most in SHEET_COLUMNS:
-    columns = plots.spread(run.frames.shape[2], most)
+    columns = spread(run.frames.shape[2], most)
     sheets, size = {}, 0
     for r in shown:
       rows = (run.frames[row, r][columns] for row in range(len(run.frames)))

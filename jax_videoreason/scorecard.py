@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import baselines, media, plots, scoring, stats, tables, tasks
+from jax_videoreason import baselines, media, scoring, stats, tables, tasks
+from jax_videoreason.axes import spread
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
 from jax_videoreason.folders import read_json
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
@@ -134,11 +135,11 @@ def clip(
   for frames in (made, truth):
     numbers.append(len(sheets))
     sheets.append(sheet(frames))
-  columns = len(plots.spread(len(made), FRAMES))
+  columns = len(spread(len(made), FRAMES))
   return {
     "sheets": numbers,
     "columns": columns,
-    "stills": plots.spread(columns, STILLS),
+    "stills": spread(columns, STILLS),
     "row": row,
     "prompt": metadata["prompt"],
     "answers": [str(answer) for answer in metadata["answers"]],
@@ -148,7 +149,7 @@ def clip(
 
 def sheet(frames: np.ndarray) -> str:
   """The frames of a clip side by side, as data URI."""
-  tiles = media.shrink(frames[plots.spread(len(frames), FRAMES)], CELL)
+  tiles = media.shrink(frames[spread(len(frames), FRAMES)], CELL)
   return inline(media.png(rearrange(tiles, "t h w c -> h (t w) c")))
 
 

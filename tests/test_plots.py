@@ -33,12 +33,6 @@ def test_growing_keeps_hard_edges_and_shrinking_averages():
   np.testing.assert_array_equal(media.shrink(dots, 1), np.full((1, 1, 1, 3), 128))
 
 
-def test_spread_keeps_both_ends():
-  assert plots.spread(17, 9) == list(range(0, 17, 2))
-  assert plots.spread(3, 9) == [0, 1, 2]
-  assert plots.spread(81, 5) == [0, 20, 40, 60, 80]
-
-
 def test_more_lines_than_colours_differ_in_style_and_all_are_named(tmp_path, monkeypatch):
   drawn = {}
 

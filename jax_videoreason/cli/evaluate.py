@@ -15,10 +15,10 @@ tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/,
 import sys
 from typing import Any
 
-import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
 from jax_videoreason import (
+  axes,
   baselines,
   cli,
   console,
@@ -127,7 +127,7 @@ def show(result: dict[str, Any]) -> None:
   }
   if watched:
     sigma = next(iter(watched.values()))["steps"]["sigma"]
-    at = sorted({round(i) for i in np.linspace(0, len(sigma) - 1, POINTS)})
+    at = axes.spread(len(sigma), POINTS)
     console.table(
       "the same cases: candidates that x0 shows at sigma (2^entropy where any is drawn), and truth",
       ("task", "k", *(f"{sigma[i]:.2f}" for i in at), "truth", f"draw at {sigma[0]:.2f}"),

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from jax_videoreason import answers, guidance, metrics
+from jax_videoreason.axes import spread
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.results import Claim, Result
 from jax_videoreason.experiments.study import experiment
@@ -119,7 +120,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
   flat = own[f"{site}/project"] / np.maximum(
     np.linalg.norm(own[f"{site}/project"], axis=-1, keepdims=True), 1e-6
   )
-  steps = np.unique(np.linspace(0, sizes.S - 1, lens_steps).round().astype(int))
+  steps = spread(sizes.S, lens_steps)
   guesses = lens_x0(ctx, trace, kept[f"{site}/lens"])
   final = ctx.read(np.asarray(trace.x0)[-1:]).answer[0]
   read = [ctx.read(guesses[step]) for step in steps]  # one row per layer
@@ -156,7 +157,7 @@ def layer_maps(ctx: Context, *, lens_steps: int = 4, site: str = "resid_post") -
     "pca_map": rearrange(colours(components), "l (f y x) c -> l f y x c", f=shape[0], y=shape[1]),
   }
   axes = {name: AXES.get(name, ("step", "layer", "run")) for name in values}
-  points = ctx.points | {"lens_step": steps.tolist(), "channel": channels.tolist()}
+  points = ctx.points | {"lens_step": steps, "channel": channels.tolist()}
   points |= {"rank": list(range(1, moments[..., -TOP:].shape[-1] + 1))}
   states = 4 * 2 * sizes.S * sizes.L * sizes.G * sizes.R * sizes.T * sizes.D
   note = (

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
+from jax_videoreason.axes import spread
 from jax_videoreason.decode import decode_each, preview_each
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.settings import SampleSettings
@@ -142,8 +143,7 @@ def pick_cases(
 
 def compared(cases: Sequence[Case]) -> list[Case]:
   """The cases on which `with_reader` compares the preview with the VAE."""
-  some = np.linspace(0, len(cases) - 1, min(CASES, len(cases))).round().astype(int)
-  return [cases[number] for number in some]
+  return [cases[number] for number in spread(len(cases), CASES)]
 
 
 def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float | None]:
@@ -161,7 +161,7 @@ def with_reader(setting: Setting, cases: Sequence[Case]) -> tuple[Setting, float
   ctx = assemble(setting, filled, {"case": np.arange(len(filled))}, tally=Tally(), chunks=Chunks())
   _, trace = ctx.denoise()
   assert trace.x0 is not None
-  rows = np.unique(np.linspace(0, ctx.sizes.S - 1, LOOKED_AT).round().astype(int))
+  rows = spread(ctx.sizes.S, LOOKED_AT)
   quick = dataclasses.replace(setting, decode=functools.partial(preview_each, setting.bundle))
   said = [
     dataclasses.replace(ctx, setting=s).read(np.asarray(trace.x0)[rows]).answer[:, : len(asked)]

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from jax_videoreason.models.clip import CLIPConfig
 
-from .engine import LAYER, Row
+from .engine import Row, regex
 
 Naming = Literal["original", "transformers"]
 Tensor = TypeVar("Tensor")
@@ -75,7 +75,7 @@ def table(naming: Naming) -> tuple[Row, ...]:
         (f"{key}.weight", f"{ours}/{name}", pattern),
         (f"{key}.bias", f"{ours}/bias", "o -> o"),
       ]
-  return tuple((_regex(key), ours, pattern) for key, ours, pattern in rows)
+  return tuple((regex(key), ours, pattern) for key, ours, pattern in rows)
 
 
 def ignored(config: CLIPConfig) -> tuple[str, ...]:
@@ -86,7 +86,3 @@ def ignored(config: CLIPConfig) -> tuple[str, ...]:
     r"(post_norm|post_layernorm)\..*",
     r"head|head\..*|textual\..*|log_scale|embeddings\.position_ids",
   )
-
-
-def _regex(name: str) -> str:
-  return LAYER.join(re.escape(part) for part in name.split("{L}"))

@@ -22,6 +22,11 @@ BLOCK_BYTES = 2**24  # compared at a time
 TILE = (1024, 64)  # turned over tile by tile, a matrix is four times as fast: tiles fit the cache
 
 
+def regex(name: str) -> str:
+  """The regex of the keys of a name in which {L} stands for the layer."""
+  return LAYER.join(re.escape(part) for part in name.split("{L}"))
+
+
 class Shaped(Protocol):
   """Anything with a shape and a dtype: an array, a ShapeDtypeStruct, the header of a file."""
 

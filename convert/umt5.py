@@ -1,9 +1,8 @@
 """The tensors of the UMT5 encoder in the original Wan and in the transformers naming."""
 
-import re
 from typing import Literal
 
-from .engine import Row
+from .engine import Row, regex
 
 Naming = Literal["original", "transformers"]
 
@@ -37,10 +36,6 @@ def table(naming: Naming) -> tuple[Row, ...]:
   if naming not in ("original", "transformers"):
     raise ValueError(f"naming {naming!r}, wanted 'original' or 'transformers'.")
   return tuple(
-    (_regex(f"{old if naming == 'original' else new}.weight"), ours, pattern)
+    (regex(f"{old if naming == 'original' else new}.weight"), ours, pattern)
     for old, new, ours, pattern in TENSOR
   )
-
-
-def _regex(name: str) -> str:
-  return r"(?P<L>\d+)".join(re.escape(part) for part in name.split("{L}"))

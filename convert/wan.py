@@ -1,9 +1,8 @@
 """The tensors of the Wan transformer in the original and in the diffusers naming."""
 
-import re
 from typing import Literal
 
-from .engine import Row
+from .engine import Row, regex
 
 Naming = Literal["original", "diffusers"]
 
@@ -84,10 +83,5 @@ def table(naming: Naming) -> tuple[Row, ...]:
   for old, new, ours in RMS_NORM:
     rows.append((f"{old}.weight", f"{new}.weight", f"{ours}/scale", "d -> d"))
   return tuple(
-    (_regex(old if naming == "original" else new), ours, pattern)
-    for old, new, ours, pattern in rows
+    (regex(old if naming == "original" else new), ours, pattern) for old, new, ours, pattern in rows
   )
-
-
-def _regex(name: str) -> str:
-  return r"(?P<L>\d+)".join(re.escape(part) for part in name.split("{L}"))

@@ -138,12 +138,7 @@ def evaluate(
       in it; cases that don't exist.
     OSError: `out` can't be written.
   """
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
-      f"--config.height={chosen.width}."
-    )
-  runs.check_seeds(chosen.seeds)
+  check(chosen)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   said = describe(chosen, asked)
   out = Path(out)
@@ -163,7 +158,23 @@ def evaluate(
     return finish(out, chosen, asked, mesh, command)
 
 
+def check(chosen: SampleSettings) -> None:
+  """ValueError where no task has the size of the settings, or seeds are those of other cases."""
+  check_size(chosen)
+  runs.check_seeds(chosen.seeds)
+
+
+def check_size(chosen: SampleSettings) -> None:
+  """ValueError where no task has the size of the settings."""
+  if chosen.height != chosen.width:
+    raise ValueError(
+      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
+      f"--config.height={chosen.width}."
+    )
+
+
 def load_task(name: str, chosen: SampleSettings) -> Task:
+  """The task at the size of the settings."""
   return tasks.load(name, size=chosen.height, frames=chosen.frames)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import bundles, evaluate, interventions, plan, runs, tasks
+from jax_videoreason import bundles, evaluate, interventions, plan, tasks
 from jax_videoreason.folders import plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
 from jax_videoreason.schedules import Schedule
@@ -208,12 +208,7 @@ def check(chosen: SampleSettings, wanted: Varied) -> dict[str, Task]:
       f"batch={chosen.batch}: the runs of a unit are denoised together, so give "
       f"--config.unit={chosen.batch} in its place."
     )
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
-      f"--config.height={chosen.width}."
-    )
-  runs.check_seeds(chosen.seeds)
+  evaluate.check(chosen)
   loaded = {name: evaluate.load_task(name, chosen) for name in wanted.tasks}
   for task in loaded.values():
     task.check_split(split_of(task, wanted), 0)

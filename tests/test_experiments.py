@@ -14,6 +14,7 @@ from jax_videoreason import (
   checkpoint,
   cli,
   conditioning,
+  evaluate,
   folders,
   pages,
   settings,
@@ -75,9 +76,7 @@ def test_what_was_encoded_before_is_to_the_bit_what_the_encoders_make(monkeypatc
   shorter = dataclasses.replace(chosen, frames=13)
   cases = setting_module.pick_cases(chosen, ("pick", "maze"), 2)
   runs = [case for case in [*cases[2:], *cases[:2]] for _ in chosen.seeds]
-  short = [
-    setting_module.load_task(c.task, shorter).case(c.metadata | {"frames": 13}) for c in runs
-  ]
+  short = [evaluate.load_task(c.task, shorter).case(c.metadata | {"frames": 13}) for c in runs]
   asked = [(chosen, runs), (chosen, runs[:2]), (shorter, short)]
   wanted = [setting_module.encode(*each) for each in asked]
   made = setting_module.load(chosen, groups=[runs, runs[:2]])

@@ -426,7 +426,7 @@ def test_a_plan_refuses_what_the_sweep_would(words, said, capsys):
     (["run"], "no experiment named"),
     (["run", "nois", "--on=gpu:80GB"], "did you mean 'noise'"),
     (["run", "noise", "--preset=huge"], "wanted quick or full"),
-    (["run", "noise", "--config=wan22_i2v_a14b", "--on=gpu:80GB"], "cases are square"),
+    (["run", "noise", "--config=wan22_i2v_a14b", "--on=gpu:80GB"], "tasks are square"),
     (["run", "noise", "--data=cases"], "plan run noise takes no --data"),
     (["--experts=2", "--on=gpu:80GB"], "--experts=2 of a model of 1 expert: leave it out"),
     (["--config=wan22_i2v_a14b", "--experts=3", "--on=gpu:80GB"], "of a model of 2 experts"),

@@ -10,7 +10,7 @@ video that stands still; the report shows what the model answers at every denois
 import numpy as np
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
 
-from jax_videoreason import cli, console, settings, store, tasks
+from jax_videoreason import cli, console, evaluate, settings, store, tasks
 from jax_videoreason.cli.decoding import decode_run
 from jax_videoreason.cli.sample import Question, finish, record
 from jax_videoreason.structs import AnswerTrace
@@ -27,14 +27,10 @@ def define(flags: FlagValues) -> None:
 
 def main(flags: FlagValues, words: list[str]) -> None:
   chosen = settings.from_config(cli.resolved(flags))
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"the config says {chosen.width} x {chosen.height} pixels, tasks are square: give "
-      f"--config.height={chosen.width}."
-    )
+  evaluate.check_size(chosen)
   questions = []
   for name in tasks.names_of(flags.tasks):
-    task = tasks.load(name, size=chosen.height, frames=chosen.frames)
+    task = evaluate.load_task(name, chosen)
     split = "heldout" if task.held_out else "id"
     for index in range(flags.cases):
       case = task.generate(split, index)

@@ -166,13 +166,13 @@ def every_study(flags: FlagValues) -> list[tuple[str, "Study", list[str]]]:
 
 def planned(study: "Study", config: dict[str, Any]) -> "Work":
   """A study: its batches with their taps; without the identity control."""
-  from jax_videoreason import costs, plan, settings, tasks
+  from jax_videoreason import costs, evaluate, plan, settings, tasks
   from jax_videoreason.experiments import setting
 
   config = dict(config)
   own = {key: config.pop(key) for key in KEYS}
   chosen = settings.from_config(config)
-  setting.check(chosen)
+  evaluate.check(chosen)
   study.check(own["experiment"])
   setting.check_cases(own["tasks"], own["cases"])
   for name in own["tasks"]:
@@ -202,6 +202,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     bundles,
     console,
     costs,
+    evaluate,
     experiments,
     folders,
     pages,
@@ -238,7 +239,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     chunks = experiments.Chunks(
       folder=out / CHUNKS, of=key if layout is None else f"{key} {layout}"
     )
-    left = base.batches_left(study, chosen, setting.load_task, cases, batch=batch, chunks=chunks)
+    left = base.batches_left(study, chosen, evaluate.load_task, cases, batch=batch, chunks=chunks)
     previews = bundles.describe(chosen.checkpoint).modules.preview is not None
     looked_at = [setting.compared(cases)] if own["decoder"] == "auto" and previews else []
     made = setting.load(chosen, laid, itertools.chain(looked_at, left))

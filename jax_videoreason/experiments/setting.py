@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs, tasks
+from jax_videoreason import answers, checkpoint, conditioning, evaluate, prepare, runs
 from jax_videoreason.axes import spread
 from jax_videoreason.decode import decode_each, preview_each
 from jax_videoreason.experiments.context import Chunks, Setting, Tally, assemble
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
-from jax_videoreason.tasks import Case, Task
+from jax_videoreason.tasks import Case
 
 AGREEMENT = 0.98  # of the answers that the preview and the VAE give
 CASES, LOOKED_AT = 8, 5  # cases and steps on which they are compared
@@ -29,7 +29,7 @@ def load(
   bits depend on no other, and kept in host memory: the text encoder, which is let go before the DiT
   is loaded, is then needed no more.
   """
-  check(chosen)
+  evaluate.check(chosen)
   asked = {}
   for group in groups:
     distinct = {name_of(case): case for case in group}
@@ -42,19 +42,9 @@ def load(
       encoded_before, bundle, chosen, dict(zip(asked, encoded, strict=True)), mesh
     ),
     decode=functools.partial(decode_each, bundle, tiles=chosen.tiles, mesh=mesh),
-    load_task=load_task,
+    load_task=evaluate.load_task,
     mesh=mesh,
   )
-
-
-def check(chosen: SampleSettings) -> None:
-  """ValueError where no case has the size of the settings, or seeds are those of other cases."""
-  runs.check_seeds(chosen.seeds)
-  if chosen.height != chosen.width:
-    raise ValueError(
-      f"cases are square and the config says {chosen.width} x {chosen.height}: give "
-      "--config.height and --config.width the same number."
-    )
 
 
 def check_cases(names: Sequence[str], count: int) -> None:
@@ -120,11 +110,6 @@ def encode(chosen: SampleSettings, cases: Sequence[Case], mesh: Mesh | None = No
   )
 
 
-def load_task(name: str, chosen: SampleSettings) -> Task:
-  """The task at the size of the settings."""
-  return tasks.load(name, size=chosen.height, frames=chosen.frames)
-
-
 def pick_cases(
   chosen: SampleSettings, names: Sequence[str], count: int, split: str = "id"
 ) -> list[Case]:
@@ -136,7 +121,7 @@ def pick_cases(
   check_cases(names, count)
   found = []
   for name in names:
-    task = load_task(name, chosen)
+    task = evaluate.load_task(name, chosen)
     found += evaluate.cases_of(task, "heldout" if task.held_out else split, count, "both")
   return found
 

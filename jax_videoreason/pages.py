@@ -250,11 +250,7 @@ def heat(
     ticks(result, axis, size, join)
     for axis, size, join in zip(axes, shape, (" ", "\n"), strict=True)
   )
-  means = {}
-  for name, value in rows.items():
-    known = np.isfinite(value)
-    count = np.maximum(known.sum(0), 1)
-    means[name] = np.where(known.any(0), np.where(known, value, 0).sum(0) / count, np.nan)
+  means = {name: results.known_mean(value, 0) for name, value in rows.items()}
   marked = {name: standing_out(value) for name, value in rows.items()} if signed else None
   y_name, x_name = (named(result, axis) for axis in axes)
   plots.heat_maps(path, means, x=x, y=y, x_name=x_name, y_name=y_name, marked=marked)

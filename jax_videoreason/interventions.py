@@ -119,7 +119,7 @@ def noise_at(
   sizes = at.sizes
   if mode in ("replace", "renoise") and not (is_known(gain) and np.all(np.asarray(gain) == 1)):
     raise ValueError(f"gain has no meaning for mode='{mode}': leave it out, or use mode='add'.")
-  level = per_step("gain", gain, sizes.S)
+  level = per_step(gain, sizes.S)
   if mode in ("add_sigma", "renoise"):
     level = level * sigmas(sigma, sizes.S, f"mode='{mode}'")
   if mode == "replace":

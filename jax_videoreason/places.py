@@ -142,11 +142,11 @@ def to_scalar(name: str, value: Any) -> Any:
   return number
 
 
-def per_step(name: str, value: ArrayLike, steps: int) -> Any:
-  """S numbers; one number is the same at every step."""
-  number = to_number(value)
+def per_step(gain: ArrayLike, steps: int) -> Any:
+  """The gain of each of S steps; one number is the same at every step."""
+  number = to_number(gain)
   if number.shape not in ((), (steps,)):
-    raise ValueError(f"{name} is {tuple(number.shape)}, wanted a number or S = ({steps},).")
+    raise ValueError(f"gain is {tuple(number.shape)}, wanted a number or S = ({steps},).")
   return space_of(number).broadcast_to(number, (steps,))
 
 

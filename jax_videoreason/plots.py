@@ -119,14 +119,13 @@ def bands(
   *,
   x_name: str,
   y_name: str,
-  title: str = "",
   falling: bool = False,
 ) -> None:
   """Draws each series, (x, estimate, low, high), with its interval behind it.
 
   falling: x runs from high to low, as sigma does. Points that are NaN leave a gap.
   """
-  figure, axes = _panel(title, x_name, y_name)
+  figure, axes = _panel("", x_name, y_name)
   ends = []
   for number, (name, (x, middle, low, high)) in enumerate(series.items()):
     colour, line, marker = _look(number)
@@ -172,7 +171,6 @@ def heat_maps(
   x: Sequence[Any],
   y: Sequence[Any],
   marked: Mapping[str, np.ndarray] | None = None,
-  title: str = "",
 ) -> None:
   """Draws maps (rows y, columns x) side by side on one scale, `PANELS` to a row.
 
@@ -212,8 +210,6 @@ def heat_maps(
     axes.set_xlabel(x_name, color=INK, fontsize=8)
   for first in grid[:, 0]:
     first.set_ylabel(y_name, color=INK, fontsize=8)
-  if title:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold", color=INK)
   if picture is not None:
     figure.colorbar(picture, ax=list(each), shrink=0.9).ax.tick_params(labelsize=7, colors=MUTED)
   _save(figure, path, dpi=120)

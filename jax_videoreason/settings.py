@@ -143,13 +143,10 @@ def _number(value: Any) -> float:
   return float(value)
 
 
-def _above(limit: float) -> Callable[[Any], float]:
-  def read(value: Any) -> float:
-    if _number(value) <= limit:
-      raise ValueError(f"a number above {limit:g}")
-    return float(value)
-
-  return read
+def _positive(value: Any) -> float:
+  if _number(value) <= 0:
+    raise ValueError("a number above 0")
+  return float(value)
 
 
 def _share(value: Any) -> float:
@@ -221,7 +218,7 @@ _TAPS: dict[str, Callable[[Any], Any]] = {
   "layers": _optional(_tuple_of(_whole(0), least=1)),
   "steps": _optional(_tuple_of(_whole(0), least=1)),
   "branches": _tuple_of(_whole(0), least=1),
-  "budget_gb": _above(0),
+  "budget_gb": _positive,
 }
 _SAMPLE: dict[str, Callable[[Any], Any]] = {
   "checkpoint": _text,
@@ -229,7 +226,7 @@ _SAMPLE: dict[str, Callable[[Any], Any]] = {
   "height": _whole(1),
   "width": _whole(1),
   "steps": _whole(1),
-  "shift": _above(0),
+  "shift": _positive,
   "guidance": _tuple_of(_number, least=1),
   "boundary": _optional(_share),
   "solver": _one_of(SOLVERS),

@@ -230,7 +230,7 @@ def by_place(value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not good.size:
       found.append((np.nan, np.nan, np.nan))
       continue
-    interval = stats.bootstrap(good, seed=results.SEED, draws=2000)
+    interval = stats.bootstrap(good, seed=stats.SEED, draws=2000)
     found.append((float(interval.estimate), float(interval.low), float(interval.high)))
   estimate, low, high = np.array(found).T
   return estimate, low, high
@@ -267,7 +267,7 @@ def standing_out(value: np.ndarray) -> np.ndarray:
   value, known = value[some], known[some]
   if len(value) < stats.LEAST or not (known == known[:1]).all():
     return np.zeros(value.shape[1:], bool)
-  return stats.max_statistic(np.nan_to_num(value), seed=results.SEED).significant
+  return stats.max_statistic(np.nan_to_num(value), seed=stats.SEED).significant
 
 
 def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str, Any]]:
@@ -347,7 +347,7 @@ def in_words(column: np.ndarray) -> str:
   good = column[np.isfinite(column)]
   if not good.size:
     return ""
-  found = stats.bootstrap(good, seed=results.SEED, draws=2000)
+  found = stats.bootstrap(good, seed=stats.SEED, draws=2000)
   if np.isfinite(found.low):
     return str(found)
   return f"{float(found.estimate):.2f}" + (f" (n={good.size})" if good.size < stats.LEAST else "")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_videoreason import baselines, stats
+from jax_videoreason.stats import SEED
 
 MODEL, SHUFFLED, VAE = "model", "prompts shuffled", "truth through the VAE"
 SYSTEMS = {
@@ -22,7 +23,6 @@ SYSTEMS = {
   VAE: "the truth, encoded and decoded by the model's VAE",
 }
 MEASURES = {"score": stats.bootstrap, "strict": stats.share, "right": stats.share}
-SEED = 0  # of every resampling
 SHOWN = 3  # best and worst videos
 
 Row = Mapping[str, Any]

@@ -25,6 +25,7 @@ from einops import rearrange
 from numpy.typing import ArrayLike
 from scipy.special import betaincinv, stdtrit
 
+SEED = 0  # of every resampling
 LEVEL = 0.95  # of intervals
 ERROR = 0.05  # of tests
 LEAST = 8  # cases an interval needs: with fewer, resampling knows too little of the spread

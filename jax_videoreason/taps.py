@@ -31,6 +31,7 @@ from jax_videoreason.structs import Sizes
 HEAD_SITES = ("attn_heads", "cross_heads", "attn_q", "attn_k", "attn_v")
 SITES = ("resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post", *HEAD_SITES)
 TAP_SITES = (*SITES, "update")
+ARRAYS = ("directions", "regions", "targets", "reference")  # of a TapSpec
 
 
 @pytree
@@ -68,7 +69,7 @@ class TapSpec:
     for name in ("layers", "steps"):
       given = getattr(self, name)
       fields[name] = None if given is None else _indices(name, given)
-    for name in ("directions", "regions", "targets", "reference"):
+    for name in ARRAYS:
       fields[name] = _array(name, getattr(self, name))
     for name, value in fields.items():
       object.__setattr__(self, name, value)
@@ -245,7 +246,7 @@ def _buffer_shapes(spec: TapSpec, sizes: Sizes, aids: TapAids) -> dict[str, jax.
 
   arrays = {
     name: jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
-    for name in ("directions", "regions", "targets", "reference")
+    for name in ARRAYS
     if (array := getattr(spec, name)) is not None
   }
 
@@ -269,10 +270,7 @@ def _inputs(spec: TapSpec, aids: TapAids, before: Array | None) -> Inputs:
     heads=aids.heads,
     head=aids.head,
     before=before,
-    directions=spec.directions,
-    regions=spec.regions,
-    targets=spec.targets,
-    reference=spec.reference,
+    **{name: getattr(spec, name) for name in ARRAYS},
   )
 
 

@@ -147,6 +147,11 @@ def _take_memory() -> None:
     os.environ[said[0]] = GPU_MEMORY
 
 
+def typed() -> list[str]:
+  """The command as a manifest keeps it."""
+  return ["videoreason", *sys.argv[1:]]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
   """'did you mean ...?' where a known word is near, else the list of all."""
   from jax_videoreason.settings import nearest

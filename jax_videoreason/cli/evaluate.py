@@ -12,7 +12,6 @@ many candidates x0 shows along the steps. Stopped at any time, the same command 
 tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
 """
 
-import sys
 from typing import Any
 
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
@@ -72,7 +71,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
       chosen,
       asked,
       mesh=sharding.mesh_here(flags.mesh),
-      command=["videoreason", *sys.argv[1:]],
+      command=cli.typed(),
       redo=flags.redo,
       advance=advance,
     )

@@ -18,7 +18,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,7 +269,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
       store.write_manifest(
         folder,
         config={**asked, "batch": batch, **own},
-        command=["videoreason", *sys.argv[1:]],
+        command=cli.typed(),
         device=jax.devices()[0].device_kind,
         mesh=layout,
         model=made.bundle.card.name,

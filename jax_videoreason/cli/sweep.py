@@ -12,7 +12,6 @@ and flips. jax_videoreason.open_sweep(DIR) reads it, also while it is not finish
 """
 
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +72,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     flags.out,
     made,
     mesh=mesh,
-    command=["videoreason", *sys.argv[1:]],
+    command=cli.typed(),
     redo=flags.redo,
     process=process,
     meet=distributed.meet,

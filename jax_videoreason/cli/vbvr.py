@@ -13,7 +13,6 @@ score go on where they stopped when the same command is given again.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
       chosen,
       data,
       job,
-      command=["videoreason", *sys.argv[1:]],
+      command=cli.typed(),
       redo=flags.redo,
       process=process,
       meet=distributed.meet,

@@ -11,9 +11,10 @@ from jax_videoreason import probes as linear
 from jax_videoreason.axes import Array
 from jax_videoreason.experiments.context import Context
 from jax_videoreason.experiments.readings import grown, per_run
-from jax_videoreason.experiments.results import SEED, Claim, Result, known_mean
+from jax_videoreason.experiments.results import Claim, Result, known_mean
 from jax_videoreason.experiments.study import experiment
 from jax_videoreason.reductions import squeeze
+from jax_videoreason.stats import SEED
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import ENDING, Metadata, Task, draw

@@ -10,10 +10,11 @@ from einops import rearrange
 
 from jax_videoreason import metrics, stats
 from jax_videoreason.experiments.context import Context
-from jax_videoreason.experiments.results import SEED, Claim, Result, mean_by
+from jax_videoreason.experiments.results import Claim, Result, mean_by
 from jax_videoreason.experiments.study import experiment
 from jax_videoreason.interventions import NOISE_MODES, identity, noise_at, where
 from jax_videoreason.reductions import signs
+from jax_videoreason.stats import SEED
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jax_videoreason import arrays, stats
 from jax_videoreason.folders import damaged, expect, plain, read_json, write_json
+from jax_videoreason.stats import SEED
 
-SEED = 0  # of every resampling
 FORMAT = 3  # raised where what a study keeps means something else than before
 VERDICTS = ("holds", "does not hold", "can't tell", "not run here")
 REPEATS = ("case", "seed")
@@ -306,7 +306,7 @@ def check_values(of: str, result: Result, *, texts: bool = False) -> None:
         f"{of}: a value can't be named {name!r}: choose another name of letters, digits, _ and -."
       )
     kind = np.asarray(value).dtype
-    if kind.hasobject if texts else not storable(kind):
+    if kind.hasobject if texts else not is_storable(kind):
       wanted = "bool, numbers or texts" if texts else "bool or real numbers"
       raise ValueError(
         f"{of}: value {name!r} has dtype {kind}, wanted {wanted}; texts can be labels in points=."
@@ -320,7 +320,7 @@ def check_values(of: str, result: Result, *, texts: bool = False) -> None:
       )
 
 
-def storable(dtype: np.dtype) -> bool:
+def is_storable(dtype: np.dtype) -> bool:
   """Whether an array on disk can have this dtype."""
   return dtype.name == "bfloat16" or (dtype.kind in "biuf" and dtype.itemsize <= 8)
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from jax_videoreason import stats
 from jax_videoreason.folders import read_json
+from jax_videoreason.stats import SEED
 from jax_videoreason.vbvr import baselines, published, samples, scores
 from jax_videoreason.vbvr.published import COLUMNS
 
-SEED = 0  # of every resampling
 MAIN = ("overall", "in-domain", "out-of-domain")
 FACULTY_COLUMNS = tuple(column for column in COLUMNS if column not in MAIN)
 

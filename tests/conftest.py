@@ -54,3 +54,29 @@ def write_module(tmp_path, monkeypatch):
   yield write
   for name in written:
     sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def published():
+  """Part -> tensors in the original naming, of a small Wan2.2 I2V A14B."""
+  from published import parts
+
+  return parts()
+
+
+@pytest.fixture(scope="session")
+def original(published, tmp_path_factory):
+  """The same as a folder of the hub."""
+  from published import write_original
+
+  return write_original(tmp_path_factory.mktemp("hub") / "Wan2.2-I2V-A14B", published)
+
+
+@pytest.fixture(scope="session")
+def single(published, tmp_path_factory):
+  """Its first expert in one file."""
+  from safetensors.numpy import save_file
+
+  file = tmp_path_factory.mktemp("single") / "dit.safetensors"
+  save_file(published["dit_0"], file)
+  return file

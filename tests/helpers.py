@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason import runs, schedules
+from jax_videoreason import cli, runs, schedules
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Noise, Parts
@@ -115,6 +115,23 @@ def documented(name: str) -> str:
   text = (Path(__file__).parent.parent / "docs" / name).read_text()
   (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
   return block
+
+
+def refusal(capsys, source, out: Path, *more: str) -> str:
+  """The one line that a conversion which is refused says; nothing is left in the place of `out`."""
+  before = out.exists()
+  capsys.readouterr()
+  assert cli.main(["convert", str(source), "--out", str(out), *more]) == cli.BAD_INPUT
+  assert out.exists() == before
+  said = capsys.readouterr().err
+  return said[said.rindex("videoreason: ") :].rstrip("\n")
+
+
+def export_cases(root: Path, names: str, count: int) -> Path:
+  """The folder of some cases of tasks of ours, 32 pixels, as `tasks export` writes them."""
+  words = ["tasks", "export", f"--tasks={names}", "--size=32", f"--cases={count}", f"--out={root}"]
+  assert cli.main(words) == 0
+  return root
 
 
 def free_port() -> int:

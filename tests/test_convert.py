@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
+import helpers
 from jax_videoreason import bundles, checkpoint, cli, leaves
 from jax_videoreason.convert import bundle, clip, detect, engine, reader, umt5, vae, wan
 from jax_videoreason.tokenizer import train_word_tokenizer
@@ -35,30 +36,9 @@ from published import (
   VAE22,
   abstract,
   clip_original,
-  parts,
   shards,
   tensors,
-  write_original,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def published():
-  """Part -> tensors in the original naming."""
-  return parts()
-
-
-@pytest.fixture(scope="session")
-def original(published, tmp_path_factory):
-  return write_original(tmp_path_factory.mktemp("hub") / "Wan2.2-I2V-A14B", published)
-
-
-@pytest.fixture(scope="session")
-def single(published, tmp_path_factory):
-  """The first expert in one file."""
-  file = tmp_path_factory.mktemp("single") / "dit.safetensors"
-  save_file(published["dit_0"], file)
-  return file
 
 
 @pytest.fixture
@@ -79,13 +59,7 @@ def refused(capsys, tmp_path):
   """What a conversion is answered, one line; nothing may be left under the destination's name."""
 
   def run(source, *more, out=None):
-    out = out or tmp_path / "out"
-    before = out.exists()
-    capsys.readouterr()
-    assert cli.main(["convert", str(source), "--out", str(out), *more]) == cli.BAD_INPUT
-    said = capsys.readouterr().err
-    assert out.exists() == before
-    return said[said.rindex("videoreason: ") :].rstrip("\n")
+    return helpers.refusal(capsys, source, out or tmp_path / "out", *more)
 
   return run
 

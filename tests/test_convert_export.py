@@ -9,32 +9,27 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import helpers
 from jax_videoreason import bundles, checkpoint, cli, folders
 from jax_videoreason.convert import export, reader, wan
-from published import CLIP, DIT, clip_original, parts, shards, tensors, write_original
+from published import CLIP, DIT, clip_original, shards, tensors
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory):
+def converted(original, tmp_path_factory):
   """Two experts, and a text encoder in bfloat16, in the layout that `convert` writes."""
-  root = tmp_path_factory.mktemp("hub")
-  source = write_original(root / "Wan2.2-I2V-A14B", parts())
-  assert cli.main(["convert", str(source), "--out", str(root / "a14b")]) == 0
-  return root / "a14b"
+  out = tmp_path_factory.mktemp("bundles") / "a14b"
+  assert cli.main(["convert", str(original), "--out", str(out)]) == 0
+  return out
 
 
 @pytest.fixture
 def refused(capsys, tmp_path):
   def run(source, *more, out=None):
     out = out or tmp_path / "out"
-    before = out.exists()
-    capsys.readouterr()
-    words = ["convert", str(source), "--out", str(out), "--to=diffusers", *more]
-    assert cli.main(words) == cli.BAD_INPUT
-    assert out.exists() == before
+    said = helpers.refusal(capsys, source, out, "--to=diffusers", *more)
     assert not list(out.parent.glob(".*"))
-    said = capsys.readouterr().err
-    return said[said.rindex("videoreason: ") :].rstrip("\n")
+    return said
 
   return run
 

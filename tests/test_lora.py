@@ -10,29 +10,12 @@ from safetensors.numpy import save_file
 
 from jax_videoreason import checkpoint, cli
 from jax_videoreason.convert import detect, engine, kinds, lora, reader, wan
-from published import DIT, abstract, parts, write_original
+from published import DIT, abstract
 
 TARGETS = [f"blocks.{i}.self_attn.{p}" for i in range(2) for p in "qkvo"]
 TARGETS += [f"blocks.{i}.cross_attn.{p}" for i in range(2) for p in "qkvo"]
 TARGETS += [f"blocks.{i}.ffn.{n}" for i in range(2) for n in (0, 2)]
 RANK = 4
-
-
-@pytest.fixture(scope="session")
-def published():
-  return parts()
-
-
-@pytest.fixture(scope="session")
-def original(published, tmp_path_factory):
-  return write_original(tmp_path_factory.mktemp("hub") / "Wan2.2-I2V-A14B", published)
-
-
-@pytest.fixture(scope="session")
-def single(published, tmp_path_factory):
-  file = tmp_path_factory.mktemp("single") / "dit.safetensors"
-  save_file(published["dit_0"], file)
-  return file
 
 
 def updates(base, seed, rank=RANK, targets=TARGETS, dtype=np.float32):

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+import helpers
 import vbvr_folder
 from jax_videoreason import cli, costs, folders, media, plan, settings, tasks
 from jax_videoreason.configs import common
@@ -63,10 +64,7 @@ def copy(bench, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def own_cases(tmp_path_factory) -> Path:
   """Cases of two tasks of ours, as `tasks export` writes them."""
-  root = tmp_path_factory.mktemp("data") / "cases"
-  words = ["tasks", "export", "--tasks=pick,maze", "--size=32", "--cases=2", f"--out={root}"]
-  assert cli.main(words) == 0
-  return root
+  return helpers.export_cases(tmp_path_factory.mktemp("data") / "cases", "pick,maze", 2)
 
 
 @pytest.fixture(scope="session")

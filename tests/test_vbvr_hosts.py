@@ -31,10 +31,7 @@ def call(*words) -> int:
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory) -> Path:
   """Five cases of one task of ours."""
-  root = tmp_path_factory.mktemp("hosts") / "cases"
-  words = ["tasks", "export", "--tasks=pick", "--size=32", "--cases=5", f"--out={root}"]
-  assert cli.main(words) == 0
-  return root
+  return helpers.export_cases(tmp_path_factory.mktemp("hosts") / "cases", "pick", 5)
 
 
 @pytest.fixture

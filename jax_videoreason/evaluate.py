@@ -27,6 +27,7 @@ from jax_videoreason import (
   prepare,
   runs,
   scoring,
+  settings,
   store,
   tables,
   tasks,
@@ -253,7 +254,7 @@ def measure(
   systems = [scoring.MODEL] * (count * seeds) + [scoring.SHUFFLED] * count
   shape = bundle.card.latents.shape(chosen.frames, chosen.height, chosen.width)
   noise = runs.make_noise(numbers, shape)
-  schedule = prepare.schedule(chosen, bundle)
+  schedule = settings.schedule(chosen, bundle.card, bundle.parts)
   watched = [
     r for r in range(count * seeds) if of_run[r].metadata["k"] > 1 and r % seeds < WATCHED_SEEDS
   ]

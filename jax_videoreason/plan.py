@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, bundles, sampler, schedules, sharding
+from jax_videoreason import attention, bundles, sampler, settings, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.decode import decoding_bytes
 from jax_videoreason.models import FAMILIES
@@ -269,17 +269,7 @@ class Problem:
     )
 
   def schedule(self) -> Schedule:
-    chosen, card = self.chosen, self.model.card
-    return schedules.build(
-      steps=chosen.steps,
-      shift=chosen.shift,
-      guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
-      boundary=card.boundary if chosen.boundary is None else chosen.boundary,
-      solver=chosen.solver,
-      grid=chosen.grid,
-      numerics=card.numerics,
-      freq_dim=self.model.parts.dit.config.freq_dim,
-    )
+    return settings.schedule(self.chosen, self.model.card, self.model.parts)
 
   def flops(self) -> float:
     """Of one network evaluation (a run, a step, a guidance branch): matmuls and attention."""

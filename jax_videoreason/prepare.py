@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import checkpoint, conditioning, distributed, schedules, sharding
+from jax_videoreason import checkpoint, conditioning, distributed, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle
@@ -77,19 +77,4 @@ def one_expert(
   """What brings one expert of the settings' bundle onto the mesh, as `runs.run` asks for it."""
   return lambda number: (
     checkpoint.load(chosen.checkpoint, parts=(f"dit_{number}",), mesh=mesh).params
-  )
-
-
-def schedule(chosen: SampleSettings, bundle: ModelBundle) -> schedules.Schedule:
-  """The schedule of the settings, with the bundle's own boundary and numerics."""
-  card = bundle.card
-  return schedules.build(
-    steps=chosen.steps,
-    shift=chosen.shift,
-    guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
-    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
-    solver=chosen.solver,
-    grid=chosen.grid,
-    numerics=card.numerics,
-    freq_dim=bundle.parts.dit.config.freq_dim,
   )

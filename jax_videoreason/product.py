@@ -24,6 +24,7 @@ from jax_videoreason import (
   prepare,
   runs,
   sampler,
+  settings,
   sharding,
   sweep,
 )
@@ -80,7 +81,7 @@ def ready(product: Product, mesh: Mesh | None = None) -> Bench:
     product=product,
     bundle=bundle,
     cond=cond,
-    schedule=prepare.schedule(product.chosen, bundle),
+    schedule=settings.schedule(product.chosen, bundle.card, bundle.parts),
     mesh=mesh,
   )
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from jax_videoreason import tiling
+from jax_videoreason import schedules, tiling
 from jax_videoreason.reductions import REDUCTIONS
-from jax_videoreason.schedules import GRIDS
+from jax_videoreason.schedules import GRIDS, Schedule
 from jax_videoreason.solvers import SOLVERS
+from jax_videoreason.structs import Card, Parts
 from jax_videoreason.taps import TAP_SITES, TapSpec
 
 SEEDS, MOST_SEEDS = 2**32, 10**6  # a seed is below; as many are counted at most
@@ -89,6 +90,20 @@ def from_config(config: Mapping[str, Any]) -> SampleSettings:
   if faults or sample is None:
     _refuse(faults)
   return dataclasses.replace(sample, taps=taps)
+
+
+def schedule(chosen: SampleSettings, card: Card, parts: Parts) -> Schedule:
+  """The schedule of the settings, with the own boundary and numerics of the model."""
+  return schedules.build(
+    steps=chosen.steps,
+    shift=chosen.shift,
+    guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
+    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
+    solver=chosen.solver,
+    grid=chosen.grid,
+    numerics=card.numerics,
+    freq_dim=parts.dit.config.freq_dim,
+  )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import FREQ, replace, tiny_bundle
-from jax_videoreason import checkpoint, conditioning, prepare, schedules
+from jax_videoreason import checkpoint, conditioning, prepare, schedules, settings
 from jax_videoreason.experiments import setting
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning
@@ -52,11 +52,9 @@ def equal(a, b):
   ],
 )
 def test_the_schedule_is_that_of_the_settings_and_the_card(bundle, chosen, card, built):
-  plain = prepare.schedule(CHOSEN, bundle)
+  plain = settings.schedule(CHOSEN, bundle.card, bundle.parts)
   assert equal(plain, schedules.build(**BUILT))
-  changed = prepare.schedule(
-    replace(CHOSEN, **chosen), replace(bundle, card=replace(bundle.card, **card))
-  )
+  changed = settings.schedule(replace(CHOSEN, **chosen), replace(bundle.card, **card), bundle.parts)
   assert equal(changed, schedules.build(**BUILT | built))
   assert not equal(changed, plain)
 

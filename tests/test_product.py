@@ -21,6 +21,7 @@ import pytest
 
 import helpers
 from jax_videoreason import (
+  bundles,
   checkpoint,
   cli,
   conditioning,
@@ -28,7 +29,6 @@ from jax_videoreason import (
   factors,
   gallery,
   open_sweep,
-  prepare,
   product,
   runs,
   schedules,
@@ -130,7 +130,7 @@ def test_a_run_is_what_the_sampler_and_the_task_make_of_it_alone(done):
   )
   grid = (*whole.card.latents.grid(17, 32, 32), 16)
   noise = runs.make_noise([runs.seed_of(case.index, row["seed"])], grid)
-  schedule: Schedule = prepare.schedule(of.chosen, whole)
+  schedule: Schedule = settings.schedule(of.chosen, whole.card, whole.parts)
   final = runs.run(whole, noise, cond, schedule)
   # another batch size, another order of the sums
   np.testing.assert_allclose(found.of("final_latents", 3)[0], final[0], atol=2e-4)
@@ -375,7 +375,8 @@ def test_the_edits_of_a_sweep_are_those_of_the_library():
   runs = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(2, 0), (2, 1), (3, 0), (3, 1)]]
   assert [of.runs_in(unit) for unit in range(4)] == runs * 2
   sizes = Sizes(S=3, R=4, G=2, L=8, F=5, H=8, W=8, C=16, T=80, D=128)
-  schedule = prepare.schedule(of.chosen, checkpoint.load("mini", parts=("preview",)))
+  mini = bundles.describe("mini")
+  schedule = settings.schedule(of.chosen, mini.card, mini.parts)
   edit = factors.edit_for(ENSEMBLE, sizes, schedule, seeds=2)
   assert edit is not None
   half = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]])

@@ -311,7 +311,7 @@ def record(
   )
   card = bundle.card
   shape = card.latents.shape(chosen.frames, chosen.height, chosen.width)
-  schedule = prepare.schedule(chosen, bundle)
+  schedule = settings.schedule(chosen, bundle.card, bundle.parts)
   start = runs.make_noise(seeds * len(questions), shape, noise)
   spec = chosen.taps.spec()
   sizes = sampler.sizes_of(bundle, start, cond, schedule)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_videoreason import answers, interventions, prepare, runs, sampler
+from jax_videoreason import answers, interventions, runs, sampler, settings
 from jax_videoreason.composing import room_of
 from jax_videoreason.folders import atomic
 from jax_videoreason.interventions import Intervention
@@ -398,7 +398,7 @@ def assemble(
   placed: Conditioning = (
     jax.device_put(made) if setting.mesh is None else runs.place(made, setting.mesh)
   )
-  schedule = prepare.schedule(chosen, setting.bundle)
+  schedule = settings.schedule(chosen, setting.bundle.card, setting.bundle.parts)
   return Context(
     setting=setting,
     cases=tuple(cases),

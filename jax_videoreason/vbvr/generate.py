@@ -26,6 +26,7 @@ from jax_videoreason import (
   prepare,
   runs,
   sampler,
+  settings,
   store,
   sweep,
   tasks,
@@ -268,7 +269,7 @@ def make(
   latents, shape = bundle.card.latents, unit.shape
   grid = latents.shape(shape.frames, shape.height, shape.width)
   noise = runs.make_noise([unit.seed] * len(unit.samples), grid)
-  schedule = prepare.schedule(chosen, bundle)
+  schedule = settings.schedule(chosen, bundle.card, bundle.parts)
   read = range(chosen.steps) if any(s.own for s in unit.samples) else ()
   kept = sorted({*job.steps, *read})
   x0 = np.empty((len(kept), len(unit.samples), *grid), np.float32)

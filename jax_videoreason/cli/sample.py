@@ -27,7 +27,6 @@ two-expert model in memory, and reads the other where the schedule changes to it
 
 import dataclasses
 import math
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -59,6 +58,7 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.attention import Route
+from jax_videoreason.axes import spread
 from jax_videoreason.branching import Branch
 from jax_videoreason.cli.decoding import decode_run
 from jax_videoreason.settings import SampleSettings
@@ -373,7 +373,7 @@ def record(
   store.write_manifest(
     folder,
     config=dataclasses.asdict(chosen),
-    command=["videoreason", *sys.argv[1:]],
+    command=cli.typed(),
     device=jax.devices()[0].device_kind,
     mesh=None if mesh is None else dict(mesh.shape),
     processes=process[1],
@@ -418,7 +418,7 @@ def shown_steps(chosen: SampleSettings, count: int, keep: Sequence[int] = ()) ->
   last = chosen.steps - 1
   pixels = count * chosen.frames * chosen.height * chosen.width
   most = min(chosen.steps, max(SHOWN_STEPS, SHOWN_PIXELS // pixels))
-  return sorted({*(keep or (round(s) for s in np.linspace(0, last, most))), last})
+  return sorted({*(keep or spread(chosen.steps, most)), last})
 
 
 def describe(question: Question, seed: int) -> Mapping[str, Any]:

@@ -71,7 +71,7 @@ def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
   Exact where the trace has the solver's memory (`TapSpec.solver`) or the solver has none, as Euler;
   else a multistep solver restarts there. Edits of that step are in the latents already (and not in
   the memory), and row 0 has no guess before it: x0 = 0, the truth only at the start of a whole
-  schedule.
+  schedule. To go on from other latents: `moved`.
   """
   if trace.latents is None or trace.x0 is None:
     raise ValueError(
@@ -84,6 +84,24 @@ def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
   x0 = jnp.asarray(trace.x0[step - 1]) if step else jnp.zeros_like(latents)
   memory = {name: jnp.asarray(rows[step]) for name, rows in trace.solver.items()}
   return State(latents=latents, x0=x0, solver=memory or SOLVERS[schedule.solver].init(latents))
+
+
+def moved(state: State, latents: Array, schedule: Schedule) -> State:
+  """`state` with other latents R F H W C, and the solver of `schedule` without a past in all runs.
+
+  A multistep solver makes its sample of what it remembers: with its old memory, the change would be
+  gone after a step. An edit of the latents restarts the runs that it touches in the same way. x0,
+  the guess of the step before, stays.
+  """
+  latents = jnp.asarray(latents)
+  if latents.shape != state.latents.shape:
+    raise ValueError(
+      f"latents R F H W C are {latents.shape}, wanted {state.latents.shape}: give those of all "
+      "runs of the state."
+    )
+  latents = latents.astype(state.latents.dtype)
+  memory = SOLVERS[schedule.solver].init(latents)
+  return dataclasses.replace(state, latents=latents, solver=memory)
 
 
 def denoise(
@@ -101,10 +119,11 @@ def denoise(
   """Denoises R runs over a schedule or a piece of it.
 
   Returns the latents after the last step (R F H W C, float32), the trace of the steps, and the
-  state from which the next piece continues; pieces handed on by `state` equal the whole. Seeds,
-  guidance, sigmas, boundary and every value of an intervention are data: only shapes, the solver,
-  the edited sites, the fields in use and the static half of `taps` compile anew. `edit` and
-  `noise.injected` keep the rows of the whole schedule.
+  state from which the next piece continues; pieces handed on by `state` equal the whole, and
+  between two of them `moved` puts in other latents. Seeds, guidance, sigmas, boundary and every
+  value of an intervention are data: only shapes, the solver, the edited sites, the fields in use
+  and the static half of `taps` compile anew. `edit` and `noise.injected` keep the rows of the whole
+  schedule.
 
   guidance: "sequential" computes one guidance branch after the other, with half the activations.
   remat: a derivative in reverse (`jax.grad`) keeps the state before every step and computes the

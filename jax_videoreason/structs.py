@@ -166,10 +166,10 @@ class Noise:
 
 @pytree
 class State:
-  """Where a trajectory stands between two pieces.
+  """Where a trajectory stands between two pieces; `sampler.moved` gives it other latents.
 
   latents, x0: R F H W C; x0 = the guess of the step before, 0 before the first.
-  solver: the solver's memory.
+  solver: the solver's memory, in which a multistep solver has its own copy of the latents.
   """
 
   latents: Array

@@ -389,6 +389,26 @@ def test_unipc_forgets_a_run_whose_latents_were_edited(bundle, inputs):
   assert relative(edited, restarted) < SAME
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_latents_moved_between_pieces_are_those_of_an_edit(bundle, inputs, solver):
+  noise, cond = inputs
+  schedule = tiny_schedule(solver=solver)
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  change = jax.random.normal(jax.random.key(1), (4, *GRID))
+  injected = jnp.zeros((4, 4, *GRID)).at[2].set(change)
+  at = interventions.where(sizes, steps=2)
+  edit = interventions.noise_at(identity(sizes), at, mode="add")
+  edited, _, _ = denoise(bundle, replace(noise, injected=injected), cond, schedule, edit)
+  _, _, handed_on = denoise(bundle, noise, cond, schedule[:2])
+  _, trace, _ = denoise(bundle, noise, cond, schedule, taps=TapSpec(solver=True))
+  for state in (handed_on, sampler.state_at(trace, schedule, 2)):
+    other = sampler.moved(state, state.latents + change, schedule)
+    assert jax.tree.structure(other) == jax.tree.structure(state)
+    assert relative(denoise(bundle, noise, cond, schedule[2:], state=other)[0], edited) < SAME
+  with pytest.raises(ValueError, match=r"are \(2, 3, 4, 4, 4\), wanted \(4, 3, 4, 4, 4\): give"):
+    sampler.moved(handed_on, change[:2], schedule)
+
+
 def test_averaged_guesses_make_the_runs_one_at_the_end(bundle, inputs):
   schedule = tiny_schedule()
   sizes = sampler.sizes_of(bundle, *inputs, schedule)

@@ -11,16 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, distributed, sampler, sharding
+from jax_videoreason import attention, distributed, places, sampler, sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
-from jax_videoreason.pytrees import refuse_traced
+from jax_videoreason.pytrees import is_known, refuse_traced
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, State, Trace, key_of
 from jax_videoreason.taps import TapSpec, step_slots
 
 STRIDE = 10_000  # seeds of a case
-AFTER_ANOTHER = ("text", "injected")  # fields whose R axis is the second; else it is the first
+# The place of the R axis in the fields that have one; the first field is never None.
+RUN_AXES: dict[type, dict[str, int]] = {
+  Noise: {"keys": 0, "start": 0, "injected": 1},
+  Conditioning: {"text": 1, "known": 0, "known_mask": 0, "clip": 0},
+  State: {"latents": 0, "x0": 0, "solver": 0},
+  Trace: {"finite": 1, "latents": 1, "x0": 1, "taps": 3, "solver": 1},
+}
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
 OnPiece = Callable[[Trace, slice, slice], None]
@@ -91,8 +97,27 @@ def make_noise(seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any
 
 
 def take(tree: Any, runs: Any) -> Any:
-  """The rows `runs` of the R axis of a Noise, a Conditioning or a State."""
-  return _by_run(tree, lambda x, axis: x[(*[slice(None)] * axis, runs)])
+  """The rows `runs` of the R axis of a Noise, a Conditioning, a State or a Trace.
+
+  runs: a run or several, in any order and also twice (the R axis stays); a mask; a slice.
+  ValueError: another kind (in an Intervention runs are related to each other), and runs that are
+  not there.
+  """
+  rows = runs if isinstance(runs, slice) else _indices(runs, _count(tree))
+
+  def taken(x: Array, axis: int) -> Array:
+    from_here = x if is_known(rows) else jnp.asarray(x)
+    return from_here[(*[slice(None)] * axis, rows)]
+
+  return _by_run(tree, taken)
+
+
+def _indices(runs: Any, count: int) -> Any:
+  """A run, several or a mask of `count` as an index array."""
+  index = places.space_of(runs).asarray(runs)
+  if index.dtype == bool:
+    index = np.flatnonzero(places.selection("runs", index, count))
+  return places.run_indices("runs", index, count)
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
@@ -132,10 +157,31 @@ def over(mesh: Mesh | None, route: attention.Route | None = None) -> Iterator[No
 
 
 def _by_run(tree: Any, change: Callable[[Array, int], Array]) -> Any:
-  """`change(array, place of its R axis)` for every array of a Noise, a Conditioning or a State."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: change(x, int(path[0].name in AFTER_ANOTHER)), tree
-  )
+  """`change(array, place of its R axis)` for the arrays of a tree that have one, as `RUN_AXES`."""
+  axes = _axes(tree)
+
+  def changed(path: Any, x: Array) -> Array:
+    axis = axes.get(path[0].name)
+    return x if axis is None else change(x, axis)
+
+  return jax.tree_util.tree_map_with_path(changed, tree)
+
+
+def _axes(tree: Any) -> dict[str, int]:
+  """The row of `RUN_AXES`; ValueError: another kind."""
+  if type(tree) not in RUN_AXES:
+    kinds = ", ".join(kind.__name__ for kind in RUN_AXES)
+    raise ValueError(
+      f"runs of the kind {type(tree).__name__}, wanted one of {kinds}: give these one by one; an "
+      "edit is made for the runs that there are."
+    )
+  return RUN_AXES[type(tree)]
+
+
+def _count(tree: Any) -> int:
+  """R of a Noise, Conditioning, State or Trace."""
+  field, axis = next(iter(_axes(tree).items()))
+  return getattr(tree, field).shape[axis]
 
 
 def batches(runs: int, batch: int | None) -> list[np.ndarray]:
@@ -253,7 +299,7 @@ def run(
           )
         if on_piece is not None:
           host = distributed.fetch(trace)
-          on_piece(first_runs(host, count), at, slice(int(group[0]), int(group[0]) + count))
+          on_piece(take(host, slice(count)), at, slice(int(group[0]), int(group[0]) + count))
       stand[index] = distributed.fetch(here)
   return np.concatenate(
     [s.latents[: len(np.unique(g))] for s, g in zip(stand, groups, strict=True) if s is not None]
@@ -293,8 +339,8 @@ def pmap_runs(
     """The device axis, which leads, and the axis of runs as one; without what was padded."""
     return np.concatenate(np.asarray(value), axis=axis).take(np.arange(total), axis=axis)
 
-  trace = dataclasses.replace(trace, sigma=trace.sigma[0])
-  return joined(final, 0), _by_run_of_trace(trace, joined)
+  whole = dataclasses.replace(_by_run(trace, joined), sigma=trace.sigma[0])
+  return joined(final, 0), whole
 
 
 @functools.cache
@@ -316,18 +362,3 @@ def _steps_of(taps: TapSpec, rows: slice) -> TapSpec:
     return taps
   inside = tuple(s - rows.start for s in taps.steps if rows.start <= s < rows.stop)
   return dataclasses.replace(taps, steps=inside)
-
-
-def first_runs(trace: Trace, count: int) -> Trace:
-  """The first `count` runs of a trace."""
-  return _by_run_of_trace(trace, lambda x, axis: x[(*[slice(None)] * axis, slice(count))])
-
-
-def _by_run_of_trace(trace: Trace, change: Callable[[Any, int], Any]) -> Trace:
-  """`change(array, place of its R axis)` for every array of a trace but sigma, which has none."""
-
-  def changed(path: Any, x: Any) -> Any:
-    field = path[0].name
-    return x if field == "sigma" else change(x, 3 if field == "taps" else 1)
-
-  return jax.tree_util.tree_map_with_path(changed, trace)

@@ -141,6 +141,40 @@ def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
   assert relative(runs.run(bundle, noise, cond, schedule, batch=3, piece=2), latents) < SAME
 
 
+def test_runs_are_taken_of_whatever_has_them(bundle, inputs):
+  noise, cond = inputs
+  taps = TapSpec(sites=("attn_out",), steps=(0,), solver=True)
+  _, trace, state = denoise(bundle, noise, cond, tiny_schedule(2, solver="unipc"), taps=taps)
+  own = replace(noise, injected=jnp.arange(8.0).reshape(2, 4))
+  order = [2, 0, 2]
+  np.testing.assert_array_equal(runs.take(own, order).injected, own.injected[:, order])
+  np.testing.assert_array_equal(runs.take(cond, order).text, cond.text[:, order])
+  np.testing.assert_array_equal(runs.take(state, order).solver["age"], [2, 2, 2])
+  some = runs.take(trace, order)
+  np.testing.assert_array_equal(some.sigma, trace.sigma)
+  np.testing.assert_array_equal(some.x0, trace.x0[:, order])
+  np.testing.assert_array_equal(some.solver["x0_1"], trace.solver["x0_1"][:, order])
+  name = "attn_out/norm"
+  np.testing.assert_array_equal(some.taps[name], trace.taps[name][:, :, :, order])
+  host = jax.tree.map(np.asarray, state)
+  for which, count in ((3, 1), (slice(1, 3), 2), (np.array([True, False, True, True]), 3)):
+    assert runs.take(host, which).latents.shape == (count, *GRID)
+  traced = jax.jit(lambda index: runs.take(host, index).latents)(np.array(order))
+  np.testing.assert_array_equal(traced, host.latents[order])
+
+
+@pytest.mark.parametrize("which", [[0, 99], -1, [], 0.5, [True, False]])
+def test_runs_that_are_not_there_are_not_taken(inputs, which):
+  with pytest.raises(ValueError, match=r"runs|\(2,\), wanted \(4,\)"):
+    runs.take(inputs[1], which)
+
+
+@pytest.mark.parametrize("other", [Intervention(), {"text": np.zeros(3)}, np.zeros(3)])
+def test_runs_of_other_kinds_are_not_taken(other):
+  with pytest.raises(ValueError, match="wanted one of Noise, Conditioning, State"):
+    runs.take(other, [0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("solver", "devices"), [("euler", 1)])
 def test_one_expert_at_a_time_equals_both(pair, solver, devices):

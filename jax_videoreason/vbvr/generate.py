@@ -376,7 +376,7 @@ def ensemble(
       first, many, wide, schedule[0:1], edit, taps, start, guidance=guidance
     )
   del first  # before the next expert is loaded
-  on_piece(runs.first_runs(jax.tree.map(np.asarray, trace), count), slice(0, 1), slice(0, count))
+  on_piece(runs.take(jax.tree.map(np.asarray, trace), slice(count)), slice(0, 1), slice(0, count))
   return runs.run(
     bundle,
     noise,

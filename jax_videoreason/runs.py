@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_videoreason import attention, distributed, places, sampler, sharding
+from jax_videoreason import attention, distributed, places, sampler, schedules, sharding
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.interventions import Intervention
 from jax_videoreason.pytrees import is_known, refuse_traced
@@ -26,6 +27,7 @@ RUN_AXES: dict[type, dict[str, int]] = {
   Conditioning: {"text": 1, "known": 0, "known_mask": 0, "clip": 0},
   State: {"latents": 0, "x0": 0, "solver": 0},
   Trace: {"finite": 1, "latents": 1, "x0": 1, "taps": 3, "solver": 1},
+  Schedule: {"guidance": 1},
 }
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
@@ -99,10 +101,13 @@ def make_noise(seeds: Sequence[int], grid: tuple[int, int, int, int], start: Any
 def take(tree: Any, runs: Any) -> Any:
   """The rows `runs` of the R axis of a Noise, a Conditioning, a State or a Trace.
 
+  A Schedule is taken by its guidance; it stays as it is where that is the same for all runs.
   runs: a run or several, in any order and also twice (the R axis stays); a mask; a slice.
   ValueError: another kind (in an Intervention runs are related to each other), and runs that are
   not there.
   """
+  if isinstance(tree, Schedule) and np.ndim(tree.guidance) < 2:
+    return tree
   rows = runs if isinstance(runs, slice) else _indices(runs, _count(tree))
 
   def taken(x: Array, axis: int) -> Array:
@@ -247,6 +252,7 @@ def run(
   sampler.check_kinds(edit, taps)
   taps = TapSpec() if taps is None else taps
   total = noise.keys.shape[0]
+  schedules.check(schedule, total)
   groups = batches(total, batch)
   by_run = (edit, taps.reference, taps.regions, taps.targets)
   fixed = any(value is not None for value in by_run)
@@ -272,10 +278,10 @@ def run(
       # the one before is let go first
       bundle = dataclasses.replace(bundle, params=(None,) * len(bundle.params))
       bundle = dataclasses.replace(bundle, params=expert(number))
-    own = schedule[stretch]
     for index, group in enumerate(groups):
       count = len(np.unique(group))
       padded = np.resize(np.arange(len(group)), -(-len(group) // seats) * seats)
+      own = take(schedule[stretch], group[padded])
       some_noise, some_cond = (place(take(t, group[padded]), mesh) for t in (noise, cond))
       sampler.check(bundle, some_noise, some_cond, own, edit)
       before = stand[index]
@@ -327,13 +333,15 @@ def pmap_runs(
     raise ValueError("taps with an R axis are not dealt out by pmap_runs: use run with a mesh.")
   chosen = jax.local_devices() if devices is None else list(devices)
   total = noise.keys.shape[0]
+  schedules.check(schedule, total)
   each = -(-total // len(chosen))
   dealt = np.minimum(np.arange(each * len(chosen)), total - 1)
-  parts = [(take(noise, part), take(cond, part)) for part in dealt.reshape(len(chosen), each)]
-  sampler.check(bundle, *parts[0], schedule)
-  some_noise, some_cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+  rows = rearrange(dealt, "(device r) -> device r", r=each)
+  parts = [tuple(take(tree, part) for tree in (noise, cond, schedule)) for part in rows]
+  sampler.check(bundle, *parts[0])
+  dealt_out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
   dit = dataclasses.replace(bundle, vae=None, text=None, clip=None, preview=None)
-  final, trace = _spread(tuple(chosen))(dit, some_noise, some_cond, schedule, taps)
+  final, trace = _spread(tuple(chosen))(dit, *dealt_out, taps)
 
   def joined(value: Any, axis: int) -> Any:
     """The device axis, which leads, and the axis of runs as one; without what was padded."""
@@ -346,7 +354,7 @@ def pmap_runs(
 @functools.cache
 def _spread(devices: tuple[Any, ...]) -> Callable[..., tuple[Array, Trace]]:
   """`_denoise` by `jax.pmap`, whose programs last as long as what it returns."""
-  return jax.pmap(_denoise, in_axes=(None, 0, 0, None, None), devices=devices)
+  return jax.pmap(_denoise, in_axes=(None, 0, 0, 0, None), devices=devices)
 
 
 def _denoise(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from jax_videoreason import schedules
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.edits import (
   CELLS,
@@ -165,6 +166,7 @@ def check(
   """Raises a ValueError with the faults of the arguments of `denoise`; runs nothing."""
   f, h, w, c = noise.grid
   runs = noise.keys.shape[0]
+  schedules.check(schedule, runs)
   cells = (runs, f, h, w, c)
   config = bundle.parts.dit.config
   faults = []

@@ -29,7 +29,8 @@ class Schedule:
 
   sigma: S+1, ending at 0 in a whole schedule. timestep: S, rounded as `numerics` says.
   time: S 2 freq_dim, cosines first; row 0 is the timestep, row 1 is t = 0 (for given tokens).
-  guidance: S. coef: the table of the solver, S each. index: S int32, place in the whole schedule.
+  guidance: S, or S R, a scale for each run. coef: the table of the solver, S each.
+  index: S int32, place in the whole schedule.
   which: S int32, 0 and 1 = expert, 2 = hold; None = one expert, no step held.
   total: steps of the whole schedule, which a piece still knows.
   """
@@ -101,6 +102,29 @@ class Schedule:
   def _refuse(self, bounds: Sequence[Any], wanted: str) -> NoReturn:
     said = ", ".join(str(b) if is_known(b) else "?" for b in bounds)
     raise ValueError(f"only({said}) of {len(self)} steps: wanted {wanted}.") from None
+
+
+def check(schedule: Schedule, runs: int) -> None:
+  """ValueError with the leaves of a schedule that have not their shape; runs: R."""
+  steps, width = np.size(schedule.index), (0, *np.shape(schedule.time))[-1]
+  faults = []
+
+  def wanted(name: str, leaf: Any, letters: str, *shapes: tuple[int, ...]) -> None:
+    if leaf is not None and np.shape(leaf) not in shapes:
+      several = " or ".join(str(shape) for shape in shapes)
+      faults.append(f"{name} is {np.shape(leaf)}, wanted {letters} = {several}")
+
+  wanted("sigma", schedule.sigma, "S+1", (steps + 1,))
+  for name in ("timestep", "index", "which"):
+    wanted(name, getattr(schedule, name), "S", (steps,))
+  wanted("time", schedule.time, "S 2 freq_dim", (steps, 2, width))
+  wanted("guidance", schedule.guidance, "S or S R", (steps,), (steps, runs))
+  for name, leaf in schedule.coef.items():
+    wanted(f"coef[{name!r}]", leaf, "S", (steps,))
+  if faults:
+    raise ValueError(
+      f"schedule: {'; '.join(faults)}: replace leaves by ones of these shapes, or build it anew."
+    )
 
 
 def _official(steps: int, shift: float) -> np.ndarray:
@@ -189,7 +213,8 @@ def build(
 ) -> Schedule:
   """The schedule of `steps` denoising steps.
 
-  guidance: one scale; (high, low), a pair, where a boundary is given; or one scale per step.
+  guidance: one scale; (high, low), a pair, where a boundary is given; or one scale per step. One
+    per step and run is put in by dataclasses.replace(schedule, guidance=guidance), S R.
   boundary: sigma in 0..1; the first expert makes the steps whose timestep before rounding is at
     least 1000 * boundary. None = one expert.
   grid: where the sigmas lie, "official", "diffusers" (0.37 and later) or "diffsynth", whose

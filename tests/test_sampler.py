@@ -141,6 +141,46 @@ def test_order_and_batch_of_runs_do_not_matter(bundle, branches):
   assert relative(runs.run(bundle, noise, cond, schedule, batch=3, piece=2), latents) < SAME
 
 
+def test_a_scale_of_guidance_for_each_run_is_that_of_the_run_alone(bundle, inputs):
+  noise, cond = inputs
+  scales = np.random.default_rng(0).uniform(1, 6, (4, 4)).astype(np.float32)  # S R
+  schedule = replace(tiny_schedule(), guidance=scales)
+  latents, trace, _ = denoise(bundle, noise, cond, schedule)
+  for run in (0, 3):
+    same = replace(schedule, guidance=scales[:, run])
+    assert relative(latents[run], denoise(bundle, noise, cond, same)[0][run]) < SAME
+  turned = runs.take(schedule, [3, 2, 1, 0])
+  np.testing.assert_array_equal(turned.guidance, scales[:, ::-1])
+  assert runs.take(same, [3, 2, 1, 0]) is same
+  problem = (bundle, noise, cond, schedule)
+  assert relative(runs.run(*problem, batch=3, piece=2), latents) < SAME
+  assert relative(runs.run(*problem, mesh=sharding.make_mesh(seed=2)), latents) < SAME
+  three = (runs.take(tree, slice(3)) for tree in problem[1:])
+  final, dealt = runs.pmap_runs(bundle, *three, devices=jax.devices()[:2])
+  assert relative(final, latents[:3]) < SAME and relative(dealt.x0, trace.x0[:, :3]) < SAME
+
+
+@pytest.mark.parametrize(
+  ("leaf", "shape", "wanted"),
+  [
+    ("sigma", (4,), r"wanted S\+1 = \(5,\)"),
+    ("timestep", (), r"wanted S = \(4,\)"),
+    ("time", (4, 16), r"wanted S 2 freq_dim = \(4, 2, 16\)"),
+    ("guidance", (), r"wanted S or S R = \(4,\) or \(4, 3\)"),
+    ("guidance", (3, 4), r"wanted S or S R = \(4,\) or \(4, 3\)"),
+    ("guidance", (4, 4), r"wanted S or S R = \(4,\) or \(4, 3\)"),
+    ("which", (3,), r"wanted S = \(4,\)"),
+    ("coef", (4, 3), r"wanted S = \(4,\)"),
+  ],
+)
+def test_a_leaf_of_the_schedule_in_another_shape_is_refused(bundle, leaf, shape, wanted):
+  value = np.zeros(shape, np.float32)
+  schedule = replace(tiny_schedule(), **{leaf: {"delta": value} if leaf == "coef" else value})
+  for call in (denoise, runs.run, runs.pmap_runs):
+    with pytest.raises(ValueError, match=rf"{leaf}.* is {re.escape(str(shape))}, {wanted}"):
+      call(bundle, *tiny_inputs(3), schedule)
+
+
 def test_runs_are_taken_of_whatever_has_them(bundle, inputs):
   noise, cond = inputs
   taps = TapSpec(sites=("attn_out",), steps=(0,), solver=True)

@@ -25,7 +25,7 @@ STRIDE = 10_000  # seeds of a case
 RUN_AXES: dict[type, dict[str, int]] = {
   Noise: {"keys": 0, "start": 0, "injected": 1},
   Conditioning: {"text": 1, "known": 0, "known_mask": 0, "clip": 0},
-  State: {"latents": 0, "x0": 0, "solver": 0},
+  State: {"latents": 0, "x0": 0, "solver": 0, "step": 0},
   Trace: {"finite": 1, "latents": 1, "x0": 1, "taps": 3, "solver": 1},
   Schedule: {"guidance": 1},
 }

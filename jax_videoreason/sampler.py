@@ -27,6 +27,8 @@ from jax_videoreason.edits import (
   wants_noise,
 )
 from jax_videoreason.guidance import combine
+from jax_videoreason.places import space_of
+from jax_videoreason.pytrees import is_known
 from jax_videoreason.schedules import HOLD, Schedule
 from jax_videoreason.sharding import ambient, check_auto, constrain
 from jax_videoreason.solvers import SOLVERS
@@ -34,6 +36,7 @@ from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Sizes, Sta
 from jax_videoreason.taps import SITES, TapSpec, asked, layer_slots, step_slots
 
 Guidance = Literal["parallel", "sequential"]
+ANY_STEP = np.int32(-1)  # of a State that may stand before any step
 
 
 def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Sizes:
@@ -58,12 +61,14 @@ def sizes_of(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Sc
 
 
 def start(noise: Noise, solver: str) -> State:
-  """The state before the first step: float32 latents, x0 = 0, the solver's empty memory."""
+  """The state before a first step, whichever that is: float32 latents, x0 = 0, an empty memory."""
   latents = noise.start
   if latents is None:
     latents = _draw(noise, jnp.zeros((), jnp.int32))
   latents = latents.astype(jnp.float32)
-  return State(latents=latents, x0=jnp.zeros_like(latents), solver=SOLVERS[solver].init(latents))
+  step: Any = np.full(latents.shape[0], ANY_STEP)
+  x0, memory = jnp.zeros_like(latents), SOLVERS[solver].init(latents)
+  return State(latents=latents, x0=x0, solver=memory, step=step)
 
 
 def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
@@ -84,7 +89,24 @@ def state_at(trace: Trace, schedule: Schedule, step: int) -> State:
   latents = jnp.asarray(trace.latents[step])
   x0 = jnp.asarray(trace.x0[step - 1]) if step else jnp.zeros_like(latents)
   memory = {name: jnp.asarray(rows[step]) for name, rows in trace.solver.items()}
-  return State(latents=latents, x0=x0, solver=memory or SOLVERS[schedule.solver].init(latents))
+  return State(
+    latents=latents,
+    x0=x0,
+    solver=memory or SOLVERS[schedule.solver].init(latents),
+    step=_step_of(trace, schedule, step),
+  )
+
+
+def _step_of(trace: Trace, schedule: Schedule, row: int) -> Any:
+  """R: the step that is `row` of a trace, where the schedule has the sigma of the trace there."""
+  runs = trace.finite.shape[1]
+  if row >= len(schedule):
+    return np.full(runs, ANY_STEP)
+  space = space_of(trace.sigma, schedule.sigma, schedule.index)
+  of_trace, sigma, index = (
+    space.asarray(rows)[row] for rows in (trace.sigma, schedule.sigma, schedule.index)
+  )
+  return space.full(runs, space.where(of_trace == sigma, index, ANY_STEP), np.int32)
 
 
 def moved(state: State, latents: Array, schedule: Schedule) -> State:
@@ -120,11 +142,10 @@ def denoise(
   """Denoises R runs over a schedule or a piece of it.
 
   Returns the latents after the last step (R F H W C, float32), the trace of the steps, and the
-  state from which the next piece continues; pieces handed on by `state` equal the whole, and
-  between two of them `moved` puts in other latents. Seeds, guidance, sigmas, boundary and every
-  value of an intervention are data: only shapes, the solver, the edited sites, the fields in use
-  and the static half of `taps` compile anew. `edit` and `noise.injected` keep the rows of the whole
-  schedule.
+  state from which the next piece continues. Pieces handed on by `state` equal the whole; between
+  two of them `moved` puts in other latents. Seeds, guidance, sigmas, boundary and every value of an
+  intervention are data: only shapes, the solver, the edited sites, the fields in use and the static
+  half of `taps` compile anew. `edit` and `noise.injected` keep the rows of the whole schedule.
 
   guidance: "sequential" computes one guidance branch after the other, with half the activations.
   remat: a derivative in reverse (`jax.grad`) keeps the state before every step and computes the
@@ -132,7 +153,8 @@ def denoise(
 
   Raises:
     ValueError: shapes that contradict each other, a schedule that calls an expert that is not
-      loaded, or an `edit` or `taps` of another kind.
+      loaded, a state that is known to stand before another step, or an `edit` or `taps` of another
+      kind.
   """
   check_kinds(edit, taps)
   check_auto(ambient())
@@ -140,8 +162,42 @@ def denoise(
   check(bundle, noise, cond, schedule, edit, state)
   if guidance not in ("parallel", "sequential"):
     raise ValueError(f"guidance={guidance!r}, wanted 'parallel' or 'sequential'.")
-  return _trajectory(
-    bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, state, guidance, remat
+  bare = None if state is None else dataclasses.replace(state, step=None)
+  latents, trace, after = _trajectory(
+    bundle.parts.dit, bundle.params, noise, cond, schedule, edit, taps, bare, guidance, remat
+  )
+  # beside the program: known at once, so that `check` of the next piece waits for no step
+  return latents, trace, dataclasses.replace(after, step=_step_after(schedule, len(latents)))
+
+
+def _step_after(schedule: Schedule, runs: int) -> Any:
+  """R: the step that comes next; any, where the last one is held and so might be made later."""
+  space = space_of(schedule.index, schedule.which)
+  following = space.asarray(schedule.index)[-1] + 1
+  if schedule.which is not None:
+    following = space.where(space.asarray(schedule.which)[-1] == HOLD, ANY_STEP, following)
+  return space.full(runs, following, np.int32)
+
+
+def _wrong_step(state: State, schedule: Schedule) -> str | None:
+  """What is wrong with where a state stands; None = nothing, or it is not known.
+
+  Where the first steps are held, it may stand before any of them or the first one that is made.
+  """
+  if state.step is None or not is_known(state.step, schedule.index, schedule.which):
+    return None
+  index, which = np.asarray(schedule.index), schedule.which
+  made = index if which is None else index[np.asarray(which) != HOLD]
+  if not made.size:
+    return None
+  stands = np.asarray(state.step)
+  wrong = stands[(stands != ANY_STEP) & ((stands < index[0]) | (stands > made[0]))]
+  if not wrong.size:
+    return None
+  return (
+    f"the state stands before step {wrong[0]}, wanted step {made[0]}, with which the schedule goes "
+    f"on: continue with schedule[{wrong[0]}:] of the whole one, or say that it may stand anywhere "
+    "by dataclasses.replace(state, step=None)."
   )
 
 
@@ -226,6 +282,7 @@ def check(
         f"state remembers {sorted(state.solver)}, solver {schedule.solver!r} wants "
         f"{sorted(memory)}: continue with the solver that began, or take state_at of its trace."
       )
+    faults += [fault for fault in [_wrong_step(state, schedule)] if fault is not None]
   if not any(params is not None for params in bundle.params):
     faults.append("no expert of the DiT is loaded: load(..., parts=('dit', ...)).")
   which = schedule.which
@@ -261,7 +318,8 @@ def _trajectory(
   remat: bool,
 ) -> tuple[Array, Trace, State]:
   solver = SOLVERS[schedule.solver]
-  state = start(noise, schedule.solver) if state is None else state
+  if state is None:
+    state = dataclasses.replace(start(noise, schedule.solver), step=None)
   known = known_cells(dit.config.image_input, cond)
   steps = len(schedule)
   slots = jnp.asarray(layer_slots(taps, dit.config.layers))

@@ -170,11 +170,14 @@ class State:
 
   latents, x0: R F H W C; x0 = the guess of the step before, 0 before the first.
   solver: the solver's memory, in which a multistep solver has its own copy of the latents.
+  step: R int32, the step of the whole schedule that comes next, to which `denoise` holds the piece;
+    -1 (before the first piece, after a held step) and None = any.
   """
 
   latents: Array
   x0: Array
   solver: dict[str, Array]
+  step: Array | None = None
 
 
 @pytree

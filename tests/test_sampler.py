@@ -72,6 +72,32 @@ def test_pieces_handed_on_by_state_equal_the_whole(bundle, inputs, solver):
   assert relative(jnp.concatenate(seen), trace.x0) < SAME
 
 
+def test_a_state_goes_on_with_the_step_before_which_it_stands(bundle, inputs):
+  schedule = tiny_schedule()
+  _, trace, state = denoise(bundle, *inputs, schedule[:2])
+  assert state.step.tolist() == [2] * 4
+  check = functools.partial(sampler.check, bundle, *inputs)
+  for piece, wanted in ((schedule[3:], 3), (schedule[1:], 1), (schedule.only(1, 4), 1)):
+    said = rf"stands before step 2, wanted step {wanted},.*: continue with schedule\[2:\]"
+    with pytest.raises(ValueError, match=said):
+      denoise(bundle, *inputs, piece, state=state)
+    check(piece, state=replace(state, step=None))
+    check(piece, state=sampler.start(inputs[0], "euler"))
+    jax.eval_shape(lambda s, piece=piece: denoise(bundle, *inputs, piece, state=s), state)
+  check(schedule[2:], state=runs.take(state, [3, 2, 1, 0]))
+  check(schedule.only(2, 4), state=state)
+  check(schedule.only(3, 4), state=state)  # a step is held on purpose
+  for row in range(2):
+    assert sampler.state_at(trace, schedule, row).step.tolist() == [row] * 4
+  _, part, last = denoise(bundle, *inputs, schedule[2:], state=state)
+  assert last.step.tolist() == [4] * 4
+  assert sampler.state_at(part, schedule[2:], 1).step.tolist() == [3] * 4
+  assert sampler.state_at(part, schedule, 1).step.tolist() == [-1] * 4  # not its schedule
+  _, _, early = denoise(bundle, *inputs, schedule.only(0, 2))
+  check(schedule.only(2, 4), state=early)
+  check(schedule[2:], state=early)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_held_steps_equal_a_cut_schedule(bundle, inputs, solver):
   schedule = tiny_schedule(solver=solver)

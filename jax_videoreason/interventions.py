@@ -110,7 +110,9 @@ def noise_at(
   x0_before is the guess of the step before; at the first step of a schedule it is 0 and sigma 1,
   so `renoise` is `replace`. gain: a number or one per step (S), for the two that add.
   sigma: S or S+1, `Schedule.sigma` of the whole schedule, for "add_sigma" and "renoise".
-  Every edit of one step shares one draw of noise per run. Acts on steps and frames of `at` only.
+  Every edit of one step shares one draw of noise per run, which the key of the run and the step
+  decide: copies of a run draw the same, unless their Noise is made of other seeds (`runs.take`).
+  Acts on steps and frames of `at` only.
   Errors: ValueError for an unknown mode, a sigma that is missing, a gain that has no meaning.
   """
   if mode not in NOISE_MODES:

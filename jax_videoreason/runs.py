@@ -103,6 +103,8 @@ def take(tree: Any, runs: Any) -> Any:
 
   A Schedule is taken by its guidance; it stays as it is where that is the same for all runs.
   runs: a run or several, in any order and also twice (the R axis stays); a mask; a slice.
+  Two copies of a run draw the same noise where an edit injects some. For branches that differ, take
+  the State and the Conditioning, and give them a Noise of other seeds: make_noise([seed_of(...)]).
   ValueError: another kind (in an Intervention runs are related to each other), and runs that are
   not there.
   """

@@ -475,6 +475,35 @@ def test_injected_noise_is_drawn_from_the_key_of_the_run(bundle, inputs):
   np.testing.assert_array_equal(piece.latents[0, 2], wanted)
 
 
+def test_copies_of_a_run_branch_by_noise_of_other_seeds(bundle, inputs):
+  noise, cond = inputs
+  schedule = tiny_schedule()
+  sizes = sampler.sizes_of(bundle, noise, cond, schedule)
+  copies, second = [0, 0, 2, 2], [1, 3]
+  _, _, state = denoise(bundle, noise, cond, schedule[:2])
+  state, cond = (runs.take(tree, copies) for tree in (state, cond))
+  at = interventions.where(sizes, steps=2)
+  edit = interventions.noise_at(
+    identity(sizes), at, mode="renoise", sigma=schedule.sigma, runs=second
+  )
+
+  def branched(noise, edit):
+    _, trace, _ = denoise(bundle, noise, cond, schedule[2:], edit, state=state)
+    return np.asarray(trace.latents[0])
+
+  others = runs.make_noise([runs.seed_of(case, 7 + n) for n, case in enumerate(copies)], GRID)
+  made = branched(others, edit)
+  np.testing.assert_array_equal(made[::2], state.latents[::2])
+  sigma = schedule.sigma[2]
+  for run in second:
+    drawn = jax.random.normal(jax.random.fold_in(others.keys[run], 3), GRID)
+    assert relative(made[run], (1 - sigma) * state.x0[run] + sigma * drawn) < SAME
+  both = interventions.noise_at(identity(sizes), at, mode="renoise", sigma=schedule.sigma)
+  same, differing = (branched(own, both) for own in (runs.take(noise, copies), others))
+  np.testing.assert_array_equal(same[::2], same[1::2])
+  assert relative(differing[::2], differing[1::2]) > 0.1
+
+
 def test_unipc_forgets_a_run_whose_latents_were_edited(bundle, inputs):
   noise, cond = inputs
   schedule = tiny_schedule(solver="unipc")

@@ -32,6 +32,8 @@ RUN_AXES: dict[type, dict[str, int]] = {
 
 # What is told of a finished piece: its trace (numpy), its rows of the schedule, its runs.
 OnPiece = Callable[[Trace, slice, slice], None]
+# What is told of runs that are through: their state (numpy), and which they are.
+OnState = Callable[[State, slice], None]
 # Brings the params of a bundle in which the expert of this number is loaded and no other.
 OneExpert = Callable[[int], tuple[Params | None, ...]]
 
@@ -225,6 +227,7 @@ def run(
   state: State | None = None,
   route: attention.Route | None = None,
   expert: OneExpert | None = None,
+  on_state: OnState | None = None,
 ) -> np.ndarray:
   """Denoises R runs in equal batches, each piece by piece, and returns the final latents R F H W C.
 
@@ -235,8 +238,10 @@ def run(
   and values reach the queries of other devices; None = `attention.choose_route`.
 
   state: of all R runs before the first row of `schedule`, which may be a piece; None = the start of
-  their noise. `taps.steps` are rows of `schedule`; a piece of it brings those that lie inside, and
-  compiles for their places in it.
+  their noise. Where each batch stands after the last row is handed to `on_state`.
+
+  `taps.steps` are rows of `schedule`; a piece of it brings those that lie inside, and compiles for
+  their places in it.
 
   expert: asked where `bundle` holds no expert. The schedule is cut where it changes experts; each
   makes its steps of all runs, and is let go before the next one is brought.
@@ -292,6 +297,7 @@ def run(
       else:
         before = take(before, padded)
       here: State = place(before, mesh)  # else the first piece is a program of its own
+      part = slice(int(group[0]), int(group[0]) + count)
       for rows in pieces(len(own), piece):
         at = slice(stretch.start + rows.start, stretch.start + rows.stop)
         with over(mesh, route):
@@ -307,8 +313,10 @@ def run(
           )
         if on_piece is not None:
           host = distributed.fetch(trace)
-          on_piece(take(host, slice(count)), at, slice(int(group[0]), int(group[0]) + count))
+          on_piece(take(host, slice(count)), at, part)
       stand[index] = distributed.fetch(here)
+      if on_state is not None and stretch.stop == len(schedule):
+        on_state(take(stand[index], slice(count)), part)
   return np.concatenate(
     [s.latents[: len(np.unique(g))] for s, g in zip(stand, groups, strict=True) if s is not None]
   )

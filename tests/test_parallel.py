@@ -316,6 +316,20 @@ def test_all_pieces_on_a_mesh_are_one_program(solver, caplog):
   assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("seats", [1, 2])
+def test_runs_go_on_from_the_states_that_were_handed_out(seats):
+  noise, cond = inputs(3, NINE)
+  mesh, schedule = sharding.make_mesh(seed=seats), tiny_schedule(4, solver="unipc")
+  call = functools.partial(runs.run, bundle_of("concat"), noise, cond, batch=2, mesh=mesh)
+  kept = []
+  half = call(schedule[:2], piece=1, on_state=lambda state, part: kept.append((state, part)))
+  assert [part for _, part in kept] == [slice(0, 2), slice(2, 3)]
+  state = jax.tree.map(lambda *parts: np.concatenate(parts), *(state for state, _ in kept))
+  np.testing.assert_array_equal(state.latents, half)
+  assert state.solver["age"].tolist() == state.step.tolist() == [2] * 3
+  assert relative(call(schedule[2:], state=state), call(schedule)) < TOLERANCE
+
+
 def test_a_mix_of_runs_that_do_not_divide_is_refused():
   noise, cond = inputs(3)
   edit = mixes(sizes_for(3))["x0"]

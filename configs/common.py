@@ -3,6 +3,7 @@
 import ast
 import itertools
 import re
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -144,6 +145,13 @@ def parse(config: ConfigDict, argument: str | None) -> ConfigDict:
 def named(argument: str) -> set[str]:
   """The keys that an argument sets."""
   return {part.partition("=")[0].strip() for part in _parts(argument)}
+
+
+def split(argument: str, keys: Collection[str]) -> tuple[str, str]:
+  """What an argument says of other keys, and what it says of these."""
+  parts = _parts(argument)
+  of_these = [part for part in parts if "=" in part and named(part) <= set(keys)]
+  return ",".join(part for part in parts if part not in of_these), ",".join(of_these)
 
 
 def place_of(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

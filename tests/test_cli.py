@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from jax_videoreason import (
 )
 from jax_videoreason.cli import decoding, sample
 from jax_videoreason.cli import report as report_command
+from jax_videoreason.configs import common
 from jax_videoreason.models import FAMILIES, Family
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle
 
@@ -376,6 +378,39 @@ def test_an_argument_takes_one_value_for_a_tuple_and_nested_brackets():
   assert cli.load_config("seeds_mini:tasks=(maze, pick),cases=2").tasks == ("maze", "pick")
   edits = "edits={'a':{'edit':'noise_at','steps':(1,2),'frames':(0,1)},'none':{'edit':'none'}}"
   assert list(cli.load_config(f"seeds_mini:{edits},cases=2").edits) == ["a", "none"]
+
+
+@pytest.mark.parametrize(
+  ("command", "words", "wanted"),
+  [
+    ("run", ("noise", "--config=mini:steps=6,cases=5"), {"steps": 6, "cases": 5}),
+    ("run", ("all", "--config", "mini:cases=5", "--config.steps=6"), {"steps": 6, "cases": 5}),
+    ("run", ("noise", "--config=mini:experiment.stride=5"), {"experiment.stride": 5}),
+    ("run", ("noise", "--config=wan21_i2v_14b:480p,cases=5"), {"shift": 3.0, "cases": 5}),
+    ("sweep", ("--config=mini:tasks=maze,unit=4",), {"tasks": ("maze",), "unit": 4}),
+    ("plan", ("sweep", "--config=mini:cases=5"), {"cases": 5}),
+  ],
+)
+def test_the_argument_of_a_config_sets_keys_that_the_command_adds(command, words, wanted):
+  module = importlib.import_module(f"jax_videoreason.cli.{command}")
+  flags, _ = cli.parse(module, words)
+  for key, value in wanted.items():
+    place, last = common.place_of(flags.config, key)
+    assert place[last] == value
+
+
+@pytest.mark.parametrize(
+  ("argument", "said"),
+  [
+    ("cases=many", "config mini:cases=many: cases=many: wanted a value of type int"),
+    ("experiment.strid=3", "config mini has no key 'experiment.strid'; did you mean"),
+    ("cases=3,stepz=3", "config mini has no key 'stepz'; did you mean 'steps'?"),
+  ],
+)
+def test_a_wrong_key_that_a_command_might_add_is_refused(argument, said):
+  module = importlib.import_module("jax_videoreason.cli.run")
+  with pytest.raises(cli.UsageError, match=re.escape(said)):
+    cli.parse(module, ["noise", f"--config=mini:{argument}"])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,10 @@ class UsageError(ValueError):
   """What was typed can't be understood."""
 
 
+class UnknownKey(UsageError):
+  """The argument of a config names a key that the config has not."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns the exit status: 0, 2 for bad input (one sentence), 130.
 
@@ -332,9 +336,7 @@ def _parse_config(
     else:
       rest.append(word)
   refuse_typed(own, words)
-  config = load_config(name)
-  if complete is not None:
-    config = complete(config, words)
+  config = _completed(name, words, complete or (lambda config, words: config))
   rest = _spelled(rest, config, name)
   delattr(flags, CONFIG)
   config_flags.DEFINE_config_dict(
@@ -342,6 +344,34 @@ def _parse_config(
   )
   flags[CONFIG].using_default_value = not named
   return rest
+
+
+def _completed(
+  name: str, words: Sequence[str], complete: Callable[..., "ConfigDict"]
+) -> "ConfigDict":
+  """The config of that name with the keys that the command adds, which its argument may set too."""
+  common = importlib.import_module("jax_videoreason.configs.common")
+  try:
+    return complete(load_config(name), words)
+  except UnknownKey:
+    base, _, argument = name.partition(":")
+    plain = load_config(base)
+    own = set(plain)
+    adds = set(complete(plain, words)) - own
+    of_command = {key for key in common.named(argument) if key.partition(".")[0] in adds}
+    if not of_command:
+      raise
+  of_config, late = common.split(argument, of_command)
+  config = complete(load_config(f"{base}:{of_config}"), words)
+  try:
+    return common.parse(config, late)
+  except KeyError as error:
+    known = [key for key, _ in _flat(config)]
+    raise UnknownKey(
+      f"config {base} has no key {error.args[0]!r}; {did_you_mean(error.args[0], known)}"
+    ) from error
+  except ValueError as error:
+    raise UsageError(f"config {name}: {error}") from error
 
 
 def typed_option(words: Sequence[str], option: str) -> str | None:
@@ -457,7 +487,7 @@ def _made(module: Any, base: str, argument: str) -> Any:
     if not key or key not in argument:
       raise
     known = [name for name, _ in _flat(make(None))]
-    raise UsageError(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
+    raise UnknownKey(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
 
 
 def _takes_argument(make: Callable[..., Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason.folders import checksum
+from jax_videoreason.folders import checksum, local
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
@@ -63,7 +63,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
   """The folder of a shipped bundle, else the path. FileNotFoundError lists what is shipped."""
   if str(name_or_path) in shipped():
     return ASSETS / str(name_or_path)
-  folder = Path(name_or_path)
+  folder = local(name_or_path)
   if not folder.is_dir():
     names = ", ".join(shipped()) or "none"
     raise FileNotFoundError(

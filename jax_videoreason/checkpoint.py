@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_videoreason import bundles
 from jax_videoreason.axes import Params
+from jax_videoreason.folders import local
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
 from jax_videoreason.sharding import check_auto, partition
@@ -99,7 +100,7 @@ def save(
   ValueError: the destination exists, an expert is not loaded, the leaves contradict the config of
   their module, or the disk is too small.
   """
-  path = Path(os.path.abspath(path))
+  path = Path(os.path.abspath(local(path)))
   if path.exists():
     raise ValueError(f"{path} exists already: remove it, or save under another name.")
   trees = _trees(bundle)

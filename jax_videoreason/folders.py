@@ -29,11 +29,26 @@ KINDS = (  # names that lie in a folder -> what it is, and how it is read; the f
   (("result.json", "samples"), "set of scores", "`videoreason vbvr table` takes it"),
   (("result.json",), "study", "open it by open_study"),
 )
+ADDRESS = re.compile(r"([A-Za-z][\w.+-]+):/+(.*)", re.DOTALL)  # a Path has one slash left
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
 
 class NoLocksError(OSError):
   """A file system has no locks."""
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+  """The path of a file or folder that is read or written here.
+
+  ValueError: it is an address, as gs://bucket/runs, which would be taken for a folder named gs:.
+  """
+  if found := ADDRESS.fullmatch(os.fspath(path)):
+    raise ValueError(
+      f"{found[1]}://{found[2]} is an address, wanted the path of a file or folder: mount a bucket "
+      "as a folder (docs/pods.md) and give its path; hf:// is for published weights alone, which "
+      "`videoreason convert` reads."
+    )
+  return Path(path)
 
 
 @contextlib.contextmanager
@@ -48,7 +63,7 @@ def held(
 
   ValueError: another command works in it and not `wait`. OSError: it can't be made, or not be held.
   """
-  folder = Path(folder)
+  folder = local(folder)
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, wanted a folder: choose another --out.")
   made = _missing_parents(folder)
@@ -143,14 +158,14 @@ def is_held(folder: Path) -> bool:
 
 def expect(folder: str | Path, what: str) -> None:
   """ValueError where a folder to be read is of another of the `KINDS` than `what`."""
-  kind, reading = _kind(Path(folder))
+  kind, reading = _kind(local(folder))
   if kind not in (None, what):
     raise ValueError(f"{folder} is {_a(kind)}, no {what}: {reading}.")
 
 
 def refuse_other(out: str | Path, what: str) -> None:
   """ValueError where a folder to be written is of another of the `KINDS` than `what`."""
-  kind, _ = _kind(Path(out))
+  kind, _ = _kind(local(out))
   if kind not in (None, what):
     raise ValueError(f"{out} holds {_a(kind)}, which no {what} replaces: choose another --out.")
 
@@ -325,7 +340,7 @@ def beside(path: str | Path) -> Iterator[Path]:
 
   Else it is removed.
   """
-  path = Path(path)
+  path = local(path)
   part = part_of(path)
   try:
     with disk(path):

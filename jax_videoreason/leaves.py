@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from jax_videoreason import bundles, checkpoint
-from jax_videoreason.folders import NoLocksError, disk, remove
+from jax_videoreason.folders import NoLocksError, disk, local, remove
 from jax_videoreason.pytrees import nest
 from jax_videoreason.structs import ModelBundle
 
@@ -64,7 +64,7 @@ class LeafWriter:
     another plan that was begun there.
     ValueError: the destination exists, another plan was begun there, or the disk is too small.
     """
-    self.path = Path(os.path.abspath(path))
+    self.path = Path(os.path.abspath(local(path)))
     self.folder = self.path.parent / f".{self.path.name}.part"
     self.leaves = leaves
     self.redo = redo

@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from einops import reduce, repeat
 from PIL import Image, ImageOps
 
-from jax_videoreason.folders import atomic
+from jax_videoreason.folders import atomic, local
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # Modes that become RGB without loss: grey and black-and-white are repeated, a palette is looked up.
@@ -37,7 +37,7 @@ def read_image(path: str | Path) -> np.ndarray:
   per channel, several frames, or another colour model (CMYK): turning those into RGB is a choice.
   """
   try:
-    data = Path(path).read_bytes()
+    data = local(path).read_bytes()
   except OSError as error:
     raise ValueError(f"image {path} cannot be read ({error.strerror}): check the path.") from error
   return image_of(data, path)
@@ -134,7 +134,7 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
   ValueError: the file is missing, damaged, or holds no video.
   """
   try:
-    data = Path(path).read_bytes()
+    data = local(path).read_bytes()
   except OSError as error:
     raise ValueError(f"video {path} cannot be read ({error.strerror}): check the path.") from error
   try:

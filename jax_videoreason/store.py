@@ -55,6 +55,7 @@ from jax_videoreason.folders import (
   disk,
   expect,
   held,
+  local,
   name_of,
   part_of,
   plain,
@@ -512,7 +513,7 @@ def open_run(folder: str | Path) -> Run:
   Raises:
     ValueError: the folder is not there, is not a run, or a file of it is missing or damaged.
   """
-  folder = Path(folder)
+  folder = local(folder)
   if not folder.is_dir():
     raise ValueError(f"there is no folder {folder}: give the --out of a run.")
   expect(folder, "run")

@@ -248,6 +248,44 @@ def test_a_wrong_word_is_refused(refuses, tmp_path, monkeypatch, words, said):
   assert list(tmp_path.iterdir()) == []
 
 
+GS = "gs://bucket/x"
+ADDRESSED = (
+  *(("demo", "--out"), ("evaluate", "--out"), ("run", "noise", "--out")),
+  *(("tasks", "export", "--out"), ("sweep", "--out"), ("sweep", "--status")),
+  *(("report",), ("report", "x", "--checkpoint")),
+  *(("sample", "--prompt=x", name) for name in ("--out", "--image", "--noise", "--from")),
+  *(("sample", "--prompt=x", "--out=x", name) for name in ("--checkpoint", "--config.checkpoint")),
+  *(("vbvr", "generate", "--out=x", name) for name in ("--data", "--out", "--checkpoint")),
+  *(("vbvr", "score", "--data=x", name) for name in ("--videos", "--out", "--evalkit")),
+  *(("vbvr", "table", "--out=x"), ("vbvr", "baselines", "--data"), ("vbvr", "audit", "--data")),
+  *(("plan", "vbvr", "generate", "--data"), ("plan", "--checkpoint")),
+  *(("convert", "--out=x"), ("convert", "x", "--out"), ("convert", "x", "--out=x", "--lora")),
+)
+
+
+@pytest.mark.parametrize("words", ADDRESSED)
+def test_an_address_in_the_place_of_a_path_is_refused(refuses, tmp_path, monkeypatch, words):
+  monkeypatch.chdir(tmp_path)
+  said = refuses(*words, GS)
+  assert f"{GS} is an address, wanted the path" in said
+  assert "mount a bucket as a folder (docs/pods.md)" in said
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("sample", "--prompt=x", "--out=x", "--checkpoint=hf://owner/name"),
+    ("convert", "x", "--out=hf://owner/name"),
+    ("convert", "hf://owner/name", "--out=x", "--to=diffusers"),
+  ],
+)
+def test_the_hub_is_for_published_weights_alone(refuses, tmp_path, monkeypatch, words):
+  monkeypatch.chdir(tmp_path)
+  assert "hf://owner/name is an address, wanted the path" in refuses(*words)
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_debug_shows_where(call):
   status, _, err = call("report", "nowhere", "--debug")
   assert status == 2

@@ -22,8 +22,18 @@ import pytest
 import zarr
 
 import run_folder
-from jax_videoreason import arrays, folders, store, sweep, tables
+from jax_videoreason import (
+  arrays,
+  checkpoint,
+  folders,
+  leaves,
+  media,
+  store,
+  sweep,
+  tables,
+)
 from jax_videoreason.branching import Branch
+from jax_videoreason.experiments import results
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Trace
 from jax_videoreason.taps import TapSpec
@@ -379,6 +389,31 @@ def test_a_folder_of_another_kind_is_named_where_a_run_is_opened(tmp_path, names
     (tmp_path / name).write_text("{}")
   with pytest.raises(ValueError, match=f"is an? {kind}, no run: {reading}"):
     store.open_run(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x", Path("s3://bucket/x"), Path("hf://a/b")])
+@pytest.mark.parametrize(
+  "opens",
+  [
+    *(store.open_run, sweep.open_sweep, sweep.status, results.open_study, checkpoint.load),
+    *(media.read_image, media.read_mp4),
+    lambda place: run_folder.make(place, seeds=1),
+    lambda place: sweep.begin(place, {"units": 1, "width": 1}),
+    lambda place: folders.write_json(place, {}),
+    lambda place: checkpoint.save(checkpoint.load("mini", parts=()), place),
+    lambda place: leaves.LeafWriter(place, {}, plan=""),
+  ],
+)
+def test_an_address_is_no_folder(tmp_path, monkeypatch, opens, address):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=r"(gs|s3|hf)://.* is an address, wanted the path"):
+    opens(address)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["runs/a:b", "a14b:480p", "C:/x", "./gs:", "/mnt/gs://x", "~/x"])
+def test_a_path_stays_what_it_is(path):
+  assert folders.local(path) == Path(path)
 
 
 def test_redo_takes_what_a_kill_left_while_files_were_moved(tmp_path):

@@ -300,12 +300,15 @@ def _find_home(flags: "FlagValues") -> None:
 def typed_path(given: str, name: str) -> str:
   """A path with the home folder for a leading ~, which shells leave in --out=~/runs.
 
-  UsageError: it is empty; name: of the option or the word.
+  ValueError: it is empty, or an address as gs://bucket/runs; name: of the option or the word.
   """
+  from jax_videoreason import folders
+
   if not given:
     raise UsageError(
       f"{name} is empty, wanted a path: give one, or set the shell variable given there."
     )
+  folders.local(given)
   return os.path.expanduser(given)
 
 

@@ -74,10 +74,11 @@ def define(flags: FlagValues) -> None:
 def main(flags: FlagValues, words: list[str]) -> None:
   if not words:
     raise cli.UsageError("no source given: videoreason convert SRC --out DST.")
-  asked = cli.typed_path(words[0], "SRC")
+  back = flags.to == "diffusers"
+  asked = cli.typed_path(words[0], "SRC") if back else _source(words[0], "SRC")
   if not flags["dry-run"].value:
     cli.required(flags, "out")
-  if flags.to == "diffusers":
+  if back:
     _back(flags, asked)
     return
   detect, bundle, lora, hub = map(_convert, ("detect", "bundle", "lora", "hub"))
@@ -113,12 +114,17 @@ def main(flags: FlagValues, words: list[str]) -> None:
   console.say(f"bundle: {out.resolve()}")
 
 
+def _source(word: str, name: str) -> str:
+  """An address on the hub as it is, a path as `cli.typed_path` has it; name: of the word."""
+  return word if word.startswith(_convert("hub").SCHEME) else cli.typed_path(word, name)
+
+
 def _lora(word: str) -> str:
-  """One --lora with its path as `cli.typed_path` has it, behind high= or low=."""
+  """One --lora with its `_source`, behind high= or low=."""
   expert, equals, file = (
     word.partition("=") if word.startswith(("high=", "low=")) else ("", "", word)
   )
-  return f"{expert}{equals}{cli.typed_path(file, '--lora')}"
+  return f"{expert}{equals}{_source(file, '--lora')}"
 
 
 def _compares(flags: FlagValues) -> bool:

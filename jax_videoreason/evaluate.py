@@ -39,11 +39,13 @@ from jax_videoreason.folders import (
   LOCK,
   begin,
   beside,
-  checksum,
   disk,
   held,
   plain,
   read_json,
+  rewrite_json,
+  sums,
+  vouched,
   write_json,
 )
 from jax_videoreason.models import FAMILIES
@@ -434,10 +436,12 @@ def again(out: str | Path) -> dict[str, Any]:
 
   Nothing is computed by a model; result.json is written where they differ. Returns what it says.
 
-  ValueError: an earlier version wrote it, without something that is now looked at.
+  ValueError: a file of it is damaged, or an earlier version wrote it, without something that is
+    now looked at.
   """
   out = Path(out)
-  before = read_json(out / RESULT)
+  before = read_json(vouched(out, RESULT))
+  vouched(out, PARTS)
   try:
     result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
   except KeyError as error:
@@ -445,11 +449,8 @@ def again(out: str | Path) -> dict[str, Any]:
       f"{out} was written by an earlier version and lacks {error}: `videoreason evaluate --redo` "
       "does it again."
     ) from error
-  if result != before:
-    write_json(out / RESULT, result)
-  manifest, found = read_json(out / MANIFEST), checksum(out / RESULT)
-  if manifest["files"][RESULT] != found:
-    write_json(out / MANIFEST, {**manifest, "files": {**manifest["files"], RESULT: found}})
+  if result != before or RESULT not in sums(out):
+    rewrite_json(out, RESULT, result)
   return result
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 STAGE = ".unfinished"
 PART = ".part-"
+MANIFEST = "manifest.json"  # what a folder holds, with checksums; written last
 LOCK = "lock"  # held by the process that works in a folder
 KINDS = (  # names that lie in a folder -> what it is, and how it is read; the first one counts
   (("runs.json",), "run", "open it by open_run"),
@@ -214,7 +215,7 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
     for name in there:
       if name.startswith(PART) or owned(name):
         remove(out / name)
-    for item in sorted(stage.iterdir(), key=lambda p: p.name == "manifest.json"):
+    for item in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
       item.rename(out / item.name)
     stage.rmdir()
 
@@ -402,6 +403,44 @@ def checksum(path: Path) -> str:
   for item in sorted(p for p in path.rglob("*") if p.is_file()):
     digest.update(f"{item.relative_to(path).as_posix()} {checksum(item)}\n".encode())
   return digest.hexdigest()
+
+
+def vouched(folder: Path, name: str) -> Path:
+  """The path of a file or folder in `folder`, compared with the checksum in the manifest beside it.
+
+  A folder without a manifest, or one whose manifest does not know the name, vouches for nothing.
+  ValueError: it is missing, or not what was written.
+  """
+  path = folder / name
+  wanted = sums(folder).get(name)
+  try:
+    differs = wanted is not None and checksum(path) != wanted
+  except OSError as error:
+    raise damaged(path) from error
+  if differs:
+    raise damaged(path)
+  return path
+
+
+def sums(folder: Path) -> dict[str, str]:
+  """Name -> checksum, as the manifest of a folder has them; nothing where there is none."""
+  if not (folder / MANIFEST).is_file():
+    return {}
+  manifest = read_json(folder / MANIFEST)
+  files = manifest.get("files", {}) if isinstance(manifest, dict) else None
+  if not isinstance(files, dict):
+    raise damaged(folder / MANIFEST)
+  return files
+
+
+def rewrite_json(folder: Path, name: str, value: Any) -> None:
+  """Writes a JSON file of a folder anew, and its checksum; meanwhile the manifest knows none."""
+  manifest = read_json(folder / MANIFEST)
+  others = {file: found for file, found in manifest["files"].items() if file != name}
+  write_json(folder / MANIFEST, {**manifest, "files": others})
+  write_json(folder / name, value)
+  files = dict(sorted({**others, name: checksum(folder / name)}.items()))
+  write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
 # JSON

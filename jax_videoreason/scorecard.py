@@ -12,7 +12,7 @@ from einops import rearrange
 from jax_videoreason import baselines, media, scoring, stats, tables, tasks
 from jax_videoreason.axes import spread
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
-from jax_videoreason.folders import read_json
+from jax_videoreason.folders import read_json, vouched
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 
 CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, Any]:
   """Everything the template shows, as plain values."""
   result = read_json(folder / RESULT)
   manifest = read_json(folder / "manifest.json")
-  rows = tables.read(folder / TABLE)
+  rows = tables.read(vouched(folder, TABLE))
   warn_of_code(folder, result["tasks"])
   sheets: list[str] = []
   blocks = {name: block(folder, name, result, rows, sheets) for name in result["tasks"]}

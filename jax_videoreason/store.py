@@ -63,6 +63,7 @@ from jax_videoreason.folders import (
   refuse_other,
   remove,
   staged,
+  vouched,
   whole,
   write_json,
 )
@@ -439,7 +440,7 @@ class Run:
   @property
   def final_latents(self) -> np.ndarray:
     """R F H W C float32."""
-    return _read_npy(self.path / "final_latents.npy")
+    return _read_npy(vouched(self.path, "final_latents.npy"))
 
   def first(self, run: int) -> Path | None:
     """The given first frame of a run, a PNG."""
@@ -450,8 +451,10 @@ class Run:
 
     height width 3, uint8; or the frame float32 about -1..1.
     """
-    exact, first = self._file(f"first_{run}.npy"), self.first(run)
-    shown = self._file(f"shown_{run}.png")
+    exact, first, shown = (
+      None if self._file(name) is None else vouched(self.path, name)
+      for name in (f"first_{run}.npy", f"first_{run}.png", f"shown_{run}.png")
+    )
     frame = None if first is None else media.read_image(first)
     return (
       frame if exact is None else _read_npy(exact),
@@ -521,13 +524,14 @@ def open_run(folder: str | Path) -> Run:
     raise ValueError(
       f"{folder} has no manifest.json, so it is not a finished run: give the --out of a run."
     )
-  manifest, runs = read_json(folder / "manifest.json"), read_json(folder / "runs.json")
+  manifest = read_json(folder / "manifest.json")
   written = manifest.get("format") if isinstance(manifest, dict) else None
   if written != FORMAT:
     raise ValueError(
       f"{folder} has format {written}, this version ({__version__}) reads run folders of format "
       f"{FORMAT}: upgrade jax-videoreason, or give the --out of a run."
     )
+  runs = read_json(vouched(folder, "runs.json"))
   root = folder / "trace.zarr"
   found = arrays.open_group(root)
   for name in ("sigma", "finite"):
@@ -538,7 +542,7 @@ def open_run(folder: str | Path) -> Run:
       f"{folder}: runs.json names {len(runs)} runs, trace.zarr has "
       f"{found['finite'].shape[1]}; run it again, or copy the folder again."
     )
-  answers = folder / "answers.json"
+  answers = vouched(folder, "answers.json")
   return Run(
     path=folder.resolve(),
     manifest=manifest,

@@ -41,6 +41,7 @@ from jax_videoreason.folders import (
   refuse_other,
   remove,
   replaceable,
+  vouched,
   write_json,
 )
 
@@ -55,6 +56,7 @@ ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
 )
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)
 SAID = {"of", "unit", "rows", "arrays", "seconds", "devices"}  # by a row file
+DAMAGED = f"{TABLE} or {MANIFEST} is missing or damaged"
 RUN = "run"
 
 Row = dict[str, Any]
@@ -247,11 +249,10 @@ def finish(folder: str | Path, **manifest: Any) -> None:
     )
   if (folder / MANIFEST).exists():
     try:
-      read_json(folder / MANIFEST)
-      tables.read(folder / TABLE)
+      _table(folder)
       return
     except ValueError:
-      _note(folder, f"{TABLE} or {MANIFEST} is missing or damaged; written again")
+      _note(folder, f"{DAMAGED}; written again")
   layouts = [json.dumps(part["devices"], sort_keys=True) for part in parts]
   distinct = sorted(set(layouts))
   with _kept(folder):
@@ -265,6 +266,17 @@ def finish(folder: str | Path, **manifest: Any) -> None:
       layout_of_unit=[distinct.index(layout) for layout in layouts],
       **manifest,
     )
+
+
+def _table(folder: Path) -> list[Row]:
+  """The rows of a finished sweep; ValueError where they are not what its manifest says."""
+  try:
+    return tables.read(vouched(folder, TABLE))
+  except ValueError as error:
+    raise ValueError(
+      f"{folder}: {DAMAGED}: the same `videoreason sweep` writes it again, or copy the folder "
+      "again."
+    ) from error
 
 
 def faults(folder: str | Path, units: Iterable[int] | None = None) -> dict[int, str]:
@@ -351,8 +363,9 @@ class Status:
   """How far a sweep is. left: the units that are not done. seconds: of one process for these; None
   = nothing to judge by.
 
-  damaged: what is wrong with the row files of some of them; arrays are not read. broken: rows of
-  runs that are not finite. events: {"unit", "event"}, what was done again.
+  damaged: what is wrong with the row files of some of them; arrays are not read. table: what is
+  wrong with the table of a sweep whose units are whole, "" = nothing. broken: rows of runs that are
+  not finite. events: {"unit", "event"}, what was done again.
   """
 
   working: bool
@@ -360,6 +373,7 @@ class Status:
   units: int
   left: list[int]
   damaged: dict[int, str]
+  table: str
   width: int
   seconds: float | None
   broken: list[Row]
@@ -379,12 +393,21 @@ def status(folder: str | Path) -> Status:
   parts = [part for part in found.values() if not isinstance(part, str)]
   left = {unit: part for unit, part in found.items() if isinstance(part, str)}
   each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
+  working = is_held(folder)
+  ended = (folder / MANIFEST).exists() and not left
+  table = ""
+  if ended and not working:  # who works may be writing it just now
+    try:
+      _table(folder)
+    except ValueError:
+      table = DAMAGED
   return Status(
-    working=is_held(folder),
-    finished=(folder / MANIFEST).exists() and not left,
+    working=working,
+    finished=ended and not table,
     units=units,
     left=list(left),
     damaged={unit: said for unit, said in left.items() if said},
+    table=table,
     width=width,
     seconds=float(np.median(each)) * len(left) if each else None,
     broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
@@ -449,7 +472,7 @@ def open_sweep(folder: str | Path) -> Sweep:
   asked = _asked(folder)
   finished = (folder / MANIFEST).exists()
   if finished:
-    rows = tables.read(folder / TABLE)
+    rows = _table(folder)
   else:
     parts = _read_units(folder)
     rows = [row for part in parts.values() if not isinstance(part, str) for row in part["rows"]]

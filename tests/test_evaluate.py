@@ -545,7 +545,7 @@ def test_blends_and_wrong_answers_are_told_apart_and_neither_is_diversity():
 def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   result, manifest = (json.loads((copy / n).read_text()) for n in ("result.json", "manifest.json"))
   del result["tasks"]["pick"]["ambiguity"]["right"]  # as an earlier version left it
-  (copy / "result.json").write_text(json.dumps(result))
+  folders.rewrite_json(copy, "result.json", result)
   assert cli.main(["report", str(copy)]) == 0
   found = result_of(copy)["tasks"]["pick"]["ambiguity"]
   assert sum(found[name]["estimate"] for name in ("right", "wrong", "unreadable")) == 1
@@ -587,6 +587,9 @@ def test_rows_of_an_earlier_version_are_told_from_ours(copy, capsys):
   part = json.loads(path.read_text())
   del part["watched"]["truth"]
   path.write_text(json.dumps(part))
+  manifest = json.loads((copy / "manifest.json").read_text())
+  manifest["files"]["tasks"] = folders.checksum(copy / "tasks")
+  (copy / "manifest.json").write_text(json.dumps(manifest))
   assert cli.main(["report", str(copy)]) == 2
   said = capsys.readouterr().err
   assert (
@@ -645,6 +648,20 @@ def test_report_draws_the_page_again(copy):
   (copy / "report.html").unlink()
   assert cli.main(["report", str(copy)]) == 0
   assert (copy / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["result.json", "table.parquet", "tasks/pick/task.json"])
+def test_a_number_that_is_not_what_was_written_is_told(copy, capsys, name):
+  path = copy / name
+  if name == "table.parquet":
+    rows = tables.read(path)
+    tables.write(path, [{**rows[0], "score": 0.123}, *rows[1:]])
+  else:
+    text = path.read_text()
+    path.write_text(text.replace('"score": ', '"score": 1', 1))
+    assert path.read_text() != text
+  assert cli.main(["report", str(copy)]) == 2
+  assert f"{name.split('/')[0]} is missing or damaged" in capsys.readouterr().err
 
 
 def test_a_damaged_table_is_told(copy, capsys):

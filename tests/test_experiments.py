@@ -736,6 +736,11 @@ def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
   manifest = read_json(tmp_path / "manifest.json")
   assert manifest["files"] == {"result.json": checksum(tmp_path / "result.json")}
   assert {claim["today"] for claim in claims_now} == {"declared after this run"}
+  write_json(tmp_path / "result.json", {**read_json(tmp_path / "result.json"), "cases": 1})
+  for read in (results.load, results.open_study, judge_again):
+    with pytest.raises(ValueError, match=r"result\.json is missing or damaged"):
+      read(tmp_path)
+  write_json(tmp_path / "manifest.json", {**MANIFEST, "files": {}})
   results.save(tmp_path, found, {**record, "experiment": "mine"})
   judge_again(tmp_path)  # its claims are not known here
   assert results.load(tmp_path)[1]["claims"] == []

@@ -1,12 +1,14 @@
 """A run folder is whole or not there, and reads back as it was written."""
 
 import builtins
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -602,6 +604,44 @@ def test_an_answer_file_without_a_column(copy):
   (copy / "answers.json").write_text(json.dumps(record))
   with pytest.raises(ValueError, match=r"answers\.json is missing or damaged"):
     store.open_run(copy)
+
+
+@pytest.mark.parametrize("name", ["runs.json", "answers.json"])
+def test_a_number_that_is_not_what_was_written_is_never_read(copy, name):
+  text = (copy / name).read_text()
+  (copy / name).write_text(re.sub(r"\d", lambda found: str(9 - int(found[0])), text, count=1))
+  with pytest.raises(ValueError, match=rf"{name} is missing or damaged"):
+    store.open_run(copy)
+
+
+@pytest.mark.parametrize("name", ["final_latents.npy", "first_0.png"])
+def test_one_bit_of_what_a_run_holds_is_never_read_as_another_value(copy, name):
+  whole = bytearray((copy / name).read_bytes())
+  whole[len(whole) // 2] ^= 1
+  (copy / name).write_bytes(whole)
+  run = store.open_run(copy)
+  with pytest.raises(ValueError, match=rf"{name} is missing or damaged"):
+    _ = run.given(0) if name == "first_0.png" else run.final_latents
+
+
+def test_stopped_while_a_file_is_written_anew_its_folder_is_still_read(copy, monkeypatch):
+  runs, sums = folders.read_json(copy / "runs.json"), folders.sums(copy)
+  real, calls = folders.write_json, []
+
+  def stopped(path, value):
+    calls.append(path)
+    if len(calls) == at:
+      raise KeyboardInterrupt
+    real(path, value)
+
+  monkeypatch.setattr(folders, "write_json", stopped)
+  for at in (1, 2, 3, 4):
+    calls.clear()
+    with contextlib.suppress(KeyboardInterrupt):
+      folders.rewrite_json(copy, "runs.json", [{**run, "prompt": f"{at}"} for run in runs])
+    seen = store.open_run(copy).runs[0]["prompt"]
+    assert seen == {1: runs[0]["prompt"], 2: runs[0]["prompt"], 3: "3", 4: "4"}[at]
+  assert folders.sums(copy).keys() == sums.keys()
 
 
 def test_truncated_latents(copy):

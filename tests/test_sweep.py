@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import arrays, folders, open_sweep, sweep, tables
+from jax_videoreason.cli.sweep import show
 from jax_videoreason.sweep import Part, Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,6 +362,39 @@ def test_a_lost_description_of_an_array_costs_all_units(whole, text):
   assert carry_out(whole) == list(range(UNITS))
   assert table(whole) == before
   assert "All units are done again" in sweep.status(whole).events[0]["event"]
+
+
+def flip(path: Path, at: int) -> None:
+  """Turns one bit of a byte over."""
+  whole = bytearray(path.read_bytes())
+  whole[at] ^= 1
+  path.write_bytes(whole)
+
+
+def test_no_bit_of_the_table_can_turn_into_another_number(whole):
+  before = table(whole)
+  for at in range(0, len(before), len(before) // 60):
+    flip(whole / "table.parquet", at)
+    with pytest.raises(ValueError, match="missing or damaged"):
+      open_sweep(whole)
+    (whole / "table.parquet").write_bytes(before)
+  assert open_sweep(whole).finished
+
+
+def test_a_table_that_is_not_what_was_written_is_named_and_written_again(whole, capsys):
+  before = table(whole)
+  flip(whole / "table.parquet", len(before) // 3)
+  with pytest.raises(ValueError, match=r"table\.parquet or .* missing or damaged: the same"):
+    open_sweep(whole)
+  found = sweep.status(whole)
+  assert (found.finished, found.done, found.left) == (False, UNITS, [])
+  show(whole)
+  assert "damaged; the same command writes it again" in capsys.readouterr().out
+  assert carry_out(whole) == []
+  assert table(whole) == before
+  found = sweep.status(whole)
+  assert (found.finished, found.table) == (True, "")
+  assert found.events == [{"unit": None, "event": f"{sweep.DAMAGED}; written again"}]
 
 
 @pytest.mark.parametrize("name", ["table.parquet", "manifest.json"])

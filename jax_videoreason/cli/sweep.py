@@ -97,6 +97,8 @@ def show(folder: Path) -> None:
   console.say(said)
   for unit, damage in found.damaged.items():
     console.say(f"unit {unit}: {damage}; the same command does it again")
+  if found.table:
+    console.say(f"{found.table}; the same command writes it again")
   for row in found.broken:
     console.say(
       f"run {row['run']} ({row['task']} {row['split']} {row['index']}, seed {row['seed']}, edit "

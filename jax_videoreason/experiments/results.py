@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import arrays, stats
-from jax_videoreason.folders import damaged, expect, plain, read_json, write_json
+from jax_videoreason.folders import damaged, expect, plain, read_json, vouched, write_json
 from jax_videoreason.stats import SEED
 
 FORMAT = 3  # raised where what a study keeps means something else than before
@@ -367,7 +367,7 @@ def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
   ValueError: it is none, or a file of it is missing or damaged.
   """
   folder = Path(folder)
-  path, root = folder / "result.json", folder / "arrays.zarr"
+  path, root = vouched(folder, "result.json"), folder / "arrays.zarr"
   record = read_json(path)
   if not isinstance(record, dict):
     raise damaged(path)

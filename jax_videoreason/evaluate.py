@@ -116,7 +116,19 @@ def plan(names: str, split: str, cases: int, kind: str) -> Plan:
 
 def work(chosen: SampleSettings, asked: Plan) -> int:
   """The network evaluations of one guidance branch that an evaluation needs, over all its tasks."""
-  return len(asked.tasks) * asked.cases * (len(chosen.seeds) + 1) * chosen.steps
+  return len(asked.tasks) * _runs_of_task(chosen, asked) * chosen.steps
+
+
+def evaluations(chosen: SampleSettings, asked: Plan, mesh: Mesh | None) -> int:
+  """All that are computed: of both guidance branches, with what fills batches up."""
+  seats = 1 if mesh is None else mesh.shape["seed"]
+  made = runs.computed(_runs_of_task(chosen, asked), chosen.batch or BATCH, seats)
+  return len(asked.tasks) * made * chosen.steps * (2 if chosen.guided else 1)
+
+
+def _runs_of_task(chosen: SampleSettings, asked: Plan) -> int:
+  """Every case with every seed, and with the prompt of another."""
+  return asked.cases * (len(chosen.seeds) + 1)
 
 
 def evaluate(
@@ -483,6 +495,6 @@ def finish(
     mesh=None if mesh is None else dict(mesh.shape),
     model=name,
     plan=dataclasses.asdict(asked),
-    evaluations=work(chosen, asked) * (2 if chosen.guided else 1),
+    evaluations=evaluations(chosen, asked, mesh),
   )
   return result

@@ -201,6 +201,12 @@ def batches(runs: int, batch: int | None) -> list[np.ndarray]:
   return [np.minimum(np.arange(low, low + size), runs - 1) for low in range(0, runs, size)]
 
 
+def computed(runs: int, batch: int | None, seats: int = 1) -> int:
+  """How many runs `run` denoises for so many: with those that fill batches up, and in each the
+  `seed` axis of the mesh, of size `seats`."""
+  return sum(-(-len(group) // seats) * seats for group in batches(runs, batch))
+
+
 def pieces(steps: int, piece: int | None) -> list[slice]:
   """The steps in pieces of one length, the largest divisor of `steps` that is at most `piece`."""
   size = (

@@ -1,5 +1,6 @@
 """`videoreason evaluate`: what it measures, what it leaves, how it goes on after a stop."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from jax_videoreason import (
   folders,
   scorecard,
   scoring,
+  settings,
   sharding,
   tables,
   tasks,
@@ -573,6 +575,15 @@ def test_over_a_mesh_every_video_is_decoded_in_the_settings_tiles_and_scored_the
     assert ours[name]["rows"] == wanted[name]["rows"]
   entropies = (np.asarray(part["pick"]["watched"]["entropy"]) for part in (ours, wanted))
   np.testing.assert_allclose(*entropies, atol=1e-3)
+
+
+def test_runs_that_fill_batches_up_are_counted(done):
+  chosen = settings.from_config(cli.load_config("mini:steps=5,seeds=2").to_dict())
+  asked = evaluate.Plan(tasks=("maze", "pick"), cases=3)  # 9 runs of each
+  for batch, mesh, made in ((None, None, 9), (4, None, 12), (4, sharding.make_mesh(seed=3), 18)):
+    some = dataclasses.replace(chosen, batch=batch)
+    assert evaluate.evaluations(some, asked, mesh) == 2 * made * 5 * 2
+  assert json.loads((done / "manifest.json").read_text())["evaluations"] == 2 * 6 * 2 * 2
 
 
 def test_groups_are_held_at_once_and_leave_no_device_idle():

@@ -343,6 +343,15 @@ def test_runs_together_are_runs_of_the_command(capsys):
     assert f"the whole command: {count[videos[0]]} network evaluations ({videos})" in said
 
 
+def test_runs_that_fill_the_last_batch_up_are_counted(capsys):
+  words = ["plan", "--config=mini:steps=5", "--config.seeds=5", "--on=gpu:80GB"]
+  for together in ("--config.batch=4", "--runs=4"):
+    assert cli.main([*words, together]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs together: 40 network evaluations of" in said
+    assert "the whole command: 80 network evaluations (5 videos)" in said
+
+
 def test_taps_above_their_budget_are_told(capsys):
   words = ["plan", "--on=gpu:141GB", "--config=wan22_ti2v_5b", "--config.taps.sites=('attn_out',)"]
   over = "the budget is 8.0 GB. Use reduce="

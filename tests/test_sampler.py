@@ -798,6 +798,20 @@ def test_edited_runs_are_never_split_over_batches(bundle, inputs):
     runs.run(bundle, *inputs, schedule, taps=targets, mesh=sharding.make_mesh(seed=3))
 
 
+@pytest.mark.parametrize(("batch", "seats", "wanted"), [(None, 1, 4), (3, 1, 6), (3, 2, 8)])
+def test_runs_that_fill_batches_up_are_counted(bundle, inputs, monkeypatch, batch, seats, wanted):
+  seen, real = [], sampler.denoise
+
+  def denoise(bundle, noise, *rest, **more):
+    seen.append(len(noise.keys))
+    return real(bundle, noise, *rest, **more)
+
+  monkeypatch.setattr(sampler, "denoise", denoise)
+  mesh = None if seats == 1 else sharding.make_mesh(seed=seats)
+  runs.run(bundle, *inputs, tiny_schedule(), batch=batch, mesh=mesh)
+  assert runs.computed(4, batch, seats) == sum(seen) == wanted
+
+
 def test_pieces_have_one_length():
   assert [p.stop - p.start for p in runs.pieces(50, 12)] == [10] * 5
   assert runs.pieces(7, 3) == [slice(i, i + 1) for i in range(7)]

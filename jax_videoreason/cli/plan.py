@@ -152,16 +152,17 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
     from jax_videoreason.experiments import find
 
     return [run.planned(find(words[1]), cli.resolved(flags))]
-  return [whole(cli.resolved(flags))]
+  return [whole(cli.resolved(flags), flags.runs)]
 
 
-def whole(config: dict[str, Any]) -> "Work":
-  """A sample, or a sweep where the config has cases."""
-  from jax_videoreason import costs, factors, plan, settings, tasks
+def whole(config: dict[str, Any], asked: int | None) -> "Work":
+  """A sample, or a sweep where the config has cases. asked: runs together, None = of the config."""
+  from jax_videoreason import costs, factors, plan, runs, settings, tasks
 
   own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
-  together, videos = min(chosen.batch or len(chosen.seeds), len(chosen.seeds)), len(chosen.seeds)
+  videos = max(len(chosen.seeds), asked or 0)
+  together = asked or min(chosen.batch or videos, videos)
   if own:
     wanted = factors.varied(own)
     factors.check(chosen, wanted)
@@ -177,7 +178,8 @@ def whole(config: dict[str, Any]) -> "Work":
   if own:
     factors.check_model(problem, factors.varied(own))
   each = problem.sizes.S * problem.sizes.G
-  return costs.Work(name="all", problem=problem, videos=videos, evaluations=videos * each)
+  evaluations = each * runs.computed(videos, together)
+  return costs.Work(name="all", problem=problem, videos=videos, evaluations=evaluations)
 
 
 def studies(flags: FlagValues) -> "list[Work]":

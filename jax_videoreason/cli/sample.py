@@ -324,6 +324,8 @@ def record(
     edit = branch.edit
     steps = None if spec.steps is None else tuple(s - begin for s in spec.steps if s >= begin)
     rest = dataclasses.replace(spec, steps=steps)
+  batch = chosen.batch if edit is None else None
+  made = runs.computed(sizes.R, batch, 1 if mesh is None else mesh.shape["seed"])
   process = jax.process_index(), jax.process_count()
   size = {"steps": chosen.steps, "runs": len(of_run)}
   with store.create_trace(folder, **size, taps=spec, process=process) as writer:
@@ -347,7 +349,7 @@ def record(
         schedule[begin:],
         edit,
         rest,
-        batch=chosen.batch if edit is None else None,
+        batch=batch,
         piece=chosen.piece,
         mesh=mesh,
         route=route,
@@ -381,7 +383,7 @@ def record(
     sources=dict(card.sources),
     weights=bundles.fingerprint(chosen.checkpoint),
     seconds=round(time.monotonic() - began, 1),
-    evaluations=(chosen.steps - begin) * sizes.R * sizes.G,
+    evaluations=(chosen.steps - begin) * made * sizes.G,
     undecoded=shown_steps(chosen, len(of_run), keep),
     **({} if branch is None else {"branch": branch.told()}),
   )

@@ -185,17 +185,35 @@ class Product:
 
 def cut(wanted: Varied, seeds: int) -> tuple[int, int]:
   """(units, runs of each): whole cases, or an equal share of the seeds of one."""
-  cases, most = len(wanted.tasks) * wanted.cases, wanted.unit or UNIT
-  if most < seeds and not any(said["edit"] == MIXING for said in wanted.edits.values()):
-    width = _divisor(seeds, most)
-  else:
-    width = seeds * _divisor(cases, max(1, most // seeds))
-  return len(wanted.edits) * cases * seeds // width, width
+  known, most = widths(wanted, seeds), wanted.unit or UNIT
+  width = max((runs for runs in known if runs <= most), default=known[0])
+  return len(wanted.edits) * len(wanted.tasks) * wanted.cases * seeds // width, width
 
 
-def _divisor(of: int, most: int) -> int:
-  """The largest divisor of a number that is at most `most`."""
-  return max(n for n in range(1, min(most, of) + 1) if of % n == 0)
+def widths(wanted: Varied, seeds: int) -> list[int]:
+  """The numbers of runs that a unit may have, the least first."""
+  mixed = any(said["edit"] == MIXING for said in wanted.edits.values())
+  whole = {seeds * n for n in _divisors(len(wanted.tasks) * wanted.cases)}
+  return sorted(whole if mixed else whole | _divisors(seeds))
+
+
+def _divisors(of: int) -> set[int]:
+  return {n for n in range(1, of + 1) if of % n == 0}
+
+
+def check_seats(wanted: Varied, seeds: int, seats: int) -> None:
+  """ValueError where units do not lie evenly on so many devices of `seed`; names what would."""
+  width = cut(wanted, seeds)[1]
+  if width % seats == 0:
+    return
+  fitting = [unit for unit in widths(wanted, seeds) if unit % seats == 0]
+  nearest = min(fitting, key=lambda unit: abs(unit - width), default=None)
+  units = "" if nearest is None else f"--config.unit={nearest} or "
+  fewer = max(n for n in range(1, seats) if width % n == 0)
+  raise ValueError(
+    f"units of {width} runs on seed={seats}, wanted seeds that divide them: give {units}"
+    f"a mesh with seed={fewer}."
+  )
 
 
 def check(chosen: SampleSettings, wanted: Varied) -> dict[str, Task]:

@@ -35,12 +35,6 @@ from jax_videoreason.solvers import SOLVERS
 from jax_videoreason.structs import Card, Conditioning, ModelBundle, Noise, Parts, Sizes, key_of
 from jax_videoreason.taps import TapSpec, check_budget, tap_bytes
 
-# what has a command make so many runs together
-MORE_RUNS = {
-  "after": "--config.seeds={}",
-  "between": "other seeds, cases or --config.batch,",
-  "beside": "--config.unit={}",
-}
 FITS = 0.92  # of the memory, for arguments, temporaries, outputs and code together
 SPARE = 1.3  # compiled for a TPU, a program was seen to take up to 1.29 of the arithmetic
 SHARE = 0.46  # of the peak that a whole step is assumed to reach
@@ -532,10 +526,10 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
       f"{where.count}: give other sizes, or --on for the devices that it lies on."
     )
   if problem.runs % axes["seed"]:
-    wanted = -(-problem.runs // axes["seed"]) * axes["seed"]
+    fewer = max(n for n in range(1, axes["seed"]) if problem.runs % n == 0)
     raise ValueError(
       f"{counted(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give "
-      f"{MORE_RUNS[problem.decodes].format(wanted)} or a smaller seed in --mesh."
+      f"{_more_runs(problem, axes['seed'])} or seed={fewer} in --mesh."
     )
   told = arithmetic(problem, where, axes)
   if where.device.platform == "gpu":
@@ -559,6 +553,18 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
     code=memory.generated_code_size_in_bytes,
     collectives=Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text())),
   )
+
+
+def _more_runs(problem: Problem, seats: int) -> str:
+  """What has a command make more runs together, so that they divide by `seats`."""
+  chosen, wanted = problem.chosen, -(-problem.runs // seats) * seats
+  if problem.decodes == "beside":
+    return "another --config.unit"
+  if problem.decodes == "between":
+    return "other seeds, cases or --config.batch,"
+  if problem.runs == chosen.batch:
+    return f"--config.batch={wanted}"
+  return f"--config.seeds={wanted}" if problem.runs == len(chosen.seeds) else f"--runs={wanted}"
 
 
 def _exceeded(said: str) -> str:

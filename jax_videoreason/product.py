@@ -100,11 +100,7 @@ def mesh_for(
     return None if seats == 1 else sharding.make_mesh(seed=seats, devices=list(here)[:seats])
   said, everywhere = product.varied.mesh, here if everywhere is None else everywhere
   axes = sharding.axes_of(said)
-  if product.width % axes["seed"]:
-    raise ValueError(
-      f"mesh={said} and units of {product.width} runs, wanted seeds that divide them: give another "
-      "--config.unit."
-    )
+  factors.check_seats(product.varied, len(product.chosen.seeds), axes["seed"])
   wanted = math.prod(axes.values())
   if wanted > len(here) and wanted != len(everywhere):
     raise ValueError(

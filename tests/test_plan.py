@@ -310,9 +310,34 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():
   with pytest.raises(ValueError, match=r"takes 8 devices, v5p:2x2x4 has 16"):
     plan.make(problem("mini"), where, sharding.axes_of("fsdp=4,context=2"))
   with pytest.raises(
-    ValueError, match=r"3 runs on seed=2, wanted a multiple: give --config.seeds=4 or"
+    ValueError, match=r"3 runs on seed=2, wanted a multiple: give --config.seeds=4 or seed=1 in"
   ):
     plan.make(problem("mini", runs=3), where, sharding.axes_of("seed=2,fsdp=4,context=2"))
+
+
+@pytest.mark.parametrize(
+  ("config", "more", "remedies"),
+  [
+    ("seeds_mini:cases=3", [], ["--config.unit=24", "--mesh=seed=2"]),
+    ("seeds_mini:cases=3,unit=7", [], ["--config.unit=24", "--mesh=seed=2"]),
+    ("seeds_mini:cases=3,seeds=6,unit=2", [], ["--config.unit=3", "--mesh=seed=2"]),
+    ("seeds_mini", [], ["--mesh=seed=2"]),
+    ("mini:seeds=4", [], ["--config.seeds=6", "--mesh=seed=2"]),
+    ("mini:seeds=9", ["--config.batch=4"], ["--config.batch=6", "--mesh=seed=2"]),
+    ("mini", ["--runs=5"], ["--runs=6", "--mesh=seed=1"]),
+  ],
+)
+def test_what_makes_runs_divide_by_the_seeds_of_a_mesh_is_named(config, more, remedies, capsys):
+  words = ["plan", f"--config={config}", *more]
+  assert cli.main([*words, "--on=gpu:80GBx3", "--mesh=seed=3"]) == 2
+  said = capsys.readouterr().err
+  given = re.findall(r"--(?:config\.\w+|runs)=\d+", said)
+  given += [f"--mesh={axes}" for axes in re.findall(r"seed=\d+(?= in --mesh\.|\.$)", said.strip())]
+  assert given == remedies
+  for remedy in given:
+    mesh = [] if "mesh" in remedy else ["--mesh=seed=3"]
+    count = remedy[-1] if "mesh" in remedy else 3
+    assert cli.main([*words, f"--on=gpu:80GBx{count}", *mesh, remedy]) == 0
 
 
 def test_the_command_prints_it(capsys):

@@ -680,7 +680,7 @@ def test_devices_are_used_as_far_as_they_divide_a_unit():
   wide = product.mesh_for(made(mesh="seed=2,context=2"), jax.devices())
   assert wide is not None
   assert tuple(wide.shape.values()) == (2, 1, 2)
-  with pytest.raises(ValueError, match="units of 4 runs, wanted seeds that divide them"):
+  with pytest.raises(ValueError, match="units of 4 runs on seed=3, wanted seeds that divide"):
     product.mesh_for(made(mesh="seed=3"), jax.devices())
 
 

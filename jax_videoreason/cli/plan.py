@@ -79,12 +79,12 @@ def main(flags: FlagValues, words: list[str]) -> None:
   from jax_videoreason import console, costs, plan, sharding
 
   check(flags, words)
-  works = [with_options(flags, work) for work in planned(flags, words)]
-  where = plan.target(flags.on)
-  mesh = flags.mesh
+  where, mesh = plan.target(flags.on), flags.mesh
   if mesh is None and words in ([], [SWEEP]):
     mesh = flags.config.get("mesh")  # of a sweep
   axes = None if mesh is None else sharding.axes_of(mesh)
+  seats = 1 if axes is None else axes["seed"]
+  works = [with_options(flags, work) for work in planned(flags, words, seats)]
   made = plan.make(costs.largest(works, where), where, axes)
   if len(works) > 1:
     title = "by arithmetic, an estimate; memory on each device"
@@ -135,8 +135,8 @@ def check(flags: FlagValues, words: list[str]) -> None:
     raise cli.UsageError(f"{said} takes no --{given[0]}; --help says more.")
 
 
-def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
-  """What the command of `words` takes."""
+def planned(flags: FlagValues, words: list[str], seats: int) -> "list[Work]":
+  """What the command of `words` takes. seats: of a mesh that is asked for, its `seed`."""
   if words == GENERATE:
     from jax_videoreason import plan
 
@@ -152,10 +152,10 @@ def planned(flags: FlagValues, words: list[str]) -> "list[Work]":
     from jax_videoreason.experiments import find
 
     return [run.planned(find(words[1]), cli.resolved(flags))]
-  return [whole(cli.resolved(flags), flags.runs)]
+  return [whole(cli.resolved(flags), flags.runs, seats)]
 
 
-def whole(config: dict[str, Any], asked: int | None) -> "Work":
+def whole(config: dict[str, Any], asked: int | None, seats: int) -> "Work":
   """A sample, or a sweep where the config has cases. asked: runs together, None = of the config."""
   from jax_videoreason import costs, factors, plan, runs, settings, tasks
 
@@ -166,6 +166,7 @@ def whole(config: dict[str, Any], asked: int | None) -> "Work":
   if own:
     wanted = factors.varied(own)
     factors.check(chosen, wanted)
+    factors.check_seats(wanted, len(chosen.seeds), seats)
     units, together = factors.cut(wanted, len(chosen.seeds))
     videos = units * together
   problem = plan.Problem(

@@ -6,6 +6,9 @@ video.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
 
 from jax_videoreason import tiling
 from jax_videoreason.plan import (
@@ -17,6 +20,7 @@ from jax_videoreason.plan import (
   Target,
   arithmetic,
   counted,
+  make,
   most_runs,
   propose,
   seconds_of,
@@ -48,6 +52,30 @@ def largest(works: Sequence[Work], where: Target) -> Problem:
   return max((work.problem for work in works), key=lambda p: arithmetic(p, where, alone).most)
 
 
+def heaviest(works: Sequence[Work], where: Target, axes: Mapping[str, int] | None) -> Plan:
+  """The plan of the batch that needs the most memory, of batches that differ in their edits alone.
+
+  Mixes inside the blocks need the most, then what opens most sites, then the largest arrays. Of
+  edits that differ in the last alone a compiler tells, for up to `FEW` structures.
+  """
+
+  def weight(problem: Problem) -> tuple[float, int, float]:
+    sites = 0 if problem.edit is None else len(problem.edit.sites)
+    return problem.exchanged(), sites, problem.edit_arrays()
+
+  ordered = sorted((work.problem for work in works), key=weight, reverse=True)
+  first = ordered[0]
+  axes = propose(first, where) if axes is None else axes
+  if where.device.platform == "gpu":
+    return make(first, where, axes)
+  kinds: dict[Any, Problem] = {}
+  for problem in ordered:
+    if weight(problem)[:2] == weight(first)[:2]:
+      kinds.setdefault(jax.tree.structure(problem.edited), problem)
+  plans = [make(problem, where, axes) for problem in [*kinds.values()][:FEW]]
+  return max(plans, key=lambda plan: (plan.refused is not None, plan.most))
+
+
 def pace(where: Target) -> str:
   """Of which peak the seconds are."""
   device = where.device
@@ -68,6 +96,7 @@ def totals(works: Sequence[Work], where: Target) -> str:
   )
 
 
+FEW = 4  # structures of edits that are compiled at most
 DECODING = {
   "after": "decoding, the DiT let go",
   "between": "decoding, the DiT kept",
@@ -110,9 +139,11 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
   }
   talk = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items())) or "none"
   batch = plan.seconds_per_step * s.S
+  names = [work.name for work in works if work.problem is plan.problem]
+  edited = "" if plan.problem.edit is None else f", edit {names[0]}"
   said = [
     f"{plan.target.name}: {counted(plan.target.count, 'device')} as {spelled(plan.axes)}, "
-    f"{source}; R={s.R} G={s.G} T={s.T:,}, on each device",
+    f"{source}; R={s.R} G={s.G} T={s.T:,}{edited}, on each device",
   ]
   said += [f"  {name:<28} {_size(size):>12}" for name, size in rows.items() if size]
   said += [
@@ -125,10 +156,12 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
     said.append(f"the compiler refused it: {plan.refused}")
   if plan.compiled:
     said.append(f"collectives in the program: {talk}; compiled in {plan.compile_seconds:.0f} s")
+  faults: dict[str, list[str]] = {}
+  for work in works:
+    if fault := over_budget(work):
+      faults.setdefault(fault, []).append(work.name)
   said += [
-    f"{work.name}: {fault}" if len(works) > 1 else fault
-    for work in works
-    if (fault := over_budget(work))
+    f"{', '.join(names)}: {fault}" if len(works) > 1 else fault for fault, names in faults.items()
   ]
   if device.platform == "gpu":
     most = most_runs(plan.problem, plan.target, plan.axes)

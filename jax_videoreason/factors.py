@@ -25,6 +25,7 @@ UNIT = 32  # runs of a unit where nothing is said
 # of a configuration
 KEYS = ("tasks", "split", "cases", "ambiguous", "edits", "unit", "mesh", "reader")
 READERS = ("vae", "preview")
+DROPS = ("latents",)  # of a trace: what a unit does not keep
 MIXING = "ensemble_runs"
 EDITS = {
   "none": (),
@@ -237,22 +238,35 @@ def split_of(task: Task, wanted: Varied) -> str:
   return "heldout" if task.held_out else wanted.split
 
 
-def check_model(problem: plan.Problem, wanted: Varied) -> None:
-  """ValueError: a unit's edit that the model has no place for, a reader that it does not have."""
-  chosen = problem.chosen
-  if wanted.reader == "preview" and problem.model.parts.preview is None:
+def problems(chosen: SampleSettings, wanted: Varied) -> dict[str, plan.Problem]:
+  """What a unit of each edit is, by the name of the edit.
+
+  ValueError: an edit that the model has no place for, a reader that it does not have.
+  """
+  bare = plan.Problem(
+    model=plan.model(chosen.checkpoint),
+    chosen=chosen,
+    runs=cut(wanted, len(chosen.seeds))[1],
+    decodes="beside",
+    ending=tasks.ENDING if wanted.reader == "vae" else None,
+    drops=DROPS,
+  )
+  if wanted.reader == "preview" and bare.model.parts.preview is None:
     raise ValueError(f"{chosen.checkpoint} has no preview: give --config.reader=vae.")
+  schedule, found = bare.schedule(), {}
   for name, said in wanted.edits.items():
     try:
-      edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
+      edit = edit_for(said, bare.sizes, schedule, len(chosen.seeds))
     except ValueError as error:
       raise ValueError(f"configuration: edits.{name}: {error}") from error
+    found[name] = dataclasses.replace(bare, edit=edit)
+  return found
 
 
 def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
   """Draws the cases and cuts the units.
 
-  ValueError: as `check` and `check_model`, or taps of a unit that are over their budget.
+  ValueError: as `check` and `problems`, or taps of a unit that are over their budget.
   """
   loaded, cases = check(chosen, wanted), []
   bundles.describe(chosen.checkpoint)  # a plan needs no bundle, a sweep does
@@ -267,9 +281,8 @@ def multiply(chosen: SampleSettings, wanted: Varied) -> Product:
     cases=cases,
     width=cut(wanted, len(chosen.seeds))[1],
   )
-  problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=made.width)
-  problem.check_taps()
-  check_model(problem, wanted)
+  for problem in problems(chosen, wanted).values():
+    problem.check_taps()
   return made
 
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_videoreason import attention, bundles, sampler, settings, sharding
 from jax_videoreason.axes import Params
 from jax_videoreason.decode import decoding_bytes
+from jax_videoreason.edits import LETTERS, Intervention
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
@@ -216,7 +217,8 @@ class Problem:
   that are loaded at once, None = all. route: of keys and values between devices, None =
   `attention.choose_route`. decodes: when latents are decoded: "after" the DiT has been let go,
   "between" batches, with the DiT loaded, or "beside" the next batch. ending: frames at the end that
-  are also decoded alone; None = none.
+  are also decoded alone; None = none. edit: counts by its fields and sites, whose shapes are
+  those of the problem. drops: of "latents" and "x0", what is not kept of every step.
   """
 
   model: Model
@@ -228,10 +230,13 @@ class Problem:
   route: attention.Route | None = None
   decodes: Literal["after", "between", "beside"] = "after"
   ending: int | None = None
+  edit: Intervention | None = None
+  drops: tuple[Literal["latents", "x0"], ...] = ()
 
   @property
   def spec(self) -> TapSpec:
-    return self.chosen.taps.spec() if self.taps is None else self.taps
+    asked = self.chosen.taps.spec() if self.taps is None else self.taps
+    return dataclasses.replace(asked, **dict.fromkeys(self.drops, False))
 
   @property
   def experts(self) -> Sequence[Mapping[str, jax.ShapeDtypeStruct]]:
@@ -260,6 +265,20 @@ class Problem:
       T=math.prod(self.model.card.latents.tokens((f, h, w))),
       D=config.width,
       N=config.heads,
+    )
+
+  @property
+  def edited(self) -> Intervention | None:
+    """The edit as shapes, for these runs."""
+    if self.edit is None:
+      return None
+    letters = {name: x for name in LETTERS if (x := getattr(self.edit, name)) is not None}
+    return dataclasses.replace(
+      self.edit,
+      **{
+        name: jax.ShapeDtypeStruct([getattr(self.sizes, n) for n in LETTERS[name]], x.dtype)
+        for name, x in letters.items()
+      },
     )
 
   def schedule(self) -> Schedule:
@@ -310,7 +329,23 @@ class Problem:
     one = jax.ShapeDtypeStruct((1, s.F, s.H, s.W, s.C), jnp.float32)
     memory = jax.eval_shape(SOLVERS[self.chosen.solver].init, one) if self.spec.solver else {}
     kept = s.S * sum(math.prod(x.shape) * x.dtype.itemsize for x in memory.values())
-    return 4.0 * math.prod(one.shape) * (2 + 2 * s.S) + kept
+    rows = s.S * (self.spec.latents + self.spec.x0)
+    return 4.0 * math.prod(one.shape) * (2 + rows) + kept
+
+  def edit_arrays(self) -> float:
+    """Bytes of the edit itself, which lies whole on every device."""
+    leaves = jax.tree.leaves(self.edited)
+    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves))
+
+  def exchanged(self) -> float:
+    """Bytes of what all runs hold at a site, as a device reads them where an edit inside the blocks
+    mixes runs of several devices: as they are, and in float32. Any other edit takes less than what
+    a block needs elsewhere.
+    """
+    if self.edit is None or self.edit.mix is None:
+      return 0.0
+    s, each = self.sizes, jnp.dtype(self.model.parts.dit.config.dtype).itemsize
+    return float(self.branches * s.R * s.T * s.D * (each + 4))
 
   def decoding(self, tiles: str | None) -> float:
     """Bytes of a device while latents are decoded, beside all weights. tiles: as `decode` has."""
@@ -442,10 +477,10 @@ def seconds_of(flops: float, where: Target) -> float:
 
 
 def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan:
-  """The plan without a compiler: weights, one block's activations, latents, trace and taps.
+  """The plan without a compiler: weights, one block's activations, latents, trace, taps, edit.
 
-  Where tokens are spread a device also holds keys and values of others, and where weights are, one
-  layer of them.
+  Where tokens are spread a device also holds keys and values of others; where weights are, one
+  layer of them; where runs are and an edit mixes them, those of others.
   """
   spread, each = axes["fsdp"] * axes["context"], problem.runs // axes["seed"]
   weights, own = (
@@ -457,6 +492,8 @@ def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan
   if axes["fsdp"] > 1:  # what lies in shares is gathered
     shared = (weights - own) * axes["fsdp"] / (axes["fsdp"] - 1)
     active += shared / len(problem.experts) / problem.sizes.L
+  if axes["seed"] > 1:
+    active += problem.exchanged() / spread
   latents, taps = each * problem.latents(), problem.kept() / axes["seed"]
   return Plan(
     target=where,
@@ -467,7 +504,7 @@ def arithmetic(problem: Problem, where: Target, axes: Mapping[str, int]) -> Plan
     latents=latents,
     taps=taps,
     temporaries=active,
-    arguments=own,
+    arguments=own + problem.edit_arrays(),
     outputs=latents + taps,
     text=size_of(problem.model.text, axes["fsdp"]),
     vae=size_of(problem.model.vae),
@@ -590,16 +627,26 @@ def _mesh(where: Target, axes: Mapping[str, int]) -> Mesh:
 
 def _compile(problem: Problem, mesh: Mesh, platform: str) -> Any:
   schedule, spec, guidance = problem.schedule(), problem.spec, problem.guidance
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  edit = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), problem.edited
+  )
 
-  def denoise(bundle: ModelBundle, noise: Noise, cond: Conditioning, schedule: Schedule) -> Any:
-    return sampler.denoise(bundle, noise, cond, schedule, taps=spec, guidance=guidance)
+  def denoise(
+    bundle: ModelBundle,
+    noise: Noise,
+    cond: Conditioning,
+    schedule: Schedule,
+    edit: Intervention | None,
+  ) -> Any:
+    return sampler.denoise(bundle, noise, cond, schedule, edit, spec, guidance=guidance)
 
   with (
     jax.set_mesh(mesh),
     attention.compiling_for(platform),
     attention.by_route(problem.route),
   ):
-    traced = jax.jit(denoise).trace(*arguments(problem, mesh), schedule)
+    traced = jax.jit(denoise).trace(*arguments(problem, mesh), schedule, edit)
     return traced.lower(lowering_platforms=(platform,)).compile()
 
 

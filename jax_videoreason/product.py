@@ -153,7 +153,7 @@ def sample(bench: Bench, asked: Sequence[tuple[int, int]], said: Mapping[str, An
     cond,
     bench.schedule,
     factors.edit_for(said, sizes, bench.schedule, len(chosen.seeds)),
-    dataclasses.replace(chosen.taps.spec(), latents=False),
+    dataclasses.replace(chosen.taps.spec(), **dict.fromkeys(factors.DROPS, False)),
     piece=chosen.piece,
     mesh=bench.mesh,
     on_piece=lambda trace, steps, part: kept.append(trace),

@@ -10,7 +10,7 @@ import re
 import jax
 import pytest
 
-from jax_videoreason import checkpoint, cli, costs, plan, settings, sharding
+from jax_videoreason import checkpoint, cli, costs, factors, plan, settings, sharding
 from jax_videoreason.experiments import EXPERIMENTS, find
 from jax_videoreason.runs import make_noise
 from jax_videoreason.solvers import SOLVERS
@@ -426,6 +426,83 @@ def test_a_sweep_is_planned_on_its_own_mesh(capsys):
   assert "the sweep lies so" not in said
   assert cli.main([*words, "--config.mesh=seed=2,fsdp=2", "--mesh=seed=4"]) == 0
   assert "4 devices as seed=4,fsdp=1,context=1" in capsys.readouterr().out
+
+
+SMALL = (
+  "vbvr_ensemble:checkpoint=mini_experts,height=32,width=32,frames=17,steps=3,negative_prompt='',"
+  "unit=8,edits.block_update.steps=(0,2),edits.guess.steps=(0,2),edits.latents.steps=(0,2),"
+  "edits.block_update.layers=(6,9)"
+)
+
+
+def units_of(config: str, **more) -> dict[str, plan.Problem]:
+  given = {**cli.load_config(config).to_dict(), **more}
+  own = {key: given.pop(key) for key in factors.KEYS}
+  return factors.problems(settings.from_config(given), factors.varied(own))
+
+
+def test_an_edit_of_a_sweep_is_compiled_and_counted():
+  """Every device of four reads what all runs hold at a site, once as it is, once in float32."""
+  units, where, axes = units_of(SMALL), plan.target("cpu"), alone("seed=4")
+  bare, mixed = (plan.make(units[name], where, axes) for name in ("none", "block_update"))
+  assert (bare.collectives, mixed.collectives) == ({}, {"all-gather": 6})  # of two experts
+  told = plan.arithmetic(mixed.problem, where, axes)
+  more = mixed.problem.exchanged()
+  assert mixed.temporaries - bare.temporaries == pytest.approx(more, rel=0.05)
+  assert told.temporaries - plan.arithmetic(bare.problem, where, axes).temporaries == more
+  own = told.arguments - told.parameters
+  assert mixed.arguments - bare.arguments == pytest.approx(own, rel=0.01)
+
+
+def test_an_edit_counts_for_as_many_runs_as_there_are():
+  mixed = units_of(SMALL)["block_update"]
+  more = dataclasses.replace(mixed, runs=12)
+  assert mixed.edited is not None
+  assert more.edited is not None
+  assert mixed.edited.mix.shape == (3, 12, 8, 8)
+  assert more.edited.mix.shape == (3, 12, 12, 12)
+
+
+def test_what_a_sweep_does_not_keep_is_not_counted():
+  unit, where, axes = units_of(SMALL)["none"], plan.target("cpu"), alone("seed=4")
+  whole = dataclasses.replace(unit, drops=())
+  s = unit.sizes
+  latents = 4 * s.S * s.R / 4 * s.F * s.H * s.W * s.C
+  for make in (plan.make, plan.arithmetic):
+    more = make(whole, where, axes).outputs - make(unit, where, axes).outputs
+    assert more == pytest.approx(latents, rel=1e-3)  # an array more has a pointer more
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu:80GBx4"])
+def test_the_heaviest_edit_of_a_sweep_is_named(on, capsys):
+  assert cli.main(["plan", "sweep", f"--config={SMALL}", f"--on={on}", "--mesh=seed=4"]) == 0
+  said = capsys.readouterr().out
+  assert re.search(r"as seed=4,.*; R=8 G=2 T=\d+, edit block_update, on each device", said)
+  assert ("6 all-gather" in said) is (on == "cpu")
+  rows = {cells[0]: cells for cells in table(said)}
+  assert rows.keys() == {"part", "none", "block_update", "guess", "latents"}
+  assert whole_of(said) == sum(int(rows[name][5].replace(",", "")) for name in list(rows)[1:])
+  assert whole_of(said) == 4 * 4 * 8 * 4 * 3 * 2  # edits, tasks, cases, seeds, steps, branches
+
+
+def test_of_edits_alike_in_weight_the_compiler_tells(monkeypatch):
+  """Which of two sites takes more is not to be seen in the structure."""
+  gates = {site: {"edit": "ablate", "sites": (site,)} for site in ("attn_out", "mlp_out")}
+  first, other = units_of("seeds_mini:steps=2", edits=gates).values()
+  asked, where = [], plan.target("cpu")
+
+  def make(problem, where, axes):
+    asked.append(problem.edit.sites)
+    told = plan.arithmetic(problem, where, axes)
+    return dataclasses.replace(told, temporaries=2.0 if problem is other else 1.0)
+
+  monkeypatch.setattr(costs, "make", make)
+  works = [
+    costs.Work(name=name, problem=problem, evaluations=1, videos=1)
+    for name, problem in (("a", first), ("b", other), ("again", first))
+  ]
+  assert costs.heaviest(works, where, alone("seed=4")).problem is other
+  assert asked == [("attn_out",), ("mlp_out",)]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ hours; whether it fits; which mesh.
 The command that is planned stands first, with its options; alone, plan means `sample`. For a TPU
 slice the sampler is compiled ahead of time, without a TPU and without weights: it needs libtpu (pip
 install "jax-videoreason[pods]"). Without --mesh one is proposed. Where a command has batches of
-several kinds, a table shows all by arithmetic, and the largest is laid out. A study's edits are not
-part of its plan, its taps are.
+several kinds, a table shows all by arithmetic, and the largest is laid out: of a sweep that of the
+edit which needs the most memory, by name. A study makes its edits while it runs: they are not part
+of its plan, its taps are.
 """
 
 import dataclasses
@@ -85,7 +86,11 @@ def main(flags: FlagValues, words: list[str]) -> None:
   axes = None if mesh is None else sharding.axes_of(mesh)
   seats = 1 if axes is None else axes["seed"]
   works = [with_options(flags, work) for work in planned(flags, words, seats)]
-  made = plan.make(costs.largest(works, where), where, axes)
+  if words in ([], [SWEEP]):
+    made = costs.heaviest(works, where, axes)
+    axes = made.axes  # of all edits
+  else:
+    made = plan.make(costs.largest(works, where), where, axes)
   if len(works) > 1:
     title = "by arithmetic, an estimate; memory on each device"
     console.table(title, costs.TABLE, [costs.row(work, where, axes) for work in works])
@@ -152,35 +157,38 @@ def planned(flags: FlagValues, words: list[str], seats: int) -> "list[Work]":
     from jax_videoreason.experiments import find
 
     return [run.planned(find(words[1]), cli.resolved(flags))]
-  return [whole(cli.resolved(flags), flags.runs, seats)]
+  return whole(cli.resolved(flags), flags.runs, seats)
 
 
-def whole(config: dict[str, Any], asked: int | None, seats: int) -> "Work":
-  """A sample, or a sweep where the config has cases. asked: runs together, None = of the config."""
-  from jax_videoreason import costs, factors, plan, runs, settings, tasks
+def whole(config: dict[str, Any], asked: int | None, seats: int) -> "list[Work]":
+  """A sample, or a sweep, edit by edit, where the config has cases.
+
+  asked: runs together, None = of the config.
+  """
+  from jax_videoreason import costs, factors, plan, runs, settings
 
   own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
-  videos = max(len(chosen.seeds), asked or 0)
-  together = asked or min(chosen.batch or videos, videos)
   if own:
     wanted = factors.varied(own)
     factors.check(chosen, wanted)
     factors.check_seats(wanted, len(chosen.seeds), seats)
     units, together = factors.cut(wanted, len(chosen.seeds))
-    videos = units * together
-  problem = plan.Problem(
-    model=plan.model(chosen.checkpoint),
-    chosen=chosen,
-    runs=together,
-    decodes="beside" if own else "after",
-    ending=tasks.ENDING if own and own["reader"] == "vae" else None,
-  )
-  if own:
-    factors.check_model(problem, factors.varied(own))
-  each = problem.sizes.S * problem.sizes.G
-  evaluations = each * runs.computed(videos, together)
-  return costs.Work(name="all", problem=problem, videos=videos, evaluations=evaluations)
+    problems, videos = factors.problems(chosen, wanted), units // len(wanted.edits) * together
+  else:
+    videos = max(len(chosen.seeds), asked or 0)
+    together = asked or min(chosen.batch or videos, videos)
+    problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
+    problems = {"all": problem}
+  return [
+    costs.Work(
+      name=name,
+      problem=problem,
+      videos=videos,
+      evaluations=problem.sizes.S * problem.sizes.G * runs.computed(videos, together),
+    )
+    for name, problem in problems.items()
+  ]
 
 
 def studies(flags: FlagValues) -> "list[Work]":

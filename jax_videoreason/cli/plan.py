@@ -150,7 +150,7 @@ def planned(flags: FlagValues, words: list[str], seats: int) -> "list[Work]":
     data, chosen, job = vbvr.asked(flags)
     model = plan.model(chosen.checkpoint).parts
     vbvr.generate.check(chosen, job, model, redo=False, mesh=None)
-    return vbvr.jobs.work(chosen, data, job)
+    return vbvr.jobs.work(chosen, data, job, seats)
   if words == [RUN, run.ALL]:
     return studies(flags)
   if words[:1] == [RUN]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import costs, framing, plan
+from jax_videoreason import costs, framing, plan, runs
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import suite
@@ -120,18 +120,23 @@ def tokens(latents: LatentSpec, shape: Shape) -> int:
   return int(np.prod(latents.tokens(grid)))
 
 
-def work(chosen: SampleSettings, data: Data, job: Job) -> list[costs.Work]:
+def work(chosen: SampleSettings, data: Data, job: Job, seats: int = 1) -> list[costs.Work]:
   """What the units of this part of a job take; a published model need not be there.
 
+  seats: the `seed` axis of the mesh, for which each unit is filled up.
   Raises ValueError where the model is neither there nor known by the name of its folder.
   """
   model = plan.model(chosen.checkpoint)
   mine = units(data, model.card.latents, job, chosen.batch)[job.part[0] :: job.part[1]]
-  return by_shape(model, chosen, [(unit.shape, len(unit.samples)) for unit in mine], job)
+  return by_shape(model, chosen, [(unit.shape, len(unit.samples)) for unit in mine], job, seats)
 
 
 def by_shape(
-  model: plan.Model, chosen: SampleSettings, batches: Sequence[tuple[Shape, int]], job: Job
+  model: plan.Model,
+  chosen: SampleSettings,
+  batches: Sequence[tuple[Shape, int]],
+  job: Job,
+  seats: int = 1,
 ) -> list[costs.Work]:
   """What batches (shape, videos) take, shape by shape."""
   members = MEMBERS if job.ensemble == PAPER else 1  # in the first step
@@ -140,13 +145,13 @@ def by_shape(
     counts = [count for own, count in batches if own == shape]
     sized = dataclasses.replace(chosen, **dataclasses.asdict(shape))
     problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts), decodes="between")
-    sizes = problem.sizes
+    sizes, made = problem.sizes, sum(runs.computed(count, None, seats) for count in counts)
     found.append(
       costs.Work(
         name=f"{shape.frames} x {shape.height} x {shape.width}",
         problem=problem,
         videos=sum(counts),
-        evaluations=sum(counts) * sizes.G * (sizes.S + members - 1),
+        evaluations=made * sizes.G * (sizes.S + members - 1),
       )
     )
   return found

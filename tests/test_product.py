@@ -21,6 +21,7 @@ import pytest
 
 import helpers
 from jax_videoreason import (
+  bundles,
   checkpoint,
   cli,
   conditioning,
@@ -374,8 +375,8 @@ def test_the_edits_of_a_sweep_are_those_of_the_library():
   runs = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(2, 0), (2, 1), (3, 0), (3, 1)]]
   assert [of.runs_in(unit) for unit in range(4)] == runs * 2
   sizes = Sizes(S=3, R=4, G=2, L=8, F=5, H=8, W=8, C=16, T=80, D=128)
-  mini = checkpoint.load("mini", parts=("preview",))
-  schedule = settings.schedule(of.chosen, mini.card, mini.parts)
+  mini = bundles.describe("mini")
+  schedule = settings.schedule(of.chosen, mini.card, mini.modules)
   edit = factors.edit_for(ENSEMBLE, sizes, schedule, seeds=2)
   assert edit is not None
   half = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]])

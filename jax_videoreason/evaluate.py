@@ -7,6 +7,8 @@ The folder:
                        video_<case>_<seed>.mp4
     result.json        the numbers with intervals (`scoring`)    table.parquet   a row per clip
     manifest.json      written last
+
+`open_evaluation` reads it. `comparing` adds to a finished one what another one scores on its cases.
 """
 
 import dataclasses
@@ -40,10 +42,11 @@ from jax_videoreason.folders import (
   begin,
   beside,
   disk,
+  expect,
   held,
   plain,
   read_json,
-  rewrite_json,
+  rewriting,
   sums,
   vouched,
   write_json,
@@ -462,7 +465,8 @@ def again(out: str | Path) -> dict[str, Any]:
       "does it again."
     ) from error
   if result != before or RESULT not in sums(out):
-    rewrite_json(out, RESULT, result)
+    with rewriting(out, RESULT):
+      write_json(out / RESULT, result)
   return result
 
 
@@ -498,3 +502,48 @@ def finish(
     evaluations=evaluations(chosen, asked, mesh),
   )
   return result
+
+
+# Reading
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """A finished evaluation on disk; made by `open_evaluation`.
+
+  asked: the cases, the settings and the rules of scoring, as evaluation.json has them. result: the
+  numbers with intervals, of every task (`result["tasks"]`) and of their mean. rows: one per clip,
+  with task, split, index, seed, system ("model" or a clip beside), score, strict, right, answer.
+  """
+
+  path: Path
+  asked: dict[str, Any]
+  result: dict[str, Any]
+  rows: list[dict[str, Any]]
+
+  def to_pandas(self) -> Any:
+    """The rows as a pandas DataFrame."""
+    return tables.frame(self.rows, otherwise=".rows")
+
+
+def open_evaluation(folder: str | Path) -> Evaluation:
+  """Opens the --out of `videoreason evaluate`.
+
+  ValueError: the folder is no evaluation, is not finished, or a file of it is missing or damaged.
+  """
+  folder = Path(folder)
+  expect(folder, "evaluation")
+  if not (folder / ASKED).is_file():
+    raise ValueError(
+      f"{folder} has no {ASKED}, so it is no evaluation: give the --out of `videoreason evaluate`."
+    )
+  if not (folder / MANIFEST).is_file():
+    raise ValueError(
+      f"{folder} has no {MANIFEST}, so it is not finished: the command that began it goes on there."
+    )
+  return Evaluation(
+    path=folder.resolve(),
+    asked=read_json(folder / ASKED),
+    result=read_json(vouched(folder, RESULT)),
+    rows=tables.read(vouched(folder, TABLE)),
+  )

@@ -24,7 +24,7 @@ LOCK = "lock"  # held by the process that works in a folder
 KINDS = (  # names that lie in a folder -> what it is, and how it is read; the first one counts
   (("runs.json",), "run", "open it by open_run"),
   (("sweep.json",), "sweep", "open it by open_sweep"),
-  (("evaluation.json",), "evaluation", "read its result.json and table.parquet"),
+  (("evaluation.json",), "evaluation", "open it by open_evaluation"),
   (("generation.json",), "set of videos", "`videoreason vbvr score` takes it"),
   (("table.json",), "table", "open its report.html"),
   (("result.json", "samples"), "set of scores", "`videoreason vbvr table` takes it"),
@@ -433,14 +433,15 @@ def sums(folder: Path) -> dict[str, str]:
   return files
 
 
-def rewrite_json(folder: Path, name: str, value: Any) -> None:
-  """Writes a JSON file of a folder anew, and its checksum; meanwhile the manifest knows none."""
+@contextlib.contextmanager
+def rewriting(folder: Path, *names: str) -> Iterator[None]:
+  """Files of a folder are written anew inside; meanwhile its manifest has no checksum of them."""
   manifest = read_json(folder / MANIFEST)
-  others = {file: found for file, found in manifest["files"].items() if file != name}
+  others = {file: found for file, found in manifest["files"].items() if file not in names}
   write_json(folder / MANIFEST, {**manifest, "files": others})
-  write_json(folder / name, value)
-  files = dict(sorted({**others, name: checksum(folder / name)}.items()))
-  write_json(folder / MANIFEST, {**manifest, "files": files})
+  yield
+  files = others | {name: checksum(folder / name) for name in names}
+  write_json(folder / MANIFEST, {**manifest, "files": dict(sorted(files.items()))})
 
 
 # JSON

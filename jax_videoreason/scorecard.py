@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import baselines, media, scoring, stats, tables, tasks
+from jax_videoreason import baselines, comparing, media, scoring, stats, tables, tasks
 from jax_videoreason.axes import spread
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
 from jax_videoreason.folders import read_json, vouched
@@ -58,11 +58,14 @@ def contents(folder: Path) -> dict[str, Any]:
     "split": SPLITS[result["split"]],
     "mean": scores(result["mean"]) if len(blocks) > 1 else None,
     "blocks": blocks,
+    "against": result.get("against"),
+    "remarks": comparing.notes(result["against"]) if "against" in result else [],
     "ambiguous": [n for n, b in blocks.items() if b["ambiguity"] is not None],
     "beside": WORDS,
     "sheets": sheets,
     "stills": STILLS,
     "words": stats.spell,
+    "chance": stats.chance,
     "title": title_of_task,
   }
 

@@ -22,6 +22,7 @@ SYSTEMS = {
   **baselines.NAMES,
   VAE: "the truth, encoded and decoded by the model's VAE",
 }
+COMPARED = ("score", "strict")  # of two evaluations
 MEASURES = {"score": stats.bootstrap, "strict": stats.share, "right": stats.share}
 SHOWN = 3  # best and worst videos
 
@@ -230,9 +231,7 @@ def over_tasks(of_task: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
   # A mean over tasks is no share of problems, so its interval is that of a mean, also where the
   # measure is a share.
   leads = {
-    system: _of_equal_weight(
-      [a - b for a, b in zip(each(MODEL, "score"), each(system, "score"), strict=True)]
-    )
+    system: [a - b for a, b in zip(each(MODEL, "score"), each(system, "score"), strict=True)]
     for system in systems
     if system not in (MODEL, VAE, baselines.TRUTH)
   }
@@ -244,14 +243,51 @@ def over_tasks(of_task: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
       }
       for system in systems
     },
-    "differences": {
-      system: _lead(stats.bootstrap_within(lead, seed=SEED), np.concatenate(lead))
-      for system, lead in leads.items()
-    },
+    "differences": {system: _mean_lead(lead) for system, lead in leads.items()},
   }
+
+
+def _mean_lead(of_task: Sequence[np.ndarray]) -> dict[str, Any]:
+  """The mean over tasks of the differences of their problems, as `difference` says one."""
+  lead = _of_equal_weight(of_task)
+  return _lead(stats.bootstrap_within(lead, seed=SEED), np.concatenate(lead))
 
 
 def _of_equal_weight(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
   """Groups whose mean over all values is the mean of the means of the groups."""
   total = sum(len(group) for group in groups)
   return [group * total / (len(groups) * len(group)) for group in groups]
+
+
+def against(pairs: Mapping[str, Sequence[tuple[Row, Row]]]) -> dict[str, Any]:
+  """What one evaluation has above another, per task and for the mean over tasks.
+
+  pairs: of each task, the rows of the model in both, of the same case and seed. here, there: the
+  means over problems of the two; estimate: here less there, problem by problem.
+  """
+  of_task: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+  for name, both in pairs.items():
+    ours, others = zip(*both, strict=True)
+    of_task[name] = {
+      measure: (per_problem(ours, MODEL, measure), per_problem(others, MODEL, measure))
+      for measure in COMPARED
+    }
+
+  def mean(measure: str) -> dict[str, Any]:
+    two = [found[measure] for found in of_task.values()]
+    here, there = (float(np.mean([part.mean() for part in own])) for own in zip(*two, strict=True))
+    return {"here": here, "there": there, **_mean_lead([a - b for a, b in two])}
+
+  return {
+    "tasks": {
+      name: {
+        "pairs": len(pairs[name]),
+        **{
+          measure: {"here": float(a.mean()), "there": float(b.mean()), **difference(a, b)}
+          for measure, (a, b) in found.items()
+        },
+      }
+      for name, found in of_task.items()
+    },
+    "mean": {measure: mean(measure) for measure in COMPARED},
+  }

@@ -68,6 +68,13 @@ def spell(found: Mapping[str, Any] | None, digits: int = 2) -> str:
   return f"{found['estimate']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
+def chance(p: float | None) -> str:
+  """A p-value; never "0.000"."""
+  if p is None:
+    return "-"
+  return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Test:
   """Two-sided p-values of "the mean is 0", of the shape of one case.

@@ -872,10 +872,12 @@ def test_a_run_that_was_damaged_meanwhile_is_not_decoded(
 
   asked = faulty(monkeypatch, FULL, at=99)
   changed = [{**run, "task": "odd_one:OddOne"} for run in json.loads(runs)]
-  folders.rewrite_json(out, "runs.json", changed)
+  with folders.rewriting(out, "runs.json"):
+    folders.write_json(out / "runs.json", changed)
   assert "No module named 'odd_one'" in refuses("report", out)
   assert not asked  # before anything is decoded
-  folders.rewrite_json(out, "runs.json", json.loads(runs))
+  with folders.rewriting(out, "runs.json"):
+    folders.write_json(out / "runs.json", json.loads(runs))
 
   assert call("report", out, f"--checkpoint={bundle_dir}")[0] == 0
   manifest = open_run(out).manifest

@@ -14,6 +14,7 @@ import pytest
 from jax_videoreason import (
   baselines,
   cli,
+  comparing,
   evaluate,
   folders,
   scorecard,
@@ -547,7 +548,8 @@ def test_blends_and_wrong_answers_are_told_apart_and_neither_is_diversity():
 def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   result, manifest = (json.loads((copy / n).read_text()) for n in ("result.json", "manifest.json"))
   del result["tasks"]["pick"]["ambiguity"]["right"]  # as an earlier version left it
-  folders.rewrite_json(copy, "result.json", result)
+  with folders.rewriting(copy, "result.json"):
+    folders.write_json(copy / "result.json", result)
   assert cli.main(["report", str(copy)]) == 0
   found = result_of(copy)["tasks"]["pick"]["ambiguity"]
   assert sum(found[name]["estimate"] for name in ("right", "wrong", "unreadable")) == 1
@@ -679,3 +681,172 @@ def test_a_damaged_table_is_told(copy, capsys):
   (copy / "table.parquet").write_bytes(b"no table")
   assert cli.main(["report", str(copy)]) == 2
   assert "table.parquet is missing or damaged" in capsys.readouterr().err
+
+
+# Beside an earlier evaluation
+
+
+def edit_table(folder: Path, change) -> None:
+  """Puts change(row) in the place of every row of the table; None = the row is left out."""
+  rows = [change(dict(row)) for row in tables.read(folder / "table.parquet")]
+  tables.write(folder / "table.parquet", [row for row in rows if row is not None])
+
+
+def edit_json(path: Path, **changes) -> None:
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def before(done, tmp_path) -> Path:
+  """An earlier evaluation of one seed and other steps, whose model scored .25 on everything."""
+  folder = Path(shutil.copytree(done, tmp_path / "before"))
+  first = {
+    (row["task"], row["index"]): row["seed"]
+    for row in reversed(tables.read(folder / "table.parquet"))
+    if row["system"] == "model"
+  }
+
+  def change(row):
+    if row["system"] != "model":
+      return row
+    mine = row["seed"] == first[row["task"], row["index"]]
+    return {**row, "score": 0.25, "strict": 0.0} if mine else None
+
+  edit_table(folder, change)
+  edit_json(folder / "evaluation.json", steps=4, seeds=[0])
+  return folder
+
+
+def test_an_evaluation_is_paired_with_an_earlier_one_clip_by_clip(copy, before, measured, capsys):
+  assert call(copy, f"--against={before}") == 0
+  assert measured == []
+  found = result_of(copy)["against"]
+  rows = tables.read(copy / "table.parquet")
+  pairs = [row for row in rows if row["against_score"] is not None]
+  assert (found["pairs"], found["clips"], found["clips_there"]) == (4, 8, 4) and len(pairs) == 4
+  for name in TASKS:
+    own = [row for row in pairs if row["task"] == name]
+    here, there = (np.mean([row[key] for row in own]) for key in ("score", "against_score"))
+    block = found["tasks"][name]
+    assert block["pairs"] == 2 and there == 0.25
+    assert (block["score"]["here"], block["score"]["there"]) == (pytest.approx(here), 0.25)
+    assert block["score"]["estimate"] == pytest.approx(here - there)
+    assert block["strict"]["there"] == 0.0
+  leads = [block["score"]["estimate"] for block in found["tasks"].values()]
+  assert found["mean"]["score"]["estimate"] == pytest.approx(np.mean(leads))
+  assert found["changed"] == ["steps=4 there and 2 here"]
+  said = " ".join(capsys.readouterr().out.split())
+  page = (copy / "report.html").read_text()
+  for text in (
+    "steps=4 there and 2 here",
+    "4 of 8 clips here have the same case and seed there (4 clips): 4 here and 0 there are left",
+  ):
+    assert text in said and text in page
+  assert "no interval of the difference for pick, occlusion: 2 cases" in said
+  assert "Beside an earlier evaluation" in page
+  files = json.loads((copy / "manifest.json").read_text())["files"]
+  for name in ("result.json", "table.parquet"):
+    assert files[name] == folders.checksum(copy / name)
+
+
+def test_a_comparison_stays_in_the_report_until_another_takes_its_place(copy, done, before):
+  assert call(copy, f"--against={before}") == 0
+  wanted = result_of(copy)
+  shutil.rmtree(before)
+  assert cli.main(["report", str(copy)]) == 0
+  assert result_of(copy) == wanted
+  assert "Beside an earlier evaluation" in (copy / "report.html").read_text()
+  found = comparing.compare(copy, done)["against"]
+  assert found == result_of(copy)["against"]
+  assert (found["pairs"], found["clips"], found["clips_there"]) == (8, 8, 8)
+  assert {found["mean"][m]["estimate"] for m in scoring.COMPARED} == {0.0}
+  assert comparing.notes(found) == [f"other than {done}: nothing, it has the same settings."]
+
+
+@pytest.mark.slow
+def test_a_new_evaluation_is_compared_when_it_is_done(done, tmp_path, capsys):
+  words = "--tasks=occlusion", "--config.guidance=1", "--seeds=1"
+  assert call(tmp_path / "new", *words, f"--against={done}") == 0
+  found = result_of(tmp_path / "new")["against"]
+  assert list(found["tasks"]) == ["occlusion"]
+  assert found["changed"] == ["guidance=[2.0] there and [1.0] here"]
+  assert (found["pairs"], found["clips"], found["clips_there"]) == (2, 2, 8)
+
+
+@pytest.mark.parametrize(
+  ("change", "words", "told"),
+  [
+    (lambda f: shutil.rmtree(f), (), "has no evaluation.json, so it is no evaluation"),
+    (lambda f: (f / "evaluation.json").rename(f / "runs.json"), (), "is a run, no evaluation"),
+    (lambda f: (f / "manifest.json").unlink(), (), "has no manifest.json, so it is not finished"),
+    (lambda f: (f / "table.parquet").unlink(), (), "table.parquet is missing or damaged"),
+    (lambda f: edit_json(f / "evaluation.json", scoring=1), (), "scoring.rules=1 there and"),
+    (lambda f: None, ("--config.frames=21",), "frames=17 there and 21 here"),
+    (lambda f: None, ("--config.height=48", "--config.width=48"), "height=32 there and 48 here"),
+    (lambda f: None, ("--cases=3",), "cases=2 there and 3 here"),
+    (lambda f: None, ("--split=ood",), "split='id' there and 'ood' here"),
+    (lambda f: None, ("--ambiguous=plain",), "kind='both' there and 'plain' here"),
+    (lambda f: None, ("--tasks=maze",), "has the tasks pick, occlusion and none of those asked"),
+    (lambda f: edit_json(f / "evaluation.json", seeds=[7]), (), "has the seeds 7 and none of"),
+  ],
+)
+def test_what_makes_no_pairs_is_refused_before_anything_is_computed(
+  before, tmp_path, measured, capsys, change, words, told
+):
+  change(before)
+  assert call(tmp_path / "new", *words, f"--against={before}") == cli.BAD_INPUT
+  err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("videoreason: ")]
+  assert len(err) == 1 and told in err[0]
+  assert not measured and not (tmp_path / "new").exists()
+
+
+def test_an_evaluation_is_not_compared_with_itself(copy, capsys):
+  before = (copy / "result.json").read_bytes()
+  assert call(copy, f"--against={copy}", "--redo") == cli.BAD_INPUT
+  assert "which is read: choose another --out" in capsys.readouterr().err
+  assert (copy / "result.json").read_bytes() == before
+
+
+def test_clips_of_cases_that_were_drawn_otherwise_make_no_pairs(copy, before):
+  edit_table(before, lambda row: {**row, "problem": "another"})
+  with pytest.raises(ValueError, match="its cases were drawn by another version"):
+    comparing.compare(copy, before)
+  assert "against" not in result_of(copy)
+
+
+def test_own_tasks_are_compared_where_their_files_are_the_same():
+  own = {"rules": 3, "odd:Odd": {"module": "odd", "sha256": "a"}}
+  asked = {**dict.fromkeys(comparing.SAME, 1), "seeds": [0], "scoring": 3, "tasks": ["pick"]}
+
+  def earlier(scoring):
+    there = {**asked, "tasks": ["pick", "odd:Odd"], "scoring": scoring}
+    return evaluate.Evaluation(path=Path("before"), asked=there, result={}, rows=[])
+
+  comparing.check(asked, earlier(own))  # the other task is not asked for
+  both = {**asked, "tasks": ["pick", "odd:Odd"], "scoring": own}
+  comparing.check(both, earlier(own))
+  other = {**own, "odd:Odd": {"module": "odd", "sha256": "b"}}
+  with pytest.raises(ValueError, match=r"scoring.odd:Odd.sha256='b' there and 'a' here"):
+    comparing.check(both, earlier(other))
+
+
+def test_what_is_hard_for_both_cancels():
+  rng = np.random.default_rng(0)
+  hard = rng.random((16, 1)) / 2
+  ours, others = rows_of(hard + 0.3 + 0.01 * rng.random((16, 1))), rows_of(hard)
+  found = scoring.against({"a": list(zip(ours, others, strict=True))})
+  lead = found["tasks"]["a"]["score"]
+  assert lead["estimate"] == pytest.approx(lead["here"] - lead["there"])
+  assert 0.3 < lead["low"] < lead["estimate"] < lead["high"] < 0.31
+  assert lead["p"] < 1e-3
+  assert found["tasks"]["a"]["strict"]["p"] == 1
+  assert found["mean"]["score"]["estimate"] == pytest.approx(lead["estimate"])
+
+
+def test_an_evaluation_is_opened_in_python(done):
+  import jax_videoreason
+
+  found = jax_videoreason.open_evaluation(done)
+  assert found.result == result_of(done)
+  assert found.rows == tables.read(done / "table.parquet")
+  assert (found.asked["steps"], found.asked["tasks"]) == (2, list(TASKS))

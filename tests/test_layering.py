@@ -79,6 +79,7 @@ FLOORS = (
     "scoring",
     "probes",
     "evaluate",
+    "comparing",
     "factors",
     "product",
     "branching",

@@ -280,3 +280,10 @@ def test_groups_with_too_little_in_them_have_no_interval():
   found = stats.bootstrap_within([[0.0, 1.0]] * 6, seed=0)
   assert np.isnan(found.low) and found.estimate == 0.5
   assert found.note == "12 values in 6 groups: an interval needs 13"
+
+
+@pytest.mark.parametrize(
+  ("p", "said"), [(None, "-"), (0.0001, "<0.001"), (0.001, "0.001"), (0.25, "0.250")]
+)
+def test_a_p_value_is_never_said_to_be_zero(p, said):
+  assert stats.chance(p) == said

@@ -638,7 +638,8 @@ def test_stopped_while_a_file_is_written_anew_its_folder_is_still_read(copy, mon
   for at in (1, 2, 3, 4):
     calls.clear()
     with contextlib.suppress(KeyboardInterrupt):
-      folders.rewrite_json(copy, "runs.json", [{**run, "prompt": f"{at}"} for run in runs])
+      with folders.rewriting(copy, "runs.json"):
+        folders.write_json(copy / "runs.json", [{**run, "prompt": f"{at}"} for run in runs])
     seen = store.open_run(copy).runs[0]["prompt"]
     assert seen == {1: runs[0]["prompt"], 2: runs[0]["prompt"], 3: "3", 4: "4"}[at]
   assert folders.sums(copy).keys() == sums.keys()

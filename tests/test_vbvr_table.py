@@ -92,13 +92,6 @@ def test_tasks_that_are_all_alike_give_no_interval():
   assert found["note"] == "all 20 cases are equal: resampling shows no spread"
 
 
-@pytest.mark.parametrize(
-  ("p", "said"), [(None, "-"), (0.0001, "<0.001"), (0.001, "0.001"), (0.25, "0.250")]
-)
-def test_a_p_value_is_never_said_to_be_zero(p, said):
-  assert table.chance(p) == said
-
-
 def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):
   places = written(
     tmp_path,

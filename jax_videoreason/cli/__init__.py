@@ -41,7 +41,7 @@ SWEEPS = "sweeps"
 # options that name a file or a folder
 PATHS = (
   *("out", "from", "image", "noise", "data", "videos", "evalkit", "environment", "checkpoint"),
-  "status",
+  *("status", "against"),
 )
 
 

@@ -4,14 +4,21 @@
   videoreason evaluate --tasks maze,pick --cases 16 --seeds 16 --ambiguous ambiguous --out ...
   videoreason evaluate --checkpoint DIR --split ood --mesh seed=2,fsdp=4 --out runs/ood
   videoreason evaluate --tasks mymodule:MyTask --out runs/mine
+  videoreason evaluate --config.guidance=3 --against runs/scores --out runs/guided
 
 Per task: score, strict success and right answers, each with a 95% bootstrap interval over problems,
 beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
 nearest training clip and the truth. Where several answers are right: whether seeds differ, and how
 many candidates x0 shows along the steps. Stopped at any time, the same command goes on with the
 tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
+
+With --against every clip is paired with that of an earlier evaluation, of the same case and seed:
+score and strict success here less there, with the interval over problems and the p-value of a
+sign-flip test. Models and settings may differ; cases, their size and the rules of scoring may not.
+A finished evaluation is only compared.
 """
 
+from pathlib import Path
 from typing import Any
 
 from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
@@ -20,8 +27,10 @@ from jax_videoreason import (
   axes,
   baselines,
   cli,
+  comparing,
   console,
   evaluate,
+  folders,
   scorecard,
   scoring,
   settings,
@@ -40,6 +49,8 @@ SHORT = {
 }
 
 
+GAINED = ("", " there, here", " p")
+MEAN = "the mean over tasks"
 POINTS = 6  # steps whose candidates are shown
 OWN_KEYS = ("seeds",)
 
@@ -59,12 +70,17 @@ def define(flags: FlagValues) -> None:
     "plain (one right answer), ambiguous (several) or both, in turn",
     flag_values=flags,
   )
+  said = "folder of an earlier evaluation, with whose clips of the same cases and seeds to compare"
+  DEFINE_string("against", None, said, flag_values=flags)
 
 
 def main(flags: FlagValues, words: list[str]) -> None:
   cli.required(flags, "out")
   asked = evaluate.plan(flags.tasks, flags.split, flags.cases, flags.ambiguous)
   chosen = settings.from_config({**cli.resolved(flags), "seeds": flags.seeds})
+  if flags.against is not None:
+    folders.spare(Path(flags.out), [Path(flags.against)])
+    comparing.check(evaluate.describe(chosen, asked), evaluate.open_evaluation(flags.against))
   with console.progress(evaluate.work(chosen, asked), "denoise", "step") as advance:
     result = evaluate.evaluate(
       flags.out,
@@ -75,6 +91,8 @@ def main(flags: FlagValues, words: list[str]) -> None:
       redo=flags.redo,
       advance=advance,
     )
+  if flags.against is not None:
+    result = comparing.compare(flags.out, flags.against)
   show(result)
   page = scorecard.render(flags.out)
   console.say(f"report: {page.resolve().as_uri()}")
@@ -83,10 +101,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
 def show(result: dict[str, Any]) -> None:
   """Scores with intervals, the scores of the other clips, whether seeds differ, and how many
   candidates x0 shows along the steps."""
-  mean = "mean"
-  blocks = (
-    {**result["tasks"], mean: result["mean"]} if len(result["tasks"]) > 1 else result["tasks"]
-  )
+  blocks = with_mean(result, "mean")
   console.table(
     f"{result['model']}, {result['cases']} cases of each task, split {result['split']}",
     ("task", "score", "strict", "right answers"),
@@ -141,8 +156,54 @@ def show(result: dict[str, Any]) -> None:
         for name, found in watched.items()
       ],
     )
+  if "against" in result:
+    show_against(result["against"])
   for note in notes(result):
     console.say(note)
+
+
+def with_mean(result: dict[str, Any], name: str) -> dict[str, Any]:
+  """What is said of every task and, where there are several, of their mean under this name."""
+  mean = {name: result["mean"]} if len(result["tasks"]) > 1 else {}
+  return {**result["tasks"], **mean}
+
+
+def without(blocks: dict[str, dict[str, Any]]) -> list[str]:
+  """'maze, pick: 6 cases: ...' for every reason why measures of some blocks have no interval."""
+  names: dict[str, list[str]] = {}
+  for name, block in blocks.items():
+    for note in {found["note"] for found in block.values()} - {None}:
+      names.setdefault(note, []).append(name)
+  return [f"{', '.join(some)}: {note}" for note, some in names.items()]
+
+
+def show_against(found: dict[str, Any]) -> None:
+  """What is here above an earlier evaluation, per task and for their mean."""
+  console.table(
+    f"here less {found['folder']}, on the same cases and seeds; each p by itself",
+    ("task", "pairs", *(f"{m}{said}" for m in scoring.COMPARED for said in GAINED)),
+    [
+      (
+        name,
+        block.get("pairs", found["pairs"]),
+        *(text for m in scoring.COMPARED for text in gained(block[m])),
+      )
+      for name, block in with_mean(found, "mean").items()
+    ],
+  )
+  leads = {
+    name: {m: block[m] for m in scoring.COMPARED} for name, block in with_mean(found, MEAN).items()
+  }
+  for note in comparing.notes(found):
+    console.say(note)
+  for text in without(leads):
+    console.say(f"no interval of the difference for {text}.")
+
+
+def gained(lead: dict[str, Any]) -> tuple[str, str, str]:
+  """A difference with its interval, the two means, the p-value."""
+  means = f"{lead['there']:.2f}, {lead['here']:.2f}"
+  return stats.spell(lead), means, stats.chance(lead["p"])
 
 
 def number(found: dict[str, Any] | None) -> str:
@@ -160,12 +221,8 @@ def spread(found: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def notes(result: dict[str, Any]) -> list[str]:
   """Why some numbers have no interval, over what intervals are taken, and what was not finite."""
-  without: dict[str, list[str]] = {}
-  mean = {"the mean over tasks": result["mean"]} if len(result["tasks"]) > 1 else {}
-  for name, block in {**result["tasks"], **mean}.items():
-    for note in {found["note"] for found in block["systems"][scoring.MODEL].values()} - {None}:
-      without.setdefault(note, []).append(name)
-  said = [f"no interval for {', '.join(names)}: {note}." for note, names in without.items()]
+  systems = {n: block["systems"][scoring.MODEL] for n, block in with_mean(result, MEAN).items()}
+  said = [f"no interval for {text}." for text in without(systems)]
   for name, block in result["tasks"].items():
     if block["problems"] < block["cases"]:
       said.append(

@@ -37,6 +37,7 @@ from jax_videoreason import (
   plan,
   settings,
   sharding,
+  stats,
 )
 from jax_videoreason.vbvr import (
   audit,
@@ -432,4 +433,4 @@ def differs(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return "-" if of["low"] is None else f"{of['low']:+.3f} to {of['high']:+.3f}"
 
   intervals = ends(found), ends(found["over_samples"])
-  return f"{found['estimate']:+.3f}", *intervals, table.chance(found["p"])
+  return f"{found['estimate']:+.3f}", *intervals, stats.chance(found["p"])

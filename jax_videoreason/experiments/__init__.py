@@ -22,7 +22,7 @@ from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
 from jax_videoreason.experiments.study import Study, experiment, ships
-from jax_videoreason.folders import damaged, rewrite_json
+from jax_videoreason.folders import damaged, rewriting, write_json
 from jax_videoreason.settings import nearest
 
 EXPERIMENTS: dict[str, Study] = {
@@ -100,7 +100,8 @@ def judge_again(folder: str | Path) -> None:
   if rows != before:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     again = {"written": now, "revision": store.revision()}
-    rewrite_json(folder, "result.json", {**record, "claims": rows, "judged_again": again})
+    with rewriting(folder, "result.json"):
+      write_json(folder / "result.json", {**record, "claims": rows, "judged_again": again})
 
 
 def as_declared(claim: Claim, row: Mapping[str, Any]) -> Claim:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_videoreason import stats
 from jax_videoreason.report import inline, write_page
 from jax_videoreason.vbvr import baselines, scores, table
 from jax_videoreason.vbvr.table import System
@@ -32,7 +33,7 @@ def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, An
     ),
     "tasks": tasks(made, systems),
     "number": table.number,
-    "chance": table.chance,
+    "chance": stats.chance,
   }
 
 

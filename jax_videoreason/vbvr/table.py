@@ -296,13 +296,6 @@ def number(found: Mapping[str, Any] | None) -> str:
   return stats.spell(found, digits=3)
 
 
-def chance(p: float | None) -> str:
-  """A p-value; never "0.000"."""
-  if p is None:
-    return "-"
-  return f"{p:.3f}" if p >= 0.001 else "<0.001"
-
-
 def remarks(row: Mapping[str, Any]) -> str:
   """What has to be known beside a system's numbers."""
   said = []

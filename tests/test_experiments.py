@@ -1,6 +1,7 @@
 """Experiments on models whose truth is known: they find it, and find nothing where it is absent."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -34,7 +35,7 @@ from jax_videoreason.experiments import (
 )
 from jax_videoreason.experiments import setting as setting_module
 from jax_videoreason.experiments.chain_of_steps import chain_of_steps
-from jax_videoreason.experiments.context import Chunks, assemble
+from jax_videoreason.experiments.context import Chunks, Context, Tally, assemble
 from jax_videoreason.experiments.controls import highest, moved, places_of
 from jax_videoreason.experiments.ensemble import closeness
 from jax_videoreason.experiments.noise import cos_index, matched_steps, noise, peak, with_index
@@ -323,6 +324,48 @@ def test_the_control_looks_at_a_middle_point_too():
     )
     assert (record["control"]["moved"] == 0) == (solver == "euler")
     assert findings[0].verdict == verdict
+
+
+def context_of(setting, count: int) -> Context:
+  """A batch of so many cases, with the seeds of the setting, in one role."""
+  cases = [case for case in toy.cases(count) for _ in setting.chosen.seeds]
+  roles = {"case": np.arange(len(cases))}
+  return assemble(setting, cases, roles, tally=Tally(), chunks=Chunks())
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_a_run_in_pieces_costs_one_trajectory_and_is_that_run(solver):
+  ctx = context_of(toy.setting(toy.read_late, solver=solver), 3)
+  whole, wanted = ctx.resume(None, 0, None)
+  one = STEPS * 3
+  assert (ctx.tally.evaluations, ctx.tally.saved) == (one, 0)
+  trace, final = None, None
+  for first, stop in itertools.pairwise((0, 3, 4, STEPS)):
+    final, trace = ctx.resume(trace, first, None, stop=stop)
+    np.testing.assert_array_equal(final, wanted.latents[stop] if stop < STEPS else whole)
+    np.testing.assert_array_equal(trace.latents[first:stop], wanted.latents[first:stop])
+    np.testing.assert_array_equal(trace.x0[first:stop], wanted.x0[first:stop])
+  assert ctx.tally.evaluations == 2 * one
+  assert ctx.tally.saved == (3 + 4) * 3
+
+
+def test_runs_are_chosen_anew_between_pieces():
+  ctx = context_of(toy.setting(toy.of_the_noise, seeds=(0, 1, 2, 3)), 2)
+  _, trace = ctx.resume(None, 0, None, stop=4)
+  who = np.repeat(ctx.by_seed()[1], 4)  # the second seed of every case in the place of all
+  x, x0 = (rows[:, who] for rows in (trace.latents, trace.x0))
+  final, _ = ctx.resume(dataclasses.replace(trace, latents=x, x0=x0), 4, None)
+  wanted, _ = ctx.resume(trace, 4, None)
+  np.testing.assert_array_equal(final, wanted[who])
+
+
+def test_a_piece_that_ends_before_it_begins_is_refused():
+  ctx = context_of(toy.setting(toy.read_late), 2)
+  _, trace = ctx.resume(None, 0, None)
+  for step, stop in ((4, 3), (4, STEPS + 1)):
+    with pytest.raises(ValueError, match=rf"only\({step}, {stop}\) of {STEPS} steps: wanted 0 <="):
+      ctx.resume(trace, step, None, stop=stop)
+  assert ctx.tally.evaluations == STEPS * 2
 
 
 def test_batches_are_joined_filled_up_and_cut_and_seeds_stay_with_their_case():

@@ -191,7 +191,7 @@ class Context:
     self, edit: Intervention | None = None, taps: TapSpec | None = None
   ) -> tuple[np.ndarray, Trace]:
     """(final latents R F H W C, trace) of a whole trajectory, on the host."""
-    return self._denoise(self.schedule, edit, taps, None, 0)
+    return self._denoise(self.schedule, edit, taps, None, 0, self.sizes.S)
 
   def resume(
     self,
@@ -199,23 +199,37 @@ class Context:
     step: int,
     edit: Intervention | None,
     taps: TapSpec | None = None,
+    *,
+    stop: int | None = None,
   ) -> tuple[np.ndarray, Trace]:
     """As `denoise`, from what `before` held at `step`: the prefix is shared, not computed again.
 
     before: a trace that `resume` returned (None and step 0 for the first one): held steps are part
-    of the program, so only runs of one program are equal to the last bit. Rows before `step` of
-    the new trace repeat the state. Such a trace has the solver's memory; from another one, as of
-    `denoise`, a multistep solver restarts.
+    of the program, so only runs of one program are equal to the last bit. stop: the step before
+    which it ends, with the latents it has then; None = at the end. Rows of the new trace before
+    `step` and from `stop` on repeat the state, so it goes on by `resume(trace, stop, edit)`; all
+    pieces are one program. Such a trace has the solver's memory; from another one, as of `denoise`,
+    a multistep solver restarts.
+
+    ValueError: no 0 <= step <= stop <= S.
     """
+    stop = self.sizes.S if stop is None else stop
+    schedule = self.schedule.only(step, stop)
     taps = dataclasses.replace(TapSpec() if taps is None else taps, solver=True)
     if before is None:
       state = sampler.start(self.noise, self.schedule.solver)
     else:
       state = sampler.state_at(before, self.schedule, step)
-    return self._denoise(self.schedule.only(step, self.sizes.S), edit, taps, state, step)
+    return self._denoise(schedule, edit, taps, state, step, stop)
 
   def _denoise(
-    self, schedule: Schedule, edit: Intervention | None, taps: Any, state: Any, held: int
+    self,
+    schedule: Schedule,
+    edit: Intervention | None,
+    taps: Any,
+    state: Any,
+    first: int,
+    stop: int,
   ) -> tuple[np.ndarray, Trace]:
     if taps is not None:
       dtype = self.bundle.parts.dit.config.dtype
@@ -231,9 +245,9 @@ class Context:
       )
     trace = jax.tree.map(np.asarray, trace)
     one = self.sizes.R * self.sizes.G
-    self.tally.evaluations += one * (self.sizes.S - held)
-    self.tally.saved += one * held
-    self.tally.advance(one * (self.sizes.S - held))
+    self.tally.evaluations += one * (stop - first)
+    self.tally.saved += one * first
+    self.tally.advance(one * (stop - first))
     self._note_broken(trace.finite)
     return np.asarray(latents), trace
 

@@ -54,15 +54,15 @@ def read_each(
   rows, runs = len(sigma), len(tasks)
   answer = np.full((rows, runs), None, object)
   right = np.zeros((rows, runs), bool)
-  score = np.zeros((rows, runs))
+  score, strict = np.zeros((2, rows, runs))
   soft = np.full((4, rows, runs), np.nan)
   for (s, r), frames in zip(np.ndindex(rows, runs), videos, strict=True):
     task, case = tasks[r], metadata[r]
     if task is None or case is None:
       continue
-    answer[s, r] = task.parse(frames, case)
+    earned, answer[s, r] = task.judge(frames, case)
     right[s, r] = answer[s, r] in case["answers"]
-    score[s, r] = task.score(frames, case).value
+    score[s, r], strict[s, r] = earned.value, earned.strict
     seen = task.candidates(frames, case)
     soft[:, s, r] = *weigh(seen, case["answers"]), second(seen)
   commitment = commit(answer)
@@ -73,6 +73,7 @@ def read_each(
     answer=answer,
     right=right,
     score=score,
+    strict=strict,
     commitment=commitment,
     commitment_sigma=np.where(commitment < 0, np.nan, np.asarray(sigma, float)[commitment]),
     first_hit=np.where(right.any(0), right.argmax(0), -1),

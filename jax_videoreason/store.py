@@ -390,10 +390,10 @@ def read_answers(path: str | Path) -> AnswerTrace:
   record = read_json(Path(path))
   kinds: dict[str, type] = {"answer": object, "right": bool}
   kinds |= dict.fromkeys(("sigma", "score", "commitment_sigma"), float)
-  kinds |= dict.fromkeys(("candidates", "entropy", "mass", "second"), float)
+  kinds |= dict.fromkeys(("candidates", "entropy", "mass", "second", "strict"), float)
   try:
     unknown = np.full(np.shape(record["candidates"]), np.nan)
-    record = {"second": unknown, **record}  # earlier versions wrote none
+    record = {"second": unknown, "strict": unknown, **record}  # earlier versions wrote none
     columns = {
       f.name: np.array(record[f.name], kinds.get(f.name, int))
       for f in dataclasses.fields(AnswerTrace)

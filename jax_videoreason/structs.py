@@ -204,7 +204,8 @@ class AnswerTrace:
 
   sigma: S. steps: S int, the denoising step of each row.
   answer: S R objects, a str or an int, or None where nothing could be read.
-  right: S R bool. score: S R, 0..1.
+  right: S R bool. score: S R, 0..1. strict: S R, 1.0 where the clip is a strict success, else 0.0,
+    as `evaluate` counts it; NaN where it was written without.
   commitment: R int, the first row from which the answer equals the final one and stays; -1 = the
     final answer can't be read. commitment_sigma: R, NaN there.
   first_hit: R int, the first row with a right answer; -1 = never.
@@ -222,6 +223,7 @@ class AnswerTrace:
   answer: np.ndarray
   right: np.ndarray
   score: np.ndarray
+  strict: np.ndarray
   commitment: np.ndarray
   commitment_sigma: np.ndarray
   first_hit: np.ndarray

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_videoreason import answers, folders, store, tasks
+from jax_videoreason import answers, baselines, folders, store, tasks
 
 
 def column(text):
@@ -118,6 +118,22 @@ def test_read_steps(maze, read):
   assert read.task == ("maze", "maze", None)
 
 
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_a_clip_is_read_as_an_evaluation_marks_it(name):
+  task = tasks.load(name, size=32)
+  case = task.generate("heldout" if task.held_out else "id", 0)
+  wrong = [task.render(case.metadata, a) for a in task.wrong_answers(case.metadata)[:1]]
+  clips = [case.frames, baselines.still(case.first_frame, task.frames), *wrong]
+  read = answers.read_steps(task, [case.metadata], np.stack(clips)[:, None], np.ones(len(clips)))
+  for row, frames in enumerate(clips):
+    mark = baselines.mark(task, frames, case.metadata)
+    found = read.score[row, 0], read.strict[row, 0], read.right[row, 0], read.answer[row, 0]
+    assert found == (mark.score, mark.strict, mark.right, mark.answer)
+    assert read.answer[row, 0] == task.parse(frames, case.metadata)
+    assert read.score[row, 0] == task.score(frames, case.metadata).value
+  assert read.strict[:2, 0].tolist() == [1.0, 0.0]
+
+
 def test_early_readout_leaves_out_runs_without_a_task(read):
   np.testing.assert_array_equal(read.early, [0.5, 0.0, 0.5, 0.5])
 
@@ -137,14 +153,15 @@ def test_answers_survive_the_disk(read, tmp_path):
   store.write_answers(tmp_path, read)
   back = store.read_answers(tmp_path / "answers.json")
   assert back.task == read.task
-  floats = ("score", "commitment_sigma", "mass", "second")
+  floats = ("score", "strict", "commitment_sigma", "mass", "second")
   for name in ("answer", "right", "commitment", "steps", *floats):
     np.testing.assert_array_equal(getattr(back, name), getattr(read, name))
   assert back.right.dtype == bool
   record = folders.read_json(tmp_path / "answers.json")
-  del record["second"]
+  del record["second"], record["strict"]
   folders.write_json(tmp_path / "answers.json", record)
-  assert np.isnan(store.read_answers(tmp_path / "answers.json").second).all()
+  back = store.read_answers(tmp_path / "answers.json")
+  assert np.isnan(back.second).all() and np.isnan(back.strict).all()
 
 
 def test_counts_that_do_not_match_are_refused(maze):

@@ -206,6 +206,9 @@ class Sides:
     best = max(halves, key=lambda side: halves[side])
     return best if abs(halves["left"] - halves["right"]) > 0.2 else None
 
+  def judge(self, frames, metadata):
+    return self.score(frames, metadata), self.parse(frames, metadata)
+
   def candidates(self, frames, metadata):
     return {side: float(np.clip(value, 0, 1)) for side, value in self.halves(frames).items()}
 

@@ -1,5 +1,6 @@
 """What a run is asked for reaches its schedule and the encoders."""
 
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import FREQ, replace, tiny_bundle
-from jax_videoreason import checkpoint, conditioning, prepare, schedules, settings
+from jax_videoreason import checkpoint, conditioning, prepare, schedules, settings, sharding
 from jax_videoreason.experiments import setting
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning
@@ -99,6 +100,37 @@ def test_what_is_encoded_is_that_of_the_settings(bundle, encode, chosen, wanted,
   assert first_frames.shape == (1, 8, 16, 3)
   assert said.pop("clip", None) is None
   assert said == {"frames": 9, "negative_prompt": "", "guided": True, "tiles": None} | wanted
+
+
+def test_the_text_encoder_lies_over_a_mesh_and_is_let_go_before_the_dit_is_read(monkeypatch):
+  monkeypatch.setattr(sharding, "SMALL", 100)  # else the leaves of a small model lie whole
+  asked, text, alive, load = [], [], [], checkpoint.load
+
+  def watched(where, parts, **options):
+    left = sum(leaf() is not None for leaf in alive)
+    bundle = load(where, parts, **options)
+    asked.append((parts, left))
+    if "text" in parts:
+      text.extend((leaf.size, leaf.addressable_shards[0].data.size) for leaf in leaves(bundle.text))
+      alive.extend(map(weakref.ref, leaves(bundle.text)))
+    return bundle
+
+  def encode(bundle, *said, **more):
+    assert all(leaf() is not None for leaf in alive)
+    return real(bundle, *said, **more)
+
+  leaves, real = jax.tree.leaves, conditioning.encode
+  monkeypatch.setattr(checkpoint, "load", watched)
+  monkeypatch.setattr(conditioning, "encode", encode)
+  chosen = replace(CHOSEN, checkpoint="mini", height=16)
+  mesh = sharding.make_mesh(fsdp=4)
+  picture = np.zeros((1, 16, 16, 3), np.uint8)
+  bundle, (cond,) = prepare.encode(chosen, [(["go"], picture)], mesh=mesh)
+  whole, held = map(sum, zip(*text, strict=True))
+  assert held < 0.3 * whole  # of four devices
+  assert asked == [(("text", "clip", "vae"), 0), (("vae", "preview"), 0), (("dit",), 0)]
+  assert bundle.text is None and bundle.params[0] is not None
+  assert all(isinstance(leaf, np.ndarray) for leaf in leaves(cond))
 
 
 def test_a_study_decodes_and_encodes_anew_in_the_tiles_of_its_settings(bundle, monkeypatch):

@@ -21,6 +21,7 @@ from jax_videoreason.interventions import (
   swap_runs,
   where,
 )
+from jax_videoreason.pytrees import leaves, nest
 from jax_videoreason.structs import Conditioning
 from jax_videoreason.taps import HEAD_SITES, TapSpec
 
@@ -196,6 +197,13 @@ def collectives(bundle, count: int, mesh, edit=None, grid=ODD) -> list[str]:
   return [line for line in text.splitlines() if re.search(kinds, line)]
 
 
+def ordered(dims: str, transposed: str | None) -> np.ndarray:
+  """The devices in order, as an array of "2,2", its axes then permuted as "1,0" says."""
+  sizes, axes = ([int(n) for n in said.split(",")] if said else None for said in (dims, transposed))
+  devices = np.arange(np.prod(sizes)).reshape(sizes)
+  return devices if axes is None else devices.transpose(axes)
+
+
 def groups(line: str) -> set[frozenset[int]]:
   """The groups of devices that a collective joins."""
   found = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line)
@@ -203,16 +211,15 @@ def groups(line: str) -> set[frozenset[int]]:
     return {frozenset(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", found[1])}
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
   if iota:
-    shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-    order = np.arange(np.prod(dims)).reshape(dims)
-    if iota[3]:
-      order = order.transpose([int(n) for n in iota[3].split(",")])
-    return {frozenset(row.tolist()) for row in order.reshape(shape)}
-  named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    shape = [int(n) for n in iota[1].split(",")]
+    return {frozenset(row.tolist()) for row in ordered(iota[2], iota[3]).reshape(shape)}
+  order = r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
+  named = re.search(rf"replica_groups=mesh\[(.*?)\](?:{order})? \{{(.*?)\}}", line)
   if named:
     axes = {n: int(size) for n, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    joined = re.findall(r"'(\w+)'", named[2])
-    grid = np.arange(np.prod(list(axes.values()))).reshape(list(axes.values()))
+    joined = re.findall(r"'(\w+)'", named[4])
+    sizes = list(axes.values())
+    grid = ordered(named[2] or f"{np.prod(sizes)}", named[3]).reshape(sizes)
     grid = np.moveaxis(grid, [list(axes).index(n) for n in joined], range(-len(joined), 0))
     size = int(np.prod([axes[n] for n in joined]))
     return {frozenset(row.tolist()) for row in grid.reshape(-1, size)}
@@ -270,8 +277,23 @@ def mixes(sizes) -> dict:
   }
 
 
+QUICK = (("latents", 2), ("velocity", 2), ("swapped tokens", 2), ("swapped tokens", 1))
 KINDS = ("latents", "averaged updates", "swapped tokens", "x0", "velocity")
 NINE = (3, 2, 6, 4)  # F H W C: 9 tokens, which two devices cannot share evenly
+
+
+def lying_on(mesh, bundle):
+  """The bundle with its weights over `fsdp`, as they are restored; also small leaves."""
+
+  def stored(path, leaf):
+    return jax.device_put(leaf, jax.NamedSharding(mesh, sharding.partition(path, leaf.shape, mesh)))
+
+  def placed(tree):
+    return nest({path: stored(path, leaf) for path, leaf in leaves(tree).items()})
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "SMALL", 100)
+    return dataclasses.replace(bundle, params=tuple(map(placed, bundle.params)))
 
 
 @functools.cache
@@ -279,19 +301,22 @@ def spoken(kind: str | None, shape: tuple[int, int, int]) -> Counter:
   """How often which devices talk in the program with a kind of mix: group -> count."""
   edit = None if kind is None else mixes(sizes_for(2, NINE))[kind]
   mesh = sharding.make_mesh(*shape)
-  lines = collectives(bundle_of("concat"), 2, mesh, edit, NINE)
+  lines = collectives(lying_on(mesh, bundle_of("concat")), 2, mesh, edit, NINE)
   return Counter(group for line in lines for group in groups(line))
 
 
 @pytest.mark.parametrize(
-  "kind",
-  [pytest.param(k, marks=[] if k in ("latents", "velocity") else pytest.mark.slow) for k in KINDS],
+  ("kind", "shape"),
+  [
+    pytest.param(k, shape, marks=[] if (k, shape[2]) in QUICK else pytest.mark.slow)
+    for shape in ((2, 1, 2), (2, 2, 1))
+    for k in KINDS
+  ],
 )
-def test_a_mix_adds_collectives_over_the_seed_axis_alone(kind):
-  shape = (2, 1, 2)
+def test_a_mix_adds_collectives_over_the_seed_axis_alone(kind, shape):
   over_seed = {frozenset({0, 2}), frozenset({1, 3})}  # of a mesh of 2 x 2, seed first
   plain, mixed = spoken(None, shape), spoken(kind, shape)
-  assert plain.keys() == {frozenset({0, 1}), frozenset({2, 3})}  # tokens alone
+  assert plain.keys() == {frozenset({0, 1}), frozenset({2, 3})}  # tokens, and weights on fsdp
   assert (mixed - plain).keys() == over_seed
   assert not plain - mixed
 

@@ -561,7 +561,7 @@ def start(out: Path, cache: Path) -> subprocess.Popen:
   )
 
 
-KILLS = 12
+KILLS = 20
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.cli.evaluate import notes
+from jax_videoreason.experiments import Result, experiment, perform, setting
 
 TASKS = ("pick", "occlusion")
 WORDS = ("--tasks=pick,occlusion", "--cases=2", "--seeds=2", "--config.steps=2")
@@ -850,3 +851,20 @@ def test_an_evaluation_is_opened_in_python(done):
   assert found.result == result_of(done)
   assert found.rows == tables.read(done / "table.parquet")
   assert (found.asked["steps"], found.asked["tasks"]) == (2, list(TASKS))
+
+
+def test_the_baseline_of_a_study_is_what_an_evaluation_gives_to_its_cases_and_seeds(done):
+  @experiment(tasks=TASKS)
+  def plain(ctx):
+    """What does a run without a change score?"""
+    said = ctx.read(ctx.denoise()[0])
+    values = {"score": said.score[-1], "strict": said.strict[-1], "right": said.right[-1]}
+    return Result(values=values, axes=dict.fromkeys(values, ("run",)))
+
+  config = json.loads((done / "manifest.json").read_text())["config"]
+  chosen = settings.from_config(config)
+  cases = setting.pick_cases(chosen, TASKS, 2)
+  found, _, _ = perform(plain, setting.load(chosen, groups=[cases]), cases)
+  rows = [row for row in tables.read(done / "table.parquet") if row["system"] == "model"]
+  for name, value in found.values.items():
+    np.testing.assert_allclose(value.ravel(), [row[name] for row in rows], atol=1e-6)

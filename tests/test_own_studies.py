@@ -8,7 +8,7 @@ import pytest
 
 import jax_videoreason
 import toy
-from jax_videoreason import cli
+from jax_videoreason import cli, stats
 from jax_videoreason.cli import run
 from jax_videoreason.experiments import (
   EXPERIMENTS,
@@ -599,6 +599,30 @@ def test_a_result_that_is_damaged_is_named(tmp_path, text, said):
   for read in (results.load, judge_again):
     with pytest.raises(ValueError, match=said):
       read(tmp_path)
+
+
+def test_a_gain_gets_its_p_value_over_problems():
+  rng = np.random.default_rng(0)
+  gain = 0.1 + rng.random((8, 2))
+  twice = np.concatenate([gain, gain[:1]])  # the last case is of the first's problem
+  problems = [*"abcdefgh", "a"]
+  result = Result(values={"gain": twice}, axes={"gain": ("case", "seed")}, problem_of=problems)
+  found = stats.sign_flip(result.per_problem("gain")[0], seed=0)
+  assert found.cases == 8
+  assert found.p == 2 / 2**8  # all are above 0: of all flips none and every one are as far off
+
+
+def test_calls_past_the_context_are_counted_by_the_study_alone():
+  def give(ctx, count):
+    latents, _, _ = jax_videoreason.denoise(ctx.bundle, ctx.noise, ctx.cond, ctx.schedule)
+    ctx.tally.evaluations += count * ctx.sizes.S * ctx.sizes.R * ctx.sizes.G
+    return np.asarray(latents).mean((1, 2, 3, 4))
+
+  evaluations = []
+  for count in (0, 1):
+    _, record, _ = carried_out(study_of(lambda ctx, count=count: give(ctx, count)))
+    evaluations.append(record["evaluations"])
+  assert evaluations == [0, record["planned"]]
 
 
 def test_a_study_is_opened_in_python_and_open_run_names_what_it_is(tmp_path):

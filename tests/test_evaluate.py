@@ -690,7 +690,8 @@ def test_a_damaged_table_is_told(copy, capsys):
 def edit_table(folder: Path, change) -> None:
   """Puts change(row) in the place of every row of the table; None = the row is left out."""
   rows = [change(dict(row)) for row in tables.read(folder / "table.parquet")]
-  tables.write(folder / "table.parquet", [row for row in rows if row is not None])
+  with folders.rewriting(folder, "table.parquet"):
+    tables.write(folder / "table.parquet", [row for row in rows if row is not None])
 
 
 def edit_json(path: Path, **changes) -> None:

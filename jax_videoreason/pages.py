@@ -18,7 +18,7 @@ from jax_videoreason import plots, stats
 from jax_videoreason.axes import spread
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
-from jax_videoreason.folders import atomic, disk, read_json
+from jax_videoreason.folders import atomic, disk, read_json, vouched
 from jax_videoreason.report import flat, inline, write_page
 
 # Axes of the figures whose name is not that of the axis; those along the steps also show sigma.
@@ -383,7 +383,8 @@ def render_claims(out: str | Path) -> Path:
 
 def study_of(path: Path, figures: Path) -> dict[str, Any]:
   """What the table of claims shows of a result.json; its chosen figures are copied to `figures`."""
-  record, manifest = read_json(path), read_json(path.parent / "manifest.json")
+  record = read_json(vouched(path.parent, path.name))
+  manifest = read_json(path.parent / "manifest.json")
   drawn = path.parent / "figures"
   wanted = SHOWN.get(record["experiment"], tuple(record["axes"]))
   found = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 
 import jax
@@ -1069,6 +1070,20 @@ def test_the_table_shows_a_claim_once_that_only_one_study_could_ask(tmp_path):
   assert [(row["experiment"], row["verdict"]) for row in rows] == [("one", "holds")]
 
 
+def test_a_damaged_result_gets_no_rows_in_the_table_of_claims(tmp_path):
+  claim = Claim(says="s", of="moved[point=1]", statistic="m", above=0.0)
+  found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
+  path = tmp_path / "own" / "result.json"
+  path.parent.mkdir()
+  results.save(path.parent, found, record)
+  write_json(path.parent / "manifest.json", {**MANIFEST, "files": {path.name: checksum(path)}})
+  claims.write(tmp_path)
+  write_json(path, {**read_json(path), "claims": []})
+  for read in (claims.write, pages.render_claims):
+    with pytest.raises(ValueError, match=r"own/result\.json is missing or damaged"):
+      read(tmp_path)
+
+
 def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
   claim = Claim(says="s", of="moved[point=1]", statistic="m", above=0.0)
   found, record, _ = perform(make_study(claims=[claim]), toy.setting(toy.read_late), toy.cases(8))
@@ -1175,6 +1190,25 @@ def test_what_a_killed_call_left_is_no_obstacle_and_a_damaged_result_is_named(
   assert "holds something else (it has result.json)" in capsys.readouterr().err
   assert stopped(monkeypatch, out, "--redo") == cli.BAD_INPUT
   assert "it got as far as that" in capsys.readouterr().err
+
+
+def test_the_same_command_does_a_study_again_whose_result_is_damaged(tmp_path, capsys):
+  out = tmp_path / "study"
+  words = ["run", "chain_of_steps", "--config.tasks=('pick',)", "--config.cases=1", f"--out={out}"]
+  words += ["--config.seeds=1", "--config.steps=2", "--config.decoder=preview"]
+  assert cli.main(words) == 0
+  whole = read_json(out / "result.json")
+  for text in (json.dumps({**whole, "evaluations": 1}), "{"):
+    (out / "result.json").write_text(text)
+    assert cli.main([*words, "--config.steps=3"]) == cli.BAD_INPUT
+    assert "holds something else (it has arrays.zarr" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert "result.json is missing or damaged; done again" in " ".join(
+      capsys.readouterr().out.split()
+    )
+    assert {**read_json(out / "result.json"), "seconds": whole["seconds"]} == whole
+  assert cli.main(words) == 0
+  assert "has it already" in capsys.readouterr().out
 
 
 def test_a_second_study_in_a_folder_is_refused_meanwhile(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,8 @@
 A preset sets cases, seeds, steps, batch and more of a study, whatever the file of the config says
 of them; what is typed is kept, as --config mini:steps=3,seeds=2 or --config.steps=3.
 
-Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo.
+Interrupted, the same command goes on where it stopped; finished, it says so, unless --redo. A
+result that is damaged is done again.
 """
 
 import dataclasses
@@ -229,7 +230,10 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
     console.say(f"{study.name}: {out} has it already; --redo does it again.")
     return
   of_tasks = tasks.sources(own["tasks"])
-  check_out(out, redo=redo, source=source, of_tasks=of_tasks)
+  if not redo and is_ours(out, key):
+    console.say(f"{study.name}: {out / 'result.json'} is missing or damaged; done again.")
+  else:
+    check_out(out, redo=redo, source=source, of_tasks=of_tasks)
   with folders.held(out, needed=False):
     if redo:
       with folders.disk(out):
@@ -273,6 +277,7 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
         device=jax.devices()[0].device_kind,
         mesh=layout,
         model=made.bundle.card.name,
+        key=key,
         evaluations=record["evaluations"],
         seconds=record["seconds"],
       )
@@ -313,6 +318,11 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
 def is_done(out: Path, key: str) -> bool:
   """Whether `out` holds the result of this very command; a damaged one is none."""
   return _record(out).get("key") == key
+
+
+def is_ours(out: Path, key: str) -> bool:
+  """Whether this very command filled `out`, by its manifest; those of older versions can't tell."""
+  return _read(out, "manifest.json").get("key") == key
 
 
 def check_out(
@@ -359,10 +369,15 @@ def check_out(
 
 def _record(out: Path) -> dict[str, Any]:
   """What result.json says; nothing where it is missing or damaged."""
-  from jax_videoreason.folders import read_json
+  return _read(out, "result.json")
+
+
+def _read(out: Path, name: str) -> dict[str, Any]:
+  """What a JSON file of `out` says; nothing where it is missing or damaged."""
+  from jax_videoreason.folders import read_json, vouched
 
   try:
-    found = read_json(out / "result.json")
+    found = read_json(vouched(out, name))
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import costs, plan, stats
-from jax_videoreason.folders import read_json, write_json
+from jax_videoreason.folders import read_json, vouched, write_json
 from jax_videoreason.vbvr import jobs
 
 CARD = "gpu:141GB"  # for which the cost of what is not run here is said
@@ -54,11 +54,13 @@ def write(
   failed: name of a study -> why it has no result. asked: the studies that belong to the table,
   None = all; an older result of another, or of one that failed, is *not run here*. What one study
   could not ask and another could, such as of a model without an expert switch, stands there once.
+
+  ValueError: a result is missing or damaged.
   """
   out, failed = Path(out), dict(failed or {})
   there = sorted(path.parent.name for path in out.glob("*/result.json"))
   shown = [name for name in there if name not in failed and (asked is None or name in asked)]
-  records = {name: read_json(out / name / "result.json") for name in shown}
+  records = {name: read_json(vouched(out / name, "result.json")) for name in shown}
   rows = [
     {**claim, "experiment": name} for name, record in records.items() for claim in record["claims"]
   ]

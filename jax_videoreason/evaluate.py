@@ -13,6 +13,7 @@ The folder:
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from jax_videoreason.folders import (
   LOCK,
   begin,
   beside,
+  checksum,
   disk,
   expect,
   held,
@@ -424,6 +426,12 @@ def watch(task: Task, cases: Sequence[Case], x0: np.ndarray, show: Show) -> dict
 # All tasks
 
 
+def written(names: Iterable[str]) -> Callable[[str], Any]:
+  """Whether a path below tasks/ is of a file that an evaluation of these tasks writes there."""
+  of_tasks = "|".join(map(re.escape, names))
+  return re.compile(rf"({of_tasks})/(task\.json|video_\d+_\d+\.mp4)").fullmatch
+
+
 def read_parts(out: Path, names: Iterable[str]) -> dict[str, Any]:
   """What the finished tasks left, by name."""
   return {name: read_json(out / PARTS / name / "task.json") for name in names}
@@ -456,7 +464,7 @@ def again(out: str | Path) -> dict[str, Any]:
   """
   out = Path(out)
   before = read_json(vouched(out, RESULT))
-  vouched(out, PARTS)
+  vouched(out, PARTS, written(before["tasks"]))
   try:
     result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
   except KeyError as error:
@@ -496,6 +504,7 @@ def finish(
     config=dataclasses.asdict(chosen),
     command=command,
     device=jax.devices()[0].device_kind,
+    checksums={PARTS: checksum(out / PARTS, written(asked.tasks))},
     mesh=None if mesh is None else dict(mesh.shape),
     model=name,
     plan=dataclasses.asdict(asked),

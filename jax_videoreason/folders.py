@@ -394,27 +394,39 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def checksum(path: Path) -> str:
-  """sha256 of a file; of a folder, over the names and checksums of its files in order."""
+def every(name: str) -> bool:
+  """Whether a file counts for the checksum of its folder: all do."""
+  return True
+
+
+def checksum(path: Path, counts: Callable[[str], Any] = every) -> str:
+  """sha256 of a file; of a folder, over the names and checksums of its files in order.
+
+  counts: whether a file of the folder does, by its path below it.
+  """
   if not path.is_dir():
     with path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   digest = hashlib.sha256()
   for item in sorted(p for p in path.rglob("*") if p.is_file()):
-    digest.update(f"{item.relative_to(path).as_posix()} {checksum(item)}\n".encode())
+    name = item.relative_to(path).as_posix()
+    if counts(name):
+      digest.update(f"{name} {checksum(item)}\n".encode())
   return digest.hexdigest()
 
 
-def vouched(folder: Path, name: str) -> Path:
+def vouched(folder: Path, name: str, counts: Callable[[str], Any] = every) -> Path:
   """The path of a file or folder in `folder`, compared with the checksum in the manifest beside it.
 
   A folder without a manifest, or one whose manifest does not know the name, vouches for nothing.
+  counts: as `checksum` takes it.
+
   ValueError: it is missing, or not what was written.
   """
   path = folder / name
   wanted = sums(folder).get(name)
   try:
-    differs = wanted is not None and checksum(path) != wanted
+    differs = wanted is not None and checksum(path, counts) != wanted
   except OSError as error:
     raise damaged(path) from error
   if differs:

@@ -175,14 +175,16 @@ def write_manifest(
   config: Mapping[str, Any],
   command: Sequence[str],
   device: str,
+  checksums: Mapping[str, str] | None = None,
   **more: Any,
 ) -> dict[str, Any]:
   """Writes `manifest.json`, last of all: it holds the checksum of every data file in the folder.
 
   config: the resolved configuration. command: the words typed. device: its name, as jax gives it.
-  more: further entries (`model`, `seconds`, `evaluations`, ...), kept as they are.
+  checksums: name -> that of a folder in which not every file counts. more: further entries
+  (`model`, `seconds`, `evaluations`, ...), kept as they are.
   """
-  folder = Path(folder)
+  folder, known = Path(folder), checksums or {}
   manifest = {
     "format": FORMAT,
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -197,7 +199,7 @@ def write_manifest(
     **plain(more),
     "config": plain(config),
     "files": {
-      item.name: checksum(item)
+      item.name: known[item.name] if item.name in known else checksum(item)
       for item in sorted(folder.iterdir())
       if not DRAWN.fullmatch(item.name) and item.name not in ("manifest.json", LOCK)
     },

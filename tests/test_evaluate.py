@@ -678,6 +678,27 @@ def test_a_number_that_is_not_what_was_written_is_told(copy, capsys, name):
   assert f"{name.split('/')[0]} is missing or damaged" in capsys.readouterr().err
 
 
+def test_files_of_others_among_the_tasks_are_no_damage(copy):
+  for place in (".DS_Store", "pick/.nfs0001", "pick/notes.txt", "pick copy/task.json"):
+    path = copy / "tasks" / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("not ours")
+  assert call(copy) == 0
+  assert cli.main(["report", str(copy)]) == 0
+  chosen = settings.from_config(json.loads((copy / "manifest.json").read_text())["config"])
+  asked = evaluate.plan("pick,occlusion", "id", 2, "both")
+  evaluate.finish(copy, chosen, asked, None, ["videoreason"])
+  (copy / "tasks" / ".DS_Store").unlink()
+  evaluate.again(copy)
+
+
+@pytest.mark.parametrize("name", ["task.json", "video_*.mp4"])
+def test_a_file_of_a_task_that_is_missing_is_damage(copy, capsys, name):
+  next((copy / "tasks" / "pick").glob(name)).unlink()
+  assert call(copy) == cli.BAD_INPUT
+  assert "tasks is missing or damaged" in capsys.readouterr().err
+
+
 def test_a_damaged_table_is_told(copy, capsys):
   (copy / "table.parquet").write_bytes(b"no table")
   assert cli.main(["report", str(copy)]) == 2

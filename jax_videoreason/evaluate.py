@@ -14,6 +14,7 @@ The folder:
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -458,24 +459,54 @@ def again(out: str | Path) -> dict[str, Any]:
   """Takes the numbers of a finished evaluation anew from its rows, as they are reckoned now.
 
   Nothing is computed by a model; result.json is written where they differ. Returns what it says.
+  A table that is damaged, or was being written when a command was stopped, is written from tasks/,
+  with a warning; a comparison with an earlier evaluation, which lies in both, is then left out.
 
   ValueError: a file of it is damaged, or an earlier version wrote it, without something that is
     now looked at.
   """
   out = Path(out)
+  check_finished(out)
   before = read_json(vouched(out, RESULT))
   vouched(out, PARTS, written(before["tasks"]))
+  parts = read_parts(out, before["tasks"])
   try:
-    result = plain({**before, **numbers(read_parts(out, before["tasks"]))})
+    result = plain({**before, **numbers(parts)})
   except KeyError as error:
     raise ValueError(
       f"{out} was written by an earlier version and lacks {error}: `videoreason evaluate --redo` "
       "does it again."
     ) from error
+  stale = set() if _has_table(out) else {TABLE}
+  if stale:
+    found = result.pop("against", None)
+    lost = f"; --against {found['folder']} compares again" if found else ""
+    warnings.warn(
+      f"{out / TABLE} was missing, damaged or not whole: it is written again from {PARTS}/{lost}.",
+      stacklevel=2,
+    )
   if result != before or RESULT not in sums(out):
-    with rewriting(out, RESULT):
+    stale.add(RESULT)
+  if stale:
+    with rewriting(out, *stale):
       write_json(out / RESULT, result)
+      if TABLE in stale:
+        write_table(out, parts)
   return result
+
+
+def _has_table(out: Path) -> bool:
+  """Whether the table is what the manifest says; one that it does not know was being written."""
+  try:
+    tables.read(vouched(out, TABLE))
+  except ValueError:
+    return False
+  return TABLE in sums(out)
+
+
+def write_table(out: Path, parts: Mapping[str, Any]) -> None:
+  """table.parquet, from what the finished tasks left."""
+  tables.write(out / TABLE, [row for part in parts.values() for row in part["rows"]])
 
 
 def finish(
@@ -498,7 +529,7 @@ def finish(
     }
   )
   write_json(out / RESULT, result)
-  tables.write(out / TABLE, [row for part in parts.values() for row in part["rows"]])
+  write_table(out, parts)
   store.write_manifest(
     out,
     config=dataclasses.asdict(chosen),
@@ -542,17 +573,37 @@ def open_evaluation(folder: str | Path) -> Evaluation:
   """
   folder = Path(folder)
   expect(folder, "evaluation")
+  if not folder.is_dir():
+    is_file = f"{folder} is a file, wanted a folder"
+    said = is_file if folder.exists() else f"there is no folder {folder}"
+    raise ValueError(f"{said}: give the --out of `videoreason evaluate`.")
   if not (folder / ASKED).is_file():
     raise ValueError(
       f"{folder} has no {ASKED}, so it is no evaluation: give the --out of `videoreason evaluate`."
     )
+  check_finished(folder)
+  return Evaluation(
+    path=folder.resolve(),
+    asked=read_json(vouched(folder, ASKED)),
+    result=read_json(vouched(folder, RESULT)),
+    rows=read_table(folder),
+  )
+
+
+def check_finished(folder: Path) -> None:
+  """ValueError where the evaluation has no manifest, which is written last."""
   if not (folder / MANIFEST).is_file():
     raise ValueError(
       f"{folder} has no {MANIFEST}, so it is not finished: the command that began it goes on there."
     )
-  return Evaluation(
-    path=folder.resolve(),
-    asked=read_json(folder / ASKED),
-    result=read_json(vouched(folder, RESULT)),
-    rows=tables.read(vouched(folder, TABLE)),
-  )
+
+
+def read_table(folder: Path) -> list[dict[str, Any]]:
+  """The rows of a finished evaluation; ValueError where they are not what its manifest says."""
+  try:
+    return tables.read(vouched(folder, TABLE))
+  except ValueError as error:
+    raise ValueError(
+      f"{folder / TABLE} is missing or damaged: `videoreason report {folder}` writes it again, or "
+      "copy the folder again."
+    ) from error

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import baselines, comparing, media, scoring, stats, tables, tasks
+from jax_videoreason import baselines, comparing, media, scoring, stats, tasks
 from jax_videoreason.axes import spread
-from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TABLE
-from jax_videoreason.folders import read_json, vouched
+from jax_videoreason.evaluate import ASKED, PARTS, RESULT, read_table
+from jax_videoreason.folders import read_json
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 
 CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, Any]:
   """Everything the template shows, as plain values."""
   result = read_json(folder / RESULT)
   manifest = read_json(folder / "manifest.json")
-  rows = tables.read(vouched(folder, TABLE))
+  rows = read_table(folder)
   warn_of_code(folder, result["tasks"])
   sheets: list[str] = []
   blocks = {name: block(folder, name, result, rows, sheets) for name in result["tasks"]}

@@ -1,5 +1,6 @@
 """`videoreason evaluate`: what it measures, what it leaves, how it goes on after a stop."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -664,16 +665,12 @@ def test_report_draws_the_page_again(copy):
   assert (copy / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["result.json", "table.parquet", "tasks/pick/task.json"])
+@pytest.mark.parametrize("name", ["result.json", "tasks/pick/task.json"])
 def test_a_number_that_is_not_what_was_written_is_told(copy, capsys, name):
   path = copy / name
-  if name == "table.parquet":
-    rows = tables.read(path)
-    tables.write(path, [{**rows[0], "score": 0.123}, *rows[1:]])
-  else:
-    text = path.read_text()
-    path.write_text(text.replace('"score": ', '"score": 1', 1))
-    assert path.read_text() != text
+  text = path.read_text()
+  path.write_text(text.replace('"score": ', '"score": 1', 1))
+  assert path.read_text() != text
   assert cli.main(["report", str(copy)]) == 2
   assert f"{name.split('/')[0]} is missing or damaged" in capsys.readouterr().err
 
@@ -699,10 +696,54 @@ def test_a_file_of_a_task_that_is_missing_is_damage(copy, capsys, name):
   assert "tasks is missing or damaged" in capsys.readouterr().err
 
 
-def test_a_damaged_table_is_told(copy, capsys):
-  (copy / "table.parquet").write_bytes(b"no table")
-  assert cli.main(["report", str(copy)]) == 2
-  assert "table.parquet is missing or damaged" in capsys.readouterr().err
+def no_table(folder: Path) -> None:
+  (folder / "table.parquet").write_bytes(b"no table")
+
+
+def other_number(folder: Path) -> None:
+  rows = tables.read(folder / "table.parquet")
+  tables.write(folder / "table.parquet", [{**rows[0], "score": 0.123}, *rows[1:]])
+
+
+def cut_short(folder: Path) -> None:
+  """A comparison that was stopped between the result and the table."""
+  result = result_of(folder)
+  result["against"]["folder"] = "another"
+  rewritten = folders.rewriting(folder, "result.json", "table.parquet")
+  with contextlib.suppress(KeyboardInterrupt), rewritten:
+    folders.write_json(folder / "result.json", result)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", [no_table, other_number, cut_short])
+@pytest.mark.parametrize("command", ["report", "evaluate"])
+def test_a_table_that_is_not_what_was_written_is_written_again(
+  copy, done, capsys, measured, damage, command
+):
+  comparing.compare(copy, done)
+  damage(copy)
+  assert (cli.main(["report", str(copy)]) if command == "report" else call(copy)) == 0
+  said = " ".join(capsys.readouterr().err.split())
+  assert "table.parquet was missing, damaged or not whole: it is written again from tasks/" in said
+  assert f"--against {'another' if damage is cut_short else done} compares again" in said
+  assert tables.read(copy / "table.parquet") == tables.read(done / "table.parquet")
+  assert result_of(copy) == result_of(done)
+  ours, wanted = (json.loads((f / "manifest.json").read_text())["files"] for f in (copy, done))
+  assert ours == wanted and not measured
+  assert call(copy, f"--against={done}") == 0
+  assert "warning" not in capsys.readouterr().err
+
+
+def test_a_table_that_is_damaged_is_not_opened(copy):
+  other_number(copy)
+  with pytest.raises(ValueError, match=r"parquet is missing or damaged: `videoreason report .* wr"):
+    evaluate.open_evaluation(copy)
+
+
+def test_the_report_of_an_unfinished_evaluation_says_that_it_is_not_finished(copy, capsys):
+  (copy / "manifest.json").unlink()
+  assert cli.main(["report", str(copy)]) == cli.BAD_INPUT
+  assert "so it is not finished: the command that began it goes on" in capsys.readouterr().err
 
 
 # Beside an earlier evaluation
@@ -716,7 +757,8 @@ def edit_table(folder: Path, change) -> None:
 
 
 def edit_json(path: Path, **changes) -> None:
-  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+  with folders.rewriting(path.parent, path.name):
+    folders.write_json(path, {**folders.read_json(path), **changes})
 
 
 @pytest.fixture
@@ -799,7 +841,10 @@ def test_a_new_evaluation_is_compared_when_it_is_done(done, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("change", "words", "told"),
   [
-    (lambda f: shutil.rmtree(f), (), "has no evaluation.json, so it is no evaluation"),
+    (lambda f: shutil.rmtree(f), (), "there is no folder"),
+    (lambda f: (shutil.rmtree(f), f.touch()), (), "is a file, wanted a folder: give the --out of"),
+    (lambda f: (shutil.rmtree(f), f.mkdir()), (), "has no evaluation.json, so it is no evaluation"),
+    (lambda f: (f / "evaluation.json").write_text("{}"), (), "evaluation.json is missing or dam"),
     (lambda f: (f / "evaluation.json").rename(f / "runs.json"), (), "is a run, no evaluation"),
     (lambda f: (f / "manifest.json").unlink(), (), "has no manifest.json, so it is not finished"),
     (lambda f: (f / "table.parquet").unlink(), (), "table.parquet is missing or damaged"),

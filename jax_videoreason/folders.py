@@ -487,7 +487,9 @@ def read_json(path: Path) -> Any:
 
 def damaged(path: Path) -> ValueError:
   """What is said of a file that can't be read."""
-  return ValueError(f"{path} is missing or damaged: run it again, or copy the folder again.")
+  return ValueError(
+    f"{path} is missing or damaged: run it again with --redo, or copy the folder again."
+  )
 
 
 def plain(value: Any) -> Any:

@@ -259,6 +259,7 @@ ADDRESSED = (
   *(("vbvr", "score", "--data=x", name) for name in ("--videos", "--out", "--evalkit")),
   *(("vbvr", "table", "--out=x"), ("vbvr", "baselines", "--data"), ("vbvr", "audit", "--data")),
   *(("plan", "vbvr", "generate", "--data"), ("plan", "--checkpoint")),
+  *((*words, "--out=x", "--config") for words in (("evaluate",), ("run", "noise"), ("sweep",))),
   *(("convert", "--out=x"), ("convert", "x", "--out"), ("convert", "x", "--out=x", "--lora")),
 )
 
@@ -443,6 +444,9 @@ def test_the_argument_of_a_config_sets_keys_that_the_command_adds(command, words
     ("cases=many", "config mini:cases=many: cases=many: wanted a value of type int"),
     ("experiment.strid=3", "config mini has no key 'experiment.strid'; did you mean"),
     ("cases=3,stepz=3", "config mini has no key 'stepz'; did you mean 'steps'?"),
+    ("case=8", "config mini has no key 'case'; did you mean 'cases'?"),
+    ("steps=3,case=8", "config mini has no key 'case'; did you mean 'cases'?"),
+    ("cases=3,task=(maze)", "config mini has no key 'task'; did you mean 'tasks'?"),
   ],
 )
 def test_a_wrong_key_that_a_command_might_add_is_refused(argument, said):

@@ -672,7 +672,8 @@ def test_a_number_that_is_not_what_was_written_is_told(copy, capsys, name):
   path.write_text(text.replace('"score": ', '"score": 1', 1))
   assert path.read_text() != text
   assert cli.main(["report", str(copy)]) == 2
-  assert f"{name.split('/')[0]} is missing or damaged" in capsys.readouterr().err
+  said = f"{name.split('/')[0]} is missing or damaged: run it again with --redo"
+  assert said in capsys.readouterr().err
 
 
 def test_files_of_others_among_the_tasks_are_no_damage(copy):

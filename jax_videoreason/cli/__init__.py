@@ -50,7 +50,12 @@ class UsageError(ValueError):
 
 
 class UnknownKey(UsageError):
-  """The argument of a config names a key that the config has not."""
+  """The argument of a config names a key that the config has not; base: of its name."""
+
+  def __init__(self, base: str, key: str, config: "ConfigDict") -> None:
+    self.key = key
+    known = [name for name, _ in _flat(config)]
+    super().__init__(f"config {base} has no key {key!r}; {did_you_mean(key, known)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -360,19 +365,19 @@ def _completed(
     base, _, argument = name.partition(":")
     plain = load_config(base)
     own = set(plain)
-    adds = set(complete(plain, words)) - own
-    of_command = {key for key in common.named(argument) if key.partition(".")[0] in adds}
-    if not of_command:
-      raise
+    every = complete(plain, words)
+    of_command = {
+      key for key in common.named(argument) if key.partition(".")[0] in set(every) - own
+    }
   of_config, late = common.split(argument, of_command)
-  config = complete(load_config(f"{base}:{of_config}"), words)
+  try:
+    config = complete(load_config(f"{base}:{of_config}"), words)
+  except UnknownKey as error:
+    raise UnknownKey(base, error.key, every) from error
   try:
     return common.parse(config, late)
   except KeyError as error:
-    known = [key for key, _ in _flat(config)]
-    raise UnknownKey(
-      f"config {base} has no key {error.args[0]!r}; {did_you_mean(error.args[0], known)}"
-    ) from error
+    raise UnknownKey(base, error.args[0], config) from error
   except ValueError as error:
     raise UsageError(f"config {name}: {error}") from error
 
@@ -442,10 +447,13 @@ def load_config(name: str) -> "ConfigDict":
   """The config of a path or shipped name, with its argument after a colon.
 
   Raises:
-    ValueError: no such config, or one that refuses its argument.
+    ValueError: no such config, an address, or one that refuses its argument.
   """
   from ml_collections import ConfigDict
 
+  from jax_videoreason import folders
+
+  folders.local(name)  # before the colon of gs:// is taken for that of an argument
   base, _, argument = name.partition(":")
   path = config_path(base)
   is_shipped = path.parent in (shipped(), shipped() / SWEEPS)
@@ -489,8 +497,7 @@ def _made(module: Any, base: str, argument: str) -> Any:
     key = str(error.args[0]) if error.args else ""
     if not key or key not in argument:
       raise
-    known = [name for name, _ in _flat(make(None))]
-    raise UnknownKey(f"config {base} has no key {key!r}; {did_you_mean(key, known)}") from error
+    raise UnknownKey(base, key, make(None)) from error
 
 
 def _takes_argument(make: Callable[..., Any]) -> bool:

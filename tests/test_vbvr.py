@@ -284,6 +284,12 @@ def test_entries_that_lead_elsewhere_are_refused(copy, path, said):
     samples.load(copy)
 
 
+def test_a_damaged_list_of_the_benchmark_is_to_be_copied_again(tmp_path):
+  (tmp_path / "VBVR-Bench.json").write_text("{")
+  with pytest.raises(ValueError, match=r"VBVR-Bench\.json is damaged .*: copy the benchmark again"):
+    samples.load(tmp_path)
+
+
 def test_a_sample_that_is_listed_twice_is_refused(copy):
   path = f"In-Domain_50/{GRID}/00000/ground_truth.mp4"
   entries = [{"prompt": word, "ground_truth_video_path": path} for word in ("one", "two")]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import checksum, damaged, digest
+from jax_videoreason.folders import checksum, digest
 from jax_videoreason.settings import nearest
 from jax_videoreason.vbvr import layout, suite
 
@@ -232,7 +232,7 @@ def _listed(root: Path) -> dict[Place, Entry]:
   try:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
   except ValueError as error:
-    raise damaged(path) from error
+    raise ValueError(f"{path} is damaged ({error}): copy the benchmark again.") from error
   if isinstance(content, dict):
     lists = [value for value in content.values() if isinstance(value, list)]
     content = lists[0] if len(lists) == 1 else list(content.values())

@@ -573,6 +573,14 @@ def test_the_price_is_said_before_it_is_paid(bench, capsys):
   assert "--data must be given" in capsys.readouterr().err
 
 
+def test_a_plan_fills_batches_up_as_generate_does(bench, capsys):
+  words = ["plan", "vbvr", "generate", f"--data={bench}", "--config=mini:steps=3,batch=1"]
+  assert cli.main([*words, "--on=gpu:80GBx2", "--mesh=seed=2"]) == 0
+  said = capsys.readouterr().out
+  assert "2 runs together" in said
+  assert f"{4 * 2 * 3 * 2} network evaluations (4 videos)" in said  # units, seats, steps, branches
+
+
 # The whole way, in the official layout, with a stand-in for the EvalKit
 
 

@@ -144,14 +144,15 @@ def by_shape(
   for shape in sorted({shape for shape, _ in batches}):
     counts = [count for own, count in batches if own == shape]
     sized = dataclasses.replace(chosen, **dataclasses.asdict(shape))
-    problem = plan.Problem(model=model, chosen=sized, runs=members * max(counts), decodes="between")
-    sizes, made = problem.sizes, sum(runs.computed(count, None, seats) for count in counts)
+    filled = [runs.computed(count, None, seats) for count in counts]
+    problem = plan.Problem(model=model, chosen=sized, runs=members * max(filled), decodes="between")
+    sizes = problem.sizes
     found.append(
       costs.Work(
         name=f"{shape.frames} x {shape.height} x {shape.width}",
         problem=problem,
         videos=sum(counts),
-        evaluations=made * sizes.G * (sizes.S + members - 1),
+        evaluations=sum(filled) * sizes.G * (sizes.S + members - 1),
       )
     )
   return found

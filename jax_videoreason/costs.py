@@ -179,7 +179,7 @@ def lines(plan: Plan, works: Sequence[Work]) -> list[str]:
 def over_budget(work: Work) -> str | None:
   """What is refused of the taps that a config or a study asks for."""
   problem, chosen = work.problem, work.problem.chosen
-  runs = max(problem.runs, round(work.videos)) if problem.decodes == "after" else problem.runs
+  runs = round(work.videos) if problem.decodes == "after" else problem.runs
   sizes = dataclasses.replace(problem.sizes, R=runs)
   dtype, budget = problem.model.parts.dit.config.dtype, chosen.taps.budget_gb
   try:

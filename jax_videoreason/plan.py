@@ -565,8 +565,8 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
   if problem.runs % axes["seed"]:
     fewer = max(n for n in range(1, axes["seed"]) if problem.runs % n == 0)
     raise ValueError(
-      f"{counted(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give "
-      f"{_more_runs(problem, axes['seed'])} or seed={fewer} in --mesh."
+      f"{counted(problem.runs, 'run')} on seed={axes['seed']}, wanted a multiple: give other "
+      f"seeds, cases or --config.batch, or seed={fewer} in --mesh on as many devices."
     )
   told = arithmetic(problem, where, axes)
   if where.device.platform == "gpu":
@@ -590,18 +590,6 @@ def make(problem: Problem, where: Target, axes: Mapping[str, int] | None = None)
     code=memory.generated_code_size_in_bytes,
     collectives=Counter(re.findall(rf" ({KINDS})(?:-start)?\(", compiled.as_text())),
   )
-
-
-def _more_runs(problem: Problem, seats: int) -> str:
-  """What has a command make more runs together, so that they divide by `seats`."""
-  chosen, wanted = problem.chosen, -(-problem.runs // seats) * seats
-  if problem.decodes == "beside":
-    return "another --config.unit"
-  if problem.decodes == "between":
-    return "other seeds, cases or --config.batch,"
-  if problem.runs == chosen.batch:
-    return f"--config.batch={wanted}"
-  return f"--config.seeds={wanted}" if problem.runs == len(chosen.seeds) else f"--runs={wanted}"
 
 
 def _exceeded(said: str) -> str:

@@ -310,34 +310,72 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_runs_is_refused():
   with pytest.raises(ValueError, match=r"takes 8 devices, v5p:2x2x4 has 16"):
     plan.make(problem("mini"), where, sharding.axes_of("fsdp=4,context=2"))
   with pytest.raises(
-    ValueError, match=r"3 runs on seed=2, wanted a multiple: give --config.seeds=4 or seed=1 in"
+    ValueError, match=r"3 runs on seed=2, wanted .*: give other seeds.* or seed=1 in --mesh on as"
   ):
     plan.make(problem("mini", runs=3), where, sharding.axes_of("seed=2,fsdp=4,context=2"))
 
 
 @pytest.mark.parametrize(
-  ("config", "more", "remedies"),
+  ("config", "remedies"),
   [
-    ("seeds_mini:cases=3", [], ["--config.unit=24", "--mesh=seed=2"]),
-    ("seeds_mini:cases=3,unit=7", [], ["--config.unit=24", "--mesh=seed=2"]),
-    ("seeds_mini:cases=3,seeds=6,unit=2", [], ["--config.unit=3", "--mesh=seed=2"]),
-    ("seeds_mini", [], ["--mesh=seed=2"]),
-    ("mini:seeds=4", [], ["--config.seeds=6", "--mesh=seed=2"]),
-    ("mini:seeds=9", ["--config.batch=4"], ["--config.batch=6", "--mesh=seed=2"]),
-    ("mini", ["--runs=5"], ["--runs=6", "--mesh=seed=1"]),
+    ("seeds_mini:cases=3", ["--config.unit=24", "--mesh=seed=2"]),
+    ("seeds_mini:cases=3,unit=7", ["--config.unit=24", "--mesh=seed=2"]),
+    ("seeds_mini:cases=3,seeds=6,unit=2", ["--config.unit=3", "--mesh=seed=2"]),
+    ("seeds_mini", ["--mesh=seed=2"]),
   ],
 )
-def test_what_makes_runs_divide_by_the_seeds_of_a_mesh_is_named(config, more, remedies, capsys):
-  words = ["plan", f"--config={config}", *more]
+def test_what_makes_units_divide_by_the_seeds_of_a_mesh_is_named(config, remedies, capsys):
+  words = ["plan", f"--config={config}"]
   assert cli.main([*words, "--on=gpu:80GBx3", "--mesh=seed=3"]) == 2
   said = capsys.readouterr().err
-  given = re.findall(r"--(?:config\.\w+|runs)=\d+", said)
-  given += [f"--mesh={axes}" for axes in re.findall(r"seed=\d+(?= in --mesh\.|\.$)", said.strip())]
+  given = re.findall(r"--config\.unit=\d+", said)
+  given += [f"--mesh={axes}" for axes in re.findall(r"seed=\d+(?=\.$)", said.strip())]
   assert given == remedies
   for remedy in given:
     mesh = [] if "mesh" in remedy else ["--mesh=seed=3"]
     count = remedy[-1] if "mesh" in remedy else 3
     assert cli.main([*words, f"--on=gpu:80GBx{count}", *mesh, remedy]) == 0
+
+
+@pytest.mark.parametrize(
+  ("words", "together", "made"),
+  [
+    (["--config.seeds=5", "--config.batch=4"], 6, 12),
+    (["--config.seeds=4"], 6, 6),
+    (["--config.seeds=4", "--config.batch=9"], 6, 6),
+    (["--runs=5"], 6, 6),
+  ],
+)
+def test_a_plan_of_a_sample_fills_batches_up_as_sample_does(words, together, made, capsys):
+  mesh = ["--on=gpu:80GBx3", "--mesh=seed=3"]
+  assert cli.main(["plan", "--config=mini:steps=2", *words, *mesh]) == 0
+  said = capsys.readouterr().out
+  assert f"{together} runs together" in said
+  assert whole_of(said) == made * 2 * 2  # steps, branches
+
+
+def test_runs_that_fill_a_sample_up_count_for_no_budget_of_taps():
+  """`sample` holds the taps of the runs that it keeps to the budget."""
+  asked = problem("mini:taps.sites=(attn_out,)", runs=6)
+  four = tap_bytes(asked.spec, dataclasses.replace(asked.sizes, R=4), "float32") / 1e9
+  taps = dataclasses.replace(asked.chosen.taps, budget_gb=1.01 * four)
+  own = dataclasses.replace(asked, chosen=dataclasses.replace(asked.chosen, taps=taps))
+  for videos in (4, 5):
+    said = costs.over_budget(costs.Work(name="all", problem=own, evaluations=1, videos=videos))
+    assert (said is None) == (videos == 4)
+
+
+def test_a_study_that_a_mesh_does_not_share_out_is_told_how_it_would(capsys):
+  words = ["plan", "run", "noise", "--config=mini:cases=2,seeds=1,tasks=(pick,)"]
+  assert cli.main([*words, "--on=gpu:80GBx3", "--mesh=seed=3"]) == 2
+  said = capsys.readouterr().err
+  assert (
+    "2 runs on seed=3, wanted a multiple: give other seeds, cases or --config.batch, or" in said
+  )
+  assert "or seed=2 in --mesh on as many devices." in said
+  for remedy in ("--config.seeds=3", "--config.cases=3"):
+    assert cli.main([*words, "--on=gpu:80GBx3", "--mesh=seed=3", remedy]) == 0
+  assert cli.main([*words, "--on=gpu:80GBx2", "--mesh=seed=2"]) == 0
 
 
 def test_the_command_prints_it(capsys):
@@ -527,7 +565,6 @@ def test_a_plan_refuses_what_the_sweep_would(words, said, capsys):
     (["--on=v6e:32x32"], "--on=v6e:32x32 has 1024 chips, wanted 1 to 256 of v6e"),
     (["--on=v9"], "--on=v9, wanted cpu, gpu:80GB, gpu:80GBx8"),
     (["--on=gpu:80GBx8", "--mesh=fsdp=3"], "takes 3 devices, gpu:80GBx8 has 8: give other sizes"),
-    (["--on=gpu:80GBx2", "--mesh=seed=2", "--runs=3"], "3 runs on seed=2, wanted a multiple"),
     (["--on=gpu:80GB", "--config=mini:frames=16"], "frames=16, wanted 1 + 4k: use 13 or 17"),
     (["--on=v5e:2x4"], "needs libtpu, which is not installed: pip install 'jax-videoreason[pods]'"),
     (["--config=wan22_i2v_a14b:checkpoint=ckpt/none", "--on=gpu:80GB"], "no bundle"),

@@ -85,7 +85,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
     mesh = flags.config.get("mesh")  # of a sweep
   axes = None if mesh is None else sharding.axes_of(mesh)
   seats = 1 if axes is None else axes["seed"]
-  works = [with_options(flags, work) for work in planned(flags, words, seats)]
+  works = [with_options(flags, work, seats) for work in planned(flags, words, seats)]
   if words in ([], [SWEEP]):
     made = costs.heaviest(works, where, axes)
     axes = made.axes  # of all edits
@@ -101,10 +101,13 @@ def main(flags: FlagValues, words: list[str]) -> None:
     console.say(f"the sweep lies so with --config.mesh={mesh}")
 
 
-def with_options(flags: FlagValues, work: "Work") -> "Work":
-  """The work with the options of plan; more runs together than it makes videos count as so many."""
+def with_options(flags: FlagValues, work: "Work", seats: int) -> "Work":
+  """The work with the options of plan; more runs together than it makes videos count as so many.
+
+  Runs that are asked for are filled up to `seats`, the `seed` axis of the mesh.
+  """
   cli.check_experts(flags, len(work.problem.model.experts))
-  runs = flags.runs or work.problem.runs
+  runs = -(-flags.runs // seats) * seats if flags.runs else work.problem.runs
   more = max(1.0, (flags.runs or 0) / work.videos)
   problem = dataclasses.replace(
     work.problem,
@@ -163,7 +166,7 @@ def planned(flags: FlagValues, words: list[str], seats: int) -> "list[Work]":
 def whole(config: dict[str, Any], asked: int | None, seats: int) -> "list[Work]":
   """A sample, or a sweep, edit by edit, where the config has cases.
 
-  asked: runs together, None = of the config.
+  asked: runs together, None = of the config. seats: for which a sample's batches are filled up.
   """
   from jax_videoreason import costs, factors, plan, runs, settings
 
@@ -174,18 +177,23 @@ def whole(config: dict[str, Any], asked: int | None, seats: int) -> "list[Work]"
     factors.check(chosen, wanted)
     factors.check_seats(wanted, len(chosen.seeds), seats)
     units, together = factors.cut(wanted, len(chosen.seeds))
-    problems, videos = factors.problems(chosen, wanted), units // len(wanted.edits) * together
+    problems = factors.problems(chosen, wanted)
+    made = videos = units // len(wanted.edits) * together
   else:
     videos = max(len(chosen.seeds), asked or 0)
-    together = asked or min(chosen.batch or videos, videos)
-    problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=together)
-    problems = {"all": problem}
+    batch = asked or chosen.batch
+    problem = plan.Problem(
+      model=plan.model(chosen.checkpoint),
+      chosen=chosen,
+      runs=runs.computed(min(batch or videos, videos), None, seats),
+    )
+    problems, made = {"all": problem}, runs.computed(videos, batch, seats)
   return [
     costs.Work(
       name=name,
       problem=problem,
       videos=videos,
-      evaluations=problem.sizes.S * problem.sizes.G * runs.computed(videos, together),
+      evaluations=problem.sizes.S * problem.sizes.G * made,
     )
     for name, problem in problems.items()
   ]

@@ -19,6 +19,7 @@ from jax_videoreason import (
   evaluate,
   folders,
   pages,
+  runs,
   settings,
   sharding,
 )
@@ -350,14 +351,19 @@ def test_a_run_in_pieces_costs_one_trajectory_and_is_that_run(solver):
   assert ctx.tally.saved == (3 + 4) * 3
 
 
-def test_runs_are_chosen_anew_between_pieces():
-  ctx = context_of(toy.setting(toy.of_the_noise, seeds=(0, 1, 2, 3)), 2)
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_runs_are_chosen_anew_between_pieces(solver):
+  ctx = context_of(toy.setting(toy.bent, seeds=(0, 1, 2, 3), solver=solver), 2)
   _, trace = ctx.resume(None, 0, None, stop=4)
   who = np.repeat(ctx.by_seed()[1], 4)  # the second seed of every case in the place of all
-  x, x0 = (rows[:, who] for rows in (trace.latents, trace.x0))
-  final, _ = ctx.resume(dataclasses.replace(trace, latents=x, x0=x0), 4, None)
+  chosen = runs.take(trace, who)
+  final, _ = ctx.resume(chosen, 4, None)
   wanted, _ = ctx.resume(trace, 4, None)
   np.testing.assert_array_equal(final, wanted[who])
+  # a memory that is left out, or is that of the runs before, is seen in this toy
+  for memory in ({}, trace.solver) if solver == "unipc" else ():
+    other, _ = ctx.resume(dataclasses.replace(chosen, solver=memory), 4, None)
+    assert np.abs(other - final).max() > 1e-3
 
 
 def test_a_piece_that_ends_before_it_begins_is_refused():

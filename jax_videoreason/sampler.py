@@ -194,10 +194,12 @@ def _wrong_step(state: State, schedule: Schedule) -> str | None:
   wrong = stands[(stands != ANY_STEP) & ((stands < index[0]) | (stands > made[0]))]
   if not wrong.size:
     return None
+  left = wrong[0] < schedule.total
   return (
-    f"the state stands before step {wrong[0]}, wanted step {made[0]}, with which the schedule goes "
-    f"on: continue with schedule[{wrong[0]}:] of the whole one, or say that it may stand anywhere "
-    "by dataclasses.replace(state, step=None)."
+    f"the state stands {f'before step {wrong[0]}' if left else 'after the last step'}, wanted "
+    f"before step {made[0]}, with which the schedule goes on: "
+    + (f"continue with schedule[{wrong[0]}:] of the whole one, or " if left else "")
+    + "say that it may stand anywhere by dataclasses.replace(state, step=None)."
   )
 
 

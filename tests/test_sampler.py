@@ -78,7 +78,7 @@ def test_a_state_goes_on_with_the_step_before_which_it_stands(bundle, inputs):
   assert state.step.tolist() == [2] * 4
   check = functools.partial(sampler.check, bundle, *inputs)
   for piece, wanted in ((schedule[3:], 3), (schedule[1:], 1), (schedule.only(1, 4), 1)):
-    said = rf"stands before step 2, wanted step {wanted},.*: continue with schedule\[2:\]"
+    said = rf"stands before step 2, wanted before step {wanted},.*: continue with schedule\[2:\]"
     with pytest.raises(ValueError, match=said):
       denoise(bundle, *inputs, piece, state=state)
     check(piece, state=replace(state, step=None))
@@ -91,6 +91,8 @@ def test_a_state_goes_on_with_the_step_before_which_it_stands(bundle, inputs):
     assert sampler.state_at(trace, schedule, row).step.tolist() == [row] * 4
   _, part, last = denoise(bundle, *inputs, schedule[2:], state=state)
   assert last.step.tolist() == [4] * 4
+  with pytest.raises(ValueError, match=r"after the last step, wanted before step 2,.*: say"):
+    check(schedule[2:], state=last)
   assert sampler.state_at(part, schedule[2:], 1).step.tolist() == [3] * 4
   assert sampler.state_at(part, schedule, 1).step.tolist() == [-1] * 4  # not its schedule
   _, _, early = denoise(bundle, *inputs, schedule.only(0, 2))

@@ -105,14 +105,15 @@ class Schedule:
 
 
 def check(schedule: Schedule, runs: int) -> None:
-  """ValueError with the leaves of a schedule that have not their shape; runs: R."""
+  """ValueError with the leaves of a schedule that are no arrays of their shape; runs: R."""
   steps, width = np.size(schedule.index), (0, *np.shape(schedule.time))[-1]
   faults = []
 
   def wanted(name: str, leaf: Any, letters: str, *shapes: tuple[int, ...]) -> None:
-    if leaf is not None and np.shape(leaf) not in shapes:
+    shape = getattr(leaf, "shape", f"a {type(leaf).__name__}")
+    if leaf is not None and shape not in shapes:
       several = " or ".join(str(shape) for shape in shapes)
-      faults.append(f"{name} is {np.shape(leaf)}, wanted {letters} = {several}")
+      faults.append(f"{name} is {shape}, wanted {letters} = {several}")
 
   wanted("sigma", schedule.sigma, "S+1", (steps + 1,))
   for name in ("timestep", "index", "which"):
@@ -123,7 +124,7 @@ def check(schedule: Schedule, runs: int) -> None:
     wanted(f"coef[{name!r}]", leaf, "S", (steps,))
   if faults:
     raise ValueError(
-      f"schedule: {'; '.join(faults)}: replace leaves by ones of these shapes, or build it anew."
+      f"schedule: {'; '.join(faults)}: replace leaves by arrays of these shapes, or build it anew."
     )
 
 

@@ -209,6 +209,14 @@ def test_a_leaf_of_the_schedule_in_another_shape_is_refused(bundle, leaf, shape,
       call(bundle, *tiny_inputs(3), schedule)
 
 
+def test_a_leaf_of_the_schedule_that_is_no_array_is_refused(bundle):
+  schedule = replace(tiny_schedule(), guidance=[1.0] * 4)
+  said = r"guidance is a list, wanted S or S R = \(4,\) or \(4, 3\): replace leaves by arrays"
+  for call in (denoise, runs.run, runs.pmap_runs):
+    with pytest.raises(ValueError, match=said):
+      call(bundle, *tiny_inputs(3), schedule)
+
+
 def test_runs_are_taken_of_whatever_has_them(bundle, inputs):
   noise, cond = inputs
   taps = TapSpec(sites=("attn_out",), steps=(0,), solver=True)

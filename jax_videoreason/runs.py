@@ -107,8 +107,8 @@ def take(tree: Any, runs: Any) -> Any:
   runs: a run or several, in any order and also twice (the R axis stays); a mask; a slice.
   Two copies of a run draw the same noise where an edit injects some. For branches that differ, take
   the State and the Conditioning, and give them a Noise of other seeds: make_noise([seed_of(...)]).
-  ValueError: another kind (in an Intervention runs are related to each other), and runs that are
-  not there.
+  ValueError: another kind (in an Intervention runs are related to each other), runs that are not
+  there, and a mask that is traced.
   """
   if isinstance(tree, Schedule) and np.ndim(tree.guidance) < 2:
     return tree
@@ -125,7 +125,13 @@ def _indices(runs: Any, count: int) -> Any:
   """A run, several or a mask of `count` as an index array."""
   index = places.space_of(runs).asarray(runs)
   if index.dtype == bool:
-    index = np.flatnonzero(places.selection("runs", index, count))
+    refuse_traced("take by a mask", "give the indices of the runs, which may be traced", index)
+    mask = places.selection("runs", index, count)
+    if not mask.any():
+      raise ValueError(
+        f"the mask runs={mask.tolist()} takes no run, wanted one or several: mark them by True."
+      )
+    index = np.flatnonzero(mask)
   return places.run_indices("runs", index, count)
 
 

@@ -245,6 +245,13 @@ def test_runs_that_are_not_there_are_not_taken(inputs, which):
     runs.take(inputs[1], which)
 
 
+def test_a_mask_that_takes_no_run_or_is_traced_is_refused(inputs):
+  with pytest.raises(ValueError, match=r"the mask runs=\[False, .* takes no run, wanted one"):
+    runs.take(inputs[1], np.zeros(4, bool))
+  with pytest.raises(ValueError, match=r"take by a mask works on the host .*: give the indices"):
+    jax.jit(lambda mask: runs.take(inputs[1], mask))(np.ones(4, bool))
+
+
 @pytest.mark.parametrize("other", [Intervention(), {"text": np.zeros(3)}, np.zeros(3)])
 def test_runs_of_other_kinds_are_not_taken(other):
   with pytest.raises(ValueError, match="wanted one of Noise, Conditioning, State"):

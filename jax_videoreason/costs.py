@@ -28,6 +28,8 @@ from jax_videoreason.plan import (
 )
 from jax_videoreason.taps import check_batch, check_budget
 
+FEW = 4  # structures of edits that are compiled at most
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
@@ -96,7 +98,6 @@ def totals(works: Sequence[Work], where: Target) -> str:
   )
 
 
-FEW = 4  # structures of edits that are compiled at most
 DECODING = {
   "after": "decoding, the DiT let go",
   "between": "decoding, the DiT kept",

@@ -367,6 +367,7 @@ def test_the_official_setting_costs_what_it_costs(bench):
   assert (price.videos, price.evaluations) == (4, 4 * 50 * 2)
   (filled,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(), seats=3)  # each alone in its unit
   assert (filled.videos, filled.evaluations) == (4, 3 * price.evaluations)
+  assert not price.problem.spec.latents  # of every step: `generate` does not keep them
   assert price.flops / 4 == pytest.approx(885e15, rel=2e-3)
   (three,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(ensemble="paper"))
   assert three.flops / price.flops == pytest.approx(52 / 50)

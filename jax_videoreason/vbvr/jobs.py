@@ -145,7 +145,13 @@ def by_shape(
     counts = [count for own, count in batches if own == shape]
     sized = dataclasses.replace(chosen, **dataclasses.asdict(shape))
     filled = [runs.computed(count, None, seats) for count in counts]
-    problem = plan.Problem(model=model, chosen=sized, runs=members * max(filled), decodes="between")
+    problem = plan.Problem(
+      model=model,
+      chosen=sized,
+      runs=members * max(filled),
+      decodes="between",
+      drops=("latents",),
+    )
     sizes = problem.sizes
     found.append(
       costs.Work(

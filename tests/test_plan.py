@@ -501,6 +501,19 @@ def test_an_edit_counts_for_as_many_runs_as_there_are():
   assert more.edited.mix.shape == (3, 12, 12, 12)
 
 
+def test_some_keys_of_a_sweep_are_completed_by_plan_sweep_alone(tmp_path, capsys):
+  path = tmp_path / "own.py"
+  path.write_text(
+    "from jax_videoreason.configs import mini\n\n\ndef get_config(argument=None):\n"
+    "  config = mini.get_config()\n  with config.unlocked():\n    config.cases = 2\n"
+    "  return config\n"
+  )
+  assert cli.main(["plan", f"--config={path}", "--on=cpu"]) == 2
+  said = capsys.readouterr().err
+  assert "the config has cases and no tasks, split" in said and "say `plan sweep`" in said
+  assert cli.main(["plan", "sweep", f"--config={path}", "--on=cpu"]) == 0
+
+
 def test_what_a_sweep_does_not_keep_is_not_counted():
   unit, where, axes = units_of(SMALL)["none"], plan.target("cpu"), alone("seed=4")
   whole = dataclasses.replace(unit, drops=())

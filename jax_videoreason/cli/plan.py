@@ -173,6 +173,11 @@ def whole(config: dict[str, Any], asked: int | None, seats: int) -> "list[Work]"
   own = {key: config.pop(key) for key in factors.KEYS if key in config}
   chosen = settings.from_config(config)
   if own:
+    if lacking := [key for key in factors.KEYS if key not in own]:
+      raise cli.UsageError(
+        f"the config has {', '.join(own)} and no {', '.join(lacking)}: say `plan sweep`, which "
+        "completes it, or leave the former out to plan a sample."
+      )
     wanted = factors.varied(own)
     factors.check(chosen, wanted)
     factors.check_seats(wanted, len(chosen.seeds), seats)

@@ -217,7 +217,7 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
         remove(out / name)
     for item in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
       item.rename(out / item.name)
-    stage.rmdir()
+    remove(stage)
 
 
 @contextlib.contextmanager
@@ -389,7 +389,10 @@ def disk(path: Path, *, full: str = "free some space or choose another --out") -
 def remove(path: Path) -> None:
   """Removes a file, a link or a whole folder, if it is there."""
   if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # in a bucket it is gone with its last file
+      if path.exists():
+        shutil.rmtree(path)  # says why not
   else:
     path.unlink(missing_ok=True)
 

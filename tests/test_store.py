@@ -523,6 +523,21 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "video_000.mp4").exists()
 
 
+def test_a_folder_that_is_gone_with_its_last_file_as_in_a_bucket_is_no_fault(tmp_path, monkeypatch):
+  real = os.rmdir
+
+  def rmdir(path, **more):
+    real(path, **more)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+  monkeypatch.setattr(os, "rmdir", rmdir)
+  run_folder.make(tmp_path / "run", seeds=1)
+  run_folder.make(tmp_path / "run", seeds=2, redo=True)
+  run = store.open_run(tmp_path / "run")
+  run.verify()
+  assert len(run.runs) == 4 and not (tmp_path / "run" / folders.STAGE).exists()
+
+
 def test_out_that_cannot_be_a_folder(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
@@ -643,6 +658,23 @@ def test_stopped_while_a_file_is_written_anew_its_folder_is_still_read(copy, mon
     seen = store.open_run(copy).runs[0]["prompt"]
     assert seen == {1: runs[0]["prompt"], 2: runs[0]["prompt"], 3: "3", 4: "4"}[at]
   assert folders.sums(copy).keys() == sums.keys()
+
+
+@pytest.mark.parametrize("name", ("trace.zarr/x0/c/2", "final_latents.npy"))
+def test_stopped_while_it_is_decoded_a_run_is_what_it_was(copy, name):
+  manifest = folders.read_json(copy / "manifest.json")
+  frames = copy / "trace.zarr" / "frames"
+  frames.rename(copy / "later")
+  manifest["files"]["trace.zarr"] = folders.checksum(copy / "trace.zarr")
+  folders.write_json(copy / "manifest.json", {**manifest, store.UNDECODED: [0, 1]})
+  (copy / "later").rename(frames)
+  run = store.open_run(copy)
+  run.verify()
+  chunk = copy / name
+  file = chunk if chunk.is_file() else next(p for p in sorted(chunk.rglob("*")) if p.is_file())
+  file.write_bytes(file.read_bytes()[::-1])
+  with pytest.raises(ValueError, match=f"{name.split('/')[0]} differs from its checksum"):
+    run.verify()
 
 
 def test_truncated_latents(copy):

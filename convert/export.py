@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import bundles, leaves
-from jax_videoreason.folders import beside, disk, held_beside, remove, spare
+from jax_videoreason.folders import beside, disk, held_beside, remove, spare, transfer
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
@@ -193,7 +193,7 @@ def write(
     made = parts(bundle)
     bundles.check_space(out, sum(part.nbytes for part in made))
     old = out.with_name(f".{out.name}.old")
-    with disk(out), beside(out) as partial:
+    with disk(out), beside(out, last=INDEX) as partial:
       for part in made:
         place = partial / part.place
         place.mkdir(parents=True)
@@ -204,7 +204,7 @@ def write(
       _write_rest(partial, bundles.describe(bundle), [part.name for part in made])
       remove(old)
       if out.exists():
-        out.rename(old)
+        transfer(out, old, last=INDEX)
     remove(old)
     return out
 

@@ -49,6 +49,7 @@ from jax_videoreason.folders import (
   held,
   plain,
   read_json,
+  remove,
   rewriting,
   sums,
   vouched,
@@ -74,6 +75,7 @@ ASKED, RESULT, TABLE, MANIFEST, PARTS = (
   "manifest.json",
   "tasks",
 )
+TASK = "task.json"  # of the folder of a task, which is whole with it
 OWNED = (ASKED, RESULT, TABLE, MANIFEST, PARTS, "report.html")
 
 Advance = Callable[[int], Any]
@@ -169,12 +171,14 @@ def evaluate(
       advance(work(chosen, asked))
       return again(out)
     cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
-    left = [name for name in asked.tasks if not (out / PARTS / name).exists()]
+    left = [name for name in asked.tasks if not (out / PARTS / name / TASK).exists()]
     advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
     if left:
       bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left], mesh=mesh)
       for name in left:
-        with beside(out / PARTS / name) as folder:
+        with disk(out):
+          remove(out / PARTS / name)  # half of it, where files were moved one by one
+        with beside(out / PARTS / name, last=TASK) as folder:
           measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), mesh, advance)
     return finish(out, chosen, asked, mesh, command)
 
@@ -317,7 +321,7 @@ def measure(
   some = [of_run[r] for r in watched]
   seen = watch(task, some, x0, show) if watched else None
   write_json(
-    folder / "task.json",
+    folder / TASK,
     plain(
       {
         "cases": [case.metadata for case in cases],
@@ -435,7 +439,7 @@ def written(names: Iterable[str]) -> Callable[[str], Any]:
 
 def read_parts(out: Path, names: Iterable[str]) -> dict[str, Any]:
   """What the finished tasks left, by name."""
-  return {name: read_json(out / PARTS / name / "task.json") for name in names}
+  return {name: read_json(out / PARTS / name / TASK) for name in names}
 
 
 def numbers(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ KINDS = (  # names that lie in a folder -> what it is, and how it is read; the f
   (("result.json",), "study", "open it by open_study"),
 )
 ADDRESS = re.compile(r"([A-Za-z][\w.+-]+):/+(.*)", re.DOTALL)  # a Path has one slash left
+# what is said where folders are not renamed, as by a mounted bucket without folders of its own
+UNMOVED = (errno.EMFILE, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP)
 PATIENCE = 1.0  # seconds until a folder counts as held: one that looks holds it for a moment
 
 
@@ -216,7 +218,7 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
       if name.startswith(PART) or owned(name):
         remove(out / name)
     for item in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
-      item.rename(out / item.name)
+      transfer(item, out / item.name)
     remove(stage)
 
 
@@ -336,10 +338,10 @@ def name_of(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def beside(path: str | Path) -> Iterator[Path]:
+def beside(path: str | Path, *, last: str = "") -> Iterator[Path]:
   """Yields a path to fill, a file or a folder; it becomes `path` when the block ends well.
 
-  Else it is removed.
+  Else it is removed. last: as `transfer` takes it.
   """
   path = local(path)
   part = part_of(path)
@@ -348,7 +350,7 @@ def beside(path: str | Path) -> Iterator[Path]:
       remove(part)
     yield part
     with disk(path):
-      part.replace(path)
+      transfer(part, path, last=last)
   finally:
     with contextlib.suppress(OSError):
       remove(part)
@@ -384,6 +386,23 @@ def disk(path: Path, *, full: str = "free some space or choose another --out") -
     place = Path(*parts[: parts.index(STAGE)]) if STAGE in parts else path
     remedy = full if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "choose another --out"
     raise OSError(f"{place} could not be written ({os.strerror(code)}): {remedy}.") from error
+
+
+def transfer(source: Path, target: Path, *, last: str = "") -> None:
+  """Moves a file, which replaces another, or a folder to where none is, at once.
+
+  Where folders can't be renamed, their files go one by one, `last` of these names at the end: it
+  tells that the folder is whole.
+  """
+  try:
+    source.replace(target)
+  except OSError as error:
+    if error.errno not in UNMOVED or not source.is_dir():
+      raise
+    target.mkdir(exist_ok=True)
+    for item in sorted(source.iterdir(), key=lambda p: p.name == last):
+      transfer(item, target / item.name)
+    remove(source)
 
 
 def remove(path: Path) -> None:

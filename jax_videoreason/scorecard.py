@@ -11,7 +11,7 @@ from einops import rearrange
 
 from jax_videoreason import baselines, comparing, media, scoring, stats, tasks
 from jax_videoreason.axes import spread
-from jax_videoreason.evaluate import ASKED, PARTS, RESULT, read_table
+from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TASK, read_table
 from jax_videoreason.folders import read_json
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 
@@ -100,7 +100,7 @@ def block(
 ) -> dict[str, Any]:
   """What the page says of one task; its sprite sheets are added to `sheets`."""
   found = result["tasks"][name]
-  part = read_json(folder / PARTS / name / "task.json")
+  part = read_json(folder / PARTS / name / TASK)
   size, frames = (part["cases"][0][key] for key in ("size", "frames"))
   task = tasks.load(name, size=size, frames=frames)
   of_run = {

@@ -64,6 +64,7 @@ from jax_videoreason.folders import (
   refuse_other,
   remove,
   staged,
+  transfer,
   vouched,
   whole,
   write_json,
@@ -237,9 +238,11 @@ def decoding(run: "Run", *, check: bool = False, **more: Any) -> Iterator[Path]:
     with staged(run.path) as stage:
       yield stage
       with disk(run.path):
-        (stage / "trace.zarr" / "frames").rename(frames)
+        transfer(stage / "trace.zarr" / "frames", frames)
         remove(stage / "trace.zarr")
-        made = [item.replace(run.path / item.name) for item in stage.iterdir()]
+        made = [run.path / item.name for item in stage.iterdir()]
+        for path in made:
+          transfer(stage / path.name, path)
         remove(stage)
     manifest = {name: value for name, value in run.manifest.items() if name != UNDECODED}
     manifest |= plain(more)

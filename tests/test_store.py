@@ -425,15 +425,16 @@ def test_redo_takes_what_a_kill_left_while_files_were_moved(tmp_path):
 
 
 def test_redo_goes_on_where_an_interrupt_came_while_files_were_moved(tmp_path, monkeypatch):
-  rename, moved = Path.rename, []
+  replace, moved = Path.replace, []
 
   def interrupted(self, target):
-    moved.append(target)
+    if self.parent.name == folders.STAGE and not self.name.startswith(folders.PART):
+      moved.append(target)
     if len(moved) == 3:
       raise KeyboardInterrupt
-    return rename(self, target)
+    return replace(self, target)
 
-  monkeypatch.setattr(Path, "rename", interrupted)
+  monkeypatch.setattr(Path, "replace", interrupted)
   with pytest.raises(KeyboardInterrupt):
     run_folder.make(tmp_path / "run", seeds=1)
   monkeypatch.undo()
@@ -521,6 +522,50 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
     with store.run_folder(tmp_path / "run") as folder:
       (folder / "video_000.mp4").write_bytes(b"first")
   assert (tmp_path / "run" / "video_000.mp4").exists()
+
+
+@pytest.fixture
+def flat(monkeypatch):
+  """Folders can't be renamed, as in a mounted bucket without a hierarchical namespace."""
+  real = os.replace
+
+  def replace(source, target):
+    if os.path.isdir(source) and os.listdir(source):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
+    real(source, target)
+
+  monkeypatch.setattr(os, "rename", replace)
+  monkeypatch.setattr(os, "replace", replace)
+
+
+def test_where_folders_are_not_renamed_a_run_is_the_same(tmp_path, folder, flat):
+  out = run_folder.make(tmp_path / "run", seeds=1)
+  made = run_folder.make(out, redo=True)
+  assert folders.sums(made) == folders.sums(folder)
+  store.open_run(made).verify()
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_folder_whose_files_go_one_by_one_is_whole_with_the_last(
+  tmp_path, flat, monkeypatch, moved
+):
+  real, calls = os.replace, []
+
+  def replace(source, target):
+    real(source, target)
+    calls.append(Path(target).name)
+    if len(calls) == moved:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, "replace", replace)
+  with pytest.raises(KeyboardInterrupt) if moved else contextlib.nullcontext():
+    with folders.beside(tmp_path / "made", last="a.json") as part:
+      (part / "deep").mkdir(parents=True)
+      for name in ("a.json", "b", "deep/c"):
+        (part / name).write_text(name)
+  there = sorted(path.name for path in (tmp_path / "made").rglob("*") if path.is_file())
+  assert there == sorted(calls) and ("a.json" in there) == (moved in (0, 3))
+  assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_a_folder_that_is_gone_with_its_last_file_as_in_a_bucket_is_no_fault(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_videoreason import bundles
 from jax_videoreason.axes import Params
-from jax_videoreason.folders import local
+from jax_videoreason.folders import disk, local
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.pytrees import nest
 from jax_videoreason.sharding import check_auto, partition
@@ -98,7 +98,7 @@ def save(
   shared_with: the folder of another bundle; a part whose leaves are equal to that bundle's, and
     the tokenizer if it is, are not written again but pointed to by a relative path.
   ValueError: the destination exists, an expert is not loaded, the leaves contradict the config of
-  their module, or the disk is too small.
+  their module, or the disk is too small. OSError: it can't be written.
   """
   path = Path(os.path.abspath(local(path)))
   if path.exists():
@@ -126,11 +126,12 @@ def save(
 
   partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
   try:
-    partial.mkdir(parents=True)
-    for name, tree in own.items():
-      write_tree(partial / name, jax.tree.map(lambda leaf: _stored(leaf, dtype), tree))
-    bundles.write_description(partial, described, bundle.card.tokenizer)
-    os.rename(partial, path)
+    with disk(path, full="make room, or save elsewhere"):
+      partial.mkdir(parents=True)
+      for name, tree in own.items():
+        write_tree(partial / name, jax.tree.map(lambda leaf: _stored(leaf, dtype), tree))
+      bundles.write_description(partial, described, bundle.card.tokenizer)
+      os.rename(partial, path)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise

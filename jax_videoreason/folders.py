@@ -384,7 +384,11 @@ def disk(path: Path, *, full: str = "free some space or choose another --out") -
       raise
     parts = path.parts
     place = Path(*parts[: parts.index(STAGE)]) if STAGE in parts else path
-    remedy = full if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "choose another --out"
+    remedy = "choose another --out"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      remedy = full
+    elif code in UNMOVED:
+      remedy = f"of a mounted bucket, folders can't be renamed (docs/pods.md); else {remedy}"
     raise OSError(f"{place} could not be written ({os.strerror(code)}): {remedy}.") from error
 
 

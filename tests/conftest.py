@@ -1,5 +1,6 @@
 """Four CPU devices, strict numerics, and each program compiled once for all workers."""
 
+import errno
 import importlib
 import os
 import shutil
@@ -35,6 +36,20 @@ def pytest_configure(config):
   ):
     os.environ[name.upper()] = str(value)
     jax.config.update(name, value)
+
+
+@pytest.fixture
+def flat(monkeypatch):
+  """Folders can't be renamed, as in a mounted bucket without a hierarchical namespace."""
+  real = os.replace
+
+  def replace(source, target):
+    if os.path.isdir(source) and os.listdir(source):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
+    real(source, target)
+
+  monkeypatch.setattr(os, "rename", replace)
+  monkeypatch.setattr(os, "replace", replace)
 
 
 @pytest.fixture

@@ -269,6 +269,14 @@ def test_a_failed_save_leaves_nothing(whole, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_where_folders_are_not_renamed_nothing_is_saved_and_the_reason_stands_there(
+  whole, tmp_path, flat
+):
+  with pytest.raises(OSError, match=r"new could not be written .*bucket.*docs/pods\.md"):
+    checkpoint.save(whole, tmp_path / "new")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_what_save_refuses(whole, saved, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"whole exists already: remove it"):
     checkpoint.save(whole, saved)

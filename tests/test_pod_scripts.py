@@ -1,8 +1,13 @@
-"""The manifest of a GKE JobSet, held to what the package asks of it."""
+"""The manifest of a GKE JobSet, held to what the package asks of it; a bucket to try it on."""
 
+import errno
 import math
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -73,3 +78,59 @@ def test_nothing_stands_in_the_way_of_finding_the_other_hosts(job, pod, containe
   assert not own.keys() & {*distributed.NAMED, "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"}
   hosts = ",".join(f"videoreason-hosts-0-{n}.videoreason" for n in range(job["completions"]))
   assert distributed.wanted({**own, "TPU_WORKER_HOSTNAMES": hosts, "TPU_WORKER_ID": "1"}) == {}
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """The file system without a kernel above it, with folders of at most one file renamed."""
+
+  class FuseOSError(OSError):
+    def __init__(self, code):
+      super().__init__(code, os.strerror(code))
+
+  fuse = SimpleNamespace(Operations=object, FuseOSError=FuseOSError)
+  monkeypatch.setitem(sys.modules, "mfusepy", fuse)
+  script = runpy.run_path(str(ROOT / "scripts" / "pod" / "bucket.py"))
+  (tmp_path / "store").mkdir()
+  return script["Bucket"](tmp_path / "store", 1)
+
+
+def put(bucket, path, content):
+  opened = bucket.create(path, 0o644)
+  bucket.write(path, content, 0, opened)
+  return opened
+
+
+def test_a_bucket_holds_whole_files_from_their_close_on(bucket):
+  opened = put(bucket, "/file", b"content")
+  assert (bucket.store / "file").read_bytes() == b""
+  bucket.flush("/file", opened)
+  bucket.release("/file", opened)
+  assert (bucket.store / "file").read_bytes() == b"content"
+  assert bucket.getattr("/file")["st_size"] == 7
+  again = bucket.open("/file", os.O_WRONLY | os.O_APPEND)
+  bucket.write("/file", b" more", 7, again)
+  bucket.rename("/file", "/other")
+  bucket.flush("/other", again)
+  bucket.release("/other", again)
+  read = bucket.open("/other", os.O_RDONLY)
+  assert bucket.read("/other", 100, 0, read) == b"content more"
+  with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
+    bucket.getattr("/file")
+
+
+def test_a_bucket_renames_a_folder_of_few_files_alone(bucket):
+  bucket.mkdir("/a", 0o755)
+  bucket.mkdir("/a/deep", 0o755)
+  bucket.rename("/a", "/b")
+  assert sorted(bucket.readdir("/", None)) == [".", "..", "b"]
+  opened = put(bucket, "/b/deep/file", b"content")
+  bucket.flush("/b/deep/file", opened)
+  assert sorted(bucket.readdir("/b", None)) == [".", "..", "deep"]
+  with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+    bucket.rename("/b", "/c")
+  with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
+    bucket.rmdir("/b/deep")
+  bucket.unlink("/b/deep/file")
+  bucket.rmdir("/b/deep")
+  assert sorted(bucket.readdir("/b", None)) == [".", ".."]

@@ -524,20 +524,6 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "video_000.mp4").exists()
 
 
-@pytest.fixture
-def flat(monkeypatch):
-  """Folders can't be renamed, as in a mounted bucket without a hierarchical namespace."""
-  real = os.replace
-
-  def replace(source, target):
-    if os.path.isdir(source) and os.listdir(source):
-      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
-    real(source, target)
-
-  monkeypatch.setattr(os, "rename", replace)
-  monkeypatch.setattr(os, "replace", replace)
-
-
 def test_where_folders_are_not_renamed_a_run_is_the_same(tmp_path, folder, flat):
   out = run_folder.make(tmp_path / "run", seeds=1)
   made = run_folder.make(out, redo=True)

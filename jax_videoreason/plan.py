@@ -219,6 +219,8 @@ class Problem:
   "between" batches, with the DiT loaded, or "beside" the next batch. ending: frames at the end that
   are also decoded alone; None = none. edit: counts by its fields and sites, whose shapes are
   those of the problem. drops: of "latents" and "x0", what is not kept of every step.
+  spreads: whether runs may lie on several devices side by side, which those of the ensemble of
+  `vbvr generate` may not.
   """
 
   model: Model
@@ -232,6 +234,7 @@ class Problem:
   ending: int | None = None
   edit: Intervention | None = None
   drops: tuple[Literal["latents", "x0"], ...] = ()
+  spreads: bool = True
 
   @property
   def spec(self) -> TapSpec:
@@ -539,7 +542,7 @@ def propose(problem: Problem, where: Target) -> dict[str, int]:
   def parts(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
-  for seed in reversed(parts(where.count)):
+  for seed in reversed(parts(where.count) if problem.spreads else [1]):
     rest = where.count // seed
     if problem.runs % seed:
       continue

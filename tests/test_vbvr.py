@@ -582,6 +582,29 @@ def test_a_plan_fills_batches_up_as_generate_does(bench, capsys):
   assert f"{4 * 2 * 3 * 2} network evaluations (4 videos)" in said  # units, seats, steps, branches
 
 
+@pytest.mark.parametrize("word", ["plan", "generate"])
+def test_an_ensemble_on_a_mesh_of_seeds_is_refused_by_its_plan_too(bench, word, capsys):
+  words = [f"--data={bench}", "--config=mini:steps=3", "--ensemble=paper", "--mesh=seed=2"]
+  of_word = ["plan", "vbvr", "generate", "--on=gpu:80GBx2"]
+  if word == "generate":
+    of_word = ["vbvr", "generate", "--dry-run"]
+  assert cli.main([*of_word, *words]) == 2
+  assert capsys.readouterr().err == (
+    "videoreason: --ensemble mixes the runs of a sample on a mesh with seed=2: give a --mesh of "
+    "fsdp and context.\n"
+  )
+
+
+def test_the_mesh_proposed_for_an_ensemble_is_one_that_generate_takes(bench, capsys):
+  words = ["plan", "vbvr", "generate", f"--data={bench}", "--config=mini:steps=3"]
+  said = []
+  for more in ([], ["--ensemble=paper"]):
+    assert cli.main([*words, "--on=gpu:80GBx2", *more]) == 0
+    said.append(capsys.readouterr().out)
+  assert "2 devices as seed=2," in said[0]
+  assert "2 devices as seed=1," in said[1]
+
+
 # The whole way, in the official layout, with a stand-in for the EvalKit
 
 

@@ -152,7 +152,7 @@ def planned(flags: FlagValues, words: list[str], seats: int) -> "list[Work]":
     cli.required(flags, "data")
     data, chosen, job = vbvr.asked(flags)
     model = plan.model(chosen.checkpoint).parts
-    vbvr.generate.check(chosen, job, model, redo=False, mesh=None)
+    vbvr.generate.check(chosen, job, model, redo=False, seats=seats)
     return vbvr.jobs.work(chosen, data, job, seats)
   if words == [RUN, run.ALL]:
     return studies(flags)

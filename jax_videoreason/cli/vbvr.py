@@ -151,8 +151,8 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
   mesh = None if dry else sharding.mesh_here(flags.mesh)
   name = chosen.checkpoint  # only a dry run takes one that is not here yet
   model = plan.model(name).parts if dry else bundles.describe(name).modules
-  generate.check(chosen, job, model, redo=flags.redo, mesh=mesh)  # before a bar begins
   seats = 1 if flags.mesh is None else sharding.axes_of(flags.mesh)["seed"]
+  generate.check(chosen, job, model, redo=flags.redo, seats=seats)  # before a bar begins
   cost = costs.totals(jobs.work(chosen, data, job, seats), plan.target(CARD))
   console.say(f"{data.name}, {len(data.samples)} samples: {cost}")
   if dry:

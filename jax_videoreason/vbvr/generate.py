@@ -80,7 +80,8 @@ def generate(
     OSError: a folder can't be written.
   """
   found = bundles.describe(chosen.checkpoint)
-  check(chosen, job, found.modules, redo=redo, mesh=mesh)
+  seats = 1 if mesh is None else mesh.shape["seed"]
+  check(chosen, job, found.modules, redo=redo, seats=seats)
   if experts is not None and experts < found.experts and process[1] > 1:
     raise ValueError(
       f"--experts={experts} with {process[1]} processes, which load together and not unit by unit: "
@@ -140,8 +141,11 @@ def generate(
   return list(folders.values())
 
 
-def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, mesh: Mesh | None) -> None:
-  """ValueError: settings that contradict each other or the model."""
+def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, seats: int) -> None:
+  """ValueError: settings that contradict each other, the model or the mesh.
+
+  seats: the `seed` axis of the mesh.
+  """
   if chosen.taps.sites:
     raise ValueError("vbvr generate keeps no taps: use --token-layers, or `videoreason sample`.")
   if any(step >= chosen.steps for step in job.steps):
@@ -153,9 +157,9 @@ def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, mesh: M
     raise ValueError("--token-layers draws maps of the steps kept: give --keep-steps too.")
   if job.ensemble == PAPER and chosen.steps < 2:
     raise ValueError(f"steps={chosen.steps}, wanted 2 or more: the ensemble acts on the first one.")
-  if job.ensemble == PAPER and mesh is not None and mesh.shape["seed"] > 1:
+  if job.ensemble == PAPER and seats > 1:
     raise ValueError(
-      f"--ensemble mixes the runs of a sample on a mesh with seed={mesh.shape['seed']}: give a "
+      f"--ensemble mixes the runs of a sample on a mesh with seed={seats}: give a "
       "--mesh of fsdp and context."
     )
   if redo and job.part != (0, 1):

@@ -151,6 +151,7 @@ def by_shape(
       runs=members * max(filled),
       decodes="between",
       drops=("latents",),
+      spreads=job.ensemble != PAPER,
     )
     sizes = problem.sizes
     found.append(

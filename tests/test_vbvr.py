@@ -368,6 +368,9 @@ def test_the_official_setting_costs_what_it_costs(bench):
   (filled,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(), seats=3)  # each alone in its unit
   assert (filled.videos, filled.evaluations) == (4, 3 * price.evaluations)
   assert not price.problem.spec.latents  # of every step: `generate` does not keep them
+  assert not price.problem.spec.x0
+  (shown,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(steps=(3,)))
+  assert shown.problem.spec.x0
   assert price.flops / 4 == pytest.approx(885e15, rel=2e-3)
   (three,) = jobs.work(OFFICIAL_RUN, data, jobs.Job(ensemble="paper"))
   assert three.flops / price.flops == pytest.approx(52 / 50)
@@ -377,6 +380,12 @@ def test_the_official_setting_costs_what_it_costs(bench):
   (all_of_it,) = jobs.official()
   assert all_of_it.videos == 500
   assert " 270.1 h on gpu:141GB at 46% " in costs.totals([all_of_it], plan.target("gpu:141GB"))
+
+
+def test_a_plan_counts_the_guesses_that_answers_are_read_from(own_cases):
+  chosen = dataclasses.replace(OFFICIAL_RUN, checkpoint="mini", solver="euler")
+  (price,) = jobs.work(chosen, samples.load(own_cases), jobs.Job())
+  assert price.problem.spec.x0
 
 
 def test_only_the_official_setting_is_called_so(bench):

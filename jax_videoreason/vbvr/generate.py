@@ -38,7 +38,16 @@ from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Parts, Trace
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.vbvr import layout, tokens, videos
-from jax_videoreason.vbvr.jobs import MEMBERS, PAPER, Job, Unit, deviations, folder_of, units
+from jax_videoreason.vbvr.jobs import (
+  MEMBERS,
+  PAPER,
+  Job,
+  Unit,
+  deviations,
+  folder_of,
+  guessed,
+  units,
+)
 from jax_videoreason.vbvr.samples import Data, Sample
 from jax_videoreason.vbvr.tokens import Tokens
 
@@ -274,8 +283,7 @@ def make(
   grid = latents.shape(shape.frames, shape.height, shape.width)
   noise = runs.make_noise([unit.seed] * len(unit.samples), grid)
   schedule = settings.schedule(chosen, bundle.card, bundle.parts)
-  read = range(chosen.steps) if any(s.own for s in unit.samples) else ()
-  kept = sorted({*job.steps, *read})
+  kept = guessed(job, unit.samples, chosen.steps)
   x0 = np.empty((len(kept), len(unit.samples), *grid), np.float32)
   finite = np.ones(len(unit.samples), bool)
   seen: list[dict[str, np.ndarray]] = []

@@ -4,7 +4,7 @@ the official run."""
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,11 @@ def tokens(latents: LatentSpec, shape: Shape) -> int:
   return int(np.prod(latents.tokens(grid)))
 
 
+def guessed(job: Job, samples: Iterable[Sample], steps: int) -> list[int]:
+  """The steps of so many whose guess of the video is looked at: of our own tasks every one."""
+  return sorted({*job.steps, *(range(steps) if any(s.own for s in samples) else ())})
+
+
 def work(chosen: SampleSettings, data: Data, job: Job, seats: int = 1) -> list[costs.Work]:
   """What the units of this part of a job take; a published model need not be there.
 
@@ -128,7 +133,9 @@ def work(chosen: SampleSettings, data: Data, job: Job, seats: int = 1) -> list[c
   """
   model = plan.model(chosen.checkpoint)
   mine = units(data, model.card.latents, job, chosen.batch)[job.part[0] :: job.part[1]]
-  return by_shape(model, chosen, [(unit.shape, len(unit.samples)) for unit in mine], job, seats)
+  batches = [(unit.shape, len(unit.samples)) for unit in mine]
+  looked = {unit.shape for unit in mine if guessed(job, unit.samples, chosen.steps)}
+  return by_shape(model, chosen, batches, job, seats, looked)
 
 
 def by_shape(
@@ -137,8 +144,9 @@ def by_shape(
   batches: Sequence[tuple[Shape, int]],
   job: Job,
   seats: int = 1,
+  looked: Collection[Shape] = (),
 ) -> list[costs.Work]:
-  """What batches (shape, videos) take, shape by shape."""
+  """What batches (shape, videos) take, shape by shape; looked: shapes of which x0 is kept."""
   members = MEMBERS if job.ensemble == PAPER else 1  # in the first step
   found = []
   for shape in sorted({shape for shape, _ in batches}):
@@ -150,7 +158,7 @@ def by_shape(
       chosen=sized,
       runs=members * max(filled),
       decodes="between",
-      drops=("latents",),
+      drops=("latents",) if shape in looked else ("latents", "x0"),
       spreads=job.ensemble != PAPER,
     )
     sizes = problem.sizes

@@ -1,7 +1,8 @@
 """An evaluation beside an earlier one: what another checkpoint, guidance, schedule or solver gains.
 
 Clips of the model are paired by task, split, index, problem and seed, so that what is hard for both
-cancels. A clip without a partner is left out, and counted.
+cancels. A clip without a partner is left out, and counted: of two numbers of cases, the fewer are
+among the more.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,8 @@ from jax_videoreason.evaluate import RESULT, TABLE, Evaluation, open_evaluation
 from jax_videoreason.folders import differences, held, plain, rewriting, write_json
 
 PAIRED = ("task", "split", "index", "problem", "seed")
-SAME = ("split", "kind", "cases", "height", "width", "frames")  # and how their tasks are scored
-APART = ("tasks", "seeds", "scoring", "weights")  # keys that are no settings of the model
+SAME = ("split", "kind", "height", "width", "frames")  # and how their tasks are scored
+APART = ("tasks", "cases", "seeds", "scoring", "weights")  # keys that are no settings of the model
 DIGITS = 8  # of the checksum of weights
 
 
@@ -51,8 +52,9 @@ def check(asked: Mapping[str, Any], before: Evaluation) -> None:
   differ = list(differences(there, here))
   if differ:
     raise ValueError(
-      f"{before.path} can't be compared with ({'; '.join(differ)}): pairs are of the same cases at "
-      "the same size, scored by the same rules; ask for the same, or evaluate that one anew."
+      f"{before.path} can't be compared with ({'; '.join(differ)}): pairs are of the same kind of "
+      "cases at the same size, scored by the same rules; ask for the same, or evaluate that one "
+      "anew."
     )
   for name, common in (
     ("tasks", tasks),

@@ -852,7 +852,6 @@ def test_a_new_evaluation_is_compared_when_it_is_done(done, tmp_path, capsys):
     (lambda f: edit_json(f / "evaluation.json", scoring=1), (), "scoring.rules=1 there and"),
     (lambda f: None, ("--config.frames=21",), "frames=17 there and 21 here"),
     (lambda f: None, ("--config.height=48", "--config.width=48"), "height=32 there and 48 here"),
-    (lambda f: None, ("--cases=3",), "cases=2 there and 3 here"),
     (lambda f: None, ("--split=ood",), "split='id' there and 'ood' here"),
     (lambda f: None, ("--ambiguous=plain",), "kind='both' there and 'plain' here"),
     (lambda f: None, ("--tasks=maze",), "has the tasks pick, occlusion and none of those asked"),
@@ -867,6 +866,26 @@ def test_what_makes_no_pairs_is_refused_before_anything_is_computed(
   err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("videoreason: ")]
   assert len(err) == 1 and told in err[0]
   assert not measured and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", evaluate.KINDS)
+def test_fewer_cases_are_the_first_of_more(kind):
+  task = tasks.load("pick", size=32)
+  few, many = ([c.metadata for c in evaluate.cases_of(task, "id", n, kind)] for n in (3, 7))
+  assert few == many[:3]
+
+
+def test_two_numbers_of_cases_are_compared_on_those_of_both(copy, done, before, capsys, measured):
+  edit_table(before, lambda row: row if row["case"] == 0 else None)
+  edit_json(before / "evaluation.json", cases=1)
+  assert call(copy, f"--against={before}") == 0
+  found = result_of(copy)["against"]
+  assert (found["pairs"], found["clips"], found["clips_there"]) == (2, 8, 2)
+  assert found["changed"] == ["steps=4 there and 2 here"] and not measured
+  said = " ".join(capsys.readouterr().out.split())
+  assert "2 of 8 clips here have the same case and seed there (2 clips): 6 here and 0 there" in said
+  found = comparing.compare(before, done)["against"]
+  assert (found["pairs"], found["clips"], found["clips_there"]) == (2, 2, 8)
 
 
 def test_an_evaluation_is_not_compared_with_itself(copy, capsys):

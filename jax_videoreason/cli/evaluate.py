@@ -14,7 +14,8 @@ tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/,
 
 With --against every clip is paired with that of an earlier evaluation, of the same case and seed:
 score and strict success here less there, with the interval over problems and the p-value of a
-sign-flip test. Models and settings may differ; cases, their size and the rules of scoring may not.
+sign-flip test. Models, settings, seeds and the number of cases may differ; the kind of cases, their
+size and the rules of scoring may not.
 A finished evaluation is only compared.
 """
 

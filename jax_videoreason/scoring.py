@@ -263,7 +263,8 @@ def against(pairs: Mapping[str, Sequence[tuple[Row, Row]]]) -> dict[str, Any]:
   """What one evaluation has above another, per task and for the mean over tasks.
 
   pairs: of each task, the rows of the model in both, of the same case and seed. here, there: the
-  means over problems of the two; estimate: here less there, problem by problem.
+  means over problems of the two; estimate: here less there, problem by problem. p: of the row by
+  itself; holm: corrected for the number of tasks (`stats.holm`), of each measure by itself.
   """
   of_task: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
   for name, both in pairs.items():
@@ -278,16 +279,19 @@ def against(pairs: Mapping[str, Sequence[tuple[Row, Row]]]) -> dict[str, Any]:
     here, there = (float(np.mean([part.mean() for part in own])) for own in zip(*two, strict=True))
     return {"here": here, "there": there, **_mean_lead([a - b for a, b in two])}
 
-  return {
-    "tasks": {
-      name: {
-        "pairs": len(pairs[name]),
-        **{
-          measure: {"here": float(a.mean()), "there": float(b.mean()), **difference(a, b)}
-          for measure, (a, b) in found.items()
-        },
-      }
-      for name, found in of_task.items()
-    },
-    "mean": {measure: mean(measure) for measure in COMPARED},
+  found = {
+    name: {
+      "pairs": len(pairs[name]),
+      **{
+        measure: {"here": float(a.mean()), "there": float(b.mean()), **difference(a, b)}
+        for measure, (a, b) in two.items()
+      },
+    }
+    for name, two in of_task.items()
   }
+  for measure in COMPARED:
+    leads = [block[measure] for block in found.values()]
+    corrected = stats.holm([np.nan if lead["p"] is None else lead["p"] for lead in leads])
+    for lead, p in zip(leads, corrected, strict=True):
+      lead["holm"] = float(p) if np.isfinite(p) else None
+  return {"tasks": found, "mean": {measure: mean(measure) for measure in COMPARED}}

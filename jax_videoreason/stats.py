@@ -10,8 +10,8 @@ Intervals are of 95%, tests err in 5%.
 
 Sources: Clopper and Pearson 1934 (the exact interval of a share); Hesterberg 2015, The American
 Statistician 69(4) (the percentile interval widened for few cases); Westfall and Young 1993 (the
-maximum statistic); Phipson and Smyth 2010 (no p-value of 0); Satterthwaite 1946 (degrees of freedom
-of a sum of variances).
+maximum statistic); Phipson and Smyth 2010 (no p-value of 0); Holm 1979 (several tests);
+Satterthwaite 1946 (degrees of freedom of a sum of variances).
 """
 
 import dataclasses
@@ -247,6 +247,21 @@ def max_statistic(differences: ArrayLike, *, seed: int, draws: int = DRAWS) -> T
   Flips are of whole cases: cells may depend on each other in any way.
   """
   return _permute(differences, seed, draws, whole_map=True)
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+  """N: p-values of N tests corrected for their number, so that where nothing differs the chance of
+  any below ERROR is at most ERROR, however the tests depend on each other.
+
+  NaN, of a test that can't reject, stays and does not count.
+  """
+  x = np.asarray(p, np.float64)
+  known = np.flatnonzero(np.isfinite(x))
+  order = known[np.argsort(x[known], kind="stable")]
+  found = np.full(x.shape, np.nan)
+  steps = x[order] * np.arange(len(order), 0, -1)
+  found[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+  return found
 
 
 def _permute(differences: ArrayLike, seed: int, draws: int, *, whole_map: bool) -> Test:

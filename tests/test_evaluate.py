@@ -22,6 +22,7 @@ from jax_videoreason import (
   scoring,
   settings,
   sharding,
+  stats,
   tables,
   tasks,
 )
@@ -809,6 +810,7 @@ def test_an_evaluation_is_paired_with_an_earlier_one_clip_by_clip(copy, before, 
   ):
     assert text in said and text in page
   assert "no interval of the difference for pick, occlusion: 2 cases" in said
+  assert "Holm" in said and "p, Holm" in page
   assert "Beside an earlier evaluation" in page
   files = json.loads((copy / "manifest.json").read_text())["files"]
   for name in ("result.json", "table.parquet"):
@@ -928,7 +930,23 @@ def test_what_is_hard_for_both_cancels():
   assert 0.3 < lead["low"] < lead["estimate"] < lead["high"] < 0.31
   assert lead["p"] < 1e-3
   assert found["tasks"]["a"]["strict"]["p"] == 1
+  assert lead["holm"] == lead["p"]  # of one task
   assert found["mean"]["score"]["estimate"] == pytest.approx(lead["estimate"])
+
+
+def test_p_values_are_corrected_for_the_number_of_tasks():
+  rng = np.random.default_rng(0)
+  pairs = {}
+  for name, gain, count in (("a", 0.1, 16), ("b", 0.02, 16), ("c", 0.0, 16), ("d", 0.1, 3)):
+    hard = rng.random((count, 1)) / 2
+    ours = rows_of(hard + gain + 0.1 * rng.random((count, 1)) - 0.05)
+    pairs[name] = list(zip(ours, rows_of(hard), strict=True))
+  found = scoring.against(pairs)
+  leads = [found["tasks"][name]["score"] for name in pairs]
+  raw = [lead["p"] for lead in leads]
+  assert raw[3] is None and leads[3]["holm"] is None  # 3 cases can't reject: no test of three
+  assert [lead["holm"] for lead in leads[:3]] == stats.holm(raw[:3]).tolist()
+  assert leads[0]["holm"] == 3 * raw[0] and "holm" not in found["mean"]["score"]
 
 
 def test_an_evaluation_is_opened_in_python(done):

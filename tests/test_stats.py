@@ -287,3 +287,18 @@ def test_groups_with_too_little_in_them_have_no_interval():
 )
 def test_a_p_value_is_never_said_to_be_zero(p, said):
   assert stats.chance(p) == said
+
+
+def test_holm_counts_the_tests_that_are_left():
+  nan = float("nan")
+  np.testing.assert_allclose(
+    stats.holm([0.04, 0.01, nan, 0.03, 0.5]), [0.09, 0.04, nan, 0.09, 0.5], equal_nan=True
+  )
+  np.testing.assert_array_equal(stats.holm([0.9, 0.8]), [1, 1])
+  assert stats.holm([0.02]) == [0.02] and stats.holm([]).shape == (0,)
+
+
+def test_holm_errs_in_5_percent_of_families():
+  drawn = np.random.default_rng(0).random((4000, 7))  # p-values where nothing differs
+  wrong = np.mean([stats.holm(p).min() <= stats.ERROR for p in drawn])
+  assert 0.04 < wrong < 0.06

@@ -14,8 +14,8 @@ tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/,
 
 With --against every clip is paired with that of an earlier evaluation, of the same case and seed:
 score and strict success here less there, with the interval over problems and the p-value of a
-sign-flip test. Models, settings, seeds and the number of cases may differ; the kind of cases, their
-size and the rules of scoring may not.
+sign-flip test, as it is and by Holm's correction over the tasks. Models, settings, seeds and the
+number of cases may differ; the kind of cases, their size and the rules of scoring may not.
 A finished evaluation is only compared.
 """
 
@@ -50,7 +50,7 @@ SHORT = {
 }
 
 
-GAINED = ("", " there, here", " p")
+GAINED = ("", " there, here", " p, Holm")
 MEAN = "the mean over tasks"
 POINTS = 6  # steps whose candidates are shown
 OWN_KEYS = ("seeds",)
@@ -181,7 +181,7 @@ def without(blocks: dict[str, dict[str, Any]]) -> list[str]:
 def show_against(found: dict[str, Any]) -> None:
   """What is here above an earlier evaluation, per task and for their mean."""
   console.table(
-    f"here less {found['folder']}, on the same cases and seeds; each p by itself",
+    f"here less {found['folder']}, on the same cases and seeds; p by itself, Holm's over tasks",
     ("task", "pairs", *(f"{m}{said}" for m in scoring.COMPARED for said in GAINED)),
     [
       (
@@ -202,9 +202,10 @@ def show_against(found: dict[str, Any]) -> None:
 
 
 def gained(lead: dict[str, Any]) -> tuple[str, str, str]:
-  """A difference with its interval, the two means, the p-value."""
+  """A difference with its interval, the two means, the p-value and that of Holm's correction."""
   means = f"{lead['there']:.2f}, {lead['here']:.2f}"
-  return stats.spell(lead), means, stats.chance(lead["p"])
+  p = ", ".join(stats.chance(lead[name]) for name in ("p", "holm") if name in lead)
+  return stats.spell(lead), means, p
 
 
 def number(found: dict[str, Any] | None) -> str:

@@ -253,6 +253,19 @@ def _mean_lead(of_task: Sequence[np.ndarray]) -> dict[str, Any]:
   return _lead(stats.bootstrap_within(lead, seed=SEED), np.concatenate(lead))
 
 
+def _unless_lone(lead: Mapping[str, Any], of_task: Sequence[np.ndarray]) -> dict[str, Any]:
+  """A lead without its interval where one problem alone moved; of_task: differences of each task.
+
+  A problem moved whose difference is not the commonest of its task. Where there is but one, draws
+  of the problems differ by how often they have it alone: an interval of multiples of its
+  difference says nothing of how far such problems spread.
+  """
+  if sum(stats.moving(group)[0] for group in of_task) != 1 or lead["low"] is None:
+    return dict(lead)
+  note = f"one problem of {lead['problems']} alone moved, which shows no spread"
+  return {**lead, "low": None, "high": None, "note": note}
+
+
 def _of_equal_weight(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
   """Groups whose mean over all values is the mean of the means of the groups."""
   total = sum(len(group) for group in groups)
@@ -264,7 +277,8 @@ def against(pairs: Mapping[str, Sequence[tuple[Row, Row]]]) -> dict[str, Any]:
 
   pairs: of each task, the rows of the model in both, of the same case and seed. here, there: the
   means over problems of the two; estimate: here less there, problem by problem. p: of the row by
-  itself; holm: corrected for the number of tasks (`stats.holm`), of each measure by itself.
+  itself; holm: corrected for the number of tasks (`stats.holm`), of each measure by itself. There
+  is no interval where one problem alone moved (`_unless_lone`).
   """
   of_task: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
   for name, both in pairs.items():
@@ -277,13 +291,18 @@ def against(pairs: Mapping[str, Sequence[tuple[Row, Row]]]) -> dict[str, Any]:
   def mean(measure: str) -> dict[str, Any]:
     two = [found[measure] for found in of_task.values()]
     here, there = (float(np.mean([part.mean() for part in own])) for own in zip(*two, strict=True))
-    return {"here": here, "there": there, **_mean_lead([a - b for a, b in two])}
+    leads = [a - b for a, b in two]
+    return {"here": here, "there": there, **_unless_lone(_mean_lead(leads), leads)}
 
   found = {
     name: {
       "pairs": len(pairs[name]),
       **{
-        measure: {"here": float(a.mean()), "there": float(b.mean()), **difference(a, b)}
+        measure: {
+          "here": float(a.mean()),
+          "there": float(b.mean()),
+          **_unless_lone(difference(a, b), [a - b]),
+        }
         for measure, (a, b) in two.items()
       },
     }

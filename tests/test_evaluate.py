@@ -934,6 +934,24 @@ def test_what_is_hard_for_both_cancels():
   assert found["mean"]["score"]["estimate"] == pytest.approx(lead["estimate"])
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_difference_of_one_problem_alone_has_no_interval(moved):
+  pairs = {}
+  for name in ("a", "b"):
+    there = np.full((16, 1), 0.5)
+    here = there.copy()
+    if name == "a":
+      here[:moved, 0] = (0.9, 0.8)[:moved]
+    pairs[name] = list(zip(rows_of(here), rows_of(there), strict=True))
+  found = scoring.against(pairs)
+  leads = found["tasks"]["a"]["score"], found["mean"]["score"]
+  for lead, count in zip(leads, (16, 32), strict=True):
+    assert (lead["low"] is None) == (lead["high"] is None) == (moved < 2)
+    if moved == 1:
+      assert lead["note"] == f"one problem of {count} alone moved, which shows no spread"
+      assert lead["p"] == 1 and lead["estimate"] == pytest.approx(0.4 / count)
+
+
 def test_p_values_are_corrected_for_the_number_of_tasks():
   rng = np.random.default_rng(0)
   pairs = {}

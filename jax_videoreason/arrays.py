@@ -1,7 +1,8 @@
 """Arrays with named axes on disk: zarr v3 by TensorStore, written and read slice by slice.
 
 zarr has no bfloat16, so bfloat16 is widened to float32, which is exact; the attribute
-`written_from` says so. Every chunk carries a checksum: a damaged one is never read as numbers.
+`written_from` says so. Every chunk carries a checksum, and so does what describes an array (its
+attribute `sum`): a damaged one is never read as numbers.
 """
 
 import dataclasses
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jax_videoreason.folders import damaged, disk, read_json
+from jax_videoreason.folders import damaged, digest, disk, read_json
+
+DESCRIPTION = "zarr.json"
+SUM = "sum"  # the attribute; arrays of earlier versions have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,34 +109,37 @@ def put(
   None = that of `value`. where: the part that `value` is, () = all. chunk: None = one chunk.
   attributes: kept beside the array, as JSON.
 
-  OSError: the disk refuses.
+  OSError: the disk refuses. ValueError: another array has the name.
   """
   value = np.asarray(value)
   if value.dtype.name == "bfloat16":
     value, attributes = value.astype(np.float32), {**attributes, "written_from": "bfloat16"}
   size = value.shape if shape is None else tuple(shape)
   endian = {} if value.dtype.itemsize == 1 else {"configuration": {"endian": "little"}}
+  meta = {
+    "shape": list(size),
+    "data_type": value.dtype.name,
+    "dimension_names": list(axes),
+    "attributes": attributes,
+    "fill_value": {"f": "NaN", "b": False}.get(value.dtype.kind, 0),
+    "chunk_grid": {
+      "name": "regular",
+      "configuration": {"chunk_shape": [max(n, 1) for n in chunk or size]},
+    },
+    "codecs": [
+      {"name": "bytes", **endian},
+      {"name": "zstd", "configuration": {"level": 3}},
+      {"name": "crc32c"},
+    ],
+  }
+  if not _is_older(root / name):
+    meta["attributes"] = {**attributes, SUM: _sum(meta)}
   spec = {
     **_spec(root / name),
     "open": True,
     "create": True,
     "store_data_equal_to_fill_value": True,
-    "metadata": {
-      "shape": list(size),
-      "data_type": value.dtype.name,
-      "dimension_names": list(axes),
-      "attributes": attributes,
-      "fill_value": {"f": "NaN", "b": False}.get(value.dtype.kind, 0),
-      "chunk_grid": {
-        "name": "regular",
-        "configuration": {"chunk_shape": [max(n, 1) for n in chunk or size]},
-      },
-      "codecs": [
-        {"name": "bytes", **endian},
-        {"name": "zstd", "configuration": {"level": 3}},
-        {"name": "crc32c"},
-      ],
-    },
+    "metadata": meta,
   }
   with disk(root / name):
     for part in reversed(list(Path(name).parents)):
@@ -143,7 +150,7 @@ def put(
 def group(path: Path) -> None:
   """Makes a group, if it is not there."""
   path.mkdir(exist_ok=True)
-  mark = path / "zarr.json"
+  mark = path / DESCRIPTION
   if not mark.exists():
     mark.write_text(json.dumps({"zarr_format": 3, "node_type": "group"}), encoding="utf-8")
 
@@ -151,7 +158,7 @@ def group(path: Path) -> None:
 def open_group(root: Path) -> dict[str, StoredArray]:
   """Every array of a group by its name, as taps/attn_out/norm; ValueError for a damaged one."""
   found = {}
-  for path in sorted(root.rglob("zarr.json")):
+  for path in sorted(root.rglob(DESCRIPTION)):
     meta = read_json(path)
     kind = meta.get("node_type") if isinstance(meta, dict) else None
     if kind not in ("array", "group"):
@@ -161,13 +168,32 @@ def open_group(root: Path) -> dict[str, StoredArray]:
   return found
 
 
+def _sum(meta: Mapping[str, Any]) -> str:
+  """The checksum of all that says which numbers the chunks hold, and of the attributes."""
+  attributes = {key: value for key, value in meta.get("attributes", {}).items() if key != SUM}
+  grid, codecs = meta["chunk_grid"]["configuration"]["chunk_shape"], meta["codecs"]
+  order = [codec.get("configuration", {}).get("endian") for codec in codecs]
+  names = meta.get("dimension_names", [])  # a number has none
+  return digest([meta["shape"], meta["data_type"], names, grid, order, attributes])
+
+
+def _is_older(path: Path) -> bool:
+  """Whether an earlier version began the array, so that its description has no checksum."""
+  meta = read_json(path / DESCRIPTION) if (path / DESCRIPTION).exists() else None
+  return isinstance(meta, dict) and SUM not in meta.get("attributes", {})
+
+
 def _open(path: Path, meta: Mapping[str, Any]) -> StoredArray:
   try:
     stored = ts.open({**_spec(path), "fill_missing_data_reads": False}, read=True).result()
     axes = tuple(meta["dimension_names"]) if meta["shape"] else ()  # a number has none
-  except (KeyError, TypeError, ValueError) as error:
-    raise damaged(path / "zarr.json") from error
-  return StoredArray(path.resolve(), stored, axes, meta.get("attributes", {}))
+    attributes = dict(meta.get("attributes", {}))
+    whole = attributes.pop(SUM, None) in (None, _sum(meta))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise damaged(path / DESCRIPTION) from error
+  if not whole:
+    raise damaged(path / DESCRIPTION)
+  return StoredArray(path.resolve(), stored, axes, attributes)
 
 
 def _spec(path: Path) -> dict[str, Any]:

@@ -735,6 +735,14 @@ def test_a_damaged_chunk_is_never_read_as_numbers(copy, damage):
     run.verify()
 
 
+def test_the_steps_of_an_array_are_those_that_were_written(copy):
+  path = copy / "trace.zarr/frames/zarr.json"
+  wanted = store.open_run(copy).frames.steps
+  path.write_text(path.read_text().replace(f'"steps":[{wanted[0]}', '"steps":[9'))
+  with pytest.raises(ValueError, match=r"frames/zarr\.json is missing or damaged"):
+    store.open_run(copy)
+
+
 def test_a_trace_without_sigma(copy):
   shutil.rmtree(copy / "trace.zarr/sigma")
   with pytest.raises(ValueError, match="sigma is missing or damaged"):

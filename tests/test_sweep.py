@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +370,46 @@ def flip(path: Path, at: int) -> None:
   whole = bytearray(path.read_bytes())
   whole[at] ^= 1
   path.write_bytes(whole)
+
+
+def turned(raw: bytes) -> Iterator[bytes]:
+  """The bytes with one bit turned over, for each."""
+  for at in range(len(raw)):
+    for bit in range(8):
+      yield raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :]
+
+
+def test_no_bit_of_the_description_of_an_array_can_turn_into_other_numbers(whole):
+  path, wanted = whole / "results.zarr/latents/zarr.json", open_sweep(whole).arrays["latents"]
+  numbers = wanted[...]
+  others = [
+    path.read_bytes().replace(b'"little"', b'"big"'),
+    path.read_bytes().replace(b'"float32"', b'"int32"'),
+  ]
+  for text in [*turned(path.read_bytes()), *others]:
+    path.write_bytes(text)
+    try:
+      found = open_sweep(whole).arrays["latents"]
+      read = found[...]
+    except ValueError as error:
+      assert "missing or damaged" in str(error)
+      continue
+    assert (found.axes, found.steps) == (wanted.axes, wanted.steps)
+    assert read.dtype == numbers.dtype
+    np.testing.assert_array_equal(read, numbers)
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on(whole):
+  before, wanted = table(whole), latents(whole)
+  for name in ("latents", "taps/norm"):  # they had no checksum
+    path = whole / "results.zarr" / name / "zarr.json"
+    meta = folders.read_json(path)
+    del meta["attributes"]["sum"]
+    folders.write_json(path, meta)
+  (whole / "units" / "00002.json").unlink()
+  assert carry_out(whole) == [2]
+  assert table(whole) == before
+  np.testing.assert_array_equal(latents(whole), wanted)
 
 
 def test_no_bit_of_the_table_can_turn_into_another_number(whole):

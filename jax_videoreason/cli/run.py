@@ -226,12 +226,13 @@ def one(study: "Study", config: dict[str, Any], out: Path, *, mesh: str | None, 
   source, scoring = study.source(), tasks.scoring(own["tasks"])
   code = [scoring, results.FORMAT, *([] if source is None else [source])]
   key = _key(study.name, asked, own, bundles.fingerprint(chosen.checkpoint), *code)
-  if not redo and is_done(out, key):
-    console.say(f"{study.name}: {out} has it already; --redo does it again.")
-    return
   of_tasks = tasks.sources(own["tasks"])
   if not redo and is_ours(out, key):
-    console.say(f"{study.name}: {out / 'result.json'} is missing or damaged; done again.")
+    fault = fault_of(out, key)
+    if fault is None:
+      console.say(f"{study.name}: {out} has it already; --redo does it again.")
+      return
+    console.say(f"{study.name}: {fault} is missing or damaged; done again.")
   else:
     check_out(out, redo=redo, source=source, of_tasks=of_tasks)
   with folders.held(out, needed=False):
@@ -315,14 +316,25 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
   return chosen, agreement
 
 
-def is_done(out: Path, key: str) -> bool:
-  """Whether `out` holds the result of this very command; a damaged one is none."""
-  return _record(out).get("key") == key
-
-
 def is_ours(out: Path, key: str) -> bool:
-  """Whether this very command filled `out`, by its manifest; those of older versions can't tell."""
-  return _read(out, "manifest.json").get("key") == key
+  """Whether this very command filled `out`, by its manifest or, of older versions, its result."""
+  return key in (_read(out, "manifest.json").get("key"), _record(out).get("key"))
+
+
+def fault_of(out: Path, key: str) -> Path | None:
+  """The file that is not what this very command left in `out`; None = all are. Reads arrays once.
+
+  Hidden files are of others, as .DS_Store, and no damage.
+  """
+  from jax_videoreason.folders import vouched
+
+  if _record(out).get("key") != key:
+    return out / "result.json"
+  try:
+    vouched(out, "arrays.zarr", lambda name: not Path(name).name.startswith("."))
+  except ValueError:
+    return out / "arrays.zarr"
+  return None
 
 
 def check_out(

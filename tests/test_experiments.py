@@ -1,5 +1,6 @@
 """Experiments on models whose truth is known: they find it, and find nothing where it is absent."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -787,6 +788,14 @@ def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
   manifest = read_json(tmp_path / "manifest.json")
   assert manifest["files"] == {"result.json": checksum(tmp_path / "result.json")}
   assert {claim["today"] for claim in claims_now} == {"declared after this run"}
+  cut_short = folders.rewriting(tmp_path, "result.json")
+  with contextlib.suppress(KeyboardInterrupt), cut_short:
+    raise KeyboardInterrupt
+  assert not folders.sums(tmp_path)
+  whole = read_json(tmp_path / "result.json")
+  judge_again(tmp_path)
+  assert read_json(tmp_path / "result.json") == whole
+  assert read_json(tmp_path / "manifest.json") == manifest
   write_json(tmp_path / "result.json", {**read_json(tmp_path / "result.json"), "cases": 1})
   for read in (results.load, results.open_study, judge_again):
     with pytest.raises(ValueError, match=r"result\.json is missing or damaged"):

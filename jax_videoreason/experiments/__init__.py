@@ -22,7 +22,7 @@ from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
 from jax_videoreason.experiments.study import Study, experiment, ships
-from jax_videoreason.folders import damaged, rewriting, write_json
+from jax_videoreason.folders import MANIFEST, damaged, rewriting, sums, write_json
 from jax_videoreason.settings import nearest
 
 EXPERIMENTS: dict[str, Study] = {
@@ -69,7 +69,8 @@ def judge_again(folder: str | Path) -> None:
   Nothing is computed by a model. What the run declared before its data (value, statistic, region)
   stays; where the claims of today differ, the row says so under "today". A claim that no longer
   ships keeps its verdict, as does a study, also one named like one that ships. Where something
-  changed, "judged_again" of the record says when, and by which revision.
+  changed, "judged_again" of the record says when, and by which revision. A checksum that a call cut
+  short left out of the manifest is put in.
   """
   folder = Path(folder)
   result, record = results.load(folder)
@@ -100,8 +101,10 @@ def judge_again(folder: str | Path) -> None:
   if rows != before:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     again = {"written": now, "revision": store.revision()}
+    record = {**record, "claims": rows, "judged_again": again}
+  if rows != before or ((folder / MANIFEST).is_file() and "result.json" not in sums(folder)):
     with rewriting(folder, "result.json"):
-      write_json(folder / "result.json", {**record, "claims": rows, "judged_again": again})
+      write_json(folder / "result.json", record)
 
 
 def as_declared(claim: Claim, row: Mapping[str, Any]) -> Claim:

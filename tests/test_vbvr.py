@@ -818,6 +818,46 @@ def test_scores_by_two_versions_of_the_rules_share_no_table(
   assert "scored with another version of the tasks' rules than" in capsys.readouterr().err
 
 
+def test_scores_that_are_not_what_was_written_stand_in_no_table(own_cases, tmp_path, capsys):
+  data, out = samples.load(own_cases), tmp_path / "scores"
+  (folder,) = baselines.write(tmp_path / "clips", data, ["cut"])
+  found = scores.score(out, data, {"cut": folder}, None)
+  place, manifest = out / "cut", folders.read_json(out / "cut" / "manifest.json")
+  assert set(manifest["files"]) == {"result.json", "samples", "pictures"}
+  assert all(folders.checksum(place / name) == s for name, s in manifest["files"].items())
+  path = place / "result.json"
+  path.write_text(path.read_text().replace('"score": 0', '"score": 1', 1))
+  assert call("table", place) == cli.BAD_INPUT
+  said = "result.json is missing or damaged: the same `videoreason vbvr score` writes it again"
+  assert said in capsys.readouterr().err
+  assert scores.score(out, data, {"cut": folder}, None) == found
+  assert call("table", place) == 0
+  (place / "manifest.json").unlink()  # scores of earlier versions have none
+  assert call("table", place) == 0
+
+
+def test_a_damaged_sample_is_scored_again(own_cases, tmp_path, monkeypatch):
+  data, out = samples.load(own_cases), tmp_path / "scores"
+  (folder,) = baselines.write(tmp_path / "clips", data, ["cut"])
+  found = scores.score(out, data, {"cut": folder}, None)
+  calls, real = [], scores.own_score
+  monkeypatch.setattr(scores, "own_score", lambda s, f: calls.append(s.key) or real(s, f))
+  key = data.samples[0].key
+  path = out / "cut" / "samples" / f"{key}.json"
+  text = path.read_text()
+  other = json.loads(text)
+  other["row"]["score"] = 0.123
+  for damaged in ("{", "[]", json.dumps(other)):
+    path.write_text(damaged)
+    assert scores.score(out, data, {"cut": folder}, None) == found
+    assert calls == [key]
+    calls.clear()
+  assert path.read_text() == text
+  folders.write_json(path, {k: v for k, v in json.loads(text).items() if k != "sum"})
+  assert scores.score(out, data, {"cut": folder}, None) == found
+  assert not calls  # of an earlier version
+
+
 @pytest.mark.parametrize("place", ["clips/static", "problems", "static"])
 def test_commands_with_one_out_take_turns(own_cases, tmp_path, monkeypatch, place):
   monkeypatch.setattr(folders, "PATIENCE", 0.1)

@@ -349,6 +349,7 @@ def scored(
       limit=flags.limit,
       workers=flags.workers,
       allow_partial=bool(flags["allow-partial"].value),
+      command=cli.typed(),
       advance=advance,
     )
 

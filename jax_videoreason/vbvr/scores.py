@@ -3,6 +3,7 @@
     OUT/SYSTEM/result.json            all samples with their scores, and how they came about
     OUT/SYSTEM/samples/SPLIT/TASK/00000.json   a finished sample: a second call keeps it
     OUT/SYSTEM/pictures/SPLIT/TASK/00000.png   some frames of its video, small
+    OUT/SYSTEM/manifest.json          written last, with checksums
     OUT/problems/SPLIT/TASK/00000.png          the same of the ground truth; .json: of which
 
 Samples of VBVR-Bench are scored by the official EvalKit, cases of our own tasks by their task.
@@ -16,8 +17,20 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import media, tasks
-from jax_videoreason.folders import checksum, disk, held, plain, read_json, refuse_other, write_json
+from jax_videoreason import media, store, tasks
+from jax_videoreason.folders import (
+  MANIFEST,
+  checksum,
+  digest,
+  disk,
+  held,
+  plain,
+  read_json,
+  refuse_other,
+  remove,
+  vouched,
+  write_json,
+)
 from jax_videoreason.vbvr import evalkit, suite, videos
 from jax_videoreason.vbvr.evalkit import EvalKit
 from jax_videoreason.vbvr.published import COLUMNS
@@ -67,6 +80,7 @@ def score(
   limit: float = evalkit.LIMIT,
   workers: int = 1,
   allow_partial: bool = False,
+  command: Sequence[str] = (),
   advance: Advance = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
   """Scores the videos of each system and returns what its result.json says.
@@ -99,8 +113,9 @@ def score(
   draw_problems(out, data)
   results = {}
   for name, folder in systems.items():
-    with held(out / name, needed=False, wait=True):
-      rows = _rows(out / name, folder, data, set(absent[name]), kit, limit, workers, advance)
+    place = out / name
+    with held(place, needed=False, wait=True):
+      rows = _rows(place, folder, data, set(absent[name]), kit, limit, workers, advance)
       results[name] = result = summarised(name, folder, data, rows, absent[name], kit)
       failed = [row for row in rows if row["error"] is not None]
       if failed and not allow_partial:
@@ -110,8 +125,25 @@ def score(
           f"{len(failed)} of {len(rows)} samples of {name} have no score. {said}{more} The others "
           "are kept: mend it and give the same command, or report the rest by --allow-partial."
         )
-      write_json(out / name / RESULT, plain(result))
+      with disk(place):
+        remove(place / MANIFEST)  # it tells of the result before
+      write_json(place / RESULT, plain(result))
+      asked = {"data": data.root, "videos": folder, "limit": limit, "allow_partial": allow_partial}
+      store.write_manifest(
+        place, config=asked, command=command, device="cpu", model=result["model"]
+      )
   return results
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+  """What result.json of a system says; ValueError where it is not what its manifest says."""
+  try:
+    return read_json(vouched(folder, RESULT))
+  except ValueError as error:
+    raise ValueError(
+      f"{folder / RESULT} is missing or damaged: the same `videoreason vbvr score` writes it "
+      "again, or copy the folder again."
+    ) from error
 
 
 def scorable(data: Data) -> bool:
@@ -213,10 +245,9 @@ def _rows(
       scorer = kit.digest
     key = {"sha256": checksum(video), **_marks(sample), "scorer": scorer}
     path = out / SAMPLES / f"{sample.key}.json"
-    if path.is_file():
-      before = read_json(path)
-      if before["of"] == key and before["row"]["error"] is None:
-        return before["row"]
+    before = _kept(path)
+    if before.get("of") == key and before["row"]["error"] is None:
+      return before["row"]
     record = videos.record_of(folder, sample)
     try:
       _write_picture(out / PICTURES / f"{sample.key}.png", media.read_mp4(video)[0])
@@ -230,7 +261,8 @@ def _rows(
     row["broken"] = record is not None and record.get("finite") is False
     with disk(path):
       path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, plain({"of": key, "row": row}))
+    said = plain({"of": key, "row": row})
+    write_json(path, {**said, "sum": digest(said)})
     return row
 
   chosen = [sample for sample in data.samples if sample.key not in absent]
@@ -246,6 +278,16 @@ def _rows(
       raise
   advance(len(absent))
   return rows
+
+
+def _kept(path: Path) -> dict[str, Any]:
+  """What the file of a finished sample says; nothing where it is missing or damaged."""
+  try:
+    found = read_json(path)
+    said = {"of": found["of"], "row": found["row"]}
+  except (ValueError, KeyError, TypeError):
+    return {}
+  return said if found.get("sum") in (None, digest(said)) else {}  # None: of earlier versions
 
 
 def names_of(data: Data) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import stats
-from jax_videoreason.folders import read_json
 from jax_videoreason.stats import SEED
 from jax_videoreason.vbvr import baselines, published, samples, scores
 from jax_videoreason.vbvr.published import COLUMNS
@@ -70,7 +69,7 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
       lie in folders of one name.
   """
   folders = find(places)
-  results = [read_json(folder / scores.RESULT) for folder in folders]
+  results = [scores.read_result(folder) for folder in folders]
   for folder, result in zip(folders, results, strict=True):
     if result.get("format") != scores.FORMAT:
       raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")

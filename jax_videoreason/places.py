@@ -17,6 +17,7 @@ from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.structs import Sizes
 
 Select = int | slice | Sequence[int] | ArrayLike | None
+NOTHING = "selects nothing: for no edit use identity(sizes, ...)."
 
 
 @pytree
@@ -53,7 +54,8 @@ def where(
   steps (of the whole schedule), layers, frames (latent), heads (at `taps.HEAD_SITES`
   alone) and branches (0 with the prompt): an index, indices, a slice, or a mask of their length.
   An index may be traced: all its values are one compilation. region: bool, which tokens, T or
-  (f, h, w) for all runs alike, R T or (R, f, h, w) for each; it is cut with `frames`.
+  (f, h, w) for all runs alike, R T or (R, f, h, w) for each, of which some may be empty; it is cut
+  with `frames`.
   Errors: ValueError for an index outside, a selection of nothing, or a mask of the wrong shape.
   """
   return At(
@@ -178,11 +180,13 @@ def selection(name: str, which: Any, size: int) -> Any:
   if index.dtype == bool:
     if index.shape != (size,):
       raise ValueError(f"the mask {name} is {tuple(index.shape)}, wanted ({size},).")
+    if is_known(index) and not index.any():
+      raise ValueError(f"the mask {name} {NOTHING}")
     return index
   if index.ndim > 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
     raise ValueError(f"{name}={which!r}, wanted indices 0..{last}, a slice or a mask of {size}.")
   if index.size == 0:
-    raise ValueError(f"{name}={which!r} selects nothing: for no edit use identity(sizes, ...).")
+    raise ValueError(f"{name}={which!r} {NOTHING}")
   if is_known(index) and (index.min() < 0 or index.max() > last):
     wrong = index.min() if index.min() < 0 else index.max()
     raise ValueError(f"{name}={wrong} does not exist: there are {size}, 0..{last}.")
@@ -205,6 +209,8 @@ def _region(region: ArrayLike, sizes: Sizes) -> Any:
       f"region is {tuple(np.shape(region))}, wanted T = ({sizes.T},) or R T = "
       f"({sizes.R}, {sizes.T}), or (f, h, w) in place of T."
     )
+  if is_known(mask) and not mask.any():
+    raise ValueError(f"region {NOTHING}")
   return space.broadcast_to(mask, (sizes.R, sizes.T))
 
 

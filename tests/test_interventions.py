@@ -435,7 +435,7 @@ def test_the_order_of_runs_does_not_matter(at_site, value, order, source, target
 @given(
   st.sets(st.integers(0, 4), min_size=1),
   st.sets(st.integers(0, 5), min_size=1),
-  st.lists(st.booleans(), min_size=12, max_size=12),
+  st.lists(st.booleans(), min_size=12, max_size=12).filter(any),
   st.sampled_from([(0,), (1,), (0, 1)]),
   st.integers(0, 4),
   st.integers(0, 5),
@@ -973,11 +973,20 @@ def test_the_slope_of_a_neutral_gate_is_that_of_its_heads_alone(value):
     ({"steps": np.ones(4, bool)}, r"the mask steps is \(4,\), wanted \(5,\)"),
     ({"region": np.ones(11, bool)}, r"region is \(11,\), wanted T = \(12,\)"),
     ({"region": np.ones(12)}, "region is float64, wanted bool"),
+    ({"layers": np.zeros(6, bool)}, "the mask layers selects nothing: for no edit use identity"),
+    ({"region": np.zeros(12, bool)}, "region selects nothing: for no edit use identity"),
+    ({"region": np.zeros((4, 12), bool)}, "region selects nothing"),
   ],
 )
 def test_places_that_do_not_exist(place, said):
   with pytest.raises(ValueError, match=said):
     where(SIZES, **place)
+
+
+def test_a_region_may_be_empty_for_some_of_the_runs():
+  region = np.zeros((SIZES.R, SIZES.T), bool)
+  region[1, 3] = True
+  np.testing.assert_array_equal(where(SIZES, region=region).region, region)
 
 
 EVERYWHERE = where(SIZES)

@@ -162,6 +162,7 @@ def evaluate(
     OSError: `out` can't be written.
   """
   check(chosen)
+  settings.boundary_of(chosen, bundles.describe(chosen.checkpoint).card)
   loaded = {name: load_task(name, chosen) for name in asked.tasks}
   said = describe(chosen, asked)
   out = Path(out)

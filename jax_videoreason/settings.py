@@ -46,7 +46,8 @@ class SampleSettings:
 
   checkpoint: name or folder of a bundle.
   guidance: one scale, (high, low) for two experts, or one per step.
-  boundary: sigma at which the second expert takes over; None = the bundle's own.
+  boundary: sigma at which the second expert takes over (two experts alone); None = the bundle's
+    own.
   seeds: the seed numbers; a whole number n in the mapping stands for 0..n-1.
   frames, height, width: pixels.
   tiles: whose overlapping tiles the VAE works in (`tiling.NAMES`), None = whole frames.
@@ -93,17 +94,33 @@ def from_config(config: Mapping[str, Any]) -> SampleSettings:
 
 
 def schedule(chosen: SampleSettings, card: Card, parts: Parts) -> Schedule:
-  """The schedule of the settings, with the own boundary and numerics of the model."""
+  """The schedule of the settings, with the own boundary and numerics of the model.
+
+  ValueError: as `boundary_of` says; a number that makes no schedule.
+  """
   return schedules.build(
     steps=chosen.steps,
     shift=chosen.shift,
     guidance=chosen.guidance[0] if len(chosen.guidance) == 1 else chosen.guidance,
-    boundary=card.boundary if chosen.boundary is None else chosen.boundary,
+    boundary=boundary_of(chosen, card),
     solver=chosen.solver,
     grid=chosen.grid,
     numerics=card.numerics,
     freq_dim=parts.dit.config.freq_dim,
   )
+
+
+def boundary_of(chosen: SampleSettings, card: Card) -> float | None:
+  """The sigma at which the second expert takes over; None = the model has one expert.
+
+  ValueError: a boundary is given for such a model.
+  """
+  if chosen.boundary is not None and card.boundary is None:
+    raise ValueError(
+      f"boundary={chosen.boundary} of {card.name}, which has one expert, wanted None: leave it "
+      "out, or give --config.boundary=None where the config has one."
+    )
+  return card.boundary if chosen.boundary is None else chosen.boundary
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -693,6 +693,15 @@ def test_more_experts_than_a_model_has_are_refused(call, sample_words, tmp_path)
   assert not (tmp_path / "run").exists()
 
 
+def test_a_boundary_of_one_expert_is_refused_before_any_work(call, sample_words, tmp_path):
+  for words in (sample_words, ("evaluate",), ("run", "noise"), ("sweep",)):
+    given = ("--config=mini:boundary=0.5", f"--out={tmp_path / 'out'}")
+    status, _, error = call(*words, *given)
+    assert status == 2
+    assert "which has one expert, wanted None: leave it out" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sample_decodes_without_the_dit_and_on_the_devices_of_its_mesh(
   call, sample_words, tmp_path, monkeypatch
 ):

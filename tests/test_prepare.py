@@ -42,7 +42,6 @@ def equal(a, b):
     (dict(guidance=(2.0,)), {}, dict(guidance=2.0)),
     (dict(guidance=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)), {}, dict(guidance=np.arange(1, 7))),
     (dict(guidance=(4.0, 3.0)), dict(boundary=0.9), dict(guidance=(4.0, 3.0), boundary=0.9)),
-    (dict(boundary=0.6), {}, dict(boundary=0.6)),
     (dict(boundary=0.6), dict(boundary=0.9), dict(boundary=0.6)),
     (dict(boundary=0.0), dict(boundary=0.9), dict(boundary=0.0)),
     (dict(solver="unipc"), {}, dict(solver="unipc")),
@@ -58,6 +57,11 @@ def test_the_schedule_is_that_of_the_settings_and_the_card(bundle, chosen, card,
   changed = settings.schedule(replace(CHOSEN, **chosen), replace(bundle.card, **card), bundle.parts)
   assert equal(changed, schedules.build(**BUILT | built))
   assert not equal(changed, plain)
+
+
+def test_a_boundary_is_for_two_experts(bundle):
+  with pytest.raises(ValueError, match=r"boundary=0\.5 of tiny, which has one expert, wanted None"):
+    settings.schedule(replace(CHOSEN, boundary=0.5), bundle.card, bundle.parts)
 
 
 def by_prepare(chosen):

@@ -184,7 +184,7 @@ def planned(study: "Study", config: dict[str, Any]) -> "Work":
     model=plan.model(chosen.checkpoint), chosen=chosen, runs=together, decodes="between"
   )
   sizes, options = problem.sizes, {**study.options, **own["experiment"]}
-  switch = problem.model.card.boundary is not None
+  switch = settings.boundary_of(chosen, problem.model.card) is not None
   evaluations = study.evaluations(sizes, options, -(-cases // size), switch=switch)
   return costs.Work(
     name=study.name,

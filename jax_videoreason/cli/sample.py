@@ -125,7 +125,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if flags.seeds is not None:
     config["seeds"] = seed_numbers(flags.seeds)
   chosen = settings.from_config(config)
-  cli.check_experts(flags, bundles.describe(chosen.checkpoint).experts)
+  found = bundles.describe(chosen.checkpoint)
+  cli.check_experts(flags, found.experts)
+  settings.boundary_of(chosen, found.card)
   keep = steps_of(flags, chosen)
   noise = None if flags.noise is None else read_noise(flags.noise)
   image = shown = None

@@ -91,6 +91,7 @@ def generate(
   found = bundles.describe(chosen.checkpoint)
   seats = 1 if mesh is None else mesh.shape["seed"]
   check(chosen, job, found.modules, redo=redo, seats=seats)
+  settings.boundary_of(chosen, found.card)
   if experts is not None and experts < found.experts and process[1] > 1:
     raise ValueError(
       f"--experts={experts} with {process[1]} processes, which load together and not unit by unit: "

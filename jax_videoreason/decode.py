@@ -88,7 +88,7 @@ def _videos(
   if bundle.vae is None or bundle.parts.vae is None:
     raise ValueError(
       f"the VAE of {bundle.card.name} is not loaded and latents are to be decoded: load it, "
-      "parts=('dit', 'vae'), or use decode.preview."
+      "parts=('dit', 'vae'), or use preview (from jax_videoreason.decode import preview)."
     )
 
   @functools.cache  # tiles of several sizes are decoded by turns
@@ -219,7 +219,7 @@ def _previews(bundle: ModelBundle, z: np.ndarray, last: int | None) -> Iterator[
   """... F H W C -> frames height width 3 uint8 of each; what is refused is so at once."""
   _check_last(bundle, z, last)
   if bundle.parts.preview is None:
-    raise ValueError(f"{bundle.card.name} has no preview: use decode.decode.")
+    raise ValueError(f"{bundle.card.name} has no preview: use jax_videoreason.decode.")
   if bundle.preview is None:
     raise ValueError(
       f"the preview of {bundle.card.name} is not loaded: load it, parts=('dit', 'preview')."

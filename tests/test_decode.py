@@ -3,6 +3,7 @@
 import functools
 import re
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from jax_videoreason.training import TrainSettings, begin, make_step, preview_lo
 
 CONFIG = WanVAEConfig(base_width=4, stages=(1, 2), temporal=(True,), blocks=1)  # stride 2 2 2
 CHANNELS = CONFIG.z_channels
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MINI = WanVAEConfig(base_width=8, stages=(1, 2, 4), temporal=(True, True), blocks=1)
 
 
@@ -340,16 +343,22 @@ def test_what_is_not_loaded_or_does_not_fit_is_refused(bundle, decoding):
     decoding.decode(bundle, latents(0))
   with pytest.raises(ValueError, match="latents hold no run"):
     decoding.decode(bundle, latents(2, 0), tiles="diffusers")
-  with pytest.raises(ValueError, match="the VAE of tiny is not loaded"):
+  with pytest.raises(ValueError, match="the VAE of tiny is not loaded") as refused:
     decoding.decode(replace(bundle, vae=None), latents(1))
+  assert "(from jax_videoreason.decode import preview)" in str(refused.value)
   with pytest.raises(ValueError, match=r"the preview of tiny is not loaded: load it, parts="):
     decoding.preview(replace(bundle, preview=None), latents(1))
-  with pytest.raises(ValueError, match=r"tiny has no preview: use decode\.decode"):
+  with pytest.raises(ValueError, match=r"tiny has no preview: use jax_videoreason\.decode\."):
     decoding.preview(replace(bundle, parts=Parts(dit=None, vae=bundle.parts.vae)), latents(1))
   z = latents(2)
   for show in (decoding.decode, decoding.preview):
     with pytest.raises(ValueError, match="last=6 of 5 frames, wanted 1 to 5"):
       show(bundle, z, last=6)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_takes_the_public_function_for_its_module(page):
+  assert re.findall(r"\bdecode\.\w+", page.read_text()) == []
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class Setting:
   """What all batches of an experiment share.
 
   encode: (settings, cases) -> the conditioning of one run per case. decode: latents ... F H W C ->
-  the uint8 frames of one video after the other, as `decode.decode_each` gives them. load_task:
+  the uint8 frames of one video after the other, as `decode_each` gives them. load_task:
   (name, settings) -> Task. mesh: on which the DiT lies and runs are made, of devices of this
   process; None = one device.
   """

@@ -176,6 +176,11 @@ def python(*words: str, **more) -> subprocess.CompletedProcess:
 # Help
 
 
+def test_the_help_of_evaluate_says_whose_interval_is_which(call):
+  said = " ".join(call("evaluate", "--help")[1].split())
+  assert "(of scores by a bootstrap, of shares exact, Clopper and Pearson)" in said
+
+
 def test_help_is_quick_and_imports_no_jax():
   began = time.monotonic()
   said = python("-X", "importtime", "-m", "jax_videoreason", "--help")

@@ -647,6 +647,7 @@ def test_the_page_stands_alone_and_shows_the_best_and_the_worst(done):
   assert not re.findall(r"url\((?!data:)", text)
   assert text.count('class="clip"') == len(TASKS) * 2
   assert "Where several answers are right" in text
+  assert "of scores by a bootstrap over problems, of shares exact (Clopper and Pearson)" in text
 
 
 def test_prompts_are_escaped(copy):

@@ -6,11 +6,12 @@
   videoreason evaluate --tasks mymodule:MyTask --out runs/mine
   videoreason evaluate --config.guidance=3 --against runs/scores --out runs/guided
 
-Per task: score, strict success and right answers, each with a 95% bootstrap interval over problems,
-beside the prompts shuffled between cases, a video that stands still, a cut to a random answer, the
-nearest training clip and the truth. Where several answers are right: whether seeds differ, and how
-many candidates x0 shows along the steps. Stopped at any time, the same command goes on with the
-tasks that are left. Leaves result.json, table.parquet (a row per clip), tasks/, report.html.
+Per task: score, strict success and right answers, each with a 95% interval over problems (of scores
+by a bootstrap, of shares exact, Clopper and Pearson), beside the prompts shuffled between cases, a
+video that stands still, a cut to a random answer, the nearest training clip and the truth. Where
+several answers are right: whether seeds differ, and how many candidates x0 shows along the steps.
+Stopped at any time, the same command goes on with the tasks that are left. Leaves result.json,
+table.parquet (a row per clip), tasks/, report.html.
 
 With --against every clip is paired with that of an earlier evaluation, of the same case and seed:
 score and strict success here less there, with the interval over problems and the p-value of a

@@ -157,7 +157,7 @@ def interval(result: Result, of: str) -> tuple[stats.Interval, tuple[str, ...]]:
 
 
 def judge(claim: Claim, result: Result) -> Finding:
-  """Holds the claim against the data, by a bootstrap over problems."""
+  """Holds the claim against the data: by a bootstrap over problems, or as a share, exactly."""
   names = (claim.of,) if isinstance(claim.of, str) else claim.of
   none = float("nan")
   nothing = Finding(

@@ -71,7 +71,7 @@ def sweep() -> ConfigDict:
       "cases": 8,
       # plain, ambiguous, or both in turn
       "ambiguous": "both",
-      # name -> none, noise_at, ablate or ensemble_runs, with its arguments
+      # name -> none, noise_at, ablate or ensemble_runs, with its arguments; given as a whole
       "edits": {"none": {"edit": "none"}},
       # runs of a work unit; None = 32; whole cases, or a share of the seeds of one
       "unit": config_dict.placeholder(int),

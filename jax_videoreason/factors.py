@@ -33,6 +33,12 @@ EDITS = {
   "ablate": ("sites", "gate", "steps", "layers", "heads"),
   MIXING: ("what", "keep", "amount", "steps", "layers"),
 }
+CHOICES = {
+  "mode": NOISE_MODES,
+  "sites": SITES,
+  "what": (*interventions.ENSEMBLES, "out", "latents"),
+  "keep": ("first", "all"),
+}
 NEEDED = {"noise_at": {"mode": NOISE_MODES}, "ablate": {"sites": SITES}}
 PLACES = ("steps", "layers", "frames", "heads")
 NUMBERS = ("gain", "gate", "amount")  # gain alone may be one for each step
@@ -106,6 +112,15 @@ def varied(given: Mapping[str, Any]) -> Varied:
     mesh=given["mesh"],
     reader=given["reader"],
   )
+
+
+def edits_told() -> str:
+  """The edits with what each may take, a line for each, as `--help` shows them."""
+  lines = []
+  for name, keys in EDITS.items():
+    told = [f"{key} ({', '.join(CHOICES[key])})" if key in CHOICES else key for key in keys]
+    lines.append(f"  {name:<15}{', '.join(told) or 'takes nothing'}")
+  return "\n".join(lines)
 
 
 def faults_of(said: Mapping[str, Any]) -> list[str]:

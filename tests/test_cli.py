@@ -24,6 +24,7 @@ from jax_videoreason import (
   checkpoint,
   cli,
   console,
+  factors,
   folders,
   media,
   open_run,
@@ -174,6 +175,26 @@ def python(*words: str, **more) -> subprocess.CompletedProcess:
 
 
 # Help
+
+
+@pytest.mark.parametrize("command", ["sweep", "sample"])
+def test_help_names_every_edit_with_what_it_takes(call, command):
+  lines = call(command, "--help")[1].splitlines()
+  for name, keys in factors.EDITS.items():
+    (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+    assert all(re.search(rf"[ ,]{key}\b", line) for key in keys)
+
+
+@pytest.mark.parametrize(
+  "given", ["--config.edits.n.edit=noise_at", "--config=mini:edits.n.edit=ablate"]
+)
+def test_an_edit_of_another_name_is_told_the_form_that_works(given):
+  module = importlib.import_module("jax_videoreason.cli.sweep")
+  with pytest.raises(cli.UsageError, match=r"no key 'edits\.n\.edit'") as refused:
+    cli.parse(module, [given])
+  (form,) = re.findall(r'--config "(.*?)"', str(refused.value))
+  flags, _ = cli.parse(module, ["--config", form])
+  assert flags.config.edits.to_dict() == {"mine": {"edit": "noise_at", "mode": "add"}}
 
 
 def test_the_help_of_evaluate_says_whose_interval_is_which(call):

@@ -1,7 +1,8 @@
 """The door: `videoreason COMMAND ...`. Finds the command, its flags and its config; reports errors.
 
 A command is a module of this package with `define(flags)` and `main(flags, words)`; its docstring
-is its help. Nothing is imported before the command is known, so `videoreason --help` is quick.
+is its help, with what `told(words)` adds where it has that. Nothing is imported before the command
+is known, so `videoreason --help` is quick.
 """
 
 import importlib
@@ -36,8 +37,10 @@ FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 GPU_MEMORY = "0.92"  # share that JAX may take, as `plan` counts; by itself it takes .75
+HELP = ("-h", "--help")
 CONFIG = "config"
 SWEEPS = "sweeps"
+EDITS = "edits."  # of the config of a sweep, whose names are free
 # options that name a file or a folder
 PATHS = (
   *("out", "from", "image", "noise", "data", "videos", "evalkit", "environment", "checkpoint"),
@@ -54,8 +57,7 @@ class UnknownKey(UsageError):
 
   def __init__(self, base: str, key: str, config: "ConfigDict") -> None:
     self.key = key
-    known = [name for name, _ in _flat(config)]
-    super().__init__(f"config {base} has no key {key!r}; {did_you_mean(key, known)}")
+    super().__init__(_no_key(base, key, [name for name, _ in _flat(config)]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +127,7 @@ def _warn(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> Non
 
 
 def _dispatch(words: list[str]) -> int:
-  if not words or words[0] in ("-h", "--help", "help"):
+  if not words or words[0] in (*HELP, "help"):
     print(_help())
     return 0 if words else BAD_INPUT
   if words[0] == "--version":
@@ -137,8 +139,8 @@ def _dispatch(words: list[str]) -> int:
   if command not in COMMANDS:
     raise UsageError(f"no command {command!r}; {did_you_mean(command, COMMANDS)}")
   module = importlib.import_module(f"jax_videoreason.cli.{command}")
-  if any(word in ("-h", "--help") for word in rest):
-    print(_command_help(module))
+  if any(word in HELP for word in rest):
+    print(_command_help(module, [word for word in rest if word not in HELP]))
     return 0
   from absl import logging
 
@@ -154,6 +156,18 @@ def _take_memory() -> None:
   policy = "xla_gpu_memory_fraction_policy" in os.environ.get("XLA_FLAGS", "")
   if not policy and not any(os.environ.get(name) for name in said):
     os.environ[said[0]] = GPU_MEMORY
+
+
+def _no_key(name: str, key: str, known: Collection[str]) -> str:
+  """What is said of a key that the config of that name has not; known: those that it has."""
+  said = f"config {name} has no key {key!r}; {did_you_mean(key, known)}"
+  if key.startswith(EDITS) and any(other.startswith(EDITS) for other in known):
+    base = name.partition(":")[0]
+    said += (
+      " Edits of other names and arguments are given as a whole: "
+      f"--config \"{base}:edits={{'mine':{{'edit':'noise_at','mode':'add'}}}}\" (see sweep --help)."
+    )
+  return said
 
 
 def typed() -> list[str]:
@@ -193,10 +207,13 @@ def _help() -> str:
   return "\n".join(lines)
 
 
-def _command_help(module: Any) -> str:
+def _command_help(module: Any, words: Sequence[str]) -> str:
   flags = new_flags()
   module.define(flags)
-  lines = [(module.__doc__ or "").strip(), "", "options:"]
+  lines = [(module.__doc__ or "").strip(), ""]
+  if hasattr(module, "told"):
+    lines += [module.told(words), ""]
+  lines.append("options:")
   wide = max([12, *(len(name) + 2 for name in flags)])
   for name in sorted(flags):
     flag = flags[name]
@@ -419,7 +436,7 @@ def _spelled(words: Sequence[str], config: "ConfigDict", name: str) -> list[str]
     if option.startswith("-") and option.lstrip("-").startswith(f"{CONFIG}."):
       key = option.lstrip("-").removeprefix(f"{CONFIG}.")
       if key not in known:
-        raise UsageError(f"config {name} has no key {key!r}; {did_you_mean(key, known)}")
+        raise UsageError(_no_key(name, key, known))
       place, last = common.place_of(config, key)
       kind = place.get_type(last)
       if not equals and kind is not bool and left and not left[0].startswith("-"):

@@ -45,6 +45,7 @@ from jax_videoreason import (
   cli,
   console,
   distributed,
+  factors,
   folders,
   framing,
   media,
@@ -111,6 +112,13 @@ def define(flags: FlagValues) -> None:
     "ablate:sites=attn_out+mlp_out"
   )
   DEFINE_string("intervene", None, said, flag_values=flags)
+
+
+def told(_: Sequence[str]) -> str:
+  return (
+    "Edits of --intervene, each with what it may take; steps, layers, frames and heads are an\n"
+    f"index or from:to:\n{factors.edits_told()}"
+  )
 
 
 def main(flags: FlagValues, words: list[str]) -> None:

@@ -1,8 +1,10 @@
-"""Cases x seeds x edits through one sampler: killed at any time, the same command goes on.
+r"""Cases x seeds x edits through one sampler: killed at any time, the same command goes on.
 
   videoreason sweep --config seeds_mini --out runs/seeds
   videoreason sweep --config seeds_mini:cases=2,seeds=2 --out runs/small
   videoreason sweep --config mini --config.tasks maze,pick --config.cases=8 --out ...
+  videoreason sweep --config "mini:edits={'none':{'edit':'none'},'mine':{'edit':'noise_at',\
+'mode':'add','steps':(2,4)}}" --out runs/edited
   videoreason sweep --status runs/seeds        (from another terminal)
   videoreason report runs/seeds                the page of what is done so far (likewise)
 
@@ -28,6 +30,15 @@ def define(flags: FlagValues) -> None:
   cli.define_config(flags, "seeds_mini")
   cli.define_out(flags)
   DEFINE_string("status", None, "only say how far the sweep in this folder is", flag_values=flags)
+
+
+def told(_: Sequence[str]) -> str:
+  from jax_videoreason import factors
+
+  return (
+    "Edits, by names of your own, each with what it may take; steps, layers, frames and heads are\n"
+    f"(from, to):\n{factors.edits_told()}"
+  )
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":

@@ -35,9 +35,10 @@ from jax_videoreason import (
   tasks,
   tokenizer,
 )
-from jax_videoreason.cli import decoding, sample
+from jax_videoreason.cli import decoding, sample, vbvr
 from jax_videoreason.cli import report as report_command
 from jax_videoreason.configs import common
+from jax_videoreason.experiments import EXPERIMENTS
 from jax_videoreason.models import FAMILIES, Family
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle
 
@@ -195,6 +196,47 @@ def test_an_edit_of_another_name_is_told_the_form_that_works(given):
   (form,) = re.findall(r'--config "(.*?)"', str(refused.value))
   flags, _ = cli.parse(module, ["--config", form])
   assert flags.config.edits.to_dict() == {"mine": {"edit": "noise_at", "mode": "add"}}
+
+
+def test_the_help_of_run_lists_the_studies(call):
+  said = " ".join(call("run", "--help")[1].split())
+  for name, study in EXPERIMENTS.items():
+    assert f"{name} {study.question}" in said
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_the_help_of_a_study_has_its_question_and_its_options(call, name):
+  out, study = call("run", name, "--help")[1], EXPERIMENTS[name]
+  assert f"{name}: {study.question}" in " ".join(out.split())
+  for key, value in study.options.items():
+    assert f"\n  {key}={value!r}\n" in out
+  assert ("It has no options of its own." in out) == (not study.options)
+
+
+def test_run_without_a_name_lists_the_studies(refuses):
+  said = refuses("run", "--out=x")
+  assert all(name in said for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "evaluate", "sample"])
+def test_help_says_where_a_command_goes_on_in_its_folder(call, command):
+  (line,) = re.findall(r"^  --out .*$", call(command, "--help")[1], re.MULTILINE)
+  assert ("which goes on there" in line) == (command != "sample")
+
+
+def options_of(out):
+  return set(re.findall(r"^  --([\w-]+) ", out.partition("options:\n")[2], re.MULTILINE))
+
+
+@pytest.mark.parametrize("word", list(vbvr.COMMANDS))
+def test_the_help_of_a_word_of_vbvr_has_the_options_that_it_takes(call, word):
+  every = call("vbvr", "--help")[1]
+  out = call("vbvr", word, "--help")[1]
+  assert options_of(out) == set(vbvr.COMMANDS[word][1])
+  assert options_of(out) < options_of(every)
+  assert ("--config.KEY" in out) == (word == "generate")
+  for name in vbvr.KIT:
+    assert re.search(rf"--{name} +score, audit: \w", every)
 
 
 def test_the_help_of_evaluate_says_whose_interval_is_which(call):

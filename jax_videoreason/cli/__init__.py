@@ -1,8 +1,9 @@
 """The door: `videoreason COMMAND ...`. Finds the command, its flags and its config; reports errors.
 
 A command is a module of this package with `define(flags)` and `main(flags, words)`; its docstring
-is its help, with what `told(words)` adds where it has that. Nothing is imported before the command
-is known, so `videoreason --help` is quick.
+is its help, with what `told(words)` adds where it has that, and with the options that are named by
+`takes(words)`, else all. Nothing is imported before the command is known, so `videoreason --help`
+is quick.
 """
 
 import importlib
@@ -214,6 +215,9 @@ def _command_help(module: Any, words: Sequence[str]) -> str:
   if hasattr(module, "told"):
     lines += [module.told(words), ""]
   lines.append("options:")
+  if hasattr(module, "takes"):
+    for name in set(flags) - set(module.takes(words)):
+      delattr(flags, name)
   wide = max([12, *(len(name) + 2 for name in flags)])
   for name in sorted(flags):
     flag = flags[name]
@@ -233,11 +237,14 @@ def new_flags() -> "FlagValues":
   return flags.FlagValues()
 
 
-def define_out(flags: "FlagValues", default: str | None = None) -> None:
-  """--out and --redo."""
+def define_out(flags: "FlagValues", default: str | None = None, *, goes_on: bool = False) -> None:
+  """--out and --redo. goes_on: whether the same command takes up what it left there."""
   from absl.flags import DEFINE_bool, DEFINE_string
 
-  DEFINE_string("out", default, "folder to write; must be empty or new", flag_values=flags)
+  said = "folder to write; must be empty or new"
+  if goes_on:
+    said += ", or that of the same command, which goes on there"
+  DEFINE_string("out", default, said, flag_values=flags)
   DEFINE_bool("redo", False, "do it again and replace the run in --out", flag_values=flags)
 
 

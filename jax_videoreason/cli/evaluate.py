@@ -59,7 +59,7 @@ OWN_KEYS = ("seeds",)
 
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
-  cli.define_out(flags)
+  cli.define_out(flags, goes_on=True)
   cli.define_mesh(flags)
   said = "names of tasks, module:Class for one of your own, or all that have the split"
   DEFINE_string("tasks", "all", said, flag_values=flags)

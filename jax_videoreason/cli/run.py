@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ OWNED = ("manifest.json", "result.json", "arrays.zarr", "figures", "report.html"
 
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "mini")
-  cli.define_out(flags)
+  cli.define_out(flags, goes_on=True)
   DEFINE_string(
     "preset",
     "quick",
@@ -52,6 +53,35 @@ def define(flags: FlagValues) -> None:
     flag_values=flags,
   )
   cli.define_mesh(flags)
+
+
+def told(words: Sequence[str]) -> str:
+  """The studies with their questions; of one that is named, its question and its options."""
+  from jax_videoreason.experiments import EXPERIMENTS, find
+
+  name = _name(words)
+  if name in (None, ALL):
+    lines = ["The studies; videoreason run NAME --help has the options of each:"]
+    for study in EXPERIMENTS.values():
+      lines.append(_wrapped(f"{study.name:<16}{study.question}", 18))
+    return "\n".join(lines)
+  study = find(name)
+  lines = [_wrapped(f"{study.name}: {study.question}", 2), ""]
+  if not study.options:
+    return "\n".join([*lines, "It has no options of its own."])
+  lines.append("Its options, as --config.experiment.KEY=VALUE, and what they are without a preset:")
+  lines += [f"  {key}={value!r}" for key, value in study.options.items()]
+  return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> str:
+  """Lines of a help text, two spaces in, those after the first so many."""
+  return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * indent)
+
+
+def _name(words: Sequence[str]) -> str | None:
+  """The study that is named, which comes first."""
+  return words[0] if words and not words[0].startswith("-") else None
 
 
 def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
@@ -63,9 +93,12 @@ def complete(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
 
   from jax_videoreason.experiments import EXPERIMENTS, find
 
-  name = words[0] if words and not words[0].startswith("-") else None
+  name = _name(words)
   if name is None:
-    raise cli.UsageError("no experiment named: videoreason run NAME --out DIR, or run all.")
+    raise cli.UsageError(
+      "no experiment named: videoreason run NAME --out DIR, or run all; NAME is one of "
+      f"{', '.join(EXPERIMENTS)}, or module:function."
+    )
   preset = _preset(words)
   study = None if name == ALL else find(name)
   try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def define(flags: FlagValues) -> None:
   cli.define_config(flags, "seeds_mini")
-  cli.define_out(flags)
+  cli.define_out(flags, goes_on=True)
   DEFINE_string("status", None, "only say how far the sweep in this folder is", flag_values=flags)
 
 

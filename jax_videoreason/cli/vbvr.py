@@ -57,6 +57,7 @@ WORDS = 100
 CARD = "gpu:141GB"  # for which `generate` says its cost; `plan vbvr generate` takes others
 DATA = ("data", "out", "split", "tasks", "cases")
 KIT = ("evalkit", "environment", "setup", "other-evalkit", "limit", "workers", "allow-partial")
+KIT_OF = "score, audit:"  # the words that take these
 OWN_KEYS = ("seeds",)
 LISTS = ("split", "tasks", "seeds", "clips")  # none of which stands for none
 MADE = ("table.json", "table.tex", "report.html")
@@ -76,13 +77,23 @@ def define(flags: FlagValues) -> None:
   )
   cli.define_room(flags)
   DEFINE_string("videos", None, "score: --out of generate, or a model's in it", flag_values=flags)
-  DEFINE_string("evalkit", None, "the folder of the official VBVR-EvalKit", flag_values=flags)
-  DEFINE_string("environment", None, "virtual environment of the EvalKit", flag_values=flags)
-  DEFINE_bool("setup", False, "make that environment first", flag_values=flags)
-  DEFINE_bool("other-evalkit", False, "take another version, and say so", flag_values=flags)
-  DEFINE_float("limit", evalkit.LIMIT, "seconds a sample may take", 0.01, flag_values=flags)
-  DEFINE_integer("workers", os.cpu_count() or 1, "samples at once", 1, flag_values=flags)
-  DEFINE_bool("allow-partial", False, "report what there is, and what lacks", flag_values=flags)
+  DEFINE_string(
+    "evalkit", None, f"{KIT_OF} the folder of the official VBVR-EvalKit", flag_values=flags
+  )
+  DEFINE_string(
+    "environment", None, f"{KIT_OF} virtual environment of the EvalKit", flag_values=flags
+  )
+  DEFINE_bool("setup", False, f"{KIT_OF} make that environment first", flag_values=flags)
+  DEFINE_bool(
+    "other-evalkit", False, f"{KIT_OF} take another version, and say so", flag_values=flags
+  )
+  DEFINE_float(
+    "limit", evalkit.LIMIT, f"{KIT_OF} seconds a sample may take", 0.01, flag_values=flags
+  )
+  DEFINE_integer("workers", os.cpu_count() or 1, f"{KIT_OF} samples at once", 1, flag_values=flags)
+  DEFINE_bool(
+    "allow-partial", False, f"{KIT_OF} report what there is, and what lacks", flag_values=flags
+  )
   DEFINE_list("beside", [baselines.STATIC], "score: clips scored too", flag_values=flags)
   DEFINE_list("clips", list(baselines.CLIPS), "baselines: which", flag_values=flags)
 
@@ -124,6 +135,12 @@ def define_generate(flags: FlagValues) -> None:
     flag_values=flags,
   )
   DEFINE_string("part", "1/1", "generate: 2/4 makes the second of four parts", flag_values=flags)
+
+
+def takes(words: Sequence[str]) -> Sequence[str]:
+  """The options of the word that is named, else of all."""
+  named = [word for word in words[:1] if word in COMMANDS]
+  return [name for word in named or COMMANDS for name in COMMANDS[word][1]]
 
 
 def main(flags: FlagValues, words: list[str]) -> None:

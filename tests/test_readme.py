@@ -1,16 +1,20 @@
-"""The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
+"""The README and the table of a page do what they say: Python runs, commands and names exist."""
 
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from jax_videoreason import cli
+from jax_videoreason import cli, interventions
+from jax_videoreason.reductions import REDUCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
+EDITS = "| name | what it is |"
+KEPT = "| name | of each step and layer | needs | what it is |"
 
 
 def blocks(language: str) -> list[str]:
@@ -69,3 +73,30 @@ def test_every_module_stands_in_the_table_of_floors():
     is_package = path.is_dir() and (path / "__init__.py").exists()
     if is_module or is_package:
       assert path.stem in named, path.stem
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+  """The cells of the rows of the table under that first line."""
+  _, _, rest = (ROOT / "docs" / page).read_text().partition(f"\n{heading}\n")
+  rows = rest.partition("\n\n")[0].splitlines()[1:]
+  return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_every_edit_stands_in_the_page_of_experiments_with_arguments_that_it_takes():
+  cells = [code for row in table("new_experiment.md", EDITS) for code in row[0].split("`")[1::2]]
+  named = {code.partition("(")[0]: code.partition("(")[2].rstrip(")") for code in cells}
+  assert sorted(named) == sorted(interventions.__all__)
+  for name, arguments in named.items():
+    if arguments:
+      told = [argument.rstrip("=") for argument in arguments.split(", ")]
+      assert set(told) <= set(inspect.signature(getattr(interventions, name)).parameters), name
+
+
+def test_every_reduction_stands_in_the_page_of_experiments_with_its_shape_and_its_array():
+  told = {name.strip("`"): more for name, *more in table("new_experiment.md", KEPT)}
+  assert list(told) == list(REDUCTIONS)
+  for name, (shape, needs, _) in told.items():
+    assert re.match(rf"{re.escape(shape)}( in 0\.\.1)?:", REDUCTIONS[name].apply.__doc__ or ""), (
+      name
+    )
+    assert needs.strip("`") == REDUCTIONS[name].needs

@@ -6,9 +6,10 @@ r"""Do averaged seeds answer better? VBVR on Wan2.2 I2V A14B beside three averag
 steps=12,negative_prompt='',edits.block_update.layers=(6,9)" --out runs/small     on a small model
 
 The first seed of each case carries the average, the others ride beside it. `none` is the same
-without; `block_update` averages what layers 20 to 29 add during the first 10 steps (arXiv
-2603.16870, section 6), `guess` the predicted x0, `latents` what the model sees. Puzzles of 480 x
-480 pixels; it needs the bundle ckpt/vbvr_wan22 and what `plan` says.
+without; `block_update` averages what layers 20 to 29 add during the first 10 steps, `guess` the
+predicted x0, `latents` what the model sees. The paper's ensemble, as far as it is known, is of the
+first step alone and of three seeds: `videoreason run ensemble --preset paper`. Puzzles of 480 x 480
+pixels; it needs the bundle ckpt/vbvr_wan22 and what `plan` says.
 """
 
 from ml_collections import ConfigDict

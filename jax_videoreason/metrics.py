@@ -26,7 +26,10 @@ def change(x0: Values) -> Array:
 
 
 def agreement(x0: Values, final: Values | None = None) -> Array:
-  """S ...: cosine between x0 (S ... F H W C) and `final` (... F H W C, None = the last x0)."""
+  """S ...: cosine between x0 (S ... F H W C) and `final` (... F H W C, None = the last x0).
+
+  NaN where one is 0.
+  """
   last = (x0[-1] if final is None else final)[None]
   dot = jnp.sum(x0 * last, axis=CELLS)
   return dot / jnp.sqrt(jnp.sum(x0**2, axis=CELLS) * jnp.sum(last**2, axis=CELLS))
@@ -42,7 +45,10 @@ def pull(x: Values, *, own: Values, other: Values) -> Array:
 
 
 def cka(x: Values, y: Values) -> Array:
-  """Linear CKA in 0..1 of two states F H W C: rows are positions, columns channels, centred."""
+  """Linear CKA in 0..1 of two states F H W C: rows are positions, columns channels, centred.
+
+  NaN where one is constant over the positions.
+  """
   x, y = (rearrange(z, "... f h w c -> ... (f h w) c") for z in (x, y))
   x, y = (z - z.mean(-2, keepdims=True) for z in (x, y))
 

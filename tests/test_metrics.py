@@ -55,3 +55,10 @@ def test_cka_knows_rotations_and_scales_but_not_noise():
   same = 3 * jnp.einsum("fhwc,cd->fhwd", x, jnp.asarray(turn, jnp.float32)) + 1
   assert metrics.cka(x, same) == pytest.approx(1, abs=1e-5)
   assert metrics.cka(x, draw(seed=3)) < 0.5
+
+
+def test_what_has_no_direction_has_no_agreement_and_no_cka():
+  x, flat = draw(), np.ones_like(draw())
+  assert np.isnan(metrics.agreement(x[None], np.zeros_like(x))).all()
+  assert np.isnan(metrics.cka(x, flat)).all()
+  assert np.isnan(metrics.cka(flat, x)).all()

@@ -18,7 +18,7 @@ from jax_videoreason import plots, stats
 from jax_videoreason.axes import spread
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
-from jax_videoreason.folders import atomic, disk, read_json, vouched
+from jax_videoreason.folders import atomic, disk, read_json, vouched, write_json
 from jax_videoreason.report import flat, inline, write_page
 
 # Axes of the figures whose name is not that of the axis; those along the steps also show sigma.
@@ -38,6 +38,7 @@ NAMES = {
 # The value that says where the places of an axis were, line by line; its labels are of the first.
 PLACED = {"place": "place_at"}
 MOST_COLUMNS = 9  # frames of a film strip
+MOST_ROWS = 12  # steps of a film strip or of token maps
 NAME_WIDTH = 34  # letters of a line beside an axis
 # What the table of claims shows of each study; of another study its first figures.
 SHOWN = {
@@ -53,6 +54,7 @@ SHOWN = {
   "controls": ("sensitivity",),
 }
 SHOWN_FIGURES = 3
+TITLES = "titles.json"  # beside the figures of a study: name of the file -> title
 ON_ONE_SCALE = ("norm_map_over_median",)
 
 
@@ -65,6 +67,7 @@ def render(folder: str | Path) -> Path:
   with disk(figures):
     figures.mkdir(exist_ok=True)
   drawn = [made for name in result.values for made in draw(figures, result, name)]
+  write_json(figures / TITLES, {figure["path"].name: figure["title"] for figure in drawn})
   return write_page(
     folder / "report.html",
     "result.html.j2",
@@ -271,13 +274,15 @@ def standing_out(value: np.ndarray) -> np.ndarray:
 
 
 def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str, Any]]:
-  """One film strip per place of the first axis: rows steps, columns frames."""
+  """One film strip per place of the first axis: rows steps, `MOST_ROWS` at most, columns frames."""
   made = []
   for number, frames in enumerate(result.values[name]):
     path = folder / f"{name}-{number}.png"
-    label = ", ".join([title, *[str(p) for p in result.points.get("strip", ())][number:][:1]])
     steps = labels_of(result, "step", len(frames))
-    shown = spread(len(frames), 12)
+    shown = spread(len(frames), MOST_ROWS)
+    label = [title, *map(str, result.points.get("strip", ())[number : number + 1])]
+    if len(shown) < len(steps):
+      label.append(f"{len(shown)} of {len(steps)} steps")
     sigma = [result.points["sigma"][steps[i]] for i in shown]
     plots.film_strip(
       path,
@@ -287,7 +292,7 @@ def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str
       columns=MOST_COLUMNS,
       cell=results.CELL,
     )
-    made.append({"path": path, "title": label, "wide": True})
+    made.append({"path": path, "title": ", ".join(label), "wide": True})
   return made
 
 
@@ -299,7 +304,7 @@ def maps_of_tokens(folder: Path, result: Result, name: str, title: str) -> list[
     labels_of(result, a, n) for a, n in zip((row, column), pictures.shape, strict=False)
   )
   path = folder / f"{name}.png"
-  shown = spread(len(rows), 12)
+  shown = spread(len(rows), MOST_ROWS)
   plots.picture_grid(
     path,
     pictures[shown],
@@ -386,6 +391,7 @@ def study_of(path: Path, figures: Path) -> dict[str, Any]:
   record = read_json(vouched(path.parent, path.name))
   manifest = read_json(path.parent / "manifest.json")
   drawn = path.parent / "figures"
+  titles = read_json(drawn / TITLES) if (drawn / TITLES).is_file() else {}  # older pages have none
   wanted = SHOWN.get(record["experiment"], tuple(record["axes"]))
   found = []
   for name in wanted:
@@ -395,8 +401,8 @@ def study_of(path: Path, figures: Path) -> dict[str, Any]:
   for figure in found[:SHOWN_FIGURES]:
     copy = figures / f"{path.parent.name}-{figure.name.replace(' ', '_')}"
     shutil.copyfile(figure, copy)
-    title = record["titles"].get(figure.stem.partition("-")[0], figure.stem)
-    shown.append({"path": copy, "title": title})
+    of_value = record["titles"].get(figure.stem.partition("-")[0], figure.stem)
+    shown.append({"path": copy, "title": titles.get(figure.name, of_value)})
   return {
     "name": path.parent.name,
     "record": record,

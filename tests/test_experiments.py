@@ -1121,6 +1121,27 @@ def test_the_table_leaves_out_what_another_call_left_behind(tmp_path):
   assert [path.name for path in (tmp_path / "figures").iterdir()] == ["now-moved.png"]
 
 
+def test_the_table_of_claims_calls_a_figure_as_the_page_of_its_study_does(tmp_path, monkeypatch):
+  monkeypatch.setattr(pages, "MOST_ROWS", 4)
+  found, record, _ = perform(chain_of_steps, toy.setting(toy.both_then_one), toy.cases(4))
+  own = tmp_path / "chain_of_steps"
+  own.mkdir()
+  results.save(own, found, record)
+  write_json(own / "manifest.json", MANIFEST)
+  case = toy.cases(1)[0]
+  said = f"The video that x0 shows along the steps, {case.task} {case.split} {case.index}, seed 0"
+  said += f", 4 of {record['steps']} steps"
+  assert said in pages.render(own).read_text()
+  claims.write(tmp_path)
+  assert said in pages.render_claims(tmp_path).read_text()
+  assert f"![{said}](figures/chain_of_steps-strip-0.png)" in (tmp_path / "claims.md").read_text()
+  (own / "figures" / pages.TITLES).unlink()  # as an earlier version left it
+  assert "![The video that x0 shows along the steps](" in pages.document(
+    read_json(tmp_path / "claims.json"),
+    [pages.study_of(own / "result.json", tmp_path / "figures")],
+  )
+
+
 def test_a_curve_is_drawn_where_it_was_measured_and_no_place_twice(tmp_path, monkeypatch):
   drawn = {}
   monkeypatch.setattr(

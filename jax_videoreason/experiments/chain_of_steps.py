@@ -99,7 +99,7 @@ def chain_of_steps(ctx: Context, *, strips: int = 2) -> Result:
   axes = {name: ("step", "run") if np.ndim(v) == 2 else ("run",) for name, v in values.items()}
   axes["several_from"] = ("share", "run")
   points = ctx.points | {
-    "strip": [title(ctx.cases[run]) for run in shown],
+    "strip": [f"{title(ctx.cases[run])}, seed {ctx.setting.chosen.seeds[0]}" for run in shown],
     "share": [f"{share:.0%} of a blend" for share in SHARES],
   }
   if len(shown):
@@ -133,5 +133,5 @@ TITLES = {
   "commitment": "Step of commitment, share of all steps",
   "commitment_sigma": "Sigma at commitment",
   "first_hit": "First step with a right answer, share of all steps",
-  "strip": "The video that x0 shows at every step",
+  "strip": "The video that x0 shows along the steps",
 }

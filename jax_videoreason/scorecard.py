@@ -1,10 +1,11 @@
 """An evaluation as one page, report.html: scores beside the clips that no model made, whether seeds
 differ, the best and worst videos. Opens offline."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from einops import rearrange
@@ -14,6 +15,8 @@ from jax_videoreason.axes import spread
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TASK, read_table
 from jax_videoreason.folders import read_json
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
+
+T = TypeVar("T")
 
 CELL = 64  # pixels of the shorter side of a frame on the page, at most about twice that
 FRAMES = 17  # frames of a clip that are shown at most
@@ -157,7 +160,8 @@ def sheet(frames: np.ndarray) -> str:
 
 
 def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:
-  """The effective number of candidates along the steps, in a box of 100 x 100."""
+  """The effective number of candidates along the steps, in a box of 100 x 100, with gaps where no
+  run shows any."""
   if ambiguity is None or "steps" not in ambiguity:
     return None
   steps = ambiguity["steps"]
@@ -172,16 +176,27 @@ def curve(ambiguity: Mapping[str, Any] | None) -> dict[str, Any] | None:
   def at(i: int, value: float) -> str:
     return f"{(i + 0.5) / total * 100:.2f},{98 - 96 * value / top:.2f}"
 
-  banded = [(i, c) for i, c in points if c["low"] is not None]
-  edge = [at(i, c["high"]) for i, c in banded] + [at(i, c["low"]) for i, c in banded[::-1]]
+  banded = together([(i, c) for i, c in points if c["low"] is not None])
+  ends = [
+    {"candidates": c["estimate"], "step": steps["step"][i], "sigma": steps["sigma"][i]}
+    for i, c in points[:1] + points[1:][-1:]
+  ]
   return {
-    "line": " ".join(at(i, c["estimate"]) for i, c in points),
-    "band": " ".join(edge),
+    "lines": [" ".join(at(i, c["estimate"]) for i, c in part) for part in together(points)],
+    "dots": "".join(f"M{at(i, c['estimate'])}h0" for i, c in points),
+    "bands": [
+      " ".join([at(i, c["high"]) for i, c in part] + [at(i, c["low"]) for i, c in part[::-1]])
+      for part in banded
+    ],
     "k": 98 - 96 * ambiguity["k"] / top,
     "truth": 98 - 96 * truth / top,
     "read": truth,
-    "first": points[0][1]["estimate"],
-    "last": points[-1][1]["estimate"],
-    "sigma": [steps["sigma"][0], steps["sigma"][-1]],
+    "ends": ends,
     "drawn": steps["drawn"][0],
   }
+
+
+def together(points: Sequence[tuple[int, T]]) -> list[list[tuple[int, T]]]:
+  """Points (place, value) cut where a place is missing."""
+  groups = itertools.groupby(enumerate(points), key=lambda one: one[1][0] - one[0])
+  return [[point for _, point in group] for _, group in groups]

@@ -646,8 +646,43 @@ def test_the_page_stands_alone_and_shows_the_best_and_the_worst(done):
   assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
   assert not re.findall(r"url\((?!data:)", text)
   assert text.count('class="clip"') == len(TASKS) * 2
+  seeds = re.findall(r"<dt>case</dt><dd>id \d+, seed (\d+), kept", text)
+  assert set(map(int, seeds)) <= {row["seed"] for row in tables.read(done / "table.parquet")}
+  assert len(seeds) == len(TASKS) * 2
   assert "Where several answers are right" in text
   assert "of scores by a bootstrap over problems, of shares exact (Clopper and Pearson)" in text
+
+
+def test_the_films_of_the_page_jump_from_frame_to_frame_and_stop_at_the_last(done):
+  text = (done / "report.html").read_text()
+  keyframes = re.search(r"@keyframes film \{(.*?)\n\}", text, re.DOTALL)
+  assert keyframes and "var(" not in keyframes[1]  # there Chromium takes steps(var()) for `ease`
+  assert re.search(r"\n\.film \{[^}]*timing-function: steps\(var\(--columns\), jump-none\)", text)
+  films = re.findall(r'class="tile film [^"]*" style="([^"]*)"', text)
+  assert len(films) == len(TASKS) * 2 * 2
+  assert not [style for style in films if "--column:" in style]  # it would beat that of .still
+
+
+def test_the_candidates_are_drawn_where_a_run_shows_any():
+  def some(estimate):
+    return {"estimate": estimate, "low": estimate - 0.5, "high": estimate + 0.5}
+
+  steps = {
+    "step": [0, 2, 4, 6, 8],
+    "sigma": [1.0, 0.9, 0.7, 0.4, 0.1],
+    "candidates": [None, some(1.5), some(1.4), None, some(1.0)],
+    "truth": some(1.0),
+    "drawn": [0.0],
+  }
+  found = scorecard.curve({"k": 2.0, "steps": steps})
+  assert found is not None
+  assert [len(line.split()) for line in found["lines"]] == [2, 1]  # nothing over the gap
+  assert [len(band.split()) for band in found["bands"]] == [4, 2]
+  assert found["dots"].count("M") == 3
+  assert found["ends"] == [
+    {"candidates": 1.5, "step": 2, "sigma": 0.9},
+    {"candidates": 1.0, "step": 8, "sigma": 0.1},
+  ]
 
 
 def test_prompts_are_escaped(copy):

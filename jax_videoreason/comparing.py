@@ -128,8 +128,8 @@ def changed(now: Evaluation, before: Evaluation) -> list[str]:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-  """What differs between the two, and which clips are left out of the comparison; found: the
-  `against` of a result."""
+  """What differs between the two, which clips are left out of the comparison, and which differences
+  have no interval; found: the `against` of a result."""
   changed = "; ".join(found["changed"])
   said = [f"other than {found['folder']}: {changed or 'nothing, it has the same settings'}."]
   left = [found[name] - found["pairs"] for name in ("clips", "clips_there")]
@@ -141,4 +141,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     )
   if found["unpaired"]:
     said.append(f"no clip there is of {', '.join(found['unpaired'])}.")
-  return said
+  mean = {scoring.MEAN: found["mean"]} if len(found["tasks"]) > 1 else {}
+  leads = {
+    name: {measure: block[measure] for measure in scoring.COMPARED}
+    for name, block in {**found["tasks"], **mean}.items()
+  }
+  return said + [f"no interval of the difference{text}." for text in scoring.without(leads)]

@@ -22,8 +22,10 @@ SYSTEMS = {
   **baselines.NAMES,
   VAE: "the truth, encoded and decoded by the model's VAE",
 }
+MEAN = "the mean over tasks"
 COMPARED = ("score", "strict")  # of two evaluations
 MEASURES = {"score": stats.bootstrap, "strict": stats.share, "right": stats.share}
+IN_WORDS = {"score": "the score", "strict": "strict success", "right": "right answers"}
 SHOWN = 3  # best and worst videos
 
 Row = Mapping[str, Any]
@@ -39,6 +41,18 @@ def said(found: stats.Interval) -> dict[str, Any]:
     "problems": found.cases,
     "note": found.note,
   }
+
+
+def without(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Which measures of some blocks have no interval, and why: " for maze, pick: 6 cases: ..." where
+  it is all of them, else " of strict success for rotate: all 8 cases are equal: ..."."""
+  names: dict[tuple[str, str], list[str]] = {}
+  for name, block in blocks.items():
+    for note in dict.fromkeys(found["note"] for found in block.values() if found["note"]):
+      lacking = [IN_WORDS[measure] for measure, found in block.items() if found["note"] == note]
+      of = "" if len(lacking) == len(block) else f" of {' and '.join(lacking)}"
+      names.setdefault((of, note), []).append(name)
+  return [f"{of} for {', '.join(some)}: {note}" for (of, note), some in names.items()]
 
 
 def per_problem(rows: Sequence[Row], system: str, measure: str) -> np.ndarray:

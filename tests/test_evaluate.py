@@ -507,6 +507,23 @@ def test_what_has_no_interval_is_said_once_with_the_tasks_it_is_about():
   assert notes(result) == ["no interval for maze: 6 cases: an interval needs at least 8."]
 
 
+def test_a_measure_that_alone_has_no_interval_is_named():
+  rng = np.random.default_rng(0)
+  there = rows_of(rng.random((8, 1)) / 2)
+  here = rows_of(rng.random((8, 1)) / 2)
+  block = scoring.summary(here, None)["systems"]["model"]
+  assert scoring.without({"rotate": {m: block[m] for m in scoring.COMPARED}}) == []  # exact shares
+  found = {
+    **dict.fromkeys(("pairs", "clips", "clips_there"), 8),
+    **{"folder": "a", "changed": [], "unpaired": []},
+    **scoring.against({"rotate": list(zip(here, there, strict=True))}),
+  }
+  assert comparing.notes(found)[1:] == [
+    "no interval of the difference of strict success for rotate: all 8 cases are equal: resampling "
+    "shows no spread."
+  ]
+
+
 def test_every_task_weighs_as_much_in_the_mean_however_many_problems_it_has():
   rng = np.random.default_rng(0)
   many, few = rng.random((32, 1)), rng.random((16, 1)) / 2
@@ -845,7 +862,10 @@ def test_an_evaluation_is_paired_with_an_earlier_one_clip_by_clip(copy, before, 
     "4 of 8 clips here have the same case and seed there (4 clips): 4 here and 0 there are left",
   ):
     assert text in said and text in page
-  assert "no interval of the difference for pick, occlusion: 2 cases" in said
+  for text in (said, page):
+    assert "o interval of the difference for pick, occlusion: 2 cases" in text
+  assert page.count("<th>problems</th>") == 1
+  assert "<td>Pick</td><td>2</td><td>2</td>" in page and "<td>Mean</td><td>4</td><td>4</td>" in page
   assert "Holm" in said and "p, Holm" in page
   assert "Beside an earlier evaluation" in page
   files = json.loads((copy / "manifest.json").read_text())["files"]
@@ -864,7 +884,12 @@ def test_a_comparison_stays_in_the_report_until_another_takes_its_place(copy, do
   assert found == result_of(copy)["against"]
   assert (found["pairs"], found["clips"], found["clips_there"]) == (8, 8, 8)
   assert {found["mean"][m]["estimate"] for m in scoring.COMPARED} == {0.0}
-  assert comparing.notes(found) == [f"other than {done}: nothing, it has the same settings."]
+  assert comparing.notes(found) == [
+    f"other than {done}: nothing, it has the same settings.",
+    "no interval of the difference for pick, occlusion: 2 cases: an interval needs at least 8.",
+    "no interval of the difference for the mean over tasks: no group has two values that differ: "
+    "resampling shows no spread.",
+  ]
 
 
 @pytest.mark.slow

@@ -52,7 +52,6 @@ SHORT = {
 
 
 GAINED = ("", " there, here", " p, Holm")
-MEAN = "the mean over tasks"
 POINTS = 6  # steps whose candidates are shown
 OWN_KEYS = ("seeds",)
 
@@ -170,36 +169,23 @@ def with_mean(result: dict[str, Any], name: str) -> dict[str, Any]:
   return {**result["tasks"], **mean}
 
 
-def without(blocks: dict[str, dict[str, Any]]) -> list[str]:
-  """'maze, pick: 6 cases: ...' for every reason why measures of some blocks have no interval."""
-  names: dict[str, list[str]] = {}
-  for name, block in blocks.items():
-    for note in {found["note"] for found in block.values()} - {None}:
-      names.setdefault(note, []).append(name)
-  return [f"{', '.join(some)}: {note}" for note, some in names.items()]
-
-
 def show_against(found: dict[str, Any]) -> None:
   """What is here above an earlier evaluation, per task and for their mean."""
   console.table(
     f"here less {found['folder']}, on the same cases and seeds; p by itself, Holm's over tasks",
-    ("task", "pairs", *(f"{m}{said}" for m in scoring.COMPARED for said in GAINED)),
+    ("task", "pairs", "problems", *(f"{m}{said}" for m in scoring.COMPARED for said in GAINED)),
     [
       (
         name,
         block.get("pairs", found["pairs"]),
+        block["score"]["problems"],
         *(text for m in scoring.COMPARED for text in gained(block[m])),
       )
       for name, block in with_mean(found, "mean").items()
     ],
   )
-  leads = {
-    name: {m: block[m] for m in scoring.COMPARED} for name, block in with_mean(found, MEAN).items()
-  }
   for note in comparing.notes(found):
     console.say(note)
-  for text in without(leads):
-    console.say(f"no interval of the difference for {text}.")
 
 
 def gained(lead: dict[str, Any]) -> tuple[str, str, str]:
@@ -224,8 +210,10 @@ def spread(found: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def notes(result: dict[str, Any]) -> list[str]:
   """Why some numbers have no interval, over what intervals are taken, and what was not finite."""
-  systems = {n: block["systems"][scoring.MODEL] for n, block in with_mean(result, MEAN).items()}
-  said = [f"no interval for {text}." for text in without(systems)]
+  systems = {
+    n: block["systems"][scoring.MODEL] for n, block in with_mean(result, scoring.MEAN).items()
+  }
+  said = [f"no interval{text}." for text in scoring.without(systems)]
   for name, block in result["tasks"].items():
     if block["problems"] < block["cases"]:
       said.append(

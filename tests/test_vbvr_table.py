@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import cli
-from jax_videoreason.vbvr import published, scores, suite, table
+from jax_videoreason.vbvr import page, published, scores, suite, table
 
 
 def call(*words) -> int:
@@ -203,10 +203,76 @@ def test_published_rows_are_marked_everywhere(tmp_path, capsys):
   latex = (out / "table.tex").read_text()
   assert r"Sora 2$^\dagger$ & .546 & .569" in latex
   assert r"wan\_2 & .500" in latex and "As published" in latex
-  page = (out / "report.html").read_text()
-  assert page.count("published</span>") == len(published.BENCH)
+  text = (out / "report.html").read_text()
+  assert text.count("published</span>") == len(published.BENCH)
   for line in re.findall(r"^.* & .*\\\\$", latex, re.MULTILINE):
     assert line.count("&") == len(published.COLUMNS)
+
+
+def test_a_picture_of_several_seeds_has_the_score_of_its_own(tmp_path):
+  places = written(
+    tmp_path,
+    system("wan-seed2", np.full(20, 0.6), seed=2),
+    system("wan-seed10", np.full(20, 0.2), seed=10),
+    system("sora", np.full(20, 0.7), settings={}, deviations=None),
+  )
+  systems, shared = table.load(places)
+  key = next(iter(systems[0].rows))
+  picture = places[0] / scores.PICTURES / f"{key}.png"
+  picture.parent.mkdir(parents=True)
+  picture.write_bytes(b"png")
+  shown = page.tasks(table.table(systems, shared), systems)
+  (told,) = [one["score"] for task in shown for one in task["pictures"]]
+  assert told == "seed 2, score 0.60; mean of 2 seeds 0.40"
+  assert page.told(systems[1], key) == "score 0.70" and page.told(systems[1], "no") == ""
+
+
+def test_a_table_says_how_the_videos_were_made_and_what_tells_rows_apart(tmp_path, capsys):
+  made = {
+    "command": ["videoreason", "vbvr", "generate"], "written": "2026-01-02T03:04:05+00:00",
+    "device": "TPU v9", "versions": {"jax_videoreason": "1.0"}, "revision": "0123456789abcdef",
+  }  # fmt: skip
+  outs = []
+  for out, steps, values in (("may", 50, (0.2, 0.4)), ("june", 20, (0.6, 0.8))):
+    (tmp_path / out).mkdir()
+    settings = {"steps": steps, "shift": 5.0, "model": "wan"}
+    seeds = (
+      system(f"wan-seed{s}", np.full(20, v), seed=s, model="wan", settings=settings, made=made)
+      for s, v in zip((1, 2), values, strict=True)
+    )
+    written(tmp_path / out, *seeds)
+    outs.append(tmp_path / out)
+  assert call("table", *outs, f"--out={tmp_path / 'table'}") == 0
+  said = " ".join(capsys.readouterr().out.split())
+  assert "may/wan: steps=50, mean of seeds 1 (0.200), 2 (0.400)" in said.replace(";", ",")
+  text = (tmp_path / "table" / "report.html").read_text()
+  assert '<td>may/wan<br><span class="small">steps=50</span></td>' in text
+  for row in ("<td>shift</td><td>5.0</td>", "<td>seed 2</td><td>overall 0.800</td>"):
+    assert row in text
+  assert '<p class="alert"><b>may/wan</b>: mean of seeds 1 (0.200), 2 (0.400).</p>' in text
+  latex = (tmp_path / "table" / "table.tex").read_text()
+  assert "% may/wan: steps=50, shift=5.0, model=wan" in latex
+  for word in (text, latex):
+    assert word.count("videoreason vbvr generate") == 2  # of two seeds each
+    assert "TPU v9, jax_videoreason 1.0, revision 0123456789ab" in word
+  only = table.table(*table.load(outs[:1]))["systems"][0]
+  assert only["apart"] == [] and only["of_seed"] == pytest.approx({"1": 0.2, "2": 0.4})
+
+
+def test_the_page_says_from_when_on_an_interval_over_samples_is_given(tmp_path):
+  rows = system("a", np.ones(20))["samples"]
+  one_each = {"samples": [row for row in rows if row["index"] == 0]}
+  for place, more in (("five", {}), ("one", one_each)):
+    (tmp_path / place).mkdir()
+    found = written(tmp_path / place, *(
+      {**system(name, np.linspace(0, 1, 20), noise=noise), **more}
+      for name, noise in (("a", 0.0), ("b", 0.1))
+    ))  # fmt: skip
+    assert call("table", *found, f"--out={tmp_path / place / 'table'}") == 0
+    (row,) = json.loads((tmp_path / place / "table" / "table.json").read_text())["differences"]
+    assert (row["scores"]["overall"]["over_samples"]["low"] is None) == (place == "one")
+    text = " ".join((tmp_path / place / "table" / "report.html").read_text().split())
+    assert "where each has two or more, 7 more samples than tasks in all" in text
 
 
 def test_redo_replaces_a_table_and_nothing_else(tmp_path, capsys):
@@ -229,9 +295,9 @@ def test_prompts_and_names_are_escaped(tmp_path):
   renamed["name"] = "<b>bold</b>"
   (place / "result.json").write_text(json.dumps(renamed))
   assert call("table", place, f"--out={tmp_path / 'table'}") == 0
-  page = (tmp_path / "table" / "report.html").read_text()
-  assert "<script>" not in page and "<b>bold" not in page
-  assert "&lt;script&gt;alert(1)" in page
+  text = (tmp_path / "table" / "report.html").read_text()
+  assert "<script>" not in text and "<b>bold" not in text
+  assert "&lt;script&gt;alert(1)" in text
 
 
 def test_a_table_of_nothing_is_refused(tmp_path, capsys):

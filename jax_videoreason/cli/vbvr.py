@@ -427,8 +427,8 @@ def show(made: Mapping[str, Any]) -> None:
       ],
     )
   for row in made["systems"]:
-    if table.remarks(row) and (row["baseline"] is None or row["lacking"] or row["broken"]):
-      console.say(f"{row['name']}: {table.remarks(row)}.")
+    if table.noted(row) and (row["baseline"] is None or row["lacking"] or row["broken"]):
+      console.say(f"{row['name']}: {table.noted(row)}.")
 
 
 def short(task: str) -> str:

@@ -34,6 +34,7 @@ def contents(made: Mapping[str, Any], systems: Sequence[System]) -> dict[str, An
     "tasks": tasks(made, systems),
     "number": table.number,
     "chance": stats.chance,
+    "least": stats.LEAST - 1,
   }
 
 
@@ -53,9 +54,9 @@ def tasks(made: Mapping[str, Any], systems: Sequence[System]) -> list[dict[str, 
       key = shown[0]
       prompt = systems[0].rows[key]["prompt"]
       first = systems[0].folders[0].parent / scores.PROBLEMS / f"{key}.png"
-      places = [("ground truth", None, first)]
+      places = [("ground truth", "", first)]
       for system in systems:
-        score = system.rows[key]["score"] if key in system.rows else None
+        score = told(system, key)
         if system.baseline not in (baselines.NOISE, baselines.TRUTH):
           path = system.folders[0] / scores.PICTURES / f"{key}.png"
           places.append((system.name, score, path))
@@ -65,3 +66,15 @@ def tasks(made: Mapping[str, Any], systems: Sequence[System]) -> list[dict[str, 
           pictures.append({"name": name, "score": score, "src": inline(path.read_bytes())})
     found.append({**row, "pictures": pictures, "prompt": prompt, "sample": shown[:1]})
   return found
+
+
+def told(system: System, key: str) -> str:
+  """The score under a picture of a sample, which is of the first folder: with several seeds that of
+  its seed, and the mean; nothing where there is no score."""
+  row = system.rows.get(key)
+  if row is None:
+    return ""
+  if len(system.seeds) < 2:
+    return f"score {row['score']:.2f}"
+  own = f"seed {system.seeds[0]}, score {row['each'][0]:.2f}"
+  return f"{own}; mean of {len(system.seeds)} seeds {row['score']:.2f}"

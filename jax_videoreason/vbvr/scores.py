@@ -395,6 +395,7 @@ def summarised(
     "baseline": asked.get("baseline"),
     "deviations": asked.get("deviations"),
     "settings": asked,
+    "made": made_by(folder),
     "benchmark": data.name,
     "data": data.truth_mark,
     "tasks": len({sample.task for sample in data.samples}),
@@ -410,6 +411,14 @@ def summarised(
     "summary": summary(good),
     "samples": list(rows),
   }
+
+
+def made_by(folder: Path) -> dict[str, Any] | None:
+  """Command, date, device, versions and revision of a folder of videos; None where nobody knows."""
+  if not ((folder / MANIFEST).is_file() and (folder / videos.ASKED).is_file()):
+    return None  # not finished, or not by `vbvr generate`
+  manifest = read_json(folder / MANIFEST)
+  return {key: manifest[key] for key in ("command", "written", "device", "versions", "revision")}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

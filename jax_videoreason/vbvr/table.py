@@ -20,6 +20,7 @@ from jax_videoreason.stats import SEED
 from jax_videoreason.vbvr import baselines, published, samples, scores
 from jax_videoreason.vbvr.published import COLUMNS
 
+BRIEF = 24  # letters of a setting where rows are told apart
 MAIN = ("overall", "in-domain", "out-of-domain")
 FACULTY_COLUMNS = tuple(column for column in COLUMNS if column not in MAIN)
 
@@ -28,9 +29,11 @@ FACULTY_COLUMNS = tuple(column for column in COLUMNS if column not in MAIN)
 class System:
   """What one row of the table is made of.
 
-  rows: key -> the sample's row, its score averaged over `seeds`; samples without a score are left
-  out. baseline: its name, None = a model. lacking: how many samples have no score. deviations: from
-  the official run; None = nobody knows. folders: of the results.
+  rows: key -> the sample's row, its score averaged over `seeds`, in `each` that of every folder;
+  samples without a score are left out. baseline: its name, None = a model. lacking: how many
+  samples have no score. deviations: from the official run; None = nobody knows. settings: of the
+  videos, empty where nobody knows. made: how these came about (`scores.made_by`), each way once.
+  folders: of the results. seeds: in their order.
   """
 
   name: str
@@ -40,6 +43,8 @@ class System:
   lacking: int
   broken: int
   deviations: tuple[str, ...] | None
+  settings: Mapping[str, Any]
+  made: tuple[Mapping[str, Any], ...]
   folders: tuple[Path, ...]
 
 
@@ -103,7 +108,7 @@ def _grouped(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
   that no model made; all others stand alone."""
   groups: dict[tuple[str, str], list[int]] = {}
   for number, result in enumerate(results):
-    settings = {k: v for k, v in result["settings"].items() if k not in ("seed", "deviations")}
+    settings = _shared(result["settings"])
     groups.setdefault((result["model"], repr(settings)), []).append(number)
   rows = []
   for group in groups.values():
@@ -111,6 +116,11 @@ def _grouped(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     joined = results[group[0]]["baseline"] is not None or len(seeds) == len(group)
     rows += [group] if joined else [[i] for i in group]
   return rows
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings that the seeds of a model share."""
+  return {key: value for key, value in settings.items() if key not in ("seed", "deviations")}
 
 
 def _told_apart(systems: Sequence[System]) -> list[System]:
@@ -151,18 +161,21 @@ def _joined(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Sy
       means = {
         n: float(np.mean([r[n] for r in group])) for n in ("score", "strict") if n in group[0]
       }
-      rows[key] = {**group[0], **means}
+      rows[key] = {**group[0], **means, "each": [row["score"] for row in group]}
   first = results[0]
   said = [result["deviations"] for result in results]
+  made = [result.get("made") for result in results]  # older results have none
   seeds = [result["seed"] for result in results if result["seed"] is not None]
   return System(
     name=first["model"] if len(results) > 1 else first["name"],
     baseline=first["baseline"],
-    seeds=tuple(sorted(seeds)),
+    seeds=tuple(seeds),
     rows=rows,
     lacking=first["expected"] - len(rows),
     broken=sum(len(result["broken"]) for result in results),
     deviations=None if None in said else tuple(sorted({w for words in said for w in words})),
+    settings=_shared(first["settings"]),
+    made=tuple(how for i, how in enumerate(made) if how and how not in made[:i]),
     folders=tuple(folders),
   )
 
@@ -176,7 +189,7 @@ def table(systems: Sequence[System], shared: Mapping[str, Any]) -> dict[str, Any
   rows = published.BENCH if shared["benchmark"] == samples.BENCH else {}
   return {
     **shared,
-    "systems": [said(system, truth) for system in systems],
+    "systems": [{**said(system, truth), "apart": apart(system, systems)} for system in systems],
     "published": [{"name": name, "scores": found} for name, found in rows.items()],
     "differences": [difference(a, b) for a, b in compared(systems)],
     "by_task": by_task(systems),
@@ -199,13 +212,43 @@ def said(system: System, truth: System | None) -> dict[str, Any]:
     "name": system.name,
     "baseline": system.baseline,
     "words": baselines.CLIPS[system.baseline][1] if system.baseline else None,
-    "seeds": list(system.seeds),
+    "seeds": sorted(system.seeds),
+    "of_seed": of_seed(system),
+    "settings": dict(system.settings),
+    "made": list(system.made),
     "lacking": system.lacking,
     "broken": system.broken,
     "deviations": None if system.deviations is None else list(system.deviations),
     "strict": float(np.mean(strict)) if len(strict) == len(system.rows) > 0 else None,
     "scores": columns,
   }
+
+
+def of_seed(system: System) -> dict[str, float]:
+  """The mean over samples of each seed, in the order of the seeds."""
+  scores = np.array([row["each"] for row in system.rows.values()])
+  if not len(scores) or len(system.seeds) != scores.shape[1]:
+    return {}
+  means = dict(zip(system.seeds, scores.mean(0), strict=True))
+  return {str(seed): float(means[seed]) for seed in sorted(means)}
+
+
+def apart(system: System, systems: Sequence[System]) -> list[str]:
+  """Such as "steps=20": settings of a model that are not those of every other model."""
+  if system.baseline is not None:
+    return []
+  others = [s.settings for s in systems if s.baseline is None and s.settings]
+  return [
+    f"{key}={brief(value)}"
+    for key, value in system.settings.items()
+    if key != "model" and any(other.get(key) != value for other in others)
+  ]
+
+
+def brief(value: Any) -> str:
+  """A setting in one line: a long one, such as a checksum, is cut."""
+  text = " ".join(str(value).split())
+  return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
 
 
 def over_tasks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -305,12 +348,18 @@ def remarks(row: Mapping[str, Any]) -> str:
   elif row["deviations"]:
     said.append(f"not the official setting: {'; '.join(row['deviations'])}")
   if len(row["seeds"]) > 1:
-    said.append(f"mean of seeds {', '.join(map(str, row['seeds']))}")
+    each = (f"{seed} ({score:.3f})" for seed, score in row["of_seed"].items())
+    said.append(f"mean of seeds {', '.join(each)}")
   if row["lacking"]:
     said.append(f"PARTIAL: {row['lacking']} samples without a score are left out")
   if row["broken"]:
     said.append(f"{row['broken']} videos are not finite")
   return "; ".join(said)
+
+
+def noted(row: Mapping[str, Any]) -> str:
+  """What tells a system from others of its name, and what has to be known beside its numbers."""
+  return "; ".join(filter(None, (", ".join(row["apart"]), remarks(row))))
 
 
 def scope(made: Mapping[str, Any]) -> str:
@@ -326,6 +375,23 @@ def scope(made: Mapping[str, Any]) -> str:
   part = "" if made["whole"] or made["benchmark"] == samples.OWN else " (not the whole benchmark)"
   count = f"{made['samples']} samples of {made['tasks']} tasks{part}"
   return f"{made['benchmark']}, {count}; {'; '.join(by)}"
+
+
+def how_made(row: Mapping[str, Any]) -> list[str]:
+  """Settings, seeds, commands, dates and devices of a model, a line each; nothing of a baseline."""
+  if row["baseline"] is not None:
+    return []
+  settings = (f"{k}={' '.join(str(v).split())}" for k, v in row["settings"].items())
+  said = [f"{row['name']}: {', '.join(settings) or 'settings unknown'}"]
+  if row["of_seed"]:
+    each = (f"{seed}: {score:.3f}" for seed, score in row["of_seed"].items())
+    said.append(f"{row['name']}: overall of each seed: {', '.join(each)}")
+  for made in row["made"]:
+    words = f"{' '.join(made['command'])} on {made['written']}, {made['device']}"
+    version = f"jax_videoreason {made['versions']['jax_videoreason']}"
+    revision = f", revision {made['revision'][:12]}" if made["revision"] else ""
+    said.append(f"{row['name']}: {words}, {version}{revision}")
+  return said
 
 
 _LATEX = {
@@ -347,6 +413,7 @@ def latex(made: Mapping[str, Any]) -> str:
   heads = [short.get(column) or column.rpartition(" ")[2][:5] + "." for column in COLUMNS]
   lines = [
     f"% {escaped(scope(made))}",
+    *(f"% {line}" for row in made["systems"] for line in how_made(row)),
     rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
     r"\hline",
     " & ".join(["System", *heads]) + r" \\",
@@ -354,7 +421,7 @@ def latex(made: Mapping[str, Any]) -> str:
   ]
   notes = []
   for row in made["systems"]:
-    words = remarks(row)
+    words = noted(row)
     mark = ""
     if words and row["baseline"] is None:
       notes.append(words)

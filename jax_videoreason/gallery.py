@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 import numpy as np
 from einops import rearrange
 
-from jax_videoreason import media
-from jax_videoreason.report import inline, write_page
-from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
+from jax_videoreason import media, scoring, stats
+from jax_videoreason.folders import read_json
+from jax_videoreason.report import flat, inline, write_page
+from jax_videoreason.sweep import MANIFEST, PAGE, Row, Sweep, open_sweep
 
 T = TypeVar("T")
 
 MOST_STRIPS = 3200  # of a page, a strip per seed of a case; the table on disk has all
 MOST_SEEDS = 16  # of a case
+MEANS = ("score", "strict", "right", "flips")  # over runs, with an interval over problems
 OUTCOMES = {"all": "every seed right", "some": "some seeds right", "none": "no seed right"}
 
 
@@ -55,6 +57,10 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     "outcomes": OUTCOMES,
     "broken": [row for row in sweep.rows if row["broken_at"] is not None],
     "events": sweep.events,
+    "manifest": read_json(sweep.path / MANIFEST) if sweep.finished else None,
+    "settings": flat(sweep.asked),
+    "words": stats.spell,
+    "least": stats.LEAST,
   }
 
 
@@ -68,19 +74,36 @@ def spread(kinds: Sequence[Sequence[T]], most: int) -> list[T]:
 
 
 def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
-  """Means over the runs of some cases; agreement: of pairs of seeds that give one answer."""
+  """Means over the runs of some cases, with intervals over their problems; agreement: of pairs of
+  seeds that give one answer. commitment: of the runs that settle, `settled` in number."""
   rows = [row for case in cases for row in case]
+  of_problem: dict[str, list[Row]] = {}
+  for row in rows:
+    of_problem.setdefault(row["problem"], []).append(row)
+  own = list(of_problem.values())
   committed = [row["commitment"] for row in rows if row["commitment"] >= 0]
   said = [Counter(row["answer"] for row in case) for case in cases]
   pairs = sum(math.comb(len(case), 2) for case in cases)
   alike = sum(math.comb(n, 2) for one in said for answer, n in one.items() if answer is not None)
   return {
     "runs": len(rows),
-    **{key: float(np.mean([row[key] for row in rows])) for key in ("score", "strict", "right")},
-    "flips": float(np.mean([row["flips"] for row in rows])),
+    "problems": len(own),
+    **{key: mean([[row[key] for row in some] for some in own]) for key in MEANS},
+    "settled": len(committed),
     "commitment": float(np.mean(committed)) if committed else None,
     "agreement": alike / pairs if pairs else None,
   }
+
+
+def mean(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
+  """The mean over the values of all groups; its interval draws whole groups anew."""
+  sums = np.array([(sum(values), len(values)) for values in groups], float)
+
+  def ratio(drawn: np.ndarray) -> np.ndarray:
+    total = drawn.sum(1)
+    return total[..., 0] / total[..., 1]
+
+  return scoring.said(stats.bootstrap(sums, seed=stats.SEED, draws=2000, statistic=ratio))
 
 
 def card(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any]:

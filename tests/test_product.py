@@ -100,6 +100,38 @@ def test_a_page_shows_some_seeds_of_many_and_judges_by_all(done, monkeypatch):
   assert len(gallery.contents(found)["cards"]) == 2
 
 
+def test_means_of_a_page_say_over_how_many_runs_and_problems_they_are():
+  scores = np.random.default_rng(0).random((10, 2))
+  cases = [
+    [
+      {"problem": f"p{min(case, 7)}", "score": score, "strict": 0.0, "right": 1.0, "flips": seed,
+       "answer": "a", "commitment": 3 if case < 2 else -1}
+      for seed, score in enumerate(row)
+    ]
+    for case, row in enumerate(scores)
+  ]  # fmt: skip
+  found = gallery.numbers(cases)
+  assert (found["runs"], found["problems"], found["settled"]) == (20, 8, 4)
+  assert found["commitment"] == 3
+  assert found["score"]["estimate"] == pytest.approx(scores.mean())
+  of_problem = [*scores[:7].mean(1), scores[7:].mean()]
+  assert min(of_problem) <= found["score"]["low"] < scores.mean() < found["score"]["high"]
+  few = gallery.numbers(cases[:7])["score"]
+  assert (few["low"], few["high"], few["problems"]) == (None, None, 7)
+
+
+def test_the_page_says_what_made_the_sweep(done):
+  page = (done / "report.html").read_text()
+  manifest = json.loads((done / "manifest.json").read_text())
+  assert f"{TOTAL} runs of mini:" in page
+  for row in (
+    f"<td>{manifest['device']}</td>", f"<td>{manifest['written']}</td>",
+    '<code>guidance</code></th><td>', '<code>weights</code></th><td>',
+    f"<code>seeds</code></th><td>{list(range(SEEDS))}</td>", "<td>4</td><td>2</td>",
+  ):  # fmt: skip
+    assert row in page, row
+
+
 def test_a_row_per_case_seed_and_edit(done):
   found = open_sweep(done)
   assert found.finished

@@ -77,7 +77,7 @@ def render(folder: str | Path) -> Path:
     figures=[{**figure, "src": inline(figure["path"].read_bytes())} for figure in drawn],
     numbers=numbers(result),
     tasks=tasks_of(result),
-    claims=[said(claim) for claim in record["claims"]],
+    claims=[said({**claim, "seeds": record["seeds"]}) for claim in record["claims"]],
   )
 
 
@@ -87,6 +87,7 @@ def said(claim: Mapping[str, Any]) -> dict[str, Any]:
     **claim,
     "region": claims.region_of(claim),
     "ours": "" if claim["estimate"] is None else stats.spell(claim),
+    "n": claims.count_of(claim),
     "today": claim.get("today"),
     "settling": f"{claim['cases']} cases; {claims.settling(claim)}" if claim["needed"] else None,
     "kind": claim["verdict"].replace(" ", "-").replace("'", ""),
@@ -347,15 +348,14 @@ def numbers(result: Result) -> list[dict[str, Any]]:
 
 
 def in_words(column: np.ndarray) -> str:
-  """Such as "0.61 [0.50, 0.72]"; too few problems for an interval give the mean and their
-  number."""
+  """Such as "0.61 [0.50, 0.72]", with the number of problems where it is not that of all N, or too
+  small for an interval; column: N, NaN where a problem has no number."""
   good = column[np.isfinite(column)]
   if not good.size:
     return ""
   found = stats.bootstrap(good, seed=stats.SEED, draws=2000)
-  if np.isfinite(found.low):
-    return str(found)
-  return f"{float(found.estimate):.2f}" + (f" (n={good.size})" if good.size < stats.LEAST else "")
+  said = str(found) if np.isfinite(found.low) else f"{float(found.estimate):.2f}"
+  return said + (f" (n={good.size})" if good.size < max(len(column), stats.LEAST) else "")
 
 
 def render_claims(out: str | Path) -> Path:
@@ -409,7 +409,15 @@ def study_of(path: Path, figures: Path) -> dict[str, Any]:
     "manifest": manifest,
     "page": f"{path.parent.name}/report.html",
     "figures": shown,
+    "asked": asked_of(record),
   }
+
+
+def asked_of(record: Mapping[str, Any]) -> str:
+  """Such as "84 cases of 78 problems x 1 seed, 20 steps"."""
+  cases, problems, seeds = (record.get(name) for name in ("cases", "problems", "seeds"))
+  of = f" of {problems} problems" if problems not in (None, cases) else ""
+  return f"{cases} cases{of} x {seeds} seed{'s' if seeds != 1 else ''}, {record['steps']} steps"
 
 
 def how_made(studies: Sequence[Mapping[str, Any]]) -> str:
@@ -444,6 +452,7 @@ def document(table: Mapping[str, Any], studies: Sequence[Mapping[str, Any]]) -> 
     record = study["record"]
     lines += ["", f"## {study['name']}", "", f"**{record['question']}** {record['method']}", ""]
     lines += [f"*Limits.* {record['limits']}", ""] if record["limits"] else []
+    lines += [f"{study['asked'][0].upper()}{study['asked'][1:]}.", ""]
     lines += [f"- {note}" for note in (*record["notes"], *record["broken"])]
     lines += [""] if record["notes"] or record["broken"] else []
     for figure in study["figures"]:

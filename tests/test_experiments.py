@@ -629,6 +629,15 @@ def with_shared_problems(count):
   ]
 
 
+def test_a_number_over_some_problems_says_over_how_many():
+  column = np.full(128, np.nan)
+  column[:9] = np.random.default_rng(0).random(9)
+  assert re.fullmatch(r"0\.\d\d \[0\.\d\d, 0\.\d\d\] \(n=9\)", pages.in_words(column))
+  assert "n=" not in pages.in_words(column[:9])
+  assert pages.in_words(np.r_[np.nan, np.ones(9)]) == "1.00 (n=9)"
+  assert pages.in_words(np.ones(3)) == "1.00 (n=3)"
+
+
 def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
   moves = Claim(says="noise moves x", of="moved[point=1]", statistic="mean", above=0.0)
   anew = {  # a Result made anew loses no problem
@@ -651,6 +660,7 @@ def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
   page = pages.render(tmp_path).read_text()
   assert "<b>16</b> cases of <b>8</b> problems" in page
   assert "16 cases are of 8 problems" in page
+  assert '<td class="n" data-name="n">8 x 1</td>' in page
   assert "bootstrap over problems" in page
   assert "of claims about shares exact (Clopper and Pearson)" in page
   earlier = {k: v for k, v in read_json(tmp_path / "result.json").items() if k != "problem_of"}
@@ -1069,6 +1079,14 @@ def test_the_table_of_claims_keeps_small_numbers_away_from_published_ones(tmp_pa
   assert "http" not in page.replace("http://www.w3.org", "")
   text = (tmp_path / "claims.md").read_text()
   assert "| 3 | noise |" in text
+  assert text.count(" | 8 x 1 | ") == 2
+  assert (
+    text.count(f"\n8 cases x 1 seed, {read_json(tmp_path / 'noise' / 'result.json')['steps']} ")
+    == 2
+  )
+  assert page.count('data-name="n">8 x 1</td>') == 2 and "8 cases x 1 seed, " in page
+  for words in (" ".join(text.split()), page):
+    assert "of shares the exact binomial one (Clopper and Pearson)" in words
   assert "Made by `videoreason run all` on 2026-01-02 (cpu, jax_videoreason 1.0)" in text
   shown = set(re.findall(r"\]\(figures/(.+?)\)", text))
   assert shown == {path.name for path in (tmp_path / "figures").iterdir()}

@@ -27,8 +27,11 @@ READING = (
   "A claim *holds* where the whole 95% interval of our measure lies within its region (the",
   "smallest effect of interest, declared before the data), *does not hold* where it lies outside;",
   "otherwise the data *can't tell*, and the number of cases (of problems, where cases share some)",
-  "that would settle it is given where there is one. What needs other weights is *not run here*: a",
-  "small model's number is never set beside the paper's score.",
+  "that would settle it is given where there is one. Column n: problems with a number x seeds of",
+  "each case, which are averaged. Intervals are taken over problems: of shares the exact binomial",
+  "one (Clopper and Pearson), or the bootstrap's where it is wider, of all else a bootstrap. What",
+  "needs other weights is *not run here*: a small model's number is never set beside the paper's",
+  "score.",
 )
 OLDER = "its folder holds an older result, which this call did not ask for"
 BLANK = {
@@ -41,6 +44,7 @@ BLANK = {
   "problems": 0,
   "needed": None,
   "experiment": None,
+  "seeds": None,
 }
 
 
@@ -62,7 +66,9 @@ def write(
   shown = [name for name in there if name not in failed and (asked is None or name in asked)]
   records = {name: read_json(vouched(out / name, "result.json")) for name in shown}
   rows = [
-    {**claim, "experiment": name} for name, record in records.items() for claim in record["claims"]
+    {**claim, "experiment": name, "seeds": record.get("seeds")}
+    for name, record in records.items()
+    for claim in record["claims"]
   ]
   rows += [not_here(**row) for row in NOT_HERE]
   older = {name: OLDER for name in there if name not in shown and name not in failed}
@@ -97,7 +103,7 @@ def not_here(*, ensemble: str, **row: Any) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
   """The table for a document."""
-  head = ("#", "claim", "paper", "measured as", "holds if", "ours", "verdict", "study")
+  head = ("#", "claim", "paper", "measured as", "holds if", "ours", "n", "verdict", "study")
   lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for row in rows:
     ours = "" if row["estimate"] is None else stats.spell(row)
@@ -109,9 +115,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
       verdict += f": {said}"
     region = region_of(row)
     cells = (row["number"] or "", row["says"], row["paper"], row["statistic"], region, ours)
-    cells = (*cells, verdict, row["experiment"] or "")
+    cells = (*cells, count_of(row), verdict, row["experiment"] or "")
     lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
   return "\n".join(lines) + "\n"
+
+
+def count_of(row: Mapping[str, Any]) -> str:
+  """Such as "74 x 2": problems with a number, and seeds of each case; empty where there is none."""
+  problems = row.get("problems", row["cases"])  # older results have none
+  if not problems:
+    return ""
+  return f"{problems} x {row['seeds']}" if row.get("seeds") else str(problems)
 
 
 def settling(row: Mapping[str, Any]) -> str:

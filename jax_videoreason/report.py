@@ -2,7 +2,7 @@
 
 import base64
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def draw_figures(run: Run, change: np.ndarray | None) -> None:
       run.sigma[1:],
       {"mean": change[:, sound]},
       x_name="sigma",
-      y_name="change of x0 since the step before",
+      y_name="change of x0, share of the last x0",
       title="How far the guess moves at each step",
       falling=True,
     )
@@ -120,7 +120,8 @@ def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
   full = range(min(len(run.runs), MOST_RUNS))
   sheets, columns = sprite_sheets(run, full)
   shown = [] if run.frames is None else run.frames.steps
-  cards = [card(run, r, change, r in full) for r in range(len(run.runs))]
+  tops = boxes(run, change)
+  cards = [card(run, r, change, tops, r in full) for r in range(len(run.runs))]
   share = None
   if run.answers is not None:
     share = curve(run.answers.early[rows_at(run.answers.steps, total)], total, top=1.0)
@@ -149,8 +150,33 @@ def contents(run: Run, change: np.ndarray | None) -> dict[str, Any]:
   }
 
 
-def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, Any]:
-  """What the page says of run `r`; pictures only where it is shown in full."""
+def boxes(run: Run, change: np.ndarray | None) -> dict[str, float]:
+  """Up to where the curves of all runs are drawn: of the change of x0, and of the entropy in bits,
+  one at least, as of two answers alike."""
+  moved = 0.0 if change is None else largest(change)
+  return {
+    "change": upward(moved),
+    "bits": 1.0 if run.answers is None else max(1.0, largest(run.answers.entropy)),
+  }
+
+
+def largest(values: np.ndarray) -> float:
+  """The largest finite value, at least 0."""
+  return float(np.max(values, initial=0.0, where=np.isfinite(values)))
+
+
+def upward(value: float) -> float:
+  """The next number of one digit, such as 0.2 for 0.19; 1 for 0."""
+  if value <= 0:
+    return 1.0
+  unit = 10.0 ** np.floor(np.log10(value))
+  return float(np.ceil(value / unit) * unit)
+
+
+def card(
+  run: Run, r: int, change: np.ndarray | None, tops: Mapping[str, float], full: bool
+) -> dict[str, Any]:
+  """What the page says of run `r`; pictures only where it is shown in full. tops: `boxes`."""
   said, total = run.runs[r], len(run.sigma)
   broken = np.flatnonzero(~run.finite[:, r])
   video = run.video(r) if full else None
@@ -168,7 +194,7 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "broken": int(broken[0]) if len(broken) else None,
     "first": None if first is None else inline(first.read_bytes()),
     "video": None if video is None else source(video),
-    "change": None if moved is None else curve(moved, total),
+    "change": None if moved is None else curve(moved, total, tops["change"]),
     "words": readings(run, r),
     "answer": None,
     "unsure": None,
@@ -187,7 +213,7 @@ def card(run: Run, r: int, change: np.ndarray | None, full: bool) -> dict[str, A
     "hit": None if hit < 0 else int(answers.steps[hit]),
     "flips": int(answers.flips[r]),
     "lost": lost(kinds),
-    "unsure": doubt(answers.entropy[at, r], total),
+    "unsure": curve(answers.entropy[at, r], total, tops["bits"]),
   }
 
 
@@ -264,24 +290,20 @@ def segments(readings: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
   return joined
 
 
-def curve(values: np.ndarray, total: int, top: float | None = None) -> dict[str, Any] | None:
-  """A line in a box of 100 x 100, a column per step, gaps where a value is missing."""
+def curve(values: np.ndarray, total: int, top: float) -> dict[str, Any] | None:
+  """A line from 0 to `top` in a box of 100 x 100, a column per step, with gaps where a value is
+  missing."""
   good = np.isfinite(values)
   if not good.any():
     return None
   peak = int(np.nanargmax(np.where(good, values, -np.inf)))
-  top = top or float(values[peak]) or 1.0
   lines = []
   for is_good, group in itertools.groupby(range(total), key=lambda s: bool(good[s])):
     if is_good:
       points = [((s + 0.5) / total * 100, 97 - 92 * values[s] / top) for s in group]
       lines.append(" ".join(f"{x:.2f},{y:.1f}" for x, y in points))
-  return {"lines": lines, "peak": peak, "top": float(values[peak]), "last": float(values[good][-1])}
-
-
-def doubt(bits: np.ndarray, total: int) -> dict[str, Any] | None:
-  """The curve of an entropy in bits, in a box of one bit at least, as of two answers alike."""
-  return curve(bits, total, top=max(1.0, float(np.fmax.reduce(bits, initial=0.0))))
+  ends = {"top": float(values[peak]), "last": float(values[good][-1])}
+  return {"lines": lines, "peak": peak, "box": top, **ends}
 
 
 def summary(answers: AnswerTrace) -> dict[str, Any] | None:

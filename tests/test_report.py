@@ -237,11 +237,29 @@ def test_only_the_first_runs_are_shown_in_full(folder, monkeypatch):
   report.render(folder)
 
 
-def test_next_to_no_doubt_is_drawn_as_next_to_none():
-  nan = np.nan
-  heights = {}
-  for most in (0.01, 1.0, 3.0):
-    (line,) = report.doubt(np.array([nan, most, 0.0]), 3)["lines"]
-    heights[most] = [float(point.split(",")[1]) for point in line.split()]
-  assert heights == {0.01: [96.1, 97], 1.0: [5, 97], 3.0: [5, 97]}
-  assert report.doubt(np.full(3, nan), 3) is None
+def test_curves_of_all_runs_are_drawn_on_one_scale_which_is_said(folder, text):
+  """Next to no doubt is drawn as next to none."""
+  run = store.open_run(folder)
+  assert run.answers is not None
+  change = report.changes(run.x0)
+  tops = report.boxes(run, change)
+  assert tops["bits"] == max(1.0, np.nanmax(run.answers.entropy))
+  assert change.max() <= tops["change"] == report.upward(float(change.max()))
+  words = " ".join(text.split())
+  for r in range(4):
+    said = f"largest {change[:, r].max():.2g} of the size of the last guess, at step "
+    said += f"{change[:, r].argmax() + 1}; box 0 to {tops['change']:g}"
+    assert f"change of the guess since the step before ({said})" in words
+    bits = run.answers.entropy[:, r]
+    assert (
+      f"(entropy over answers, at most {bits.max():.2f} bits, at step {bits.argmax()}; box 0"
+      in words
+    )
+  for values in ([0.1, 0.02], [0.2, 0.04]):
+    found = report.curve(np.array([np.nan, *values]), 3, 0.2)
+    assert found is not None
+    (line,) = found["lines"]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert heights == [97 - 92 * value / 0.2 for value in values]
+  assert report.curve(np.full(3, np.nan), 3, 1.0) is None
+  assert [report.upward(value) for value in (0.0, 0.19, 0.2, 1.3)] == [1.0, 0.2, 0.2, 2.0]

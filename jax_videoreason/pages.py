@@ -141,7 +141,7 @@ def draw(folder: Path, result: Result, name: str) -> list[dict[str, Any]]:
         at = placed(result, name, [*texts, *numeric])
         curve(path, result, series, numeric, full, at=None if at is None else at[places])
       else:
-        heat(path, result, series, numeric, signed=name in result.signed)
+        heat(path, result, series, numeric, full, signed=name in result.signed)
       made.append({"path": path, "title": full, "wide": len(numeric) == 2 and len(names) > 1})
   return made
 
@@ -245,6 +245,7 @@ def heat(
   result: Result,
   rows: Mapping[str, np.ndarray],
   axes: Sequence[str],
+  title: str,
   *,
   signed: bool,
 ) -> None:
@@ -257,7 +258,16 @@ def heat(
   means = {name: results.known_mean(value, 0) for name, value in rows.items()}
   marked = {name: standing_out(value) for name, value in rows.items()} if signed else None
   y_name, x_name = (named(result, axis) for axis in axes)
-  plots.heat_maps(path, means, x=x, y=y, x_name=x_name, y_name=y_name, marked=marked)
+  plots.heat_maps(
+    path,
+    means,
+    x=x,
+    y=y,
+    x_name=x_name,
+    y_name=y_name,
+    value_name=textwrap.fill(title, NAME_WIDTH),
+    marked=marked,
+  )
 
 
 def standing_out(value: np.ndarray) -> np.ndarray:
@@ -290,6 +300,7 @@ def strips(folder: Path, result: Result, name: str, title: str) -> list[dict[str
       np.asarray(frames, np.uint8)[shown],
       sigma,
       steps=[steps[i] for i in shown],
+      title=", ".join(label),
       columns=MOST_COLUMNS,
       cell=results.CELL,
     )
@@ -313,6 +324,7 @@ def maps_of_tokens(folder: Path, result: Result, name: str, title: str) -> list[
     columns=columns,
     row_name=named(result, row),
     column_name=named(result, column),
+    title=title,
     shared=name in ON_ONE_SCALE,
   )
   return [{"path": path, "title": title, "wide": True}]

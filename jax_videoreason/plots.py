@@ -12,6 +12,9 @@ from einops import rearrange, repeat
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import ScaledTranslation
 
 from jax_videoreason import media
 from jax_videoreason.axes import spread
@@ -19,8 +22,12 @@ from jax_videoreason.axes import spread
 INK, MUTED, RULE = "#1f2328", "#6b7280", "#e3e6ea"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW = "#56B4E9", "#E69F00"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
-LINES = (("-", "o"), ("--", "s"), (":", "^"))  # the next one where the colours are used up
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, INK)
+LINES = ("-", "--", ":")  # the next one where the colours are used up
+MARKERS = ("o", "s", "^", "D", "v")
+FILLED = 3  # bands at most; more of them would be one patch, and are bars side by side
+ASIDE = 1.5  # points between the bars of neighbours
+HINTED = 1.05  # letters on whole pixels are wider than their outlines
 PANELS = 4
 NAME_GAP = 0.07  # between the names of lines, of the height of the axes
 
@@ -56,6 +63,9 @@ def film_strip(
   tall, wide = montage.shape[:2]
   left, right = 108, 12 if notes is None else 24 + 7 * max(len(n) for n in notes)
   top, bottom = (64 if title else 40), 12
+  columns_named = "frame of the predicted video (x0)"
+  words = max(_width(columns_named, 8), _width(title, 10, "bold") - 96)
+  right = max(right, int(np.ceil(words)) + 12 - wide)
   at = (left + wide + right, top + tall + bottom)
   figure = Figure(figsize=(at[0] / 100, at[1] / 100), facecolor="white")
   axes = figure.add_axes((left / at[0], bottom / at[1], wide / at[0], tall / at[1]))
@@ -74,7 +84,7 @@ def film_strip(
   _write(axes, -10, -10, "sigma", ha="right")
   if title:
     _write(axes, -96, -44, title, ha="left", weight="bold", color=INK, fontsize=10)
-  _write(axes, 0, -26, "frame of the predicted video (x0)", ha="left")
+  _write(axes, 0, -26, columns_named, ha="left")
   _save(figure, path, dpi=100)
 
 
@@ -121,7 +131,8 @@ def bands(
   y_name: str,
   falling: bool = False,
 ) -> None:
-  """Draws each series, (x, estimate, low, high), with its interval behind it.
+  """Draws each series, (x, estimate, low, high), with its interval behind it: a band, or a bar at
+  each point where there are more than `FILLED` series.
 
   falling: x runs from high to low, as sigma does. Points that are NaN leave a gap.
   """
@@ -129,8 +140,15 @@ def bands(
   ends = []
   for number, (name, (x, middle, low, high)) in enumerate(series.items()):
     colour, line, marker = _look(number)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(x, middle, color=colour, linestyle=line, linewidth=2, marker=marker, markersize=3)
+    aside = ASIDE * (number - (len(series) - 1) / 2) if len(series) > FILLED else 0.0
+    place = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+    if len(series) > FILLED:
+      axes.vlines(x, low, high, color=colour, alpha=0.45, linewidth=1, transform=place)
+      axes.update_datalim([*zip(x, low, strict=True), *zip(x, high, strict=True)])
+    else:
+      axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    look: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker}
+    axes.plot(x, middle, linewidth=2, markersize=3, transform=place, **look)
     known = np.flatnonzero(np.isfinite(middle))
     ends += [(float(x[i]), float(middle[i]), name, colour, line) for i in known[-1:]]
   if falling:
@@ -170,12 +188,14 @@ def heat_maps(
   y_name: str,
   x: Sequence[Any],
   y: Sequence[Any],
+  value_name: str,
   marked: Mapping[str, np.ndarray] | None = None,
 ) -> None:
   """Draws maps (rows y, columns x) side by side on one scale, `PANELS` to a row.
 
-  marked: bool maps of the same shapes, cells that stand out and get a dot. Where values of both
-  signs occur the scale is even about 0; NaN is left white.
+  value_name: what the colours are, beside their bar. marked: bool maps of the same shapes, cells
+  that stand out and get a dot. Where values of both signs occur the scale is even about 0; NaN is
+  left white.
   """
   values = [np.asarray(v, float) for v in panels.values()]
   finite = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
@@ -211,7 +231,9 @@ def heat_maps(
   for first in grid[:, 0]:
     first.set_ylabel(y_name, color=INK, fontsize=8)
   if picture is not None:
-    figure.colorbar(picture, ax=list(each), shrink=0.9).ax.tick_params(labelsize=7, colors=MUTED)
+    bar = figure.colorbar(picture, ax=list(each), shrink=0.9)
+    bar.ax.tick_params(labelsize=7, colors=MUTED)
+    bar.ax.set_ylabel(value_name, color=INK, fontsize=8, parse_math=False)
   _save(figure, path, dpi=120)
 
 
@@ -241,7 +263,8 @@ def picture_grid(
   montage = rearrange(tiles, "r k y x c -> (r y) (k x) c")[:-gap, :-gap]
   tall, wide = montage.shape[:2]
   left, top, margin = 64, 60 if title else 40, 12
-  at = (left + wide + margin, top + tall + margin)
+  words = max(_width(column_name, 8), _width(title, 10, "bold") + 8 - left)
+  at = (left + max(wide, int(np.ceil(words))) + margin, top + tall + margin)
   figure = Figure(figsize=(at[0] / 100, at[1] / 100), facecolor="white")
   axes = figure.add_axes((left / at[0], margin / at[1], wide / at[0], tall / at[1]))
   axes.imshow(montage, interpolation="nearest", aspect="auto", extent=(0, wide, tall, 0))
@@ -351,6 +374,14 @@ def _write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
   )
 
 
+def _width(text: str, size: float, weight: str = "normal") -> float:
+  """Pixels that a line of text takes in a montage, at most; `$` is not mathematics."""
+  if not text:
+    return 0.0
+  drawn = TextPath((0, 0), text.replace("$", "S"), prop=FontProperties(size=size, weight=weight))
+  return HINTED * float(drawn.get_extents().width) * 100 / 72
+
+
 def _panel(title: str, x_name: str, y_name: str) -> tuple[Figure, Axes]:
   figure, (axes,) = _panels([(title, x_name, y_name)])
   return figure, axes
@@ -376,7 +407,8 @@ def _panels(titles: Sequence[tuple[str, str, str]]) -> tuple[Figure, list[Axes]]
 
 def _look(number: int) -> tuple[str, str, str]:
   """Colour, line and marker of a series."""
-  return COLOURS[number % len(COLOURS)], *LINES[number // len(COLOURS) % len(LINES)]
+  line = LINES[number // len(COLOURS) % len(LINES)]
+  return COLOURS[number % len(COLOURS)], line, MARKERS[number % len(MARKERS)]
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str, str]]) -> None:

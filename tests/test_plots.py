@@ -20,6 +20,22 @@ def test_film_strip_shows_each_step_as_a_row_and_keeps_pixels(tmp_path):
       assert np.abs(picture[y, x].astype(int) - colours[row, frame]).max() <= 2
 
 
+def test_a_strip_of_one_frame_is_as_wide_as_its_texts(tmp_path):
+  """Nothing of a text is cut at the right edge."""
+  title = "Select largest, case beyond the training range 12 for $x$, seed 1203"
+  path = tmp_path / "x0_0.png"
+  plots.film_strip(path, np.zeros((2, 1, 32, 32, 3), np.uint8), [1.0, 0.1], title=title)
+  picture = media.read_image(path)
+  assert (picture[:, -8:] == 255).all()
+  assert (picture[:40, 108 + 64 + 12 :] < 255).any()  # the texts go on beside the frame
+  plots.film_strip(path, np.zeros((2, 1, 32, 32, 3), np.uint8), [1.0, 0.1])
+  assert (media.read_image(path)[:, -8:] == 255).all()
+  names = {"rows": [0], "columns": [0], "row_name": "step", "column_name": "latent frame"}
+  plots.picture_grid(path, np.zeros((1, 1, 4, 4)), **names, title=title)
+  picture = media.read_image(path)
+  assert (picture[:, -8:] == 255).all() and (picture[:30, 64 + 64 + 12 :] < 255).any()
+
+
 @pytest.mark.parametrize(("height", "width"), ((32, 32), (64, 96), (480, 832), (50, 33)))
 def test_cells_have_about_the_wanted_size(height, width):
   scaled = plots.scale(np.zeros((1, height, width, 3), np.uint8), 64)
@@ -54,6 +70,36 @@ def test_more_lines_than_colours_differ_in_style_and_all_are_named(tmp_path, mon
   boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
   assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(names)
   assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def figure_of(monkeypatch, draw):
+  """The figure that `draw` would save."""
+  kept = []
+  monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: kept.append(figure))
+  draw()
+  return kept[0]
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_many_lines_have_bars_side_by_side_and_no_bands_that_hide_each_other(monkeypatch, count):
+  x = np.linspace(0.1, 0.9, 9)
+  lines = {f"line {i}": (x, x, x - 0.1, x + 0.1) for i in range(count)}
+  figure = figure_of(monkeypatch, lambda: plots.bands("a", lines, x_name="x", y_name="y"))
+  (axes,) = figure.axes
+  many = count > plots.FILLED
+  kinds = {type(drawn).__name__ for drawn in axes.collections}
+  assert kinds == {"LineCollection"} if many else "LineCollection" not in kinds
+  at = {float(line.get_transform().transform((0.5, 0.5))[0]) for line in axes.lines}
+  assert len(at) == (count if many else 1)
+  assert len({line.get_color() for line in axes.lines}) == count
+  assert axes.get_ylim()[1] >= 1.0
+
+
+def test_the_colours_of_maps_have_a_name(monkeypatch):
+  draw = lambda: plots.heat_maps(  # noqa: E731
+    "a", {"": np.eye(3)}, x=range(3), y=range(3), x_name="x", y_name="y", value_name="drop of $"
+  )
+  assert "drop of $" in [axes.get_ylabel() for axes in figure_of(monkeypatch, draw).axes]
 
 
 def test_names_are_moved_apart_by_no_more_than_they_must():

@@ -47,6 +47,7 @@ def draw(folder: Path, tokens: Tokens) -> None:
       {f"layer {layer}, length of each latent frame": tokens.energy[:, row]},
       x_name="latent frame",
       y_name="denoising step",
+      value_name="length",
       x=frames,
       y=steps,
     )

@@ -40,7 +40,6 @@ from jax_videoreason.axes import Array, Params, spread
 from jax_videoreason.baselines import Mark
 from jax_videoreason.decode import decode
 from jax_videoreason.folders import (
-  LOCK,
   begin,
   beside,
   checksum,
@@ -167,7 +166,7 @@ def evaluate(
   said = describe(chosen, asked)
   out = Path(out)
   with held(out, needed=False):
-    begin(out, ASKED, said, owned=OWNED, what="evaluation", redo=redo, ignored=(LOCK,))
+    begin(out, ASKED, said, owned=OWNED, what="evaluation", redo=redo)
     if (out / MANIFEST).exists():
       advance(work(chosen, asked))
       return again(out)

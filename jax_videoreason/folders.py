@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,7 +122,23 @@ def _wait_for(folder: Path, named: Path, wait: bool) -> IO[str]:
 def _let_go(folder: Path, file: IO[str] | None) -> None:
   if file is not None:
     with file:
-      (folder / LOCK).unlink(missing_ok=True)
+      if not _is_foreign(folder / LOCK):
+        (folder / LOCK).unlink(missing_ok=True)
+
+
+def _is_foreign(lock: Path) -> bool:
+  """Whether something that is called as a lock is none: ours are empty files."""
+  try:
+    found = lock.stat()
+  except FileNotFoundError:
+    return False
+  return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
+
+
+def names_in(folder: Path) -> set[str]:
+  """The names of what lies in a folder, which may be lacking; its own lock counts as nothing."""
+  names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+  return names if _is_foreign(folder / LOCK) else names - {LOCK}
 
 
 def _hold(folder: Path) -> IO[str] | None:
@@ -241,8 +258,7 @@ def _content(out: Path, *, redo: bool) -> list[str]:
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
   with disk(out):
-    names = [p.name for p in out.iterdir()] if out.is_dir() else []
-  there = sorted(set(names) - {STAGE, LOCK})
+    there = sorted(names_in(out) - {STAGE})
   if there and not redo:
     more = f" and {len(there) - 1} more" if len(there) > 1 else ""
     raise ValueError(
@@ -279,13 +295,12 @@ def begin(
   owned: Iterable[str],
   what: str,
   redo: bool,
-  ignored: Iterable[str] = (),
 ) -> None:
   """Makes `folder` ready to be filled piece by piece: new, or begun by a call that asked the same.
 
   file: the name under which `asked` is kept there. owned: the names that `redo` removes where
   `file` is there too; all others are left alone. what: of which kind the content is, such as
-  "evaluation". ignored: names that do not count as content.
+  "evaluation".
 
   Raises:
     ValueError: `folder` is a file, holds something else, or what was asked otherwise.
@@ -296,8 +311,7 @@ def begin(
   refuse_other(folder, what)
   asked = plain(asked)
   with disk(folder):
-    names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
-    there = sorted(names - set(ignored))
+    there = sorted(names_in(folder))
     ours = set(there) & set(owned)
     for name in replaceable(there, owned, marks=[file], what=what, folder=folder) if redo else ():
       remove(folder / name)

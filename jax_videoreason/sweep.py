@@ -27,7 +27,6 @@ import numpy as np
 from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
-  LOCK,
   PART,
   checksum,
   differences,
@@ -36,6 +35,7 @@ from jax_videoreason.folders import (
   expect,
   held,
   is_held,
+  names_in,
   plain,
   read_json,
   refuse_other,
@@ -130,7 +130,7 @@ def begin(folder: str | Path, asked: Mapping[str, Any], *, redo: bool = False) -
   folder, asked = Path(folder), plain(asked)
   refuse_other(folder, "sweep")
   with disk(folder):
-    there = sorted(item.name for item in folder.iterdir() if item.name != LOCK)
+    there = sorted(names_in(folder))
     if redo:
       for name in replaceable(there, OWNED, marks=[ASKED], what="sweep", folder=folder):
         remove(folder / name)

@@ -1425,6 +1425,15 @@ def test_an_export_is_replaced_as_a_whole_and_takes_a_name_once(call, tmp_path):
   assert [p.name for p in out.iterdir()] == ["maze"]
 
 
+def test_a_file_of_ones_own_that_is_called_lock_stays(call, refuses, tmp_path):
+  mine = tmp_path / "lock"
+  mine.write_text("precious")
+  words = ["tasks", "export", "--size=32", "--cases=1", "--tasks=pick", f"--out={tmp_path}"]
+  assert f"{tmp_path} is not empty (it has lock)" in refuses(*words)
+  assert call(*words, "--redo")[0] == 0
+  assert mine.read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["maze", "maze/todo.md", "maze/00000/todo.md"])
 def test_redo_of_an_export_removes_cases_alone(refuses, tmp_path, name):
   mine = tmp_path / "cases" / name

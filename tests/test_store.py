@@ -513,6 +513,17 @@ def test_a_second_command_leaves_the_first_one_its_files(tmp_path):
   assert [path.name for path in out.iterdir()] == ["video_000.mp4"]
 
 
+def test_a_file_of_ones_own_that_is_called_lock_is_content_and_stays(tmp_path):
+  mine = tmp_path / folders.LOCK
+  mine.write_text("precious")
+  assert folders.names_in(tmp_path) == {folders.LOCK}
+  with pytest.raises(ValueError, match=r"is not empty \(it has lock\)"):
+    folders.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
+  with folders.held(tmp_path):
+    pass
+  assert mine.read_text() == "precious"
+
+
 def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
   def flock(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -383,18 +383,18 @@ def check_out(
   source: of the study, if it does not ship. of_tasks: of those of its tasks that do not, by name.
   """
   from jax_videoreason.experiments.results import FORMAT
-  from jax_videoreason.folders import LOCK, STAGE, refuse_other, replaceable
+  from jax_videoreason.folders import STAGE, names_in, refuse_other, replaceable
 
   if not out.exists():
     return
   if not out.is_dir():
     raise ValueError(f"{out} is a file, wanted a folder: choose another --out.")
   refuse_other(out, "study")
-  names = {path.name for path in out.iterdir()}
+  names = names_in(out)
   if redo:
     replaceable(names, OWNED, marks=["result.json", CHUNKS], what="study", folder=out)
     return
-  there = sorted(names - {CHUNKS, LOCK, STAGE})
+  there = sorted(names - {CHUNKS, STAGE})
   if there:
     record, code = _record(out), ""
     tasks_before = record.get("task_sources", {})

@@ -14,7 +14,7 @@ import numpy as np
 from einops import reduce
 
 from jax_videoreason import folders, media
-from jax_videoreason.folders import LOCK, checksum, disk, plain, read_json, write_json
+from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
@@ -25,7 +25,7 @@ RECORDS, STEPS, MAPS = "records", "steps", "feature_maps"
 def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
   """Makes the folder of a model ready, as `folders.begin` does."""
   owned = (ASKED, RECORDS, STEPS, MAPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
-  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo, ignored=(LOCK,))
+  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
 
 
 def place(folder: Path, sample: Sample) -> Path:

@@ -897,6 +897,19 @@ def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
     np.testing.assert_array_equal(picture, scores.strip(first.truth()))
 
 
+def test_videos_called_like_a_clip_beside_are_not_passed_over(own_cases, tmp_path, capsys):
+  out = tmp_path / "scores"
+  (made,) = baselines.write(tmp_path, samples.load(own_cases), ["truth"])
+  folder = made.rename(tmp_path / "static")
+  words = [f"--data={own_cases}", f"--videos={folder}", f"--out={out}"]
+  assert call("score", *words) == 2
+  said = f"a system can't be called 'static' beside the clip of that name: rename {folder}, or"
+  assert said in capsys.readouterr().err
+  assert not out.exists()
+  assert call("score", *words, "--beside=") == 0
+  assert result_of(out / "static")["summary"]["overall"]["score"] > 0.9
+
+
 def encode(path: Path, codec: str, **options: str) -> None:
   """Writes a video anew."""
   frames = media.read_mp4(path)[0]

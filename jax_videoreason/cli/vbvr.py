@@ -208,6 +208,7 @@ def run_score(flags: FlagValues, _: Sequence[str]) -> None:
   data, systems = load(flags), scores.systems_of(flags.videos)
   kit = toolkit(flags, data)
   clips = [name for name in flags.beside if name]
+  baselines.check_beside(systems, clips)
   made = write_clips(Path(flags.out) / scores.CLIPS, data, clips)
   systems |= {folder.name: folder for folder in made}
   scored(flags, data, systems, kit)

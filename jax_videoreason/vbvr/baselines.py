@@ -1,14 +1,14 @@
 """Videos that no model made, as folders like a model's: what a score is worth beside them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from einops import rearrange, repeat
 
-from jax_videoreason.folders import held
+from jax_videoreason.folders import held, read_json
 from jax_videoreason.vbvr import videos
 from jax_videoreason.vbvr.samples import Data, Sample
 
@@ -63,6 +63,22 @@ def check(names: Sequence[str]) -> None:
   unknown = [name for name in names if name not in CLIPS]
   if unknown:
     raise ValueError(f"no clips {unknown[0]!r}; there are: {', '.join(CLIPS)}.")
+
+
+def check_beside(systems: Mapping[str, Path], names: Sequence[str]) -> None:
+  """ValueError: videos of somebody else have the name of clips that are scored beside them."""
+  for name in names:
+    if name in systems and not _is_made(systems[name], name):
+      raise ValueError(
+        f"a system can't be called {name!r} beside the clip of that name: rename "
+        f"{systems[name]}, or leave {name} out of --beside."
+      )
+
+
+def _is_made(folder: Path, name: str) -> bool:
+  """Whether a folder holds the clips `name` as `write` makes them."""
+  asked = folder / videos.ASKED
+  return asked.is_file() and read_json(asked) == {"baseline": name}
 
 
 def write(

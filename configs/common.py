@@ -28,7 +28,7 @@ def sample() -> ConfigDict:
   """The fields of a run with Wan's own values; model and size of the video come from a config."""
   return ConfigDict(
     {
-      "checkpoint": config_dict.required_placeholder(str),
+      "checkpoint": config_dict.placeholder(str),
       "frames": 81,
       "height": 480,
       "width": 832,

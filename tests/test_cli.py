@@ -581,6 +581,17 @@ def test_a_broken_config_file_is_refused(tmp_path, source, said):
   assert len(str(caught.value)) < 200 + len(str(path))
 
 
+def test_a_config_may_leave_the_checkpoint_to_the_command_line(tmp_path):
+  path = tmp_path / "own.py"
+  path.write_text(
+    "from jax_videoreason.configs import common\ndef get_config():\n  return common.sample()\n"
+  )
+  for words in ([f"--config={path}"], ["--config=mini:checkpoint=None"]):
+    with pytest.raises(cli.UsageError, match="names no checkpoint: give --checkpoint, or set"):
+      configured(*words)
+    assert configured(*words, "--checkpoint=mini").checkpoint == "mini"
+
+
 def test_get_config_needs_no_parameter(tmp_path):
   path = tmp_path / "own.py"
   path.write_text(f"{OWN}():\n{MINI}  c.steps = 4\n  return c\n")

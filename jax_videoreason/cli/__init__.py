@@ -570,9 +570,14 @@ def config_path(base: str) -> Path:
 
 
 def resolved(flags: "FlagValues") -> dict[str, Any]:
-  """The config of a parsed command as a plain mapping, --checkpoint in its place."""
+  """The config of a parsed command as a plain mapping, --checkpoint in its place.
+
+  UsageError: neither names a checkpoint, or it is no path.
+  """
   values = flags.config.to_dict()
   named = flags.checkpoint or values.get("checkpoint")
+  if named is None:
+    raise UsageError("the config names no checkpoint: give --checkpoint, or set config.checkpoint.")
   if isinstance(named, str):
     values["checkpoint"] = typed_path(named, "checkpoint of the config")
   return values

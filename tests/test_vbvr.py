@@ -893,7 +893,7 @@ def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
     assert {result["data"] for result in found.values()} == {data.truth_mark}
     assert [len(result["samples"]) for result in found.values()] == [len(data.samples)] * 2
     first = data.samples[0]
-    picture = media.read_image(out / scores.PROBLEMS / f"{first.key}.png")
+    picture = media.read_image(out / videos.PROBLEMS / f"{first.key}.png")
     np.testing.assert_array_equal(picture, scores.strip(first.truth()))
 
 
@@ -1101,6 +1101,33 @@ def test_settings_that_make_no_sense_are_one_sentence(bench, tmp_path, capsys, w
     assert said in heard.err and "denoise:" not in heard.err  # before a bar begins
     assert "network evaluations" not in heard.out
   assert not out.exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("../x", "wanted the name of one folder"),
+    ("/x", "wanted the name of one folder"),
+    ("a/b", "wanted the name of one folder"),
+    ("..", "wanted the name of one folder"),
+    ("", "wanted the name of one folder"),
+    ("x" * 300, "is a name of 300 bytes, wanted 200 at most"),
+    ("clips", "which `vbvr score` has for other folders (clips, problems, static, cut,"),
+    ("problems", "which `vbvr score` has for other folders"),
+    ("static", "which `vbvr score` has for other folders"),
+    ("id", "which `vbvr score` has for other folders"),
+  ],
+)
+def test_a_name_that_score_could_not_use_is_refused_before_any_work(
+  bench, tmp_path, capsys, name, said
+):
+  words = [f"--data={bench}", f"--out={tmp_path / 'videos'}", f"--name={name}"]
+  for more in ([], ["--dry-run"]):
+    assert call("generate", *words, *more) == 2
+    heard = capsys.readouterr()
+    assert f"--name={name}" in heard.err and said in heard.err
+    assert "network evaluations" not in heard.out
+  assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_a_model_that_is_not_here_yet_is_asked_for_steps_and_layers_it_has(bench, capsys):

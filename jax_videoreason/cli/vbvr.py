@@ -51,6 +51,7 @@ from jax_videoreason.vbvr import (
   scores,
   suite,
   table,
+  videos,
 )
 
 WORDS = 100
@@ -209,7 +210,7 @@ def run_score(flags: FlagValues, _: Sequence[str]) -> None:
   kit = toolkit(flags, data)
   clips = [name for name in flags.beside if name]
   baselines.check_beside(systems, clips)
-  made = write_clips(Path(flags.out) / scores.CLIPS, data, clips)
+  made = write_clips(Path(flags.out) / videos.CLIPS, data, clips)
   systems |= {folder.name: folder for folder in made}
   scored(flags, data, systems, kit)
   for name, result in table_of(flags.out, systems)[0].items():
@@ -249,7 +250,7 @@ def run_audit(flags: FlagValues, _: Sequence[str]) -> None:
   cli.required(flags, "data", "out")
   out, data = Path(flags.out), load(flags)
   kit = toolkit(flags, data)
-  made = write_clips(out / scores.CLIPS, data, audit.CLIPS)
+  made = write_clips(out / videos.CLIPS, data, audit.CLIPS)
   systems = {folder.name: folder for folder in made}
   scored(flags, data, systems, kit)
   found = audit.audit(table_of(out, systems)[1]["by_task"])

@@ -7,6 +7,7 @@ encoded in rounds that fit into host memory, and then denoised.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Parts, Trace
 from jax_videoreason.taps import TapSpec
-from jax_videoreason.vbvr import layout, tokens, videos
+from jax_videoreason.vbvr import baselines, layout, suite, tokens, videos
 from jax_videoreason.vbvr.jobs import (
   MEMBERS,
   PAPER,
@@ -52,6 +53,8 @@ from jax_videoreason.vbvr.samples import Data, Sample
 from jax_videoreason.vbvr.tokens import Tokens
 
 ROUND_BYTES = 16 * 10**9  # conditioning that is held in host memory
+NAME_BYTES = 200  # of a name, to which a seed is added; file systems take 255
+TAKEN = (videos.CLIPS, videos.PROBLEMS, *baselines.CLIPS, *suite.SPLITS, *suite.OWN_SPLITS)
 
 Advance = Callable[[int], Any]
 Draw = Callable[[Path, Tokens], Any]
@@ -152,10 +155,13 @@ def generate(
 
 
 def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, seats: int) -> None:
-  """ValueError: settings that contradict each other, the model or the mesh.
+  """ValueError: settings that contradict each other, the model or the mesh, or a name of no
+  folder.
 
   seats: the `seed` axis of the mesh.
   """
+  if job.name is not None:
+    check_name(job.name)
   if chosen.taps.sites:
     raise ValueError("vbvr generate keeps no taps: use --token-layers, or `videoreason sample`.")
   if any(step >= chosen.steps for step in job.steps):
@@ -176,6 +182,21 @@ def check(chosen: SampleSettings, job: Job, model: Parts, *, redo: bool, seats: 
     raise ValueError(
       f"--redo would remove the videos of the other parts than {job.part[0] + 1}/{job.part[1]}: "
       "remove the folder first, then start the parts without --redo."
+    )
+
+
+def check_name(name: str) -> None:
+  """ValueError: --name is no folder of its own in --out, or one that `vbvr score` has otherwise."""
+  if name in ("", ".", "..") or Path(name).name != name:
+    raise ValueError(f"--name={name}, wanted the name of one folder, which is made in --out.")
+  if (size := len(os.fsencode(name))) > NAME_BYTES:
+    raise ValueError(
+      f"--name={name} is a name of {size} bytes, wanted {NAME_BYTES} at most: shorten it."
+    )
+  if name in TAKEN:
+    raise ValueError(
+      f"--name={name}, which `vbvr score` has for other folders ({', '.join(TAKEN)}): choose "
+      "another one."
     )
 
 

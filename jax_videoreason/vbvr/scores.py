@@ -35,10 +35,10 @@ from jax_videoreason.vbvr import evalkit, suite, videos
 from jax_videoreason.vbvr.evalkit import EvalKit
 from jax_videoreason.vbvr.published import COLUMNS
 from jax_videoreason.vbvr.samples import NUMBER, Data, Sample, listing, refuse
+from jax_videoreason.vbvr.videos import CLIPS, PROBLEMS
 from jax_videoreason.version import __version__
 
-RESULT, SAMPLES, PICTURES, PROBLEMS = "result.json", "samples", "pictures", "problems"
-CLIPS = "clips"  # where the videos of baselines lie that are scored beside a model
+RESULT, SAMPLES, PICTURES = "result.json", "samples", "pictures"
 FORMAT = 2  # of a result: raised where one of before must not stand beside one of now
 SHOWN = 5  # frames of a picture
 CELL = 72  # pixels of the shorter side of each

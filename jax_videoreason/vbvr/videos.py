@@ -20,6 +20,7 @@ from jax_videoreason.vbvr.samples import Sample
 
 ASKED, MANIFEST = "generation.json", "manifest.json"
 RECORDS, STEPS, MAPS = "records", "steps", "feature_maps"
+CLIPS, PROBLEMS = "clips", "problems"  # what lies beside the scores of systems
 
 
 def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:

@@ -518,7 +518,7 @@ def test_own_tasks_go_the_whole_way_with_the_model_that_ships(
 def test_answers_at_every_step_are_kept_for_own_tasks(own_cases, own_videos):
   for sample in samples.load(own_cases).samples:
     record = videos.record_of(own_videos / "mini", sample)
-    assert record is not None and record["finite"]
+    assert record is not None and record["finite"] and record["truth"] == sample.truth_mark
     said = record["answers"]
     assert len(said["answer"]) == len(said["sigma"]) == len(said["right"]) == 2
     assert said["sigma"][0] == 1
@@ -766,9 +766,10 @@ def test_cases_of_our_own_are_told_apart_by_their_symbols(own_cases, tmp_path):
   asked = samples.load(root)
   solve_otherwise(asked)  # pictures that nothing is compared with
   assert samples.load(root).truth_mark == asked.truth_mark
-  path = asked.samples[0].folder / "metadata.json"
-  metadata = json.loads(path.read_text())
-  path.write_text(json.dumps({**metadata, "answers": [*metadata["answers"], "another"]}))
+  path = asked.samples[1].folder / "metadata.json"
+  metadata = layout.read_metadata(path)
+  assert metadata["k"] > 1
+  path.write_text(json.dumps({**metadata, "answers": [metadata["answer"]], "k": 1}))
   changed = samples.load(root)
   assert changed.mark == asked.mark and changed.truth_mark != asked.truth_mark
 

@@ -56,6 +56,42 @@ def test_benchmark_folders_are_read_from_their_files(tmp_path, case):
   assert first.frames.shape == case.frames.shape
 
 
+def test_no_bit_of_the_metadata_of_a_case_turns_over_unseen(tmp_path, case):
+  (folder,) = layout.write_cases(tmp_path, [case])
+  path = folder / "metadata.json"
+  whole = path.read_bytes()
+  assert layout.read_metadata(path) == case.metadata
+  for place in range(0, len(whole), 7):
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    try:
+      changed = layout.read_metadata(path)
+    except ValueError:
+      continue
+    # a key is another: no case of ours, which `samples.load` refuses, or one without a checksum
+    assert changed == case.metadata or changed.keys() != case.metadata.keys()
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"hash": "0" * 64}, "its hash is not that of its problem"),
+    ({"answer": "9"}, "its answers are no answers to its problem"),
+    ({"answers": ["9"], "answer": "9", "k": 1}, "its answers are no answers to its problem"),
+    ({"k": 7}, "its k is 7, wanted 2, the number of its answers"),
+    ({"prompt": "Pick another."}, "its prompt is not that of prompt.txt"),
+  ],
+)
+def test_a_case_without_a_checksum_must_fit_its_problem(tmp_path, case, change, said):
+  (folder,) = layout.write_cases(tmp_path, [case])
+  path = folder / "metadata.json"
+  path.write_text(json.dumps(case.metadata))
+  assert layout.read_case(folder).metadata == case.metadata
+  path.write_text(json.dumps({**case.metadata, **change}))
+  with pytest.raises(ValueError) as refused:
+    layout.read_case(folder)
+  assert f"metadata.json in {folder} is damaged ({said}): export" in str(refused.value)
+
+
 def test_a_folder_that_is_not_whole_is_refused(tmp_path, case):
   with pytest.raises(ValueError, match="holds no case"):
     list(layout.read(tmp_path))

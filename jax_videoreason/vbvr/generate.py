@@ -366,6 +366,7 @@ def make(
       finite=bool(finite[row]),
       answers=said,
       maps=maps_of(job) if job.layers else None,
+      **({"truth": sample.truth_mark} if sample.own else {}),  # by which its answers were judged
     )
 
 

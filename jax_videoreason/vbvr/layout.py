@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import disk, write_json
-from jax_videoreason.tasks.base import Case
+from jax_videoreason.folders import digest, disk, write_json
+from jax_videoreason.tasks import Case, Metadata, Task
 
 FPS = 16  # of VBVR-Bench
+SUM = "sum"  # of metadata.json
 FILES = ("first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt", "metadata.json")
 
 
 def write_cases(root: Path, cases: Sequence[Case]) -> list[Path]:
   """Writes each case as root/<task>/<index as 00000>/ with `FILES`; returns the folders.
 
-  metadata.json holds the right answers in symbols, so no score depends on the pixels of the video.
+  metadata.json holds the right answers in symbols, so no score depends on the pixels of the video,
+  and in `sum` a checksum of all else that it says.
   """
   return [write_case(root / case.task / f"{case.index:05d}", case) for case in cases]
 
@@ -30,7 +32,7 @@ def write_case(folder: Path, case: Case) -> Path:
   media.write_png(folder / "first_frame.png", case.first_frame)
   media.write_png(folder / "final_frame.png", case.frames[-1])
   media.write_mp4(folder / "ground_truth.mp4", case.frames, fps=FPS)
-  write_json(folder / "metadata.json", case.metadata)
+  write_json(folder / "metadata.json", {**case.metadata, SUM: digest(case.metadata)})
   return folder
 
 
@@ -59,8 +61,8 @@ def read(root: str | Path) -> Iterator[Case]:
   `split` the one above that, `metadata` the contents of metadata.json, or empty without one.
 
   Raises:
-    ValueError: no case below the folder, a file is missing or damaged, or the first frame is not
-      the one that the symbols give.
+    ValueError: no case below the folder, a file is missing or damaged, or first frame, prompt and
+      answers are not those of the problem in symbols.
   """
   folders = sorted(path.parent for path in Path(root).rglob("prompt.txt"))
   if not folders:
@@ -82,6 +84,8 @@ def read_case(folder: str | Path) -> Case:
   first_frame = media.read_image(folder / "first_frame.png")
   if is_case(metadata):
     task = tasks.load(metadata["task"], size=metadata["size"], frames=metadata["frames"])
+    if fault := _fault(task, metadata, read_prompt(folder)):
+      raise ValueError(f"metadata.json in {folder} is damaged ({fault}): export the case again.")
     case = task.case(metadata)
     if first_frame.shape != case.first_frame.shape or (first_frame != case.first_frame).any():
       raise ValueError(
@@ -99,17 +103,50 @@ def read_case(folder: str | Path) -> Case:
     split=folder.parent.parent.name,
     index=int(number[1]),
     first_frame=first_frame,
-    prompt=(folder / "prompt.txt").read_text(encoding="utf-8-sig").strip(),
+    prompt=read_prompt(folder),
     frames=media.read_mp4(folder / "ground_truth.mp4")[0],
     metadata=metadata,
   )
 
 
+def _fault(task: Task, metadata: Metadata, prompt: str) -> str | None:
+  """What in the metadata of a case contradicts its problem, or its prompt the file; None = nothing.
+
+  A case of an earlier version has no checksum.
+  """
+  problem, answers = metadata["problem"], metadata["answers"]
+  if metadata["hash"] != task.problem_hash(problem):
+    return "its hash is not that of its problem"
+  if metadata["answer"] not in answers or not set(answers) <= set(task.options(problem)):
+    return "its answers are no answers to its problem"
+  if metadata["k"] != len(answers):
+    return f"its k is {metadata['k']}, wanted {len(answers)}, the number of its answers"
+  if metadata["prompt"].strip() != prompt:
+    return "its prompt is not that of prompt.txt"
+  return None
+
+
+def read_prompt(folder: Path) -> str:
+  """The words of prompt.txt; ValueError: it is not UTF-8."""
+  try:
+    return (folder / "prompt.txt").read_text(encoding="utf-8-sig").strip()
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{folder / 'prompt.txt'} is not UTF-8 (byte {error.start}): save it as UTF-8."
+    ) from error
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
-  """What metadata.json holds; empty without the file, which the benchmark does not have."""
+  """What metadata.json holds; empty without the file, which the benchmark does not have.
+
+  Of a case of a task of ours without its checksum, with which it is compared where it is there.
+  """
   if not path.is_file():
     return {}
   try:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    metadata = dict(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} is no JSON object: copy or export the case again.") from error
+  if is_case(metadata) and SUM in metadata and metadata.pop(SUM) != digest(metadata):
+    raise ValueError(f"{path} differs from its checksum: copy or export the case again.")
+  return metadata

@@ -304,7 +304,10 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
   missing = [name for name in needed if not (folder / name).is_file()]
   if missing:
     raise ValueError(f"{folder} lacks {', '.join(missing)}: download or export it again.")
-  prompt, picture = _of_folder(folder) if in_folder else _of_entry(folder, entry or {})
+  if in_folder:
+    prompt, picture = layout.read_prompt(folder), None
+  else:
+    prompt, picture = _of_entry(folder, entry or {})
   if not prompt:
     raise ValueError(f"the prompt of {folder} is empty, wanted words: download or export it again.")
   if entry is not None and in_folder and str(entry.get("prompt", "")).strip() != prompt:
@@ -317,7 +320,7 @@ def _sample(root: Path, place: Place, entry: Entry) -> Sample:
   first = media.read_image(path) if picture is None else media.image_of(picture, path)
   height, width = first.shape[:2]
   if layout.is_case(metadata):
-    case = layout.read_case(folder)  # refuses a first frame that the symbols do not give
+    case = layout.read_case(folder)  # refuses what the symbols do not give
     if metadata["task"] != task or (split and split != metadata["split"]):
       raise ValueError(
         f"{folder} is a case of {metadata['task']}, split {metadata['split']}: export it again."
@@ -364,15 +367,6 @@ def _confine(root: Path, folder: Path, names: Sequence[str]) -> None:
         f"{path} leads out of {root} to {path.resolve()}: samples lie inside the data folder "
         "(`hf download --local-dir` writes files, no links)."
       )
-
-
-def _of_folder(folder: Path) -> tuple[str, None]:
-  try:
-    return (folder / "prompt.txt").read_text(encoding="utf-8-sig").strip(), None
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"{folder / 'prompt.txt'} is not UTF-8 (byte {error.start}): save it as UTF-8."
-    ) from error
 
 
 def _of_entry(folder: Path, entry: Mapping[str, Any]) -> tuple[str, bytes]:

@@ -525,6 +525,22 @@ def read_json(path: Path) -> Any:
     raise damaged(path) from error
 
 
+def read_mapping(path: Path, *keys: str) -> dict[str, Any]:
+  """What a JSON file holds; ValueError when it is missing, damaged or no mapping with the keys."""
+  found = read_json(path)
+  if not (isinstance(found, dict) and found.keys() >= set(keys)):
+    raise damaged(path)
+  return found
+
+
+def mapping_of(path: Path, *keys: str) -> dict[str, Any] | None:
+  """`read_mapping` of what is made again where it can't be read: None in the place of an error."""
+  try:
+    return read_mapping(path, *keys)
+  except ValueError:
+    return None
+
+
 def damaged(path: Path) -> ValueError:
   """What is said of a file that can't be read."""
   return ValueError(

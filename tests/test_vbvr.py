@@ -898,6 +898,40 @@ def test_other_data_may_be_scored_into_the_same_folder(own_cases, tmp_path):
     np.testing.assert_array_equal(picture, scores.strip(first.truth()))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '"x"', "3"])
+def test_a_damaged_file_of_one_sample_is_made_again(own_cases, tmp_path, content):
+  out, data = tmp_path / "scores", samples.load(own_cases, names=["pick"], cases=1)
+  baselines.write(tmp_path / "mine", data, ["truth"])
+  words = [f"--data={own_cases}", "--tasks=pick", "--cases=1", f"--videos={tmp_path / 'mine'}"]
+  assert call("score", *words, f"--out={out}") == 0
+  (sample,) = data.samples
+  paths = [
+    out / place / f"{sample.key}.json"
+    for place in ("truth/samples", "problems", "clips/static/records")
+  ]
+  before = [path.read_text() for path in paths]
+  for path in paths:
+    path.write_text(content)
+  assert call("score", *words, f"--out={out}") == 0
+  assert [path.read_text() for path in paths] == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_video_whose_record_is_damaged_is_made_again_and_has_no_score(
+  own_cases, tmp_path, capsys, content
+):
+  data = samples.load(own_cases, names=["pick"], cases=1)
+  (sample,) = data.samples
+  videos.put(tmp_path / "mine", sample, sample.truth())
+  assert generate._whole(tmp_path / "mine", sample, jobs.Job())
+  path = videos.record_place(tmp_path / "mine", sample)
+  path.write_text(content)
+  assert not generate._whole(tmp_path / "mine", sample, jobs.Job())
+  words = [f"--data={own_cases}", "--tasks=pick", "--cases=1", f"--videos={tmp_path / 'mine'}"]
+  assert call("score", *words, f"--out={tmp_path / 'scores'}") == 2
+  assert f"{path} is damaged: the command that made the videos makes it" in capsys.readouterr().err
+
+
 def test_videos_called_like_a_clip_beside_are_not_passed_over(own_cases, tmp_path, capsys):
   out = tmp_path / "scores"
   (made,) = baselines.write(tmp_path, samples.load(own_cases), ["truth"])

@@ -24,6 +24,7 @@ from jax_videoreason.folders import (
   digest,
   disk,
   held,
+  mapping_of,
   plain,
   read_json,
   refuse_other,
@@ -199,6 +200,7 @@ def check(
     )
   if len(absent) == len(data.samples):
     raise ValueError(f"{folder} has none of the {len(absent)} videos that {data.root} asks for.")
+  gone = set(absent)
   wanted = {f"{sample.key}.mp4" for sample in data.samples}
   extra = sorted(set(_there(folder)) - wanted)
   if extra and not (data.part or allow_partial or allow_more):
@@ -207,7 +209,9 @@ def check(
       "give the --data they were made from, or leave them out by --allow-partial."
     )
   for sample in data.samples:
-    record = videos.record_of(folder, sample)
+    record, path = videos.record_of(folder, sample), videos.record_place(folder, sample)
+    if record is None and path.is_file() and sample.key not in gone:
+      raise ValueError(f"{path} is damaged: the command that made the videos makes it again.")
     if record is not None and checksum(videos.place(folder, sample)) != record["sha256"]:
       raise ValueError(
         f"{videos.place(folder, sample)} was changed since it was made: make it again (remove it "
@@ -282,11 +286,10 @@ def _rows(
 
 def _kept(path: Path) -> dict[str, Any]:
   """What the file of a finished sample says; nothing where it is missing or damaged."""
-  try:
-    found = read_json(path)
-    said = {"of": found["of"], "row": found["row"]}
-  except (ValueError, KeyError, TypeError):
+  found = mapping_of(path, "of", "row")
+  if found is None:
     return {}
+  said = {"of": found["of"], "row": found["row"]}
   return said if found.get("sum") in (None, digest(said)) else {}  # None: of earlier versions
 
 
@@ -353,7 +356,7 @@ def draw_problems(out: Path, data: Data) -> None:
     for sample in data.samples:
       path = out / PROBLEMS / f"{sample.key}.png"
       marks = path.with_suffix(".json")
-      if not (path.is_file() and marks.is_file() and read_json(marks) == _marks(sample)):
+      if not (path.is_file() and mapping_of(marks) == _marks(sample)):
         _write_picture(path, sample.truth())
         write_json(marks, _marks(sample))
 

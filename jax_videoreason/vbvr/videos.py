@@ -14,7 +14,7 @@ import numpy as np
 from einops import reduce
 
 from jax_videoreason import folders, media
-from jax_videoreason.folders import checksum, disk, plain, read_json, write_json
+from jax_videoreason.folders import checksum, disk, mapping_of, plain, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
@@ -34,11 +34,17 @@ def place(folder: Path, sample: Sample) -> Path:
   return folder / f"{sample.key}.mp4"
 
 
+def record_place(folder: Path, sample: Sample) -> Path:
+  """Where the record of a video lies."""
+  return folder / RECORDS / f"{sample.key}.json"
+
+
 def written(folder: Path, sample: Sample) -> dict[str, Any] | None:
   """The record of a finished video, perhaps of another version of the sample; None where there is
-  none, or the video is gone."""
-  path = folder / RECORDS / f"{sample.key}.json"
-  return read_json(path) if path.is_file() and place(folder, sample).is_file() else None
+  none, it can't be read, or the video is gone."""
+  if not place(folder, sample).is_file():
+    return None
+  return mapping_of(record_place(folder, sample), "mark", "sha256")
 
 
 def record_of(folder: Path, sample: Sample) -> dict[str, Any] | None:
@@ -61,13 +67,13 @@ def fits(record: Mapping[str, Any], sample: Sample) -> bool:
 
 def put(folder: Path, sample: Sample, frames: np.ndarray, **record: Any) -> None:
   """Writes the video of a sample, frames uint8 (F height width 3), and then its record."""
-  path = place(folder, sample)
+  path, record_path = place(folder, sample), record_place(folder, sample)
   with disk(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    (folder / RECORDS / sample.key).parent.mkdir(parents=True, exist_ok=True)
+    record_path.parent.mkdir(parents=True, exist_ok=True)
   media.write_mp4(path, exported(frames, sample), fps=layout.FPS)
   said = {"mark": sample.mark, "sha256": checksum(path), **record}
-  write_json(folder / RECORDS / f"{sample.key}.json", plain(said))
+  write_json(record_path, plain(said))
 
 
 def exported(frames: np.ndarray, sample: Sample) -> np.ndarray:

@@ -316,7 +316,7 @@ def begin(
     for name in replaceable(there, owned, marks=[file], what=what, folder=folder) if redo else ():
       remove(folder / name)
   if file in there and not redo:
-    differ = list(differences(read_json(folder / file), asked))
+    differ = list(differences(read_mapping(folder / file), asked))
     if differ:
       raise ValueError(
         f"{folder} holds another {what} ({'; '.join(differ)}): choose another --out, or give "

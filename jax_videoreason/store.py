@@ -61,6 +61,7 @@ from jax_videoreason.folders import (
   part_of,
   plain,
   read_json,
+  read_mapping,
   refuse_other,
   remove,
   staged,
@@ -543,6 +544,7 @@ def open_run(folder: str | Path) -> Run:
       f"{folder} has format {written}, this version ({__version__}) reads run folders of format "
       f"{FORMAT}: upgrade jax-videoreason, or give the --out of a run."
     )
+  read_mapping(folder / "manifest.json", "config", "files")
   runs = read_json(vouched(folder, "runs.json"))
   root = folder / "trace.zarr"
   found = arrays.open_group(root)

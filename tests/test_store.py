@@ -647,6 +647,19 @@ def test_a_folder_of_another_format(copy, manifest):
     store.open_run(copy)
 
 
+def test_a_manifest_that_says_nothing_but_its_format_is_damaged(copy):
+  (copy / "manifest.json").write_text('{"format": 1}')
+  with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged"):
+    store.open_run(copy)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", "{"])
+def test_what_was_asked_may_be_damaged(tmp_path, content):
+  (tmp_path / "asked.json").write_text(content)
+  with pytest.raises(ValueError, match=r"asked\.json is missing or damaged"):
+    folders.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
+
+
 @pytest.mark.parametrize("name", ("runs.json", "manifest.json", "answers.json"))
 def test_truncated_json(copy, name):
   text = (copy / name).read_text()

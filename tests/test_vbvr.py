@@ -932,6 +932,16 @@ def test_a_video_whose_record_is_damaged_is_made_again_and_has_no_score(
   assert f"{path} is damaged: the command that made the videos makes it" in capsys.readouterr().err
 
 
+def test_settings_of_videos_that_are_no_mapping_are_one_sentence(own_cases, tmp_path, capsys):
+  data = samples.load(own_cases, names=["pick"], cases=1)
+  (folder,) = baselines.write(tmp_path / "mine", data, ["truth"])
+  path = folder / videos.ASKED
+  path.write_text("null")
+  words = [f"--data={own_cases}", "--tasks=pick", "--cases=1", f"--videos={tmp_path / 'mine'}"]
+  assert call("score", *words, f"--out={tmp_path / 'scores'}") == 2
+  assert f"{path} is missing or damaged" in capsys.readouterr().err
+
+
 def test_videos_called_like_a_clip_beside_are_not_passed_over(own_cases, tmp_path, capsys):
   out = tmp_path / "scores"
   (made,) = baselines.write(tmp_path, samples.load(own_cases), ["truth"])

@@ -92,6 +92,24 @@ def test_a_case_without_a_checksum_must_fit_its_problem(tmp_path, case, change, 
   assert f"metadata.json in {folder} is damaged ({said}): export" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    *(("size", value) for value in ("x", None, [32])),
+    *(("frames", value) for value in ("x", None)),
+    *(("problem", value) for value in ({}, [], None, 3)),
+    *(("answers", value) for value in (None, 3, [[1]])),
+    *((key, ...) for key in ("size", "frames", "split", "index", "prompt", "answers", "k", "hash")),
+  ],
+)
+def test_metadata_of_another_kind_are_one_sentence(tmp_path, case, key, value):
+  (folder,) = layout.write_cases(tmp_path, [case])
+  changed = {k: v for k, v in {**case.metadata, key: value}.items() if v is not ...}
+  (folder / "metadata.json").write_text(json.dumps(changed))
+  with pytest.raises(ValueError, match=f"metadata.json in {folder} is damaged"):
+    layout.read_case(folder)
+
+
 def test_a_folder_that_is_not_whole_is_refused(tmp_path, case):
   with pytest.raises(ValueError, match="holds no case"):
     list(layout.read(tmp_path))

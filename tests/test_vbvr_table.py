@@ -300,6 +300,14 @@ def test_prompts_and_names_are_escaped(tmp_path):
   assert "&lt;script&gt;alert(1)" in text
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "3", f'{{"format": {scores.FORMAT}}}'])
+def test_a_damaged_result_is_one_sentence(tmp_path, capsys, content):
+  path = tmp_path / "result.json"
+  path.write_text(content)
+  assert call("table", tmp_path) == 2
+  assert f"{path} is missing or damaged" in capsys.readouterr().err
+
+
 def test_a_table_of_nothing_is_refused(tmp_path, capsys):
   assert call("table", tmp_path) == 2
   assert "holds no result.json" in capsys.readouterr().err

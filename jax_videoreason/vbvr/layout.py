@@ -83,10 +83,15 @@ def read_case(folder: str | Path) -> Case:
   metadata = read_metadata(folder / "metadata.json")
   first_frame = media.read_image(folder / "first_frame.png")
   if is_case(metadata):
-    task = tasks.load(metadata["task"], size=metadata["size"], frames=metadata["frames"])
-    if fault := _fault(task, metadata, read_prompt(folder)):
+    prompt = read_prompt(folder)
+    try:
+      task = tasks.load(metadata["task"], size=metadata["size"], frames=metadata["frames"])
+      fault = _fault(task, metadata, prompt)
+      case = None if fault else task.case(metadata)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+      fault, case = f"{type(error).__name__}: {error}", None
+    if case is None:
       raise ValueError(f"metadata.json in {folder} is damaged ({fault}): export the case again.")
-    case = task.case(metadata)
     if first_frame.shape != case.first_frame.shape or (first_frame != case.first_frame).any():
       raise ValueError(
         f"first_frame.png in {folder} is not the one that its metadata.json describes: export the "
@@ -115,6 +120,8 @@ def _fault(task: Task, metadata: Metadata, prompt: str) -> str | None:
   A case of an earlier version has no checksum.
   """
   problem, answers = metadata["problem"], metadata["answers"]
+  if not isinstance(problem, dict):
+    return "its problem is no mapping"
   if metadata["hash"] != task.problem_hash(problem):
     return "its hash is not that of its problem"
   if metadata["answer"] not in answers or not set(answers) <= set(task.options(problem)):

@@ -26,7 +26,7 @@ from jax_videoreason.folders import (
   held,
   mapping_of,
   plain,
-  read_json,
+  read_mapping,
   refuse_other,
   remove,
   vouched,
@@ -44,6 +44,7 @@ FORMAT = 2  # of a result: raised where one of before must not stand beside one 
 SHOWN = 5  # frames of a picture
 CELL = 72  # pixels of the shorter side of each
 GAP = 3  # pixels between them
+MADE_BY = ("command", "written", "device", "versions", "revision")  # keys of a manifest of videos
 
 Advance = Callable[[int], Any]
 
@@ -136,10 +137,11 @@ def score(
   return results
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-  """What result.json of a system says; ValueError where it is not what its manifest says."""
+def read_result(folder: Path, *keys: str) -> dict[str, Any]:
+  """What result.json of a system says, with some keys at least; ValueError where it is not what its
+  manifest says."""
   try:
-    return read_json(vouched(folder, RESULT))
+    return read_mapping(vouched(folder, RESULT), *keys)
   except ValueError as error:
     raise ValueError(
       f"{folder / RESULT} is missing or damaged: the same `videoreason vbvr score` writes it "
@@ -388,7 +390,7 @@ def summarised(
   kit: EvalKit | None,
 ) -> dict[str, Any]:
   """result.json: the numbers, and all that is needed to judge them."""
-  asked = read_json(folder / videos.ASKED) if (folder / videos.ASKED).is_file() else {}
+  asked = read_mapping(folder / videos.ASKED) if (folder / videos.ASKED).is_file() else {}
   good = [row for row in rows if row["error"] is None]
   return {
     "format": FORMAT,
@@ -420,8 +422,8 @@ def made_by(folder: Path) -> dict[str, Any] | None:
   """Command, date, device, versions and revision of a folder of videos; None where nobody knows."""
   if not ((folder / MANIFEST).is_file() and (folder / videos.ASKED).is_file()):
     return None  # not finished, or not by `vbvr generate`
-  manifest = read_json(folder / MANIFEST)
-  return {key: manifest[key] for key in ("command", "written", "device", "versions", "revision")}
+  manifest = read_mapping(folder / MANIFEST, *MADE_BY)
+  return {key: manifest[key] for key in MADE_BY}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

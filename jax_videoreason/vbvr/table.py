@@ -24,6 +24,11 @@ BRIEF = 24  # letters of a setting where rows are told apart
 MAIN = ("overall", "in-domain", "out-of-domain")
 FACULTY_COLUMNS = tuple(column for column in COLUMNS if column not in MAIN)
 
+READ = (  # what is read of a result
+  *("name", "model", "seed", "baseline", "deviations", "settings", "benchmark", "data", "tasks"),
+  *("whole", "expected", "broken", "evalkit", "version", "samples"),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class System:
@@ -74,10 +79,8 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
       lie in folders of one name.
   """
   folders = find(places)
-  results = [scores.read_result(folder) for folder in folders]
+  results = [_read(folder) for folder in folders]
   for folder, result in zip(folders, results, strict=True):
-    if result.get("format") != scores.FORMAT:
-      raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
     for key, words in (
       ("data", "other data"),
       ("evalkit", "another EvalKit or other packages"),
@@ -101,6 +104,13 @@ def load(places: Sequence[str | Path]) -> tuple[list[System], dict[str, Any]]:
   shared = {key: results[0][key] for key in ("benchmark", "data", "evalkit", "version", "tasks")}
   whole = all(result["whole"] for result in results)
   return systems, {**shared, "samples": results[0]["expected"], "whole": whole}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+  """A result; ValueError: it is of another format, or damaged."""
+  if scores.read_result(folder).get("format") != scores.FORMAT:
+    raise ValueError(f"{folder / scores.RESULT} is of another version: score it again.")
+  return scores.read_result(folder, *READ)
 
 
 def _grouped(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:

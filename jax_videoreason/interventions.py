@@ -262,8 +262,8 @@ def ablate(
   At attn_out, cross_out and mlp_out this is the term before it is added, x + gate*u; at attn_heads
   and cross_heads what the heads found, to which the output projection adds its bias. At attn_v a
   gate of 0 for some tokens lets none take anything from them and leaves the attention as it is;
-  at attn_q or attn_k it makes their scores 0, which is no mask. A gate of exactly 0 writes zeros,
-  whatever stood there, and 1 leaves the bits.
+  at attn_q, attn_k or cross_q it makes their scores 0, which is no mask. A gate of exactly 0 writes
+  zeros, whatever stood there, and 1 leaves the bits.
   """
   edit, mask = inside(edit, at, runs, sites, "gate")
   return dataclasses.replace(edit, gate=put(mask, edit.gate * to_scalar("gate", gate), edit.gate))

@@ -5,9 +5,9 @@ residual stream before and after the block. attn_out, cross_out, mlp_out: the th
 added to it. attn_heads, cross_heads: what the heads of self- and cross-attention found, side by
 side (D = N heads x K), before the output projection joins them. attn_q, attn_k, attn_v: queries,
 keys and values as the heads of self-attention take them, after norm and rotary positions, side by
-side too. Maps of attention (T T or T X) are no sites: kernels do not hold them;
-`attention.weights` makes those of self-attention from what is kept at attn_q and attn_k. update,
-for taps alone: the sum of the three terms.
+side too. cross_q: the queries of cross-attention, after their norm. Maps of attention (T T or T X)
+are no sites: kernels do not hold them; `attention.weights` makes those of self-attention from what
+is kept at attn_q and attn_k. update, for taps alone: the sum of the three terms.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jax_videoreason.pytrees import is_known, pytree, static
 from jax_videoreason.reductions import REDUCTIONS, Inputs
 from jax_videoreason.structs import Sizes
 
-HEAD_SITES = ("attn_heads", "cross_heads", "attn_q", "attn_k", "attn_v")
+HEAD_SITES = ("attn_heads", "cross_heads", "attn_q", "attn_k", "attn_v", "cross_q")
 SITES = ("resid_pre", "attn_out", "cross_out", "mlp_out", "resid_post", *HEAD_SITES)
 TAP_SITES = (*SITES, "update")
 ARRAYS = ("directions", "regions", "targets", "reference")  # of a TapSpec

@@ -359,6 +359,22 @@ def test_muted_queries_attend_to_all_tokens_alike_and_muted_values_bring_nothing
   assert not found[2].any() and found[1].all()
 
 
+def test_muted_queries_of_the_prompt_find_the_same_for_every_token(model, everything):
+  c, layer = model.dit.config, 1
+  edits = BlockEdits(
+    gate=jnp.ones((c.layers, R)).at[layer, 2].set(0.0),
+    tokens=jnp.broadcast_to(jnp.arange(16) < 8, (R, 16)),
+    sites=("cross_q",),
+  )
+  spec = TapSpec(sites=("cross_heads",), reduce=("full",), layers=(layer,), branches=(0, 1))
+  tap = model.run(model.params, model.latents, model.time, model.cond, edits, spec)[1]
+  found, plain = tap["cross_heads/full"][0], everything[1]["cross_heads/full"][0]
+  alike = np.broadcast_to(found[:, 2, :1], found[:, 2, :8].shape)
+  assert relative(found[:, 2, :8], alike) < 1e-6 and relative(plain[:, 2, :8], alike) > 1e-2
+  assert relative(found[:, 2, 8:], plain[:, 2, 8:]) < 1e-6
+  assert relative(found[:, :2], plain[:, :2]) < 1e-6
+
+
 @pytest.mark.parametrize("number", [None, 1], ids=["all heads", "one head"])
 @pytest.mark.parametrize("site", JOINED)
 def test_ablated_heads_are_a_projection_without_their_rows(model, plain, site, number):

@@ -166,7 +166,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
   """Attends to the text, and with CLIP tokens to those by a second softmax, summed.
 
-  at: acts at cross_heads, after that sum and before the heads are joined.
+  at: acts at cross_q, the queries of both as attention takes them, and at cross_heads, after that
+  sum and before the heads are joined.
   """
 
   config: WanConfig
@@ -181,14 +182,16 @@ class CrossAttention(nn.Module):
       return rearrange(a, "g r x (n k) -> g r x n k", n=c.heads)
 
     def normed(a, name):
-      return heads(_norm(c, name)(a).astype(c.compute))
+      return _norm(c, name)(a).astype(c.compute)
 
     def attended(tokens, suffix):
       k = _dense(c.width, c.compute, f"k{suffix}")(tokens)
       v = _dense(c.width, c.compute, f"v{suffix}")(tokens)
-      return attend(q, normed(k, f"norm_k{suffix}"), heads(v), spread="q")
+      return attend(q, heads(normed(k, f"norm_k{suffix}")), heads(v), spread="q")
 
     q = normed(_dense(c.width, c.compute, "q")(x), "norm_q")
+    q, buffers = at("cross_q", q, buffers)
+    q = heads(q)
     out = attended(text, "")
     if clip is not None:
       out = out + attended(clip, "_clip")

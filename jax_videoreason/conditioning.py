@@ -1,4 +1,7 @@
-"""Prompts and first frames -> Conditioning: what the model is given beside the latents."""
+"""Prompts and first frames -> Conditioning: what the model is given beside the latents.
+
+`cross_keys` is what cross-attention makes of its text.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +18,7 @@ from jax_videoreason import framing
 from jax_videoreason.axes import Array, Params
 from jax_videoreason.distributed import fetch
 from jax_videoreason.structs import Conditioning, ModelBundle
+from jax_videoreason.taps import TapSpec, asked
 from jax_videoreason.tiling import Place, Tiling, join, named, places
 from jax_videoreason.tokenizer import Tokenizer
 
@@ -129,6 +133,60 @@ def image_tokens(bundle: ModelBundle, images: Sequence[np.ndarray]) -> Array:
     functools.partial(_image_states, bundle.parts.clip, bundle.clip), (squares,), PICTURES
   )
   return tokens[place]
+
+
+def cross_keys(
+  bundle: ModelBundle,
+  cond: Conditioning,
+  *,
+  layers: Any = None,
+  branches: Any = (0,),
+  expert: int | None = None,
+) -> Array:
+  """L' G' R X D: the keys of the prompts, as the heads of cross-attention take them at every step.
+
+  layers, branches: as in a `TapSpec`, whose "cross_q/full" S' L' G' R T D is the other side of
+    `attention.weights`. Branch 1 has the negative prompt.
+  expert: 0 or 1, as `Schedule.which` says for each step; None = the only one there is.
+
+  Key x is of token x of the prompt (`Tokenizer.pieces`). Behind the last token are keys of padding:
+  the model attends to them like to the others. Image tokens (Wan2.1 I2V) have keys in a softmax of
+  their own, which are not given.
+  ValueError: layers, branches or an expert that do not exist or are not loaded, text of another
+  model.
+  """
+  config = bundle.parts.dit.config
+  if cond.text.ndim != 4 or cond.text.shape[-1] != config.text_width:
+    raise ValueError(
+      f"cond.text is {cond.text.shape}, wanted G R X D with D={config.text_width}: encode the "
+      f"prompts with the text encoder of {bundle.card.name}."
+    )
+  spec = TapSpec(layers=layers, branches=branches)
+  chosen = np.asarray(asked("branches", spec.branches, cond.text.shape[0]))
+  return _cross_keys(
+    bundle.parts.dit,
+    _expert(bundle, expert),
+    cond.text[chosen],
+    asked("layers", spec.layers, config.layers),
+  )
+
+
+def _expert(bundle: ModelBundle, expert: int | None) -> Params:
+  """The DiT weights of an expert; None = of a bundle that has one."""
+  count, name = len(bundle.params), bundle.card.name
+  if expert is None and count > 1:
+    raise ValueError(
+      f"{name} has {count} experts, each with keys of its own, and expert=None: give 0 or 1, as "
+      "schedule.which says for the step."
+    )
+  number = 0 if expert is None else expert
+  if number not in range(count):
+    raise ValueError(f"expert={expert}: {name} has {count}, counted from 0: give one of them.")
+  params = bundle.params[number]
+  if params is None:
+    part = "dit" if count == 1 else f"dit_{number}"
+    raise ValueError(f"the DiT of {name} is not loaded: load it, parts=('{part}',).")
+  return params
 
 
 def known_mask(runs: int, grid: tuple[int, int, int], *, last: bool = False) -> Array:
@@ -281,6 +339,11 @@ def _in_batches(function: Callable[..., Array], arrays: Sequence[np.ndarray], si
 def _text_states(encoder: Any, params: Params, ids: Array, mask: Array) -> Array:
   states = encoder.apply({"params": params}, ids, mask)
   return jnp.where(rearrange(mask, "r x -> r x 1"), states, jnp.zeros((), states.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _cross_keys(dit: Any, params: Params, text: Array, layers: tuple[int, ...]) -> Array:
+  return dit.cross_keys(params, text, layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

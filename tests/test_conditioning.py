@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import replace, tiny_bundle, tiny_inputs
 from jax_videoreason import conditioning, framing
 from jax_videoreason.models.clip import CLIPConfig, CLIPTower
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
@@ -324,3 +325,53 @@ def test_pictures_that_are_asked_for_twice_are_found_at_once():
   first, place = conditioning._distinct(np.stack([b, a, b, b]))
   assert (first.tolist(), place.tolist()) == ([0, 1], [0, 1, 0, 0])
   assert time.monotonic() - began < 5  # np.unique takes a minute
+
+
+def test_keys_of_the_prompt_by_layer_branch_and_expert():
+  bundle, (_, cond) = tiny_bundle(experts=2), tiny_inputs(3)
+  high, low = (
+    conditioning.cross_keys(bundle, cond, expert=expert, branches=(0, 1)) for expert in (0, 1)
+  )
+  assert high.shape == low.shape == (3, 2, 3, 5, 24)  # layer branch run X D
+  assert not np.any(np.all(high == low, axis=-1))
+  one = replace(bundle, params=bundle.params[1:])
+  np.testing.assert_allclose(conditioning.cross_keys(one, cond), low[:, :1], rtol=1e-5, atol=1e-6)
+  some = conditioning.cross_keys(bundle, cond, expert=0, layers=slice(1, 3), branches=1)
+  np.testing.assert_allclose(some, high[1:, 1:], rtol=1e-5, atol=1e-6)
+
+
+def test_the_keys_of_an_expert_need_no_other():
+  bundle, (_, cond) = tiny_bundle(experts=2), tiny_inputs(1)
+  low = replace(bundle, params=(None, bundle.params[1]))
+  np.testing.assert_array_equal(
+    conditioning.cross_keys(low, cond, expert=1), conditioning.cross_keys(bundle, cond, expert=1)
+  )
+
+
+@pytest.mark.parametrize(
+  ("experts", "given", "message"),
+  [
+    (2, {}, r"tiny has 2 experts, each with keys of its own, and expert=None: give 0 or 1"),
+    (2, {"expert": 2}, "expert=2: tiny has 2, counted from 0: give one of them"),
+    (1, {"expert": -1}, "expert=-1: tiny has 1, counted from 0"),
+    (1, {"layers": 3}, r"layers=\(3,\): there is no 3, only 0\.\.2"),
+    (1, {"branches": 2}, r"branches=\(2,\): there is no 2, only 0\.\.1"),
+  ],
+)
+def test_keys_that_there_are_not(experts, given, message):
+  _, cond = tiny_inputs(1)
+  with pytest.raises(ValueError, match=message):
+    conditioning.cross_keys(tiny_bundle(experts=experts), cond, **given)
+
+
+@pytest.mark.parametrize(("experts", "part"), [(1, "dit"), (2, "dit_1")])
+def test_keys_of_what_is_not_loaded_name_the_part(experts, part):
+  bundle, (_, cond) = tiny_bundle(experts=experts), tiny_inputs(1)
+  bare = replace(bundle, params=(*bundle.params[:-1], None))
+  with pytest.raises(ValueError, match=rf"not loaded: load it, parts=\('{part}',\)"):
+    conditioning.cross_keys(bare, cond, expert=experts - 1)
+
+
+def test_keys_of_text_of_another_model_are_refused(encoded):
+  with pytest.raises(ValueError, match=r"cond.text is \(2, 3, 9, 16\), wanted G R X D with D=12"):
+    conditioning.cross_keys(tiny_bundle(), encoded)

@@ -375,6 +375,29 @@ def test_muted_queries_of_the_prompt_find_the_same_for_every_token(model, everyt
   assert relative(found[:, :2], plain[:, :2]) < 1e-6
 
 
+def dense(params, x, layer=slice(None)):
+  kernel, bias = (np.asarray(params[name], np.float64)[layer] for name in ("kernel", "bias"))
+  return x @ kernel + bias
+
+
+def embedded_text(model):
+  """G R X D float64, by hand."""
+  parts = model.params["text_embed"]
+  h = dense(parts["up"], np.asarray(model.cond.text, np.float64))
+  h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+  return dense(parts["down"], h)
+
+
+def test_the_keys_of_the_text_are_its_projections_after_their_norm(model):
+  text, parts = embedded_text(model), model.params["blocks"]["cross_attn"]
+  found = model.dit.cross_keys(model.params, model.cond.text, (0, 2))
+  assert found.shape == (2, G, R, 5, model.dit.config.width)
+  for row, layer in enumerate((0, 2)):
+    k = dense(parts["k"], text, layer)
+    k *= 1 / np.sqrt((k**2).mean(-1, keepdims=True) + model.dit.config.epsilon)
+    assert relative(found[row], k * np.asarray(parts["norm_k"]["scale"][layer])) < 1e-5
+
+
 @pytest.mark.parametrize("number", [None, 1], ids=["all heads", "one head"])
 @pytest.mark.parametrize("site", JOINED)
 def test_ablated_heads_are_a_projection_without_their_rows(model, plain, site, number):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -128,6 +128,11 @@ def _norm(c: WanConfig, name: str) -> RMSNorm:
   return RMSNorm(c.epsilon, places.scale_before_rounding, c.kept(places.queries), name=name)
 
 
+def _text_embed(c: WanConfig) -> MLP:
+  """What brings the text to the width of the model, for all layers."""
+  return MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")
+
+
 class SelfAttention(nn.Module):
   """G R T D -> G R T D, rotary positions on q and k.
 
@@ -163,6 +168,22 @@ class SelfAttention(nn.Module):
     return _dense(c.width, c.compute, "o")(out), buffers
 
 
+def _normed(c: WanConfig, projection: str, tokens: Array) -> Array:
+  """Queries ("q") or keys ("k", "k_clip") of cross-attention, as attention takes them: G R X D."""
+  projected = _dense(c.width, c.compute, projection)(tokens)
+  return _norm(c, f"norm_{projection}")(projected).astype(c.compute)
+
+
+class TextKeys(nn.Module):
+  """The keys that `CrossAttention` has of the text, G R X D, from those of its parameters."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, text: Array) -> Array:
+    return _normed(self.config, "k", text)
+
+
 class CrossAttention(nn.Module):
   """Attends to the text, and with CLIP tokens to those by a second softmax, summed.
 
@@ -181,16 +202,12 @@ class CrossAttention(nn.Module):
     def heads(a):
       return rearrange(a, "g r x (n k) -> g r x n k", n=c.heads)
 
-    def normed(a, name):
-      return _norm(c, name)(a).astype(c.compute)
-
     def attended(tokens, suffix):
-      k = _dense(c.width, c.compute, f"k{suffix}")(tokens)
+      k = _normed(c, f"k{suffix}", tokens)
       v = _dense(c.width, c.compute, f"v{suffix}")(tokens)
-      return attend(q, heads(normed(k, f"norm_k{suffix}")), heads(v), spread="q")
+      return attend(q, heads(k), heads(v), spread="q")
 
-    q = normed(_dense(c.width, c.compute, "q")(x), "norm_q")
-    q, buffers = at("cross_q", q, buffers)
+    q, buffers = at("cross_q", _normed(c, "q", x), buffers)
     q = heads(q)
     out = attended(text, "")
     if clip is not None:
@@ -331,7 +348,7 @@ class WanDiT(nn.Module):
     inner = {
       "modulation": rearrange(modulation, "r row (six d) -> r row six d", six=6),
       "given": None if given is None else jnp.pad(given, ((0, 0), (0, spare))),
-      "text": MLP(c.width, c.width, c.compute, "gelu", 0.02, name="text_embed")(cond.text),
+      "text": _text_embed(c)(cond.text),
       "clip": self.clip_tokens(cond, g),
       "rotary": tuple(
         np.pad(table, ((0, spare), (0, 0)))
@@ -375,6 +392,18 @@ class WanDiT(nn.Module):
     (x, buffers), _ = scan(WanBlock(c, name="blocks"), (x, buffers), (by_layer, slots))
     velocity = head(x[:, :, :tokens]).astype(jnp.float32)
     return unpatchify(velocity, grid, c.patch), buffers
+
+  @nn.nowrap  # it makes modules of its own
+  def cross_keys(self, params: Params, text: Array, layers: Sequence[int]) -> Array:
+    """G R X D_text -> the keys of the text in the cross-attention of `layers`, L' G R X D."""
+    c = self.config
+    embedded = _text_embed(c).apply({"params": params["text_embed"]}, text)
+
+    def of_layer(layer: Array) -> Any:
+      own = jax.tree.map(lambda leaf: leaf[layer], params["blocks"]["cross_attn"])
+      return TextKeys(c).apply({"params": own}, embedded)
+
+    return jax.lax.map(of_layer, jnp.asarray(layers))
 
   @staticmethod
   def check_sites(edits: BlockEdits | None) -> None:

@@ -147,16 +147,25 @@ def weights(q: ArrayLike, k: ArrayLike, heads: int) -> Array:
   """How much each query attends to each key: q ... T D and k ... X D -> ... N T X float32.
 
   softmax(q k' / sqrt(K)) over the keys, D = N heads x K side by side, as the taps "attn_q/full" and
-  "attn_k/full" hold them. A map has T X numbers for each head, which attention itself never holds:
-  cut layers, steps and queries first (those of some tokens are q[..., tokens, :]). Sums over the
-  keys of a frame or a region say how much of the attention goes there.
-  ValueError: D is not the same, or does not divide by heads.
+  "attn_k/full" hold them, or "cross_q/full" and `conditioning.cross_keys`. The other axes are the
+  same, but that one side may lack the first: the keys of the prompts have no steps. A map has T X
+  numbers for each head, which attention itself never holds: cut layers, steps and queries first
+  (those of some tokens are q[..., tokens, :]). Sums over the keys of a frame, a region or a word
+  say how much of the attention goes there. Cross-attention masks no key, so a row sums to 1 with
+  the padding behind the prompt.
+  ValueError: D or other axes do not agree, or D does not divide by heads.
   """
   q, k = (jnp.asarray(a) for a in (q, k))
   if q.shape[-1] != k.shape[-1] or q.shape[-1] % heads:
     raise ValueError(
       f"q is {q.shape} and k {k.shape}, wanted ... T D and ... X D with D a multiple of "
       f"heads={heads}."
+    )
+  fewer, more = sorted((q.shape[:-2], k.shape[:-2]), key=len)
+  if more[len(more) - len(fewer) :] != fewer:
+    raise ValueError(
+      f"q is {q.shape} and k {k.shape}, wanted ... T D and ... X D with the same axes before them: "
+      "take both of the same layers, branches and runs."
     )
   q, k = (rearrange(a.astype(jnp.float32), "... t (n k) -> ... n t k", n=heads) for a in (q, k))
   scores = jnp.einsum("...ntk,...nxk->...ntx", q, k, precision=jax.lax.Precision.HIGHEST)

@@ -336,6 +336,15 @@ def test_weights_say_what_does_not_fit(q, k, heads):
     weights(np.zeros(q), np.zeros(k), heads)
 
 
+@pytest.mark.parametrize(
+  ("q", "k"), [((5, 1, 4, 6), (3, 2, 6)), ((2, 3, 4, 6), (2, 1, 2, 6))], ids=["layers", "runs"]
+)
+def test_weights_stretch_no_axis(q, k):
+  """The queries of one layer with the keys of all would be maps that no layer has."""
+  with pytest.raises(ValueError, match=r"q is .* and k .*: take both of the same layers, branches"):
+    weights(np.zeros(q), np.zeros(k), 2)
+
+
 def test_muted_queries_attend_to_all_tokens_alike_and_muted_values_bring_nothing(model):
   c, layer = model.dit.config, 1
   spec = TapSpec(sites=("attn_heads", "attn_v"), reduce=("full",), layers=(layer,))
@@ -396,6 +405,33 @@ def test_the_keys_of_the_text_are_its_projections_after_their_norm(model):
     k = dense(parts["k"], text, layer)
     k *= 1 / np.sqrt((k**2).mean(-1, keepdims=True) + model.dit.config.epsilon)
     assert relative(found[row], k * np.asarray(parts["norm_k"]["scale"][layer])) < 1e-5
+
+
+def test_weights_of_the_text_times_values_are_what_the_heads_find(model):
+  """Image tokens, whose attention is another, bring nothing here."""
+  c, layers, steps = model.dit.config, (1, 2), 2
+  cross = model.params["blocks"]["cross_attn"]
+  mute = {"v_clip": jax.tree.map(jnp.zeros_like, cross["v_clip"])}
+  blocks = {**model.params["blocks"], "cross_attn": {**cross, **mute}}
+  params = {**model.params, "blocks": blocks}
+  spec = TapSpec(sites=("cross_q", "cross_heads"), reduce=("full",), layers=layers, branches=(0, 1))
+  tap = model.run(params, model.latents, model.time, model.cond, None, spec)[1]
+  keys = model.dit.cross_keys(params, model.cond.text, layers)
+  queries = np.stack([tap["cross_q/full"]] * steps)  # those of steps have an axis more
+  maps = np.asarray(weights(queries, keys, c.heads), np.float64)
+  assert maps.shape == (steps, len(layers), G, R, c.heads, 16, 5)
+  np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
+  q, k = (
+    rearrange(np.asarray(a, np.float64), "l g r x (n k) -> l g r n x k", n=c.heads)
+    for a in (tap["cross_q/full"], keys)
+  )
+  scores = np.exp(np.einsum("lgrntk,lgrnxk->lgrntx", q, k) / np.sqrt(c.width / c.heads))
+  np.testing.assert_allclose(maps[1], scores / scores.sum(-1, keepdims=True), rtol=1e-4)
+  values = np.stack([dense(cross["v"], embedded_text(model), layer) for layer in layers])
+  values = rearrange(values, "l g r x (n k) -> l g r n x k", n=c.heads)
+  found = rearrange(maps[1] @ values, "l g r n t k -> l g r t (n k)")
+  assert relative(tap["cross_heads/full"], found) < 1e-5
+  assert relative(np.ones_like(maps) / 5, maps) > 1e-2  # it attends to something
 
 
 @pytest.mark.parametrize("number", [None, 1], ids=["all heads", "one head"])

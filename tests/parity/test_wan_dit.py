@@ -118,6 +118,18 @@ def test_forward(variant, layers):
   assert relative(ours, theirs) <= 2e-5
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_of_the_text(variant):
+  c = config(variant, 3)
+  model = reference(c)
+  text = np.random.default_rng(0).standard_normal((2, 2, 7, TEXT), np.float32)
+  ours = jax.jit(WanDiT(c).cross_keys, static_argnums=2)(converted(model, c), text, (0, 1, 2))
+  with torch.no_grad():
+    embedded = model.condition_embedder.text_embedder(torch.tensor(text))
+    theirs = [b.attn2.norm_k(b.attn2.to_k(embedded)).numpy() for b in model.blocks]
+  assert relative(ours, np.stack(theirs)) <= 2e-5
+
+
 @pytest.mark.parametrize("grid", [(1, 2, 2), (5, 2, 14), (2, 10, 6)])
 def test_odd_grids(grid):
   assert relative(*both("i2v", 1, grid)) <= 2e-5

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+WIDE = 400  # letters of a line in a file or a pipe, which have no edge to break words at
 
 
 def speaks() -> bool:
@@ -23,7 +26,8 @@ def say(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-  """A table on standard output; numbers are set to the right, "-" stands for NaN."""
+  """A table on standard output; numbers are set to the right, "-" stands for NaN. It is cut to the
+  width of a terminal, or of COLUMNS, and is as wide as it has to be elsewhere."""
   if not speaks():
     return
   made = Table(title=title, title_justify="left")
@@ -32,7 +36,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     made.add_column(name, justify="right" if is_number else "left", overflow="fold")
   for row in rows:
     made.add_row(*map(_cell, row))
-  Console(highlight=False, emoji=False).print(made)
+  screen = Console(highlight=False, emoji=False)
+  if not screen.is_terminal and "COLUMNS" not in os.environ:
+    screen.width = WIDE
+  screen.print(made)
 
 
 def _cell(value: Any) -> str:

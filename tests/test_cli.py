@@ -1614,6 +1614,18 @@ def test_a_table_shows_a_number_that_is_none_as_a_dash(capsys):
   assert [line.split("│")[2].strip() for line in said.splitlines() if "│" in line] == ["-", "0.50"]
 
 
+def test_a_table_in_a_file_breaks_no_word_and_one_with_a_width_keeps_it(capsys, monkeypatch):
+  heads = [f"measure {i} there, here" for i in range(12)]
+  row = [f"0.{i:02d} [0.00, 1.00]" for i in range(12)]
+  monkeypatch.delenv("COLUMNS", raising=False)
+  console.table("t", heads, [row])
+  lines = capsys.readouterr().out.splitlines()
+  assert all(any(text in line for line in lines) for text in (*heads, *row))
+  monkeypatch.setenv("COLUMNS", "80")
+  console.table("t", heads, [row])
+  assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 # Memory of a GPU
 
 

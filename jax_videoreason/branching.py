@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_videoreason import bundles, factors, plan, sampler, settings, store, tasks
 from jax_videoreason.arrays import StoredArray
@@ -18,6 +19,7 @@ from jax_videoreason.structs import State, Trace
 from jax_videoreason.taps import TapSpec
 
 TRACE = "trace.zarr"
+SIGMA_ATOL = 1e-4  # grids of earlier versions were rounded otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,28 @@ def take_up(
   check_edits(folder, run.manifest.get("branch"), step)
   said = parse(words, step)
   problem = plan.Problem(model=plan.model(chosen.checkpoint), chosen=chosen, runs=len(run.runs))
+  schedule = problem.schedule()
+  check_schedule(run, schedule)
   try:
-    edit = factors.edit_for(said, problem.sizes, problem.schedule(), len(chosen.seeds))
+    edit = factors.edit_for(said, problem.sizes, schedule, len(chosen.seeds))
   except ValueError as error:
     raise ValueError(f"--intervene={words}: {error}") from error
   run.verify()
   return Branch(run=run, chosen=chosen, step=step, said=said, edit=edit)
+
+
+def check_schedule(run: store.Run, schedule: Schedule) -> None:
+  """ValueError: the settings in the manifest are not those by which the stored steps were made."""
+  stored, asked = run.sigma, np.asarray(schedule.sigma)[:-1]
+  if len(stored) != len(asked) or not np.allclose(stored, asked, atol=SIGMA_ATOL):
+    raise ValueError(
+      f"{run.path / 'manifest.json'} is damaged: it asks for the sigmas {_ends(asked)}, the stored "
+      f"steps have {_ends(stored)}: sample it again, or copy the folder again."
+    )
+
+
+def _ends(sigma: np.ndarray) -> str:
+  return f"{sigma[0]:.4g}..{sigma[-1]:.4g} ({len(sigma)} steps)"
 
 
 def check_edits(folder: Path, told: Mapping[str, Any] | None, step: int) -> None:

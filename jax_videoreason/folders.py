@@ -489,11 +489,12 @@ def sums(folder: Path) -> dict[str, str]:
 def rewriting(folder: Path, *names: str) -> Iterator[None]:
   """Files of a folder are written anew inside; meanwhile its manifest has no checksum of them."""
   manifest = read_json(folder / MANIFEST)
+  manifest.pop(SUM, None)
   others = {file: found for file, found in manifest["files"].items() if file not in names}
-  write_json(folder / MANIFEST, {**manifest, "files": others})
+  write_json(folder / MANIFEST, sealed({**manifest, "files": others}))
   yield
   files = others | {name: checksum(folder / name) for name in names}
-  write_json(folder / MANIFEST, {**manifest, "files": dict(sorted(files.items()))})
+  write_json(folder / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}))
 
 
 # JSON

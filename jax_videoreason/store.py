@@ -3,8 +3,9 @@
 A run folder holds R runs (one case, seed and edit each) that went through one schedule of S steps:
 
     manifest.json      resolved config, command, versions, device, git revision, and the sha256 of
-                       every data file; `undecoded` = the steps whose x0 is outstanding, with
-                       frames, videos and answers, where a run is denoised and no more (`decoding`)
+                       every data file and of itself; `undecoded` = the steps whose x0 is
+                       outstanding, with frames, videos and answers, where a run is denoised and
+                       no more (`decoding`)
     runs.json          what each run is: R objects {case, task, split, index, seed, prompt,
                        metadata}; `seed` and `prompt` must be there, a run of no task has no more
     final_latents.npy  R F H W C float32
@@ -64,6 +65,7 @@ from jax_videoreason.folders import (
   read_mapping,
   refuse_other,
   remove,
+  sealed,
   staged,
   transfer,
   vouched,
@@ -186,7 +188,7 @@ def write_manifest(
   checksums: Mapping[str, str] | None = None,
   **more: Any,
 ) -> dict[str, Any]:
-  """Writes `manifest.json`, last of all: it holds the checksum of every data file in the folder.
+  """Writes `manifest.json`, last of all: it holds the checksums of every data file and of itself.
 
   config: the resolved configuration. command: the words typed. device: its name, as jax gives it.
   checksums: name -> that of a folder in which not every file counts. more: further entries
@@ -212,7 +214,7 @@ def write_manifest(
       if not DRAWN.fullmatch(item.name) and item.name not in ("manifest.json", LOCK)
     },
   }
-  write_json(folder / "manifest.json", manifest)
+  write_json(folder / "manifest.json", sealed(manifest))
   return manifest
 
 
@@ -250,7 +252,7 @@ def decoding(run: "Run", *, check: bool = False, **more: Any) -> Iterator[Path]:
     manifest["seconds"] = round(manifest.get("seconds", 0) + time.monotonic() - began, 1)
     sums = {item.name: checksum(item) for item in (frames.parent, *made)}
     manifest["files"] = dict(sorted((manifest["files"] | sums).items()))
-    write_json(run.path / "manifest.json", manifest)
+    write_json(run.path / "manifest.json", sealed(manifest))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -544,7 +546,7 @@ def open_run(folder: str | Path) -> Run:
       f"{folder} has format {written}, this version ({__version__}) reads run folders of format "
       f"{FORMAT}: upgrade jax-videoreason, or give the --out of a run."
     )
-  read_mapping(folder / "manifest.json", "config", "files")
+  manifest = read_mapping(folder / "manifest.json", "config", "files")
   runs = read_json(vouched(folder, "runs.json"))
   root = folder / "trace.zarr"
   found = arrays.open_group(root)

@@ -882,7 +882,8 @@ def test_what_was_denoised_outlives_a_device_that_is_too_small(
   assert {str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
   manifest = (out / "manifest.json").read_text()
-  (out / "manifest.json").write_text(json.dumps({**json.loads(manifest), "weights": "0" * 64}))
+  other = {**folders.read_mapping(out / "manifest.json"), "weights": "0" * 64}
+  folders.write_json(out / "manifest.json", folders.sealed(other))
   assert f"{bundle_dir} holds other weights than those that made {out}" in refuses("report", out)
   (out / "manifest.json").write_text(manifest)
 
@@ -1126,10 +1127,10 @@ def test_a_branch_notices_other_weights(call, refuses, sampled, bundle_dir, tmp_
   assert weights == folders.checksum(bundle_dir / "bundle.json")
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
-  manifest = json.loads((copy / "manifest.json").read_text())
+  manifest = folders.read_mapping(copy / "manifest.json")
 
   def branch_where(changed, *words):
-    (copy / "manifest.json").write_text(json.dumps(changed))
+    folders.write_json(copy / "manifest.json", folders.sealed(changed))
     return ("sample", f"--from={copy}", "--step=2", f"--out={tmp_path / 'run'}", *words)
 
   other = {**manifest, "weights": "0" * 64}
@@ -1149,6 +1150,24 @@ def test_a_branch_of_damaged_data_is_refused(refuses, sampled, tmp_path):
   media.write_png(copy / "first_0.png", np.zeros((16, 16, 3), np.uint8))
   said = refuses("sample", f"--from={copy}", "--step=1", f"--out={tmp_path / 'run'}")
   assert "first_0.png differs from its checksum" in said
+
+
+@pytest.mark.parametrize(
+  ("key", "value"), [("steps", 4), ("steps", 1), ("shift", 2.0), ("grid", "diffusers")]
+)
+def test_a_branch_goes_by_the_settings_that_made_the_stored_steps(
+  refuses, sampled, tmp_path, key, value
+):
+  copy = tmp_path / "copy"
+  shutil.copytree(sampled, copy)
+  path = copy / "manifest.json"
+  manifest = folders.read_mapping(path)
+  changed = {**manifest, "config": {**manifest["config"], key: value}}
+  words = ["sample", f"--from={copy}", "--step=0", f"--out={tmp_path / 'run'}"]
+  folders.write_json(path, {**json.loads(path.read_text()), **changed})
+  assert f"{path} is missing or damaged" in refuses(*words)
+  folders.write_json(path, changed)  # as an earlier version wrote it
+  assert f"{path} is damaged: it asks for the sigmas" in refuses(*words)
 
 
 @pytest.mark.parametrize("words", [[], ["--redo"]])

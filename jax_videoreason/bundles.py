@@ -1,22 +1,25 @@
 """What a bundle on disk is, read and written without its weights: `bundle.json` and the tokenizer.
 
 `bundle.json` names the model, the config of each part, the folder where the part lies (it may be
-in another bundle, by a relative path) and every leaf with its checksum. `checkpoint` reads and
+in another bundle, by a relative path) and every leaf with its checksum, and has one of itself.
+`checkpoint` reads and
 writes the weights.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason.folders import checksum, local
+from jax_videoreason.folders import SUM, checksum, local, mapping_of, sealed, unsealed
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
@@ -81,28 +84,48 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 def describe(name_or_path: str | os.PathLike[str]) -> Described:
   """What a bundle is, from its bundle.json alone; refuses as `checkpoint.load`."""
   folder = find(name_or_path)
-  described = read_description(folder)
-  tokenizer = described.get("tokenizer")
-  return Described(
-    folder=folder,
-    modules=modules_of(described, folder),
-    card=card_of(described, str(tokenizer_of(folder, tokenizer, True)) if tokenizer else ""),
-    folders={name: folder / where for name, where in described["parts"].items()},
-    leaves={
-      name: {
-        path: Record(
-          shape=tuple(record["shape"]), dtype=jnp.dtype(record["dtype"]), sha256=record["sha256"]
-        )
-        for path, record in leaves.items()
-      }
-      for name, leaves in described["leaves"].items()
-    },
-  )
+  with understood(folder):
+    described = read_description(folder)
+    tokenizer = described.get("tokenizer")
+    return Described(
+      folder=folder,
+      modules=modules_of(described, folder),
+      card=card_of(described, str(tokenizer_of(folder, tokenizer, True)) if tokenizer else ""),
+      folders={name: folder / where for name, where in described["parts"].items()},
+      leaves={
+        name: {
+          path: Record(
+            shape=tuple(record["shape"]), dtype=jnp.dtype(record["dtype"]), sha256=record["sha256"]
+          )
+          for path, record in leaves.items()
+        }
+        for name, leaves in described["leaves"].items()
+      },
+    )
+
+
+@contextlib.contextmanager
+def understood(folder: Path) -> Iterator[None]:
+  """Turns what is raised for a description of other content than this version writes into a
+  ValueError; one of an earlier version has no checksum."""
+  try:
+    yield
+  except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    raise ValueError(
+      f"{folder / DESCRIPTION} is damaged ({type(error).__name__}: {error}): copy the bundle again."
+    ) from error
 
 
 def fingerprint(name_or_path: str | os.PathLike[str]) -> str:
-  """Tells the weights of one bundle from those of another: all leaves of all parts count."""
-  return checksum(find(name_or_path) / DESCRIPTION)
+  """Tells the weights of one bundle from those of another: all leaves of all parts count.
+
+  A description has the same with and without its checksum, which earlier versions did not write.
+  """
+  file = find(name_or_path) / DESCRIPTION
+  described = mapping_of(file)
+  if described is None or file.read_text(encoding="utf-8") != _text(sealed(described)):
+    return checksum(file)
+  return hashlib.sha256(_text(described).encode()).hexdigest()
 
 
 def complete(folder: Path, bundle: ModelBundle, leaves: Mapping[str, Mapping[str, Record]]) -> None:
@@ -142,6 +165,12 @@ def read_description(folder: Path) -> dict[str, Any]:
       f"{file} has format {found}, this version ({__version__}) reads {FORMAT}: "
       "upgrade jax-videoreason."
     )
+  described = unsealed(described)
+  if described is None:
+    raise ValueError(
+      f"{file} differs from the checksum {SUM!r} in it: copy the bundle again, or take {SUM!r} out "
+      "where it was changed on purpose."
+    )
   wanted = {"name", "family", "numerics", "boundary", "text_length", "latents", "sources", "config"}
   missing = sorted((wanted | {"parts", "leaves", "version"}) - described.keys())
   if missing or described["parts"].keys() != described["leaves"].keys():
@@ -154,8 +183,11 @@ def write_description(folder: Path, described: Mapping[str, Any], tokenizer: str
   """bundle.json, and the tokenizer where it is the bundle's own."""
   if described["tokenizer"] and described["tokenizer"]["file"] == TOKENIZER:
     shutil.copyfile(tokenizer, folder / TOKENIZER)
-  text = json.dumps(described, indent=1) + "\n"
-  (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+  (folder / DESCRIPTION).write_text(_text(sealed(described)), encoding="utf-8")
+
+
+def _text(described: Mapping[str, Any]) -> str:
+  return json.dumps(described, indent=1) + "\n"
 
 
 def description(

@@ -55,20 +55,27 @@ def load(
   """
   check_auto(mesh)
   folder = bundles.find(name_or_path)
-  described = bundles.read_description(folder)
-  names = bundles.chosen_parts(parts, described, folder)
-  modules = bundles.modules_of(described, folder)
+  with bundles.understood(folder):
+    described = bundles.read_description(folder)
+    names = bundles.chosen_parts(parts, described, folder)
+    modules = bundles.modules_of(described, folder)
+    card = bundles.card_of(described, "")
+    for name in names:
+      bundles.check_config(described, folder, name)
+    places = [
+      _Part(
+        name=name,
+        bundle=folder,
+        folder=folder / described["parts"][name],
+        leaves=described["leaves"][name],
+      )
+      for name in names
+    ]
   loaded = {}
-  for name in names:
-    bundles.check_config(described, folder, name)
+  for place in places:
+    name = place.name
     module = getattr(modules, name.split("_")[0], None)
     wider = getattr(getattr(module, "config", None), "dtype", "float32")
-    place = _Part(
-      name=name,
-      bundle=folder,
-      folder=folder / described["parts"][name],
-      leaves=described["leaves"][name],
-    )
     if mesh is None:
       loaded[name] = place.on_device(dtype, wider, verify)
     else:
@@ -76,12 +83,13 @@ def load(
         place.check(jax.process_index(), jax.process_count())
       loaded[name] = place.on_mesh(mesh, dtype, wider)
   tokenizer = described.get("tokenizer") if "text" in names else None
-  file = str(bundles.tokenizer_of(folder, tokenizer, verify)) if tokenizer else ""
+  with bundles.understood(folder):
+    file = str(bundles.tokenizer_of(folder, tokenizer, verify)) if tokenizer else ""
   return ModelBundle(
     params=tuple(loaded.get(f"dit_{i}") for i in range(bundles.count_experts(described["parts"]))),
     **{name: loaded.get(name) for name in bundles.OTHERS},
     parts=modules,
-    card=bundles.card_of(described, file),
+    card=dataclasses.replace(card, tokenizer=file),
   )
 
 
@@ -148,6 +156,9 @@ class _Part:
   leaves: Mapping[str, Any]
 
   def __post_init__(self):
+    for record in self.leaves.values():
+      if not isinstance(record["sha256"], str) or _bytes(record) < 0:
+        raise TypeError(f"{record} describes no leaf")
     if not self.folder.is_dir():
       raise FileNotFoundError(
         f"{self.bundle}: part {self.name!r} should lie in {self.folder}, which is not there: copy "

@@ -1,5 +1,6 @@
 """Bundles come back as they were saved, stock Orbax reads them, and every fault is named."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from helpers import tiny_bundle
-from jax_videoreason import bundles, checkpoint, sharding
+from jax_videoreason import bundles, checkpoint, folders, sharding
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.structs import LatentSpec, ModelBundle
@@ -78,7 +79,7 @@ def copy(saved, tmp_path):
 
 def edit(folder, change):
   file = folder / "bundle.json"
-  described = json.loads(file.read_text())
+  described = folders.read_mapping(file)  # without its checksum, as an earlier version wrote it
   change(described)
   file.write_text(json.dumps(described))
 
@@ -343,12 +344,43 @@ def test_no_such_bundle(tmp_path, monkeypatch):
       r"leaf text/norm/scale in \S+copy/text differs from its checksum in \S+bundle.json",
     ),
     (lambda d: d["tokenizer"].update(sha256="0"), r"tokenizer.json differs from its checksum"),
+    (lambda d: d["tokenizer"].pop("sha256"), r"bundle.json is damaged \(KeyError: 'sha256'\)"),
+    (lambda d: d["latents"].update(strode=1), r"bundle.json is damaged \(TypeError: .*'strode'"),
+    (lambda d: d["leaves"]["text"].update({"norm/scale": 3}), r"bundle.json is damaged \(TypeErr"),
+    (
+      lambda d: d["leaves"]["text"]["norm/scale"].pop("sha256"),
+      r"bundle.json is damaged \(KeyError: 'sha256'\)",
+    ),
+    (
+      lambda d: d["leaves"]["text"]["norm/scale"].update(dtype="Float32"),
+      r"bundle.json is damaged \(TypeError: .*'Float32'",
+    ),
+    (lambda d: d["config"].update(dit=3), r"bundle.json .*: (copy the|upgrade)"),
   ],
 )
 def test_what_load_refuses(copy, change, message):
   edit(copy, change)
   with pytest.raises(ValueError, match=message):
     checkpoint.load(copy)
+
+
+def test_no_bit_of_a_description_turns_over_unseen(copy):
+  path = copy / "bundle.json"
+  whole, described = path.read_bytes(), bundles.describe(copy)
+  for place in range(0, len(whole), 97):
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with contextlib.suppress(ValueError):
+      assert bundles.describe(copy) == described  # white space
+
+
+@pytest.mark.parametrize("name", bundles.shipped())
+def test_a_checksum_of_the_description_changes_no_fingerprint(name, tmp_path):
+  folder = bundles.find(name)
+  assert json.loads((folder / "bundle.json").read_text())[folders.SUM]
+  described = folders.read_mapping(folder / "bundle.json")
+  (tmp_path / "bundle.json").write_text(json.dumps(described, indent=1) + "\n")
+  assert bundles.fingerprint(tmp_path) == folders.checksum(tmp_path / "bundle.json")
+  assert bundles.fingerprint(tmp_path) == bundles.fingerprint(name)
 
 
 def test_a_checksum_is_held_on_a_mesh_too(copy):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import (
+  bundles,
   checkpoint,
   cli,
   console,
@@ -1124,7 +1125,7 @@ def test_a_branch_of_a_branch_does_not_lose_an_edit(call, refuses, sampled, tmp_
 
 def test_a_branch_notices_other_weights(call, refuses, sampled, bundle_dir, tmp_path):
   weights = json.loads((sampled / "manifest.json").read_text())["weights"]
-  assert weights == folders.checksum(bundle_dir / "bundle.json")
+  assert weights == bundles.fingerprint(bundle_dir)
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
   manifest = folders.read_mapping(copy / "manifest.json")
@@ -1383,7 +1384,7 @@ def test_a_device_without_memory_is_one_sentence_and_a_bug_is_none(refuses, monk
 def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path):
   copy = tmp_path / "damaged"
   shutil.copytree(bundle_dir, copy)
-  described = json.loads((copy / "bundle.json").read_text())
+  described = folders.read_mapping(copy / "bundle.json")
   leaf = next(iter(described["leaves"]["dit_0"].values()))
   leaf["sha256"] = "0" * 64
   (copy / "bundle.json").write_text(json.dumps(described))

@@ -178,7 +178,7 @@ def test_options_of_the_other_direction(converted, refused):
 def test_positions_that_diffusers_does_not_have(converted, tmp_path, refused):
   copy = shutil.copytree(converted, tmp_path / "copy")
   file = copy / "bundle.json"
-  described = json.loads(file.read_text())
+  described = folders.read_mapping(file)
   described["config"]["dit"]["theta"] = 256.0
   file.write_text(json.dumps(described))
   assert "theta 256, diffusers has 10000 alone" in refused(copy)

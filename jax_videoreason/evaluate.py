@@ -46,10 +46,12 @@ from jax_videoreason.folders import (
   disk,
   expect,
   held,
+  mapping_of,
   plain,
   read_json,
   remove,
   rewriting,
+  sealed,
   sums,
   vouched,
   write_json,
@@ -171,7 +173,7 @@ def evaluate(
       advance(work(chosen, asked))
       return again(out)
     cases = {n: cases_of(task, asked.split, asked.cases, asked.kind) for n, task in loaded.items()}
-    left = [name for name in asked.tasks if not (out / PARTS / name / TASK).exists()]
+    left = [name for name in asked.tasks if not is_done(out / PARTS / name / TASK)]
     advance(work(chosen, dataclasses.replace(asked, tasks=tuple(set(asked.tasks) - set(left)))))
     if left:
       bundle, conds = prepare.encode(chosen, [questions(cases[name]) for name in left], mesh=mesh)
@@ -181,6 +183,14 @@ def evaluate(
         with beside(out / PARTS / name, last=TASK) as folder:
           measure(folder, bundle, chosen, loaded[name], cases[name], conds.pop(0), mesh, advance)
     return finish(out, chosen, asked, mesh, command)
+
+
+def is_done(path: Path) -> bool:
+  """Whether a finished task left what it says; warns of one that is damaged."""
+  whole = mapping_of(path, "cases", "shuffled", "rows", "watched") is not None
+  if not whole and path.exists():
+    warnings.warn(f"{path} was damaged: the task is done again.", stacklevel=2)
+  return whole
 
 
 def check(chosen: SampleSettings) -> None:
@@ -322,7 +332,7 @@ def measure(
   seen = watch(task, some, x0, show) if watched else None
   write_json(
     folder / TASK,
-    plain(
+    sealed(
       {
         "cases": [case.metadata for case in cases],
         "shuffled": shuffled(cases),

@@ -21,6 +21,7 @@ import numpy as np
 STAGE = ".unfinished"
 PART = ".part-"
 MANIFEST = "manifest.json"  # what a folder holds, with checksums; written last
+SUM = "sum"  # of a JSON file: the checksum of all else in it
 LOCK = "lock"  # held by the process that works in a folder
 KINDS = (  # names that lie in a folder -> what it is, and how it is read; the first one counts
   (("runs.json",), "run", "open it by open_run"),
@@ -526,12 +527,28 @@ def read_json(path: Path) -> Any:
     raise damaged(path) from error
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+  """`plain(value)` with a checksum of all that it says."""
+  value = plain(value)
+  return {**value, SUM: digest(value)}
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What `sealed` made it of; None where it is not that any more. Without a checksum, as it is."""
+  rest = {key: inner for key, inner in value.items() if key != SUM}
+  return rest if value.get(SUM, digest(rest)) == digest(rest) else None
+
+
 def read_mapping(path: Path, *keys: str) -> dict[str, Any]:
-  """What a JSON file holds; ValueError when it is missing, damaged or no mapping with the keys."""
+  """What a JSON file holds, without its checksum.
+
+  ValueError: it is missing, damaged or no mapping with the keys.
+  """
   found = read_json(path)
-  if not (isinstance(found, dict) and found.keys() >= set(keys)):
+  value = unsealed(found) if isinstance(found, dict) else None
+  if value is None or not value.keys() >= set(keys):
     raise damaged(path)
-  return found
+  return value
 
 
 def mapping_of(path: Path, *keys: str) -> dict[str, Any] | None:

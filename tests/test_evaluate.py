@@ -195,6 +195,25 @@ def test_finished_tasks_are_not_done_again_and_the_numbers_are_the_same(done, co
   assert sorted(p.name for p in (copy / "tasks").iterdir()) == sorted(TASKS)
 
 
+def test_a_damaged_task_of_an_unfinished_evaluation_is_done_again(done, copy, measured, capsys):
+  for name in ("manifest.json", "result.json", "table.parquet"):
+    (copy / name).unlink()
+  path = copy / "tasks" / "pick" / "task.json"
+  text = path.read_text()
+  assert evaluate.is_done(path)
+  for content in (text[:99], "", "null", "{}", "[]", text.replace('"score": ', '"score": 1', 1)):
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="task.json was damaged: the task is done again"):
+      assert not evaluate.is_done(path)
+  assert call(copy) == 0
+  assert measured == ["pick"]
+  assert f"{path} was damaged" in capsys.readouterr().err
+  assert result_of(copy) == result_of(done)
+  without = {key: value for key, value in json.loads(text).items() if key != folders.SUM}
+  path.write_text(json.dumps(without))  # as an earlier version wrote it
+  assert evaluate.is_done(path)
+
+
 def test_an_interrupted_task_leaves_nothing_and_what_was_finished_stays(copy, monkeypatch):
   for name in ("manifest.json", "result.json", "table.parquet"):
     (copy / name).unlink()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import digest, disk, write_json
+from jax_videoreason.folders import disk, sealed, unsealed, write_json
 from jax_videoreason.tasks import Case, Metadata, Task
 
 FPS = 16  # of VBVR-Bench
-SUM = "sum"  # of metadata.json
 FILES = ("first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt", "metadata.json")
 
 
@@ -19,7 +18,7 @@ def write_cases(root: Path, cases: Sequence[Case]) -> list[Path]:
   """Writes each case as root/<task>/<index as 00000>/ with `FILES`; returns the folders.
 
   metadata.json holds the right answers in symbols, so no score depends on the pixels of the video,
-  and in `sum` a checksum of all else that it says.
+  and a checksum of all that it says.
   """
   return [write_case(root / case.task / f"{case.index:05d}", case) for case in cases]
 
@@ -32,7 +31,7 @@ def write_case(folder: Path, case: Case) -> Path:
   media.write_png(folder / "first_frame.png", case.first_frame)
   media.write_png(folder / "final_frame.png", case.frames[-1])
   media.write_mp4(folder / "ground_truth.mp4", case.frames, fps=FPS)
-  write_json(folder / "metadata.json", {**case.metadata, SUM: digest(case.metadata)})
+  write_json(folder / "metadata.json", sealed(case.metadata))
   return folder
 
 
@@ -154,6 +153,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     metadata = dict(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} is no JSON object: copy or export the case again.") from error
-  if is_case(metadata) and SUM in metadata and metadata.pop(SUM) != digest(metadata):
+  found = unsealed(metadata) if is_case(metadata) else metadata
+  if found is None:
     raise ValueError(f"{path} differs from its checksum: copy or export the case again.")
-  return metadata
+  return found

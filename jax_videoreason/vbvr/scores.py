@@ -21,7 +21,6 @@ from jax_videoreason import media, store, tasks
 from jax_videoreason.folders import (
   MANIFEST,
   checksum,
-  digest,
   disk,
   held,
   mapping_of,
@@ -29,6 +28,7 @@ from jax_videoreason.folders import (
   read_mapping,
   refuse_other,
   remove,
+  sealed,
   vouched,
   write_json,
 )
@@ -251,9 +251,10 @@ def _rows(
       scorer = kit.digest
     key = {"sha256": checksum(video), **_marks(sample), "scorer": scorer}
     path = out / SAMPLES / f"{sample.key}.json"
-    before = _kept(path)
-    if before.get("of") == key and before["row"]["error"] is None:
-      return before["row"]
+    before = mapping_of(path, "of", "row")
+    row = None if before is None or before["of"] != key else before["row"]
+    if isinstance(row, dict) and row.get("error", ...) is None:
+      return row
     record = videos.record_of(folder, sample)
     try:
       _write_picture(out / PICTURES / f"{sample.key}.png", media.read_mp4(video)[0])
@@ -267,8 +268,7 @@ def _rows(
     row["broken"] = record is not None and record.get("finite") is False
     with disk(path):
       path.parent.mkdir(parents=True, exist_ok=True)
-    said = plain({"of": key, "row": row})
-    write_json(path, {**said, "sum": digest(said)})
+    write_json(path, sealed({"of": key, "row": row}))
     return row
 
   chosen = [sample for sample in data.samples if sample.key not in absent]
@@ -284,15 +284,6 @@ def _rows(
       raise
   advance(len(absent))
   return rows
-
-
-def _kept(path: Path) -> dict[str, Any]:
-  """What the file of a finished sample says; nothing where it is missing or damaged."""
-  found = mapping_of(path, "of", "row")
-  if found is None:
-    return {}
-  said = {"of": found["of"], "row": found["row"]}
-  return said if found.get("sum") in (None, digest(said)) else {}  # None: of earlier versions
 
 
 def names_of(data: Data) -> list[str]:

@@ -1185,6 +1185,20 @@ def test_a_model_that_is_not_here_yet_is_asked_for_steps_and_layers_it_has(bench
     assert "--keep-steps=49, wanted steps below 49" in capsys.readouterr().err
 
 
+def test_a_boundary_of_one_expert_is_refused_by_the_plan_and_the_command(bench, tmp_path, capsys):
+  words, out = [f"--data={bench}", "--config=mini:boundary=0.5"], tmp_path / "videos"
+  for command in (
+    ["vbvr", "generate", "--dry-run"],
+    ["vbvr", "generate", f"--out={out}"],
+    ["plan", "vbvr", "generate", "--on=cpu"],
+  ):
+    assert cli.main([*command, *words]) == 2
+    heard = capsys.readouterr()
+    assert "boundary=0.5 of mini, which has one expert" in heard.err
+    assert "denoise:" not in heard.err
+  assert not out.exists()
+
+
 def test_clips_that_are_not_there_are_refused_before_a_bar_begins(bench, tmp_path, capsys):
   out = tmp_path / "clips"
   assert call("baselines", f"--data={bench}", f"--out={out}", "--clips=static,foo") == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_videoreason import costs, framing, plan, runs
+from jax_videoreason import costs, framing, plan, runs, settings
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import suite
@@ -129,9 +129,11 @@ def work(chosen: SampleSettings, data: Data, job: Job, seats: int = 1) -> list[c
   """What the units of this part of a job take; a published model need not be there.
 
   seats: the `seed` axis of the mesh, for which each unit is filled up.
-  Raises ValueError where the model is neither there nor known by the name of its folder.
+  Raises ValueError where the model is neither there nor known by the name of its folder, and as
+  `settings.boundary_of` says.
   """
   model = plan.model(chosen.checkpoint)
+  settings.boundary_of(chosen, model.card)
   mine = units(data, model.card.latents, job, chosen.batch)[job.part[0] :: job.part[1]]
   batches = [(unit.shape, len(unit.samples)) for unit in mine]
   looked = {unit.shape for unit in mine if guessed(job, unit.samples, chosen.steps)}

@@ -2,8 +2,7 @@
 
 `bundle.json` names the model, the config of each part, the folder where the part lies (it may be
 in another bundle, by a relative path) and every leaf with its checksum, and has one of itself.
-`checkpoint` reads and
-writes the weights.
+`checkpoint` reads and writes the weights.
 """
 
 import contextlib

@@ -7,7 +7,8 @@ side (D = N heads x K), before the output projection joins them. attn_q, attn_k,
 keys and values as the heads of self-attention take them, after norm and rotary positions, side by
 side too. cross_q: the queries of cross-attention, after their norm. Maps of attention (T T or T X)
 are no sites: kernels do not hold them; `attention.weights` makes those of self-attention from what
-is kept at attn_q and attn_k. update, for taps alone: the sum of the three terms.
+is kept at attn_q and attn_k, those of cross-attention from cross_q and `conditioning.cross_keys`.
+update, for taps alone: the sum of the three terms.
 """
 
 import dataclasses

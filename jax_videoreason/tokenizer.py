@@ -1,6 +1,7 @@
 """Prompts -> token ids of fixed length; the only importer of tokenizers and ftfy."""
 
 import html
+import itertools
 import re
 import textwrap
 import warnings
@@ -101,6 +102,24 @@ class Tokenizer:
         stacklevel=2,
       )
     return ids, mask
+
+  def pieces(self, prompt: str, length: int) -> list[str]:
+    """What each of the tokens that `encode` makes of a prompt stands for, the `</s>` last.
+
+    Joined, all but the `</s>` are the cleaned prompt, or the start of it that has room: a piece
+    holds the space before it, and is "" where the next token stands for the same character. In the
+    states of the text, and in keys and maps made of them, place x is that of piece x; what lies
+    behind the last is padding.
+    """
+    if not isinstance(prompt, str):
+      raise ValueError(f"prompt={prompt!r}, wanted one text: ask for each prompt by itself.")
+    count = int(self.encode([prompt], length)[1].sum()) - 1
+    cleaned = clean(prompt)
+    offsets = [*self._model.encode(cleaned).offsets[:-1], (len(cleaned), len(cleaned))]
+    # the mark of a word's start has the place of its first character, which is the next token's
+    stops = (min(end, start) for (_, end), (start, _) in itertools.pairwise(offsets))
+    cuts = itertools.accumulate(stops, max, initial=0)
+    return [*[cleaned[a:b] for a, b in itertools.pairwise(cuts)][:count], EOS]
 
 
 def train_word_tokenizer(prompts: Iterable[str]) -> str:

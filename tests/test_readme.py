@@ -42,7 +42,7 @@ def test_the_first_two_shell_blocks_run_the_demo_and_the_tests():
 
 
 def test_there_is_something_to_check():
-  assert len(blocks("python")) == 1
+  assert len(blocks("python")) == 2
   assert {words[1] for words in commands()} == set(cli.COMMANDS)
 
 
@@ -52,13 +52,16 @@ def test_every_command_line_is_understood(words):
   cli.parse(module, words[2:])
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=["library"])
-def test_the_library_example_runs(block, capsys):
-  assert len([line for line in block.splitlines() if line.strip()]) <= 14
-  exec(compile(block, "README.md", "exec"), {})
+def test_the_library_examples_run_one_after_the_other(capsys):
+  names = {}
+  for block in blocks("python"):
+    assert len([line for line in block.splitlines() if line.strip()]) <= 14
+    exec(compile(block, "README.md", "exec"), names)
   said = capsys.readouterr().out.splitlines()
-  assert len(said) == 20
+  assert len([line for line in said if line.startswith("sigma ")]) == 20
   assert said[0].startswith("sigma 1.00 [")
+  words = [line[5:] for line in said[20:]]
+  assert "".join(words) == names["case"].prompt + "</s>"
 
 
 def test_links_and_pictures_lead_to_files():

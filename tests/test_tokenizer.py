@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jax_videoreason.tokenizer import Tokenizer, clean, train_word_tokenizer
 
@@ -92,6 +93,57 @@ def test_one_string_and_no_room_are_refused(tokenizer):
     tokenizer.encode("ball", 4)
   with pytest.raises(ValueError, match="length=0 text tokens"):
     tokenizer.encode(["ball"], 0)
+  with pytest.raises(ValueError, match=r"prompt=\['ball'\], wanted one text"):
+    tokenizer.pieces(["ball"], 4)
+
+
+def test_pieces_are_the_text_of_each_token(tokenizer):
+  assert tokenizer.pieces("  Move the   RED ball, left-most ", 20) == [
+    "Move", " the", " RED", " ball", ",", " left", "-", "most", "</s>",
+  ]  # fmt: skip
+  assert tokenizer.pieces("", 4) == ["</s>"]
+  with pytest.warns(UserWarning, match="does not know 'Dog'"):
+    assert tokenizer.pieces("the Dog", 4) == ["the", " Dog", "</s>"]
+  with pytest.warns(UserWarning, match="4 text tokens"):
+    assert tokenizer.pieces("move the red ball", 4) == ["move", " the", " red", "</s>"]
+
+
+@pytest.fixture
+def unigram(tmp_path):
+  """As the published models read: parts of words, and a mark where a word starts."""
+  scores = {
+    "<pad>": 0,
+    "</s>": 0,
+    "<unk>": -10,
+    "\u2581": -2,
+    "\u2581the": -3,
+    "\u2581r": -3,
+    "ed": -3,
+  }
+  model = tokenizers.Tokenizer(
+    tokenizers.models.Unigram([*scores.items(), ("a", -5), ("b", -5)], unk_id=2)
+  )
+  split = tokenizers.pre_tokenizers
+  model.pre_tokenizer = split.Sequence([split.WhitespaceSplit(), split.Metaspace()])
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="$A </s>", special_tokens=[("</s>", 1)]
+  )
+  file = tmp_path / "unigram.json"
+  file.write_text(model.to_str(), encoding="utf-8")
+  return Tokenizer(file)
+
+
+@pytest.mark.parametrize(
+  ("prompt", "wanted"),
+  [
+    ("the red", ["the", " r", "ed"]),
+    ("ab the", ["", "a", "b", " the"]),
+    ("red a", ["r", "ed", " ", "a"]),
+  ],
+)
+def test_pieces_of_words_join_to_the_prompt(unigram, prompt, wanted):
+  assert unigram.pieces(prompt, 9) == [*wanted, "</s>"]
+  assert unigram.encode([prompt], 9)[1].sum() == len(wanted) + 1
 
 
 @pytest.mark.parametrize(

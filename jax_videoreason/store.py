@@ -5,7 +5,8 @@ A run folder holds R runs (one case, seed and edit each) that went through one s
     manifest.json      resolved config, command, versions, device, git revision, and the sha256 of
                        every data file and of itself; `undecoded` = the steps whose x0 is
                        outstanding, with frames, videos and answers, where a run is denoised and
-                       no more (`decoding`)
+                       no more (`decoding`); `descriptions` = the sha256 of each zarr.json below
+                       trace.zarr
     runs.json          what each run is: R objects {case, task, split, index, seed, prompt,
                        metadata}; `seed` and `prompt` must be there, a run of no task has no more
     final_latents.npy  R F H W C float32
@@ -81,7 +82,7 @@ CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
 TAP_AXES = ("step", "layer", "branch", "run")
-UNDECODED = "undecoded"  # the entry of a manifest
+UNDECODED, DESCRIPTIONS = "undecoded", "descriptions"  # entries of a manifest
 DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
 OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
@@ -208,6 +209,7 @@ def write_manifest(
     },
     **plain(more),
     "config": plain(config),
+    **({DESCRIPTIONS: _descriptions(trace)} if (trace := folder / "trace.zarr").is_dir() else {}),
     "files": {
       item.name: known[item.name] if item.name in known else checksum(item)
       for item in sorted(folder.iterdir())
@@ -216,6 +218,13 @@ def write_manifest(
   }
   write_json(folder / "manifest.json", sealed(manifest))
   return manifest
+
+
+def _descriptions(root: Path) -> dict[str, str]:
+  """Path below a trace -> checksum of each description of an array, by which its bytes are read."""
+  return {
+    path.relative_to(root).as_posix(): checksum(path) for path in sorted(root.rglob("zarr.json"))
+  }
 
 
 @contextlib.contextmanager
@@ -252,6 +261,7 @@ def decoding(run: "Run", *, check: bool = False, **more: Any) -> Iterator[Path]:
     manifest["seconds"] = round(manifest.get("seconds", 0) + time.monotonic() - began, 1)
     sums = {item.name: checksum(item) for item in (frames.parent, *made)}
     manifest["files"] = dict(sorted((manifest["files"] | sums).items()))
+    manifest[DESCRIPTIONS] = _descriptions(frames.parent)
     write_json(run.path / "manifest.json", sealed(manifest))
 
 
@@ -466,8 +476,11 @@ class Run:
     height width 3, uint8; or the frame float32 about -1..1.
     """
     exact, first, shown = (
-      None if self._file(name) is None else vouched(self.path, name)
-      for name in (f"first_{run}.npy", f"first_{run}.png", f"shown_{run}.png")
+      path if path.is_file() else None
+      for path in (
+        vouched(self.path, name)
+        for name in (f"first_{run}.npy", f"first_{run}.png", f"shown_{run}.png")
+      )
     )
     frame = None if first is None else media.read_image(first)
     return (
@@ -549,6 +562,10 @@ def open_run(folder: str | Path) -> Run:
   manifest = read_mapping(folder / "manifest.json", "config", "files")
   runs = read_json(vouched(folder, "runs.json"))
   root = folder / "trace.zarr"
+  there = _descriptions(root)
+  for name, wanted in manifest.get(DESCRIPTIONS, {}).items():
+    if there.get(name) != wanted:
+      raise damaged(root / name)
   found = arrays.open_group(root)
   for name in ("sigma", "finite"):
     if name not in found:
@@ -558,6 +575,10 @@ def open_run(folder: str | Path) -> Run:
       f"{folder}: runs.json names {len(runs)} runs, trace.zarr has "
       f"{found['finite'].shape[1]}; run it again, or copy the folder again."
     )
+  size = (len(found["sigma"]), len(runs))
+  for name in ("finite", "latents", "x0"):
+    if name in found and found[name].shape[:2] != size:
+      raise damaged(root / name)
   answers = vouched(folder, "answers.json")
   return Run(
     path=folder.resolve(),

@@ -698,6 +698,17 @@ def test_a_study_of_before_problems_were_kept_opens_and_is_not_taken_for_one_of_
   )
 
 
+def test_the_axes_of_a_value_are_those_of_the_result(tmp_path):
+  axes = {"gain": ("case", "step"), "one": ()}
+  found = Result(values={"gain": np.ones((2, 2)), "one": np.ones(())}, axes=axes)
+  results.save(tmp_path, found, {"key": "a"})
+  assert results.load(tmp_path)[0].axes == axes
+  path = tmp_path / "arrays.zarr" / "gain" / "zarr.json"
+  path.write_text(path.read_text().replace('"case"', '"cbse"'))
+  with pytest.raises(ValueError, match=r"arrays\.zarr/gain is missing or damaged"):
+    results.load(tmp_path)
+
+
 def test_a_study_that_meant_something_else_is_not_taken_for_one_of_now(
   tmp_path, monkeypatch, capsys
 ):

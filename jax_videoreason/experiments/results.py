@@ -378,8 +378,8 @@ def load(folder: str | Path) -> tuple[Result, dict[str, Any]]:
       "`videoreason run NAME`, or run it again."
     )
   stored = arrays.open_group(root)
-  for name in record["axes"]:
-    if name not in stored:
+  for name, axes in record["axes"].items():
+    if name not in stored or stored[name].axes != tuple(axes):
       raise damaged(root / name)
   result = Result(
     values={name: np.asarray(stored[name][...]) for name in record["axes"]},

@@ -5,10 +5,12 @@ A folder holds dit_0/ [dit_1/] vae/ text/ clip/ preview/, which stock Orbax rest
 for the states of a training, nowhere else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,16 +74,17 @@ def load(
       for name in names
     ]
   loaded = {}
-  for place in places:
-    name = place.name
-    module = getattr(modules, name.split("_")[0], None)
-    wider = getattr(getattr(module, "config", None), "dtype", "float32")
-    if mesh is None:
-      loaded[name] = place.on_device(dtype, wider, verify)
-    else:
-      if verify:
-        place.check(jax.process_index(), jax.process_count())
-      loaded[name] = place.on_mesh(mesh, dtype, wider)
+  with _without_late_reads():
+    for place in places:
+      name = place.name
+      module = getattr(modules, name.split("_")[0], None)
+      wider = getattr(getattr(module, "config", None), "dtype", "float32")
+      if mesh is None:
+        loaded[name] = place.on_device(dtype, wider, verify)
+      else:
+        if verify:
+          place.check(jax.process_index(), jax.process_count())
+        loaded[name] = place.on_mesh(mesh, dtype, wider)
   tokenizer = described.get("tokenizer") if "text" in names else None
   with bundles.understood(folder):
     file = str(bundles.tokenizer_of(folder, tokenizer, verify)) if tokenizer else ""
@@ -91,6 +94,24 @@ def load(
     parts=modules,
     card=dataclasses.replace(card, tokenizer=file),
   )
+
+
+@contextlib.contextmanager
+def _without_late_reads() -> Iterator[None]:
+  """Where one leaf can't be read, Orbax closes the loop that waits for the others; each of these
+  then reports that, by a traceback that hides the fault."""
+  before = sys.unraisablehook
+
+  def report(found: Any) -> None:
+    error = found.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      before(found)
+
+  sys.unraisablehook = report
+  try:
+    yield
+  finally:
+    sys.unraisablehook = before
 
 
 def save(

@@ -5,7 +5,10 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections import namedtuple
+from types import SimpleNamespace
+from typing import Any, cast
 
 import chex
 import jax
@@ -401,6 +404,21 @@ def test_a_part_that_is_not_there(copy):
   (copy / "tokenizer.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"tokenizer.json is not there"):
     checkpoint.load(copy, parts=("text",))
+
+
+def test_reads_that_are_given_up_after_a_fault_print_nothing(copy, monkeypatch):
+  told = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+
+  def restore(*_, **__):
+    for text in ("Event loop is closed", "another one"):
+      sys.unraisablehook(cast(Any, SimpleNamespace(exc_value=RuntimeError(text))))
+    raise ValueError("no such leaf")
+
+  monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+  with pytest.raises(ValueError, match=r"leaf vae/\S+ cannot be read from \S+copy/vae"):
+    checkpoint.load(copy, parts=("vae",))
+  assert set(told) == {"another one"}
 
 
 def test_damaged_json_and_damaged_bytes(copy):

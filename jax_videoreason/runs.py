@@ -126,12 +126,11 @@ def _indices(runs: Any, count: int) -> Any:
   index = places.space_of(runs).asarray(runs)
   if index.dtype == bool:
     refuse_traced("take by a mask", "give the indices of the runs, which may be traced", index)
-    mask = places.selection("runs", index, count)
-    if not mask.any():
+    if not index.any():
       raise ValueError(
-        f"the mask runs={mask.tolist()} takes no run, wanted one or several: mark them by True."
+        f"the mask runs={index.tolist()} takes no run, wanted one or several: mark them by True."
       )
-    index = np.flatnonzero(mask)
+    index = np.flatnonzero(places.selection("runs", index, count))
   return places.run_indices("runs", index, count)
 
 

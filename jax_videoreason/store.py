@@ -5,8 +5,7 @@ A run folder holds R runs (one case, seed and edit each) that went through one s
     manifest.json      resolved config, command, versions, device, git revision, and the sha256 of
                        every data file and of itself; `undecoded` = the steps whose x0 is
                        outstanding, with frames, videos and answers, where a run is denoised and
-                       no more (`decoding`); `descriptions` = the sha256 of each zarr.json below
-                       trace.zarr
+                       no more (`decoding`); `arrays` = the names of those in trace.zarr
     runs.json          what each run is: R objects {case, task, split, index, seed, prompt,
                        metadata}; `seed` and `prompt` must be there, a run of no task has no more
     final_latents.npy  R F H W C float32
@@ -82,7 +81,7 @@ CHUNK_BYTES = 1 << 20
 LATENT_AXES = ("step", "run", "latent_frame", "latent_height", "latent_width", "channel")
 FRAME_AXES = ("step", "run", "frame", "height", "width", "rgb")
 TAP_AXES = ("step", "layer", "branch", "run")
-UNDECODED, DESCRIPTIONS = "undecoded", "descriptions"  # entries of a manifest
+UNDECODED, ARRAYS = "undecoded", "arrays"  # entries of a manifest
 DRAWN = re.compile(r"x0_\d+\.png|report\.html|figures")
 OWNED = re.compile(
   r"(manifest|runs|answers)\.json|final_latents\.npy|trace\.zarr|report\.html|figures"
@@ -209,7 +208,7 @@ def write_manifest(
     },
     **plain(more),
     "config": plain(config),
-    **({DESCRIPTIONS: _descriptions(trace)} if (trace := folder / "trace.zarr").is_dir() else {}),
+    **({ARRAYS: _arrays(trace)} if (trace := folder / "trace.zarr").is_dir() else {}),
     "files": {
       item.name: known[item.name] if item.name in known else checksum(item)
       for item in sorted(folder.iterdir())
@@ -220,11 +219,8 @@ def write_manifest(
   return manifest
 
 
-def _descriptions(root: Path) -> dict[str, str]:
-  """Path below a trace -> checksum of each description of an array, by which its bytes are read."""
-  return {
-    path.relative_to(root).as_posix(): checksum(path) for path in sorted(root.rglob("zarr.json"))
-  }
+def _arrays(trace: Path) -> list[str]:
+  return sorted(arrays.open_group(trace))
 
 
 @contextlib.contextmanager
@@ -261,7 +257,7 @@ def decoding(run: "Run", *, check: bool = False, **more: Any) -> Iterator[Path]:
     manifest["seconds"] = round(manifest.get("seconds", 0) + time.monotonic() - began, 1)
     sums = {item.name: checksum(item) for item in (frames.parent, *made)}
     manifest["files"] = dict(sorted((manifest["files"] | sums).items()))
-    manifest[DESCRIPTIONS] = _descriptions(frames.parent)
+    manifest[ARRAYS] = _arrays(frames.parent)
     write_json(run.path / "manifest.json", sealed(manifest))
 
 
@@ -562,12 +558,8 @@ def open_run(folder: str | Path) -> Run:
   manifest = read_mapping(folder / "manifest.json", "config", "files")
   runs = read_json(vouched(folder, "runs.json"))
   root = folder / "trace.zarr"
-  there = _descriptions(root)
-  for name, wanted in manifest.get(DESCRIPTIONS, {}).items():
-    if there.get(name) != wanted:
-      raise damaged(root / name)
   found = arrays.open_group(root)
-  for name in ("sigma", "finite"):
+  for name in {"sigma", "finite", *manifest.get(ARRAYS, ())}:
     if name not in found:
       raise damaged(root / name)
   if found["finite"].shape[1] != len(runs):

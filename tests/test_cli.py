@@ -1185,6 +1185,9 @@ def test_a_trace_without_latents_can_not_be_branched(refuses, sampled, tmp_path)
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
   shutil.rmtree(copy / "trace.zarr" / "latents")
+  manifest = folders.read_mapping(copy / "manifest.json")
+  manifest["arrays"].remove("latents")  # as of a run that kept none
+  folders.write_json(copy / "manifest.json", manifest)
   said = refuses("sample", f"--from={copy}", "--step=1", f"--out={tmp_path / 'run'}")
   assert "holds no latents, from which a branch starts" in said
   assert "is not a finished run" in refuses(

@@ -664,23 +664,9 @@ def test_no_bit_of_a_manifest_turns_over_unseen(copy):
       assert found == manifest or found.keys() != manifest.keys()
 
 
-def test_no_bit_of_a_description_of_an_array_turns_over_unseen(copy):
-  for name in ("finite", "x0", "frames", "taps/attn_out/norm"):
-    path = copy / "trace.zarr" / name / "zarr.json"
-    if not path.is_file():
-      continue
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 19):
-      path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-      with pytest.raises(ValueError, match=r"zarr\.json is missing or damaged"):
-        store.open_run(copy)
-    path.write_bytes(whole)
-  store.open_run(copy)
-
-
-@pytest.mark.parametrize("name", ["x0/zarr.json", "frames/zarr.json"])
+@pytest.mark.parametrize("name", ["x0", "frames"])
 def test_an_array_that_is_missing_is_not_taken_for_one_that_was_not_kept(copy, name):
-  (copy / "trace.zarr" / name).unlink()
+  shutil.rmtree(copy / "trace.zarr" / name)
   with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
     store.open_run(copy)
 
@@ -694,12 +680,11 @@ def test_a_first_frame_that_is_missing_is_not_taken_for_none(copy):
 
 @pytest.mark.parametrize("name", ["finite", "x0"])
 def test_an_array_of_fewer_steps_than_sigmas_is_damaged_in_a_run_of_before_too(copy, name):
-  manifest = folders.read_mapping(copy / "manifest.json")
-  del manifest[store.DESCRIPTIONS]
-  folders.write_json(copy / "manifest.json", manifest)
-  store.open_run(copy)
   path = copy / "trace.zarr" / name / "zarr.json"
   described = folders.read_json(path)
+  del described["attributes"][arrays.SUM]
+  folders.write_json(path, described)
+  store.open_run(copy)
   described["shape"][0] -= 1
   folders.write_json(path, described)
   with pytest.raises(ValueError, match=f"trace.zarr/{name} is missing or damaged"):
@@ -822,7 +807,7 @@ def test_the_steps_of_an_array_are_those_that_were_written(copy):
 
 def test_a_trace_without_sigma(copy):
   shutil.rmtree(copy / "trace.zarr/sigma")
-  with pytest.raises(ValueError, match=r"sigma/zarr\.json is missing or damaged"):
+  with pytest.raises(ValueError, match="sigma is missing or damaged"):
     store.open_run(copy)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import bundles, leaves
-from jax_videoreason.folders import beside, disk, held_beside, remove, spare, transfer
+from jax_videoreason.folders import UNMOVED, beside, disk, held_beside, remove, spare
 from jax_videoreason.models import clip as image_tower
 from jax_videoreason.models.clip import CLIPConfig
 from jax_videoreason.models.umt5 import UMT5Config
@@ -204,9 +204,21 @@ def write(
       _write_rest(partial, bundles.describe(bundle), [part.name for part in made])
       remove(old)
       if out.exists():
-        transfer(out, old, last=INDEX)
+        _put_away(out, old)
     remove(old)
     return out
+
+
+def _put_away(out: Path, old: Path) -> None:
+  """Moves a former export aside; where folders can't be renamed it is removed, first what tells
+  that it is whole."""
+  try:
+    out.rename(old)
+  except OSError as error:
+    if error.errno not in UNMOVED:
+      raise
+    (out / INDEX).unlink()
+    remove(out)
 
 
 def _as_diffusers(kind: str, config: Any) -> tuple[Iterable[Any], dict[str, Any], dict[str, int]]:

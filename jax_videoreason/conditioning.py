@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -179,7 +180,7 @@ def _expert(bundle: ModelBundle, expert: int | None) -> Params:
       f"{name} has {count} experts, each with keys of its own, and expert=None: give 0 or 1, as "
       "schedule.which says for the step."
     )
-  number = 0 if expert is None else expert
+  number = 0 if expert is None else operator.index(expert)
   if number not in range(count):
     raise ValueError(f"expert={expert}: {name} has {count}, counted from 0: give one of them.")
   params = bundle.params[number]

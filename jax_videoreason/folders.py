@@ -235,7 +235,7 @@ def filled(out: Path, *, owned: Callable[[str], Any], redo: bool = False) -> Ite
     for name in there:
       if name.startswith(PART) or owned(name):
         remove(out / name)
-    for item in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
+    for item in sorted(stage.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
       transfer(item, out / item.name)
     remove(stage)
 
@@ -402,7 +402,7 @@ def disk(path: Path, *, full: str = "free some space or choose another --out") -
     remedy = "choose another --out"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       remedy = full
-    elif code in UNMOVED:
+    elif code in UNMOVED and getattr(error, "filename2", None) is not None:  # of a rename
       remedy = f"of a mounted bucket, folders can't be renamed (docs/pods.md); else {remedy}"
     raise OSError(f"{place} could not be written ({os.strerror(code)}): {remedy}.") from error
 
@@ -489,8 +489,7 @@ def sums(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def rewriting(folder: Path, *names: str) -> Iterator[None]:
   """Files of a folder are written anew inside; meanwhile its manifest has no checksum of them."""
-  manifest = read_json(folder / MANIFEST)
-  manifest.pop(SUM, None)
+  manifest = read_mapping(folder / MANIFEST, "files")
   others = {file: found for file, found in manifest["files"].items() if file not in names}
   write_json(folder / MANIFEST, sealed({**manifest, "files": others}))
   yield

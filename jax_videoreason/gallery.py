@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media, scoring, stats
-from jax_videoreason.folders import read_json
+from jax_videoreason.folders import read_mapping
 from jax_videoreason.report import flat, inline, write_page
 from jax_videoreason.sweep import MANIFEST, PAGE, Row, Sweep, open_sweep
 
@@ -57,7 +57,7 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     "outcomes": OUTCOMES,
     "broken": [row for row in sweep.rows if row["broken_at"] is not None],
     "events": sweep.events,
-    "manifest": read_json(sweep.path / MANIFEST) if sweep.finished else None,
+    "manifest": read_mapping(sweep.path / MANIFEST) if sweep.finished else None,
     "settings": flat(sweep.asked),
     "words": stats.spell,
     "least": stats.LEAST,

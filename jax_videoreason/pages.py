@@ -18,7 +18,7 @@ from jax_videoreason import plots, stats
 from jax_videoreason.axes import spread
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
-from jax_videoreason.folders import atomic, disk, read_json, vouched, write_json
+from jax_videoreason.folders import atomic, disk, read_json, read_mapping, vouched, write_json
 from jax_videoreason.report import flat, inline, write_page
 
 # Axes of the figures whose name is not that of the axis; those along the steps also show sigma.
@@ -62,7 +62,7 @@ def render(folder: str | Path) -> Path:
   """Draws the page and the figures of a result folder again; returns the path of report.html."""
   folder = Path(folder)
   result, record = results.load(folder)
-  manifest = read_json(folder / "manifest.json")
+  manifest = read_mapping(folder / "manifest.json")
   figures = folder / "figures"
   with disk(figures):
     figures.mkdir(exist_ok=True)
@@ -401,7 +401,7 @@ def render_claims(out: str | Path) -> Path:
 def study_of(path: Path, figures: Path) -> dict[str, Any]:
   """What the table of claims shows of a result.json; its chosen figures are copied to `figures`."""
   record = read_json(vouched(path.parent, path.name))
-  manifest = read_json(path.parent / "manifest.json")
+  manifest = read_mapping(path.parent / "manifest.json")
   drawn = path.parent / "figures"
   titles = read_json(drawn / TITLES) if (drawn / TITLES).is_file() else {}  # older pages have none
   wanted = SHOWN.get(record["experiment"], tuple(record["axes"]))

@@ -13,7 +13,7 @@ from einops import rearrange
 from jax_videoreason import baselines, comparing, media, scoring, stats, tasks
 from jax_videoreason.axes import spread
 from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TASK, read_table
-from jax_videoreason.folders import read_json
+from jax_videoreason.folders import read_json, read_mapping
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def render(folder: str | Path) -> Path:
 def contents(folder: Path) -> dict[str, Any]:
   """Everything the template shows, as plain values."""
   result = read_json(folder / RESULT)
-  manifest = read_json(folder / "manifest.json")
+  manifest = read_mapping(folder / "manifest.json")
   rows = read_table(folder)
   warn_of_code(folder, result["tasks"])
   sheets: list[str] = []

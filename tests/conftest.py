@@ -45,7 +45,7 @@ def flat(monkeypatch):
 
   def replace(source, target):
     if os.path.isdir(source) and os.listdir(source):
-      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source), None, str(target))
     real(source, target)
 
   monkeypatch.setattr(os, "rename", replace)

@@ -121,6 +121,28 @@ def test_a_destination_that_exists_is_kept_unless_redone(converted, tmp_path, re
   assert os.listdir(tmp_path) == ["out"]
 
 
+def test_an_export_replaces_another_where_folders_are_not_renamed(
+  converted, tmp_path, flat, monkeypatch
+):
+  out = tmp_path / "out"
+  words = ["convert", str(converted), "--out", str(out), "--to=diffusers"]
+  assert cli.main(words) == 0
+  sums = {p: folders.checksum(p) for p in sorted(out.rglob("*"))}
+  (out / "mine.txt").write_text("")
+  assert cli.main([*words, "--redo"]) == 0
+  assert {p: folders.checksum(p) for p in sorted(out.rglob("*"))} == sums
+  assert os.listdir(tmp_path) == ["out"]
+
+  def stopped(path):
+    if path == out:
+      raise KeyboardInterrupt
+    folders.remove(path)
+
+  monkeypatch.setattr(export, "remove", stopped)
+  assert cli.main([*words, "--redo"]) != 0
+  assert (out / "vae").exists() and not (out / "model_index.json").exists()
+
+
 def test_a_second_export_to_a_folder_is_refused_meanwhile(converted, tmp_path, capsys):
   words = ["convert", str(converted), "--out", str(tmp_path / "out"), "--to=diffusers"]
   with folders.held_beside(tmp_path / "out"):

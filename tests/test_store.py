@@ -535,6 +535,15 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "video_000.mp4").exists()
 
 
+def test_too_many_open_files_is_said_of_a_bucket_where_a_folder_is_renamed_alone(tmp_path, flat):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "file").write_text("")
+  with pytest.raises(OSError, match="mounted bucket"), folders.disk(tmp_path):
+    os.rename(tmp_path / "a", tmp_path / "b")
+  with pytest.raises(OSError, match=r"Too many open files\): choose"), folders.disk(tmp_path):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(tmp_path / "a"))
+
+
 def test_where_folders_are_not_renamed_a_run_is_the_same(tmp_path, folder, flat):
   out = run_folder.make(tmp_path / "run", seeds=1)
   made = run_folder.make(out, redo=True)
@@ -768,6 +777,14 @@ def test_stopped_while_it_is_decoded_a_run_is_what_it_was(copy, name):
   file.write_bytes(file.read_bytes()[::-1])
   with pytest.raises(ValueError, match=f"{name.split('/')[0]} differs from its checksum"):
     run.verify()
+
+
+def test_a_damaged_manifest_is_not_sealed_anew(copy):
+  path = copy / "manifest.json"
+  path.write_text(path.read_text().replace('"shift": 5.0', '"shift": 4.0'))
+  with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged"):
+    with folders.rewriting(copy, "runs.json"):
+      pass
 
 
 def test_truncated_latents(copy):

@@ -357,12 +357,14 @@ def is_ours(out: Path, key: str) -> bool:
 def fault_of(out: Path, key: str) -> Path | None:
   """The file that is not what this very command left in `out`; None = all are. Reads arrays once.
 
-  Hidden files are of others, as .DS_Store, and no damage.
+  Hidden files are of others, as .DS_Store, and no damage. A stage tells of files on their way.
   """
-  from jax_videoreason.folders import vouched
+  from jax_videoreason.folders import STAGE, vouched
 
   if _record(out).get("key") != key:
     return out / "result.json"
+  if (out / STAGE).exists() or not (out / "arrays.zarr").is_dir():
+    return out / "arrays.zarr"
   try:
     vouched(out, "arrays.zarr", lambda name: not Path(name).name.startswith("."))
   except ValueError:
@@ -419,13 +421,12 @@ def _record(out: Path) -> dict[str, Any]:
 
 def _read(out: Path, name: str) -> dict[str, Any]:
   """What a JSON file of `out` says; nothing where it is missing or damaged."""
-  from jax_videoreason.folders import read_json, vouched
+  from jax_videoreason.folders import read_mapping, vouched
 
   try:
-    found = read_json(vouched(out, name))
+    return read_mapping(vouched(out, name))
   except ValueError:
     return {}
-  return found if isinstance(found, dict) else {}
 
 
 def _key(*parts: Any) -> str:

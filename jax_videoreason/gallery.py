@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 MOST_STRIPS = 3200  # of a page, a strip per seed of a case; the table on disk has all
 MOST_SEEDS = 16  # of a case
-MEANS = ("score", "strict", "right", "flips")  # over runs, with an interval over problems
+MEANS = ("score", "flips")  # over runs, with an interval over problems
+SHARES = ("strict", "right")  # of problems, whose runs are averaged
 OUTCOMES = {"all": "every seed right", "some": "some seeds right", "none": "no seed right"}
 
 
@@ -74,8 +75,11 @@ def spread(kinds: Sequence[Sequence[T]], most: int) -> list[T]:
 
 
 def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
-  """Means over the runs of some cases, with intervals over their problems; agreement: of pairs of
-  seeds that give one answer. commitment: of the runs that settle, `settled` in number."""
+  """Means over the runs of some cases and shares of their problems, with intervals over problems.
+
+  agreement: of pairs of seeds that give one answer. commitment: of the runs that settle, `settled`
+  in number.
+  """
   rows = [row for case in cases for row in case]
   of_problem: dict[str, list[Row]] = {}
   for row in rows:
@@ -88,22 +92,24 @@ def numbers(cases: Sequence[Sequence[Row]]) -> dict[str, Any]:
   return {
     "runs": len(rows),
     "problems": len(own),
-    **{key: mean([[row[key] for row in some] for some in own]) for key in MEANS},
+    **{key: scoring.said(mean(own, key)) for key in MEANS},
+    **{key: scoring.said(share(own, key)) for key in SHARES},
     "settled": len(committed),
     "commitment": float(np.mean(committed)) if committed else None,
     "agreement": alike / pairs if pairs else None,
   }
 
 
-def mean(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
-  """The mean over the values of all groups; its interval draws whole groups anew."""
-  sums = np.array([(sum(values), len(values)) for values in groups], float)
+def mean(problems: Sequence[Sequence[Row]], key: str) -> stats.Interval:
+  """The mean over the runs of all problems."""
+  values = [[row[key] for row in rows] for rows in problems]
+  return stats.bootstrap_groups(values, seed=stats.SEED, draws=2000)
 
-  def ratio(drawn: np.ndarray) -> np.ndarray:
-    total = drawn.sum(1)
-    return total[..., 0] / total[..., 1]
 
-  return scoring.said(stats.bootstrap(sums, seed=stats.SEED, draws=2000, statistic=ratio))
+def share(problems: Sequence[Sequence[Row]], key: str) -> stats.Interval:
+  """The share of problems that succeed, as `evaluate` has it: each the mean of its runs."""
+  shares = [float(np.mean([row[key] for row in rows])) for rows in problems]
+  return stats.share(shares, seed=stats.SEED)
 
 
 def card(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any]:

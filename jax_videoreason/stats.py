@@ -177,6 +177,26 @@ def bootstrap(
   return Interval(estimate=estimate, low=low, high=high, cases=count, note=note)
 
 
+def bootstrap_groups(
+  groups: Sequence[Sequence[float]], *, seed: int, draws: int = DRAWS
+) -> Interval:
+  """The mean over the values of all groups; its percentile interval draws whole groups anew.
+
+  As `bootstrap` otherwise, with groups as cases: those of one mean are equal, however many values
+  each has.
+  """
+  sums = np.array([(sum(values), len(values)) for values in groups], np.float64)
+  means = sums[:, 0] / sums[:, 1]
+  if np.allclose(means, means[0], rtol=1e-12, atol=0):  # sums of other lengths round otherwise
+    return bootstrap(np.full(len(means), means[0]), seed=seed, draws=draws)
+
+  def ratio(drawn: np.ndarray) -> np.ndarray:
+    total = drawn.sum(1)
+    return total[..., 0] / total[..., 1]
+
+  return bootstrap(sums, seed=seed, draws=draws, statistic=ratio)
+
+
 def share(hits: ArrayLike, *, seed: int, draws: int = DRAWS) -> Interval:
   """The share of cases that succeed, with its exact binomial interval.
 

@@ -32,6 +32,7 @@ from jax_videoreason import (
   product,
   runs,
   schedules,
+  scoring,
   settings,
   sweep,
   tasks,
@@ -118,6 +119,26 @@ def test_means_of_a_page_say_over_how_many_runs_and_problems_they_are():
   assert min(of_problem) <= found["score"]["low"] < scores.mean() < found["score"]["high"]
   few = gallery.numbers(cases[:7])["score"]
   assert (few["low"], few["high"], few["problems"]) == (None, None, 7)
+  still = gallery.numbers([[dict(run, flips=0) for run in case] for case in cases])["flips"]
+  assert (still["low"], still["note"][:17]) == (None, "all 8 cases are e")
+
+
+def test_shares_of_a_page_have_the_intervals_that_evaluate_gives_them(done):
+  cases = [
+    [
+      {"system": "model", "problem": f"p{min(case, 15)}", "score": 0.5, "strict": case < 12,
+       "right": seed == 0 or case < 8, "flips": 0, "answer": "a", "commitment": 0}
+      for seed in range(2)
+    ]
+    for case in range(18)
+  ]  # fmt: skip
+  found = gallery.numbers(cases)
+  wanted = scoring.measures([row for case in cases for row in case], "model")
+  for name in ("strict", "right"):
+    assert found[name] == pytest.approx(wanted[name])
+  assert found["strict"]["estimate"] == 12 / 16
+  page = " ".join((done / "report.html").read_text().split())
+  assert "Strict and right answers: shares of problems, the runs of each averaged" in page
 
 
 def test_the_page_says_what_made_the_sweep(done):

@@ -87,6 +87,22 @@ def test_equal_cases_give_a_statement_instead_of_an_interval_of_no_width():
   assert str(ratio) == "0.10 (all 10 cases are equal: resampling shows no spread)"
 
 
+def test_groups_of_one_mean_are_equal_however_many_values_they_have():
+  for value in (0.0, 0.1, 1.0):
+    found = stats.bootstrap_groups([[value] * 3] + [[value]] * 8, seed=0, draws=DRAWS)
+    assert str(found) == f"{value:.2f} (all 9 cases are equal: resampling shows no spread)"
+  few = stats.bootstrap_groups([[1.0, 1.0], [1.0]], seed=0, draws=DRAWS)
+  assert few.note == "2 cases: an interval needs at least 8"
+
+
+def test_groups_are_drawn_whole():
+  groups = [[float(number)] * (1 + number % 2) for number in range(12)]
+  found = stats.bootstrap_groups(groups, seed=0, draws=DRAWS)
+  assert found.estimate == np.concatenate(groups).mean()
+  one_each = stats.bootstrap([group[0] for group in groups], seed=0, draws=DRAWS)
+  assert 0.8 < (found.high - found.low) / (one_each.high - one_each.low) < 1.4
+
+
 def test_a_statistic_that_some_draws_lack_has_no_interval_and_says_so():
   rare = np.stack([np.eye(1, 9)[0], np.ones(9)], axis=-1)  # a draw without the first case: 0 / 0
   with np.errstate(invalid="ignore"):

@@ -90,6 +90,7 @@ def test_tasks_that_are_all_alike_give_no_interval():
   assert found["estimate"] == pytest.approx(0.1)
   assert (found["low"], found["high"]) == (None, None)
   assert found["note"] == "all 20 cases are equal: resampling shows no spread"
+  assert table.over_tasks(rows[1:])["note"] == found["note"]  # also with a sample less in one
 
 
 def test_seeds_of_a_model_are_averaged_sample_by_sample(tmp_path):

@@ -263,13 +263,8 @@ def brief(value: Any) -> str:
 
 def over_tasks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The mean over samples, with its interval over tasks: whole tasks are drawn anew."""
-  found = stats.bootstrap(_sums(rows), seed=SEED, statistic=_ratio)
+  found = stats.bootstrap_groups(_by_task(rows), seed=SEED)
   return {**_ends(found), "samples": len(rows), "tasks": found.cases}
-
-
-def _sums(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-  """tasks x (sum of scores, number of samples)."""
-  return np.array([(sum(values), len(values)) for values in _by_task(rows)], float)
 
 
 def _by_task(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
@@ -278,11 +273,6 @@ def _by_task(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
   for row in rows:
     of_task.setdefault(f"{row['split']}/{row['task']}", []).append(row["score"])
   return [values for _, values in sorted(of_task.items())]
-
-
-def _ratio(drawn: np.ndarray) -> np.ndarray:
-  total = drawn.sum(1)
-  return total[..., 0] / total[..., 1]
 
 
 def _ends(found: stats.Interval) -> dict[str, Any]:
@@ -312,8 +302,8 @@ def difference(a: System, b: System) -> dict[str, Any]:
     ]
     if not rows:
       continue
-    sums = _sums(rows)
-    p = stats.sign_flip(sums[:, 0] / sums[:, 1], seed=SEED).p
+    means = [sum(values) / len(values) for values in _by_task(rows)]
+    p = stats.sign_flip(means, seed=SEED).p
     columns[column] = {
       **over_tasks(rows),
       "over_samples": _ends(stats.bootstrap_within(_by_task(rows), seed=SEED)),

@@ -943,6 +943,17 @@ def test_settings_of_videos_that_are_no_mapping_are_one_sentence(own_cases, tmp_
   assert f"{path} is missing or damaged" in capsys.readouterr().err
 
 
+def test_scores_of_videos_whose_manifest_is_damaged_do_not_say_how_they_were_made(
+  own_cases, tmp_path
+):
+  data = samples.load(own_cases, names=["pick"], cases=1)
+  (folder,) = baselines.write(tmp_path / "mine", data, ["truth"])
+  (folder / videos.MANIFEST).write_text("{")
+  words = [f"--data={own_cases}", "--tasks=pick", "--cases=1", f"--videos={tmp_path / 'mine'}"]
+  assert call("score", *words, f"--out={tmp_path / 'scores'}") == 0
+  assert result_of(tmp_path / "scores" / "truth")["made"] is None
+
+
 def test_videos_called_like_a_clip_beside_are_not_passed_over(own_cases, tmp_path, capsys):
   out = tmp_path / "scores"
   (made,) = baselines.write(tmp_path, samples.load(own_cases), ["truth"])

@@ -79,6 +79,24 @@ def test_the_first_process_writes_the_manifest_when_all_is_there(cases, stubs, t
   assert manifest["processes"] == 2 and manifest["seed"] == 1
 
 
+def test_the_manifest_is_of_the_call_that_made_videos(cases, stubs, tmp_path):
+  data, manifest = samples.load(cases), tmp_path / "mini" / "manifest.json"
+
+  def told(word, **more):
+    generate.generate(tmp_path, SETTINGS, data, jobs.Job(**more), command=[word])
+    return json.loads(manifest.read_text())["command"]
+
+  assert told("first") == ["first"]
+  before = manifest.read_bytes()
+  assert told("nothing") == ["first"] and manifest.read_bytes() == before
+  assert told("part", part=(1, 2)) == ["first"]
+  videos.place(tmp_path / "mini", data.samples[0]).unlink()
+  assert told("other part", part=(0, 2)) == ["other part"]
+  manifest.write_text("{")
+  assert videos.made_by(tmp_path / "mini") is None
+  assert told("again") == ["again"]
+
+
 def test_a_second_command_in_the_same_folder_is_refused(cases, stubs, tmp_path, capsys):
   with folders.held(tmp_path / "mini"):
     assert call("generate", f"--data={cases}", STEPS, f"--out={tmp_path}") == 2

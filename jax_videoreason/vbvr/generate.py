@@ -114,11 +114,13 @@ def generate(
   number, count = process
   here = everything[job.part[0] :: job.part[1]]
   turns = [rounds(here[first::count], found) for first in range(count)]
+  makes: set[int] = set()  # seeds of which this call makes videos
 
   def begin() -> None:
     for seed, folder in folders.items():
       said = deviations(chosen, data, job, seed, found.card)
       videos.begin(folder, {**asked, "seed": seed, "deviations": said}, redo=redo)
+    makes.update(unit.seed for unit in here if not _done(folders[unit.seed], unit, job))
 
   def do() -> None:
     for turn in range(max(map(len, turns))):
@@ -136,6 +138,8 @@ def generate(
 
   def finish() -> None:
     for seed, folder in folders.items():
+      if seed not in makes and videos.made_by(folder) is not None:
+        continue  # it tells how the videos were made, also where another call asks for them
       if all(_done(folder, unit, job) for unit in everything if unit.seed == seed):
         store.write_manifest(
           folder,

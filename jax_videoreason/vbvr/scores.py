@@ -44,7 +44,6 @@ FORMAT = 2  # of a result: raised where one of before must not stand beside one 
 SHOWN = 5  # frames of a picture
 CELL = 72  # pixels of the shorter side of each
 GAP = 3  # pixels between them
-MADE_BY = ("command", "written", "device", "versions", "revision")  # keys of a manifest of videos
 
 Advance = Callable[[int], Any]
 
@@ -391,7 +390,7 @@ def summarised(
     "baseline": asked.get("baseline"),
     "deviations": asked.get("deviations"),
     "settings": asked,
-    "made": made_by(folder),
+    "made": videos.made_by(folder),
     "benchmark": data.name,
     "data": data.truth_mark,
     "tasks": len({sample.task for sample in data.samples}),
@@ -407,14 +406,6 @@ def summarised(
     "summary": summary(good),
     "samples": list(rows),
   }
-
-
-def made_by(folder: Path) -> dict[str, Any] | None:
-  """Command, date, device, versions and revision of a folder of videos; None where nobody knows."""
-  if not ((folder / MANIFEST).is_file() and (folder / videos.ASKED).is_file()):
-    return None  # not finished, or not by `vbvr generate`
-  manifest = read_mapping(folder / MANIFEST, *MADE_BY)
-  return {key: manifest[key] for key in MADE_BY}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ class System:
   rows: key -> the sample's row, its score averaged over `seeds`, in `each` that of every folder;
   samples without a score are left out. baseline: its name, None = a model. lacking: how many
   samples have no score. deviations: from the official run; None = nobody knows. settings: of the
-  videos, empty where nobody knows. made: how these came about (`scores.made_by`), each way once.
+  videos, empty where nobody knows. made: how these came about (`videos.made_by`), each way once.
   folders: of the results. seeds: in their order.
   """
 

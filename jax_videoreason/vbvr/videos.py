@@ -20,6 +20,7 @@ from jax_videoreason.vbvr.samples import Sample
 
 ASKED, MANIFEST = "generation.json", "manifest.json"
 RECORDS, STEPS, MAPS = "records", "steps", "feature_maps"
+MADE_BY = ("command", "written", "device", "versions", "revision")  # keys of a manifest
 CLIPS, PROBLEMS = "clips", "problems"  # what lies beside the scores of systems
 
 
@@ -27,6 +28,15 @@ def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
   """Makes the folder of a model ready, as `folders.begin` does."""
   owned = (ASKED, RECORDS, STEPS, MAPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
   folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
+
+
+def made_by(folder: Path) -> dict[str, Any] | None:
+  """Command, date, device, versions and revision of the call that last made a video of a folder.
+
+  None where nobody knows: it is not finished, not by `vbvr generate`, or its manifest is damaged.
+  """
+  found = mapping_of(folder / MANIFEST, *MADE_BY) if (folder / ASKED).is_file() else None
+  return None if found is None else {key: found[key] for key in MADE_BY}
 
 
 def place(folder: Path, sample: Sample) -> Path:

@@ -260,6 +260,51 @@ def test_a_table_says_how_the_videos_were_made_and_what_tells_rows_apart(tmp_pat
   assert only["apart"] == [] and only["of_seed"] == pytest.approx({"1": 0.2, "2": 0.4})
 
 
+def test_a_row_is_told_apart_from_those_of_its_own_model_alone(tmp_path):
+  results = (
+    system(name, np.full(20, 0.5), seed=1, settings={"model": model, "weights": model, **more})
+    for name, model, more in (
+      ("a", "wan", {"steps": 20, "negative_prompt": "still"}),
+      ("b", "wan", {"steps": 50, "negative_prompt": "静止"}),
+      ("c", "mini", {"steps": 2, "negative_prompt": ""}),
+    )
+  )
+  made = table.table(*table.load(written(tmp_path, *results)))
+  assert {row["name"]: row["apart"] for row in made["systems"]} == {
+    "a": ["steps=20", "negative_prompt=still"],
+    "b": ["steps=50", "negative_prompt=静止"],
+    "c": [],
+  }
+  latex = table.latex(made)
+  assert "% b: model=wan, weights=wan, steps=50, negative_prompt=静止" in latex
+  shown = [line for line in latex.splitlines() if not line.startswith("%")]
+  assert all(line.isascii() for line in shown)
+  assert [line for line in shown if line.startswith(r"\par")][:2] == [
+    r"\par $^{1}$ steps=20, negative\_prompt=still.", r"\par $^{2}$ steps=50."
+  ]  # fmt: skip
+
+
+def test_a_command_of_several_lines_is_one_line_of_the_table(tmp_path):
+  made = {
+    "command": ["generate", "--config.negative_prompt=no cuts\nno\ttext"], "written": "2026",
+    "device": "cpu", "versions": {"jax_videoreason": "1.0"}, "revision": None,
+  }  # fmt: skip
+  (place,) = written(tmp_path, system("wan", np.full(20, 0.5), made=made))
+  latex = table.latex(table.table(*table.load([place])))
+  assert "\n% wan: generate --config.negative_prompt=no cuts no text on 2026, cpu" in latex
+
+
+def test_seeds_without_a_common_sample_have_no_mean_to_speak_of(tmp_path):
+  first, second = (system(f"wan-seed{s}", np.full(20, 0.5), seed=s) for s in (1, 2))
+  for result, half in ((first, 0), (second, 1)):
+    for number, row in enumerate(result["samples"]):
+      row["error"] = "gone" if number % 2 == half else None
+  written(tmp_path, first, second)
+  (row,) = table.table(*table.load([tmp_path]))["systems"]
+  assert (row["seeds"], row["of_seed"]) == ([1, 2], {})
+  assert table.remarks(row) == "PARTIAL: 100 samples without a score are left out"
+
+
 def test_the_page_says_from_when_on_an_interval_over_samples_is_given(tmp_path):
   rows = system("a", np.ones(20))["samples"]
   one_each = {"samples": [row for row in rows if row["index"] == 0]}

@@ -244,10 +244,12 @@ def of_seed(system: System) -> dict[str, float]:
 
 
 def apart(system: System, systems: Sequence[System]) -> list[str]:
-  """Such as "steps=20": settings of a model that are not those of every other model."""
+  """Such as "steps=20": settings of a row that are not those of every other row of its model."""
   if system.baseline is not None:
     return []
-  others = [s.settings for s in systems if s.baseline is None and s.settings]
+  model = system.settings.get("model")
+  models = [s.settings for s in systems if s.baseline is None and s.settings]
+  others = [settings for settings in models if settings.get("model") == model]
   return [
     f"{key}={brief(value)}"
     for key, value in system.settings.items()
@@ -347,7 +349,7 @@ def remarks(row: Mapping[str, Any]) -> str:
     said.append("settings unknown")
   elif row["deviations"]:
     said.append(f"not the official setting: {'; '.join(row['deviations'])}")
-  if len(row["seeds"]) > 1:
+  if len(row["of_seed"]) > 1:
     each = (f"{seed} ({score:.3f})" for seed, score in row["of_seed"].items())
     said.append(f"mean of seeds {', '.join(each)}")
   if row["lacking"]:
@@ -387,7 +389,8 @@ def how_made(row: Mapping[str, Any]) -> list[str]:
     each = (f"{seed}: {score:.3f}" for seed, score in row["of_seed"].items())
     said.append(f"{row['name']}: overall of each seed: {', '.join(each)}")
   for made in row["made"]:
-    words = f"{' '.join(made['command'])} on {made['written']}, {made['device']}"
+    command = " ".join(" ".join(made["command"]).split())
+    words = f"{command} on {made['written']}, {made['device']}"
     version = f"jax_videoreason {made['versions']['jax_videoreason']}"
     revision = f", revision {made['revision'][:12]}" if made["revision"] else ""
     said.append(f"{row['name']}: {words}, {version}{revision}")
@@ -421,7 +424,9 @@ def latex(made: Mapping[str, Any]) -> str:
   ]
   notes = []
   for row in made["systems"]:
-    words = noted(row)
+    # pdflatex ends at many other letters, as of a negative prompt; the comments above have them all
+    plain = [setting for setting in row["apart"] if setting.isascii()]
+    words = noted({**row, "apart": plain})
     mark = ""
     if words and row["baseline"] is None:
       notes.append(words)

@@ -169,8 +169,10 @@ def upward(value: float) -> float:
   """The next number of one digit, such as 0.2 for 0.19; 1 for 0."""
   if value <= 0:
     return 1.0
-  unit = 10.0 ** np.floor(np.log10(value))
-  return float(np.ceil(value / unit) * unit)
+  power = int(np.floor(np.log10(value)))
+  unit = 10.0**power
+  digit = np.ceil(round(value / unit, 9))  # 0.07 / 0.01 is a little above 7
+  return round(float(digit * unit), -power)
 
 
 def card(

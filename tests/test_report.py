@@ -263,3 +263,7 @@ def test_curves_of_all_runs_are_drawn_on_one_scale_which_is_said(folder, text):
     assert heights == [97 - 92 * value / 0.2 for value in values]
   assert report.curve(np.full(3, np.nan), 3, 1.0) is None
   assert [report.upward(value) for value in (0.0, 0.19, 0.2, 1.3)] == [1.0, 0.2, 0.2, 2.0]
+  for power in range(-6, 4):
+    digits = [float(f"{digit}e{power}") for digit in range(1, 11)]
+    assert [report.upward(value) for value in digits] == digits
+    assert [report.upward(0.97 * value) for value in digits[1:]] == digits[1:]

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jax_videoreason.folders import damaged, digest, disk, read_json
+from jax_videoreason.folders import disk
+from jax_videoreason.records import damaged, digest, read_json
 
 DESCRIPTION = "zarr.json"
 SUM = "sum"  # the attribute; arrays of earlier versions have none

@@ -18,9 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_videoreason.folders import SUM, checksum, local, mapping_of, sealed, unsealed
+from jax_videoreason.folders import local
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.pytrees import leaves as leaves_of
+from jax_videoreason.records import SUM, checksum, mapping_of, sealed, unsealed
 from jax_videoreason.structs import Card, LatentSpec, ModelBundle, Parts
 from jax_videoreason.version import __version__
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jax_videoreason import scoring, tables
 from jax_videoreason.evaluate import RESULT, TABLE, Evaluation, open_evaluation
-from jax_videoreason.folders import differences, held, plain, rewriting, write_json
+from jax_videoreason.folders import held
+from jax_videoreason.records import differences, plain, rewriting, write_json
 
 PAIRED = ("task", "split", "index", "problem", "seed")
 SAME = ("split", "kind", "height", "width", "frames")  # and how their tasks are scored

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_videoreason.axes import Params
-from jax_videoreason.folders import atomic, checksum, read_json, write_json
+from jax_videoreason.folders import atomic
+from jax_videoreason.records import checksum, read_json, write_json
 
 SHARD = 250  # cases
 MADE_BY = "made_by.json"

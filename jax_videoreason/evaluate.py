@@ -39,24 +39,20 @@ from jax_videoreason import (
 from jax_videoreason.axes import Array, Params, spread
 from jax_videoreason.baselines import Mark
 from jax_videoreason.decode import decode
-from jax_videoreason.folders import (
+from jax_videoreason.folders import beside, disk, expect, held, remove
+from jax_videoreason.models import FAMILIES
+from jax_videoreason.records import (
   begin,
-  beside,
   checksum,
-  disk,
-  expect,
-  held,
   mapping_of,
   plain,
   read_json,
-  remove,
   rewriting,
   sealed,
   sums,
   vouched,
   write_json,
 )
-from jax_videoreason.models import FAMILIES
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Trace
 from jax_videoreason.taps import TapSpec

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import bundles, evaluate, interventions, plan, tasks
-from jax_videoreason.folders import plain
 from jax_videoreason.interventions import NOISE_MODES, Intervention
+from jax_videoreason.records import plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Sizes

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_videoreason import distributed, training
 from jax_videoreason.axes import Array, Params
-from jax_videoreason.folders import atomic, differences, plain, read_json, write_json
+from jax_videoreason.folders import atomic
+from jax_videoreason.records import differences, plain, read_json, write_json
 from jax_videoreason.sharding import make_mesh
 
 LOOK = 50  # steps after which losses are looked at, a row is logged and the clock is read

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jax_videoreason.folders import checksum
+from jax_videoreason.records import checksum
 
 NAME = re.compile(r"(?!\.)[\w.-]+:[^\W\d]\w*")
 

@@ -18,7 +18,8 @@ from jax_videoreason import plots, stats
 from jax_videoreason.axes import spread
 from jax_videoreason.experiments import claims, results
 from jax_videoreason.experiments.results import Result
-from jax_videoreason.folders import atomic, disk, read_json, read_mapping, vouched, write_json
+from jax_videoreason.folders import atomic, disk
+from jax_videoreason.records import read_json, read_mapping, vouched, write_json
 from jax_videoreason.report import flat, inline, write_page
 
 # Axes of the figures whose name is not that of the axis; those along the steps also show sigma.

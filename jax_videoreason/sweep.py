@@ -28,19 +28,21 @@ from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
   PART,
-  checksum,
-  differences,
-  digest,
   disk,
   expect,
   held,
   is_held,
   names_in,
-  plain,
-  read_json,
   refuse_other,
   remove,
   replaceable,
+)
+from jax_videoreason.records import (
+  checksum,
+  differences,
+  digest,
+  plain,
+  read_json,
   vouched,
   write_json,
 )

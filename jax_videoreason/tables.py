@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jax_videoreason.folders import atomic, damaged
+from jax_videoreason.folders import atomic
+from jax_videoreason.records import damaged
 
 
 def write(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

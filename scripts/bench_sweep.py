@@ -41,7 +41,7 @@ from bench_denoise import BARE, ask, pairs, say, seconds
 
 from jax_videoreason import baselines, cli, factors, product, runs, settings, sweep
 from jax_videoreason.decode import decode
-from jax_videoreason.folders import read_json
+from jax_videoreason.records import read_json
 
 WARM = "cases=1"  # of each task; of the same width as what is measured
 

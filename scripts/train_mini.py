@@ -54,11 +54,12 @@ from jax_videoreason import (
 )
 from jax_videoreason.conditioning import known_mask
 from jax_videoreason.decode import decode, preview_explained
-from jax_videoreason.folders import atomic, beside, read_json, write_json
+from jax_videoreason.folders import atomic, beside
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.models.umt5 import UMT5Config, UMT5Encoder
 from jax_videoreason.models.wan import WanConfig, WanDiT
 from jax_videoreason.models.wan21_vae import WanVAE, WanVAEConfig
+from jax_videoreason.records import read_json, write_json
 from jax_videoreason.structs import Card, Conditioning, LatentSpec, ModelBundle, Parts, key_of
 from jax_videoreason.tasks import draw
 from jax_videoreason.tokenizer import Tokenizer, train_word_tokenizer

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_videoreason import answers, baselines, folders, store, tasks
+from jax_videoreason import answers, baselines, records, store, tasks
 
 
 def column(text):
@@ -157,9 +157,9 @@ def test_answers_survive_the_disk(read, tmp_path):
   for name in ("answer", "right", "commitment", "steps", *floats):
     np.testing.assert_array_equal(getattr(back, name), getattr(read, name))
   assert back.right.dtype == bool
-  record = folders.read_json(tmp_path / "answers.json")
+  record = records.read_json(tmp_path / "answers.json")
   del record["second"], record["strict"]
-  folders.write_json(tmp_path / "answers.json", record)
+  records.write_json(tmp_path / "answers.json", record)
   back = store.read_answers(tmp_path / "answers.json")
   assert np.isnan(back.second).all() and np.isnan(back.strict).all()
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from helpers import tiny_bundle
-from jax_videoreason import bundles, checkpoint, folders, sharding
+from jax_videoreason import bundles, checkpoint, records, sharding
 from jax_videoreason.models import FAMILIES
 from jax_videoreason.models.preview import PreviewConfig, PreviewDecoder
 from jax_videoreason.structs import LatentSpec, ModelBundle
@@ -82,7 +82,7 @@ def copy(saved, tmp_path):
 
 def edit(folder, change):
   file = folder / "bundle.json"
-  described = folders.read_mapping(file)  # without its checksum, as an earlier version wrote it
+  described = records.read_mapping(file)  # without its checksum, as an earlier version wrote it
   change(described)
   file.write_text(json.dumps(described))
 
@@ -379,10 +379,10 @@ def test_no_bit_of_a_description_turns_over_unseen(copy):
 @pytest.mark.parametrize("name", bundles.shipped())
 def test_a_checksum_of_the_description_changes_no_fingerprint(name, tmp_path):
   folder = bundles.find(name)
-  assert json.loads((folder / "bundle.json").read_text())[folders.SUM]
-  described = folders.read_mapping(folder / "bundle.json")
+  assert json.loads((folder / "bundle.json").read_text())[records.SUM]
+  described = records.read_mapping(folder / "bundle.json")
   (tmp_path / "bundle.json").write_text(json.dumps(described, indent=1) + "\n")
-  assert bundles.fingerprint(tmp_path) == folders.checksum(tmp_path / "bundle.json")
+  assert bundles.fingerprint(tmp_path) == records.checksum(tmp_path / "bundle.json")
   assert bundles.fingerprint(tmp_path) == bundles.fingerprint(name)
 
 

@@ -30,6 +30,7 @@ from jax_videoreason import (
   media,
   open_run,
   plan,
+  records,
   report,
   settings,
   store,
@@ -883,8 +884,8 @@ def test_what_was_denoised_outlives_a_device_that_is_too_small(
   assert {str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
   manifest = (out / "manifest.json").read_text()
-  other = {**folders.read_mapping(out / "manifest.json"), "weights": "0" * 64}
-  folders.write_json(out / "manifest.json", folders.sealed(other))
+  other = {**records.read_mapping(out / "manifest.json"), "weights": "0" * 64}
+  records.write_json(out / "manifest.json", records.sealed(other))
   assert f"{bundle_dir} holds other weights than those that made {out}" in refuses("report", out)
   (out / "manifest.json").write_text(manifest)
 
@@ -966,12 +967,12 @@ def test_a_run_that_was_damaged_meanwhile_is_not_decoded(
 
   asked = faulty(monkeypatch, FULL, at=99)
   changed = [{**run, "task": "odd_one:OddOne"} for run in json.loads(runs)]
-  with folders.rewriting(out, "runs.json"):
-    folders.write_json(out / "runs.json", changed)
+  with records.rewriting(out, "runs.json"):
+    records.write_json(out / "runs.json", changed)
   assert "No module named 'odd_one'" in refuses("report", out)
   assert not asked  # before anything is decoded
-  with folders.rewriting(out, "runs.json"):
-    folders.write_json(out / "runs.json", json.loads(runs))
+  with records.rewriting(out, "runs.json"):
+    records.write_json(out / "runs.json", json.loads(runs))
 
   assert call("report", out, f"--checkpoint={bundle_dir}")[0] == 0
   manifest = open_run(out).manifest
@@ -1128,10 +1129,10 @@ def test_a_branch_notices_other_weights(call, refuses, sampled, bundle_dir, tmp_
   assert weights == bundles.fingerprint(bundle_dir)
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
-  manifest = folders.read_mapping(copy / "manifest.json")
+  manifest = records.read_mapping(copy / "manifest.json")
 
   def branch_where(changed, *words):
-    folders.write_json(copy / "manifest.json", folders.sealed(changed))
+    records.write_json(copy / "manifest.json", records.sealed(changed))
     return ("sample", f"--from={copy}", "--step=2", f"--out={tmp_path / 'run'}", *words)
 
   other = {**manifest, "weights": "0" * 64}
@@ -1162,12 +1163,12 @@ def test_a_branch_goes_by_the_settings_that_made_the_stored_steps(
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
   path = copy / "manifest.json"
-  manifest = folders.read_mapping(path)
+  manifest = records.read_mapping(path)
   changed = {**manifest, "config": {**manifest["config"], key: value}}
   words = ["sample", f"--from={copy}", "--step=0", f"--out={tmp_path / 'run'}"]
-  folders.write_json(path, {**json.loads(path.read_text()), **changed})
+  records.write_json(path, {**json.loads(path.read_text()), **changed})
   assert f"{path} is missing or damaged" in refuses(*words)
-  folders.write_json(path, changed)  # as an earlier version wrote it
+  records.write_json(path, changed)  # as an earlier version wrote it
   assert f"{path} is damaged: it asks for the sigmas" in refuses(*words)
 
 
@@ -1185,9 +1186,9 @@ def test_a_trace_without_latents_can_not_be_branched(refuses, sampled, tmp_path)
   copy = tmp_path / "copy"
   shutil.copytree(sampled, copy)
   shutil.rmtree(copy / "trace.zarr" / "latents")
-  manifest = folders.read_mapping(copy / "manifest.json")
+  manifest = records.read_mapping(copy / "manifest.json")
   manifest["arrays"].remove("latents")  # as of a run that kept none
-  folders.write_json(copy / "manifest.json", manifest)
+  records.write_json(copy / "manifest.json", manifest)
   said = refuses("sample", f"--from={copy}", "--step=1", f"--out={tmp_path / 'run'}")
   assert "holds no latents, from which a branch starts" in said
   assert "is not a finished run" in refuses(
@@ -1387,7 +1388,7 @@ def test_a_device_without_memory_is_one_sentence_and_a_bug_is_none(refuses, monk
 def test_damaged_weights_are_refused(refuses, sample_words, bundle_dir, tmp_path):
   copy = tmp_path / "damaged"
   shutil.copytree(bundle_dir, copy)
-  described = folders.read_mapping(copy / "bundle.json")
+  described = records.read_mapping(copy / "bundle.json")
   leaf = next(iter(described["leaves"]["dit_0"].values()))
   leaf["sha256"] = "0" * 64
   (copy / "bundle.json").write_text(json.dumps(described))

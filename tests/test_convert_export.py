@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import helpers
-from jax_videoreason import bundles, checkpoint, cli, folders
+from jax_videoreason import bundles, checkpoint, cli, folders, records
 from jax_videoreason.convert import export, reader, wan
 from published import CLIP, DIT, clip_original, shards, tensors
 
@@ -127,10 +127,10 @@ def test_an_export_replaces_another_where_folders_are_not_renamed(
   out = tmp_path / "out"
   words = ["convert", str(converted), "--out", str(out), "--to=diffusers"]
   assert cli.main(words) == 0
-  sums = {p: folders.checksum(p) for p in sorted(out.rglob("*"))}
+  sums = {p: records.checksum(p) for p in sorted(out.rglob("*"))}
   (out / "mine.txt").write_text("")
   assert cli.main([*words, "--redo"]) == 0
-  assert {p: folders.checksum(p) for p in sorted(out.rglob("*"))} == sums
+  assert {p: records.checksum(p) for p in sorted(out.rglob("*"))} == sums
   assert os.listdir(tmp_path) == ["out"]
 
   def stopped(path):
@@ -200,7 +200,7 @@ def test_options_of_the_other_direction(converted, refused):
 def test_positions_that_diffusers_does_not_have(converted, tmp_path, refused):
   copy = shutil.copytree(converted, tmp_path / "copy")
   file = copy / "bundle.json"
-  described = folders.read_mapping(file)
+  described = records.read_mapping(file)
   described["config"]["dit"]["theta"] = 256.0
   file.write_text(json.dumps(described))
   assert "theta 256, diffusers has 10000 alone" in refused(copy)

@@ -18,6 +18,7 @@ from jax_videoreason import (
   comparing,
   evaluate,
   folders,
+  records,
   scorecard,
   scoring,
   settings,
@@ -209,7 +210,7 @@ def test_a_damaged_task_of_an_unfinished_evaluation_is_done_again(done, copy, me
   assert measured == ["pick"]
   assert f"{path} was damaged" in capsys.readouterr().err
   assert result_of(copy) == result_of(done)
-  without = {key: value for key, value in json.loads(text).items() if key != folders.SUM}
+  without = {key: value for key, value in json.loads(text).items() if key != records.SUM}
   path.write_text(json.dumps(without))  # as an earlier version wrote it
   assert evaluate.is_done(path)
 
@@ -587,8 +588,8 @@ def test_blends_and_wrong_answers_are_told_apart_and_neither_is_diversity():
 def test_a_report_takes_the_numbers_of_an_evaluation_again_from_its_rows(copy):
   result, manifest = (json.loads((copy / n).read_text()) for n in ("result.json", "manifest.json"))
   del result["tasks"]["pick"]["ambiguity"]["right"]  # as an earlier version left it
-  with folders.rewriting(copy, "result.json"):
-    folders.write_json(copy / "result.json", result)
+  with records.rewriting(copy, "result.json"):
+    records.write_json(copy / "result.json", result)
   assert cli.main(["report", str(copy)]) == 0
   found = result_of(copy)["tasks"]["pick"]["ambiguity"]
   assert sum(found[name]["estimate"] for name in ("right", "wrong", "unreadable")) == 1
@@ -640,7 +641,7 @@ def test_rows_of_an_earlier_version_are_told_from_ours(copy, capsys):
   del part["watched"]["truth"]
   path.write_text(json.dumps(part))
   manifest = json.loads((copy / "manifest.json").read_text())
-  manifest["files"]["tasks"] = folders.checksum(copy / "tasks")
+  manifest["files"]["tasks"] = records.checksum(copy / "tasks")
   (copy / "manifest.json").write_text(json.dumps(manifest))
   assert cli.main(["report", str(copy)]) == 2
   said = capsys.readouterr().err
@@ -783,9 +784,9 @@ def cut_short(folder: Path) -> None:
   """A comparison that was stopped between the result and the table."""
   result = result_of(folder)
   result["against"]["folder"] = "another"
-  rewritten = folders.rewriting(folder, "result.json", "table.parquet")
+  rewritten = records.rewriting(folder, "result.json", "table.parquet")
   with contextlib.suppress(KeyboardInterrupt), rewritten:
-    folders.write_json(folder / "result.json", result)
+    records.write_json(folder / "result.json", result)
     raise KeyboardInterrupt
 
 
@@ -826,13 +827,13 @@ def test_the_report_of_an_unfinished_evaluation_says_that_it_is_not_finished(cop
 def edit_table(folder: Path, change) -> None:
   """Puts change(row) in the place of every row of the table; None = the row is left out."""
   rows = [change(dict(row)) for row in tables.read(folder / "table.parquet")]
-  with folders.rewriting(folder, "table.parquet"):
+  with records.rewriting(folder, "table.parquet"):
     tables.write(folder / "table.parquet", [row for row in rows if row is not None])
 
 
 def edit_json(path: Path, **changes) -> None:
-  with folders.rewriting(path.parent, path.name):
-    folders.write_json(path, {**folders.read_json(path), **changes})
+  with records.rewriting(path.parent, path.name):
+    records.write_json(path, {**records.read_json(path), **changes})
 
 
 @pytest.fixture
@@ -889,7 +890,7 @@ def test_an_evaluation_is_paired_with_an_earlier_one_clip_by_clip(copy, before, 
   assert "Beside an earlier evaluation" in page
   files = json.loads((copy / "manifest.json").read_text())["files"]
   for name in ("result.json", "table.parquet"):
-    assert files[name] == folders.checksum(copy / name)
+    assert files[name] == records.checksum(copy / name)
 
 
 def test_a_comparison_stays_in_the_report_until_another_takes_its_place(copy, done, before):

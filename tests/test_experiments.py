@@ -22,6 +22,7 @@ from jax_videoreason import (
   evaluate,
   folders,
   pages,
+  records,
   runs,
   settings,
   sharding,
@@ -44,8 +45,8 @@ from jax_videoreason.experiments.context import Chunks, Context, Tally, assemble
 from jax_videoreason.experiments.controls import highest, moved, places_of
 from jax_videoreason.experiments.ensemble import closeness
 from jax_videoreason.experiments.noise import cos_index, matched_steps, noise, peak, with_index
-from jax_videoreason.folders import checksum, read_json, write_json
 from jax_videoreason.interventions import identity, noise_at, where
+from jax_videoreason.records import checksum, read_json, write_json
 from jax_videoreason.structs import Sizes
 from jax_videoreason.tasks import draw
 
@@ -813,10 +814,10 @@ def test_verdicts_are_taken_again_from_the_arrays(tmp_path):
   manifest = read_json(tmp_path / "manifest.json")
   assert manifest["files"] == {"result.json": checksum(tmp_path / "result.json")}
   assert {claim["today"] for claim in claims_now} == {"declared after this run"}
-  cut_short = folders.rewriting(tmp_path, "result.json")
+  cut_short = records.rewriting(tmp_path, "result.json")
   with contextlib.suppress(KeyboardInterrupt), cut_short:
     raise KeyboardInterrupt
-  assert not folders.sums(tmp_path)
+  assert not records.sums(tmp_path)
   whole = read_json(tmp_path / "result.json")
   judge_again(tmp_path)
   assert read_json(tmp_path / "result.json") == whole

@@ -32,6 +32,7 @@ FLOORS = (
     "interventions",
     "settings",
     "folders",
+    "records",
     "arrays media tables own",
     "framing",
     "tasks.draw",

@@ -21,7 +21,8 @@ from jax_videoreason.experiments import (
   perform,
   results,
 )
-from jax_videoreason.folders import remove, write_json
+from jax_videoreason.folders import remove
+from jax_videoreason.records import write_json
 from jax_videoreason.taps import TapSpec
 
 BOTH = ("counterpart", "case")

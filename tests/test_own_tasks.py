@@ -28,7 +28,7 @@ from jax_videoreason import (
 )
 from jax_videoreason.branching import Branch
 from jax_videoreason.cli import run, sweep
-from jax_videoreason.folders import read_json, write_json
+from jax_videoreason.records import read_json, write_json
 from jax_videoreason.tasks import base, draw
 from jax_videoreason.vbvr import baselines as clips
 from jax_videoreason.vbvr import layout, samples, scores, suite, table

@@ -30,6 +30,7 @@ from jax_videoreason import (
   folders,
   leaves,
   media,
+  records,
   store,
   sweep,
   tables,
@@ -401,7 +402,7 @@ def test_a_folder_of_another_kind_is_named_where_a_run_is_opened(tmp_path, names
     *(media.read_image, media.read_mp4),
     lambda place: run_folder.make(place, seeds=1),
     lambda place: sweep.begin(place, {"units": 1, "width": 1}),
-    lambda place: folders.write_json(place, {}),
+    lambda place: records.write_json(place, {}),
     lambda place: checkpoint.save(checkpoint.load("mini", parts=()), place),
     lambda place: leaves.LeafWriter(place, {}, plan=""),
   ],
@@ -462,10 +463,10 @@ def test_redo_of_a_begun_folder_needs_what_was_asked(tmp_path):
   todo.parent.mkdir()
   todo.write_text("mine")
   with pytest.raises(ValueError, match=r"has tasks and no asked\.json, so it holds no evaluation"):
-    folders.begin(tmp_path, "asked.json", {}, **more)
+    records.begin(tmp_path, "asked.json", {}, **more)
   assert todo.read_text() == "mine"
   (tmp_path / "asked.json").write_text("damaged")
-  folders.begin(tmp_path, "asked.json", {}, **more)
+  records.begin(tmp_path, "asked.json", {}, **more)
   assert not todo.exists()
 
 
@@ -476,7 +477,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, existed):
     out.mkdir(parents=True)
   with pytest.raises(KeyboardInterrupt):
     with store.run_folder(out) as stage:
-      folders.write_json(stage / "runs.json", [])
+      records.write_json(stage / "runs.json", [])
       raise KeyboardInterrupt
   assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", out] if existed else [])
 
@@ -518,7 +519,7 @@ def test_a_file_of_ones_own_that_is_called_lock_is_content_and_stays(tmp_path):
   mine.write_text("precious")
   assert folders.names_in(tmp_path) == {folders.LOCK}
   with pytest.raises(ValueError, match=r"is not empty \(it has lock\)"):
-    folders.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
+    records.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
   with folders.held(tmp_path):
     pass
   assert mine.read_text() == "precious"
@@ -547,7 +548,7 @@ def test_too_many_open_files_is_said_of_a_bucket_where_a_folder_is_renamed_alone
 def test_where_folders_are_not_renamed_a_run_is_the_same(tmp_path, folder, flat):
   out = run_folder.make(tmp_path / "run", seeds=1)
   made = run_folder.make(out, redo=True)
-  assert folders.sums(made) == folders.sums(folder)
+  assert records.sums(made) == records.sums(folder)
   store.open_run(made).verify()
 
 
@@ -690,12 +691,12 @@ def test_a_first_frame_that_is_missing_is_not_taken_for_none(copy):
 @pytest.mark.parametrize("name", ["finite", "x0"])
 def test_an_array_of_fewer_steps_than_sigmas_is_damaged_in_a_run_of_before_too(copy, name):
   path = copy / "trace.zarr" / name / "zarr.json"
-  described = folders.read_json(path)
+  described = records.read_json(path)
   del described["attributes"][arrays.SUM]
-  folders.write_json(path, described)
+  records.write_json(path, described)
   store.open_run(copy)
   described["shape"][0] -= 1
-  folders.write_json(path, described)
+  records.write_json(path, described)
   with pytest.raises(ValueError, match=f"trace.zarr/{name} is missing or damaged"):
     store.open_run(copy)
 
@@ -704,7 +705,7 @@ def test_an_array_of_fewer_steps_than_sigmas_is_damaged_in_a_run_of_before_too(c
 def test_what_was_asked_may_be_damaged(tmp_path, content):
   (tmp_path / "asked.json").write_text(content)
   with pytest.raises(ValueError, match=r"asked\.json is missing or damaged"):
-    folders.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
+    records.begin(tmp_path, "asked.json", {}, owned=(), what="evaluation", redo=False)
 
 
 @pytest.mark.parametrize("name", ("runs.json", "manifest.json", "answers.json"))
@@ -742,8 +743,8 @@ def test_one_bit_of_what_a_run_holds_is_never_read_as_another_value(copy, name):
 
 
 def test_stopped_while_a_file_is_written_anew_its_folder_is_still_read(copy, monkeypatch):
-  runs, sums = folders.read_json(copy / "runs.json"), folders.sums(copy)
-  real, calls = folders.write_json, []
+  runs, sums = records.read_json(copy / "runs.json"), records.sums(copy)
+  real, calls = records.write_json, []
 
   def stopped(path, value):
     calls.append(path)
@@ -751,24 +752,24 @@ def test_stopped_while_a_file_is_written_anew_its_folder_is_still_read(copy, mon
       raise KeyboardInterrupt
     real(path, value)
 
-  monkeypatch.setattr(folders, "write_json", stopped)
+  monkeypatch.setattr(records, "write_json", stopped)
   for at in (1, 2, 3, 4):
     calls.clear()
     with contextlib.suppress(KeyboardInterrupt):
-      with folders.rewriting(copy, "runs.json"):
-        folders.write_json(copy / "runs.json", [{**run, "prompt": f"{at}"} for run in runs])
+      with records.rewriting(copy, "runs.json"):
+        records.write_json(copy / "runs.json", [{**run, "prompt": f"{at}"} for run in runs])
     seen = store.open_run(copy).runs[0]["prompt"]
     assert seen == {1: runs[0]["prompt"], 2: runs[0]["prompt"], 3: "3", 4: "4"}[at]
-  assert folders.sums(copy).keys() == sums.keys()
+  assert records.sums(copy).keys() == sums.keys()
 
 
 @pytest.mark.parametrize("name", ("trace.zarr/x0/c/2", "final_latents.npy"))
 def test_stopped_while_it_is_decoded_a_run_is_what_it_was(copy, name):
-  manifest = folders.read_mapping(copy / "manifest.json")
+  manifest = records.read_mapping(copy / "manifest.json")
   frames = copy / "trace.zarr" / "frames"
   frames.rename(copy / "later")
-  manifest["files"]["trace.zarr"] = folders.checksum(copy / "trace.zarr")
-  folders.write_json(copy / "manifest.json", {**manifest, store.UNDECODED: [0, 1]})
+  manifest["files"]["trace.zarr"] = records.checksum(copy / "trace.zarr")
+  records.write_json(copy / "manifest.json", {**manifest, store.UNDECODED: [0, 1]})
   (copy / "later").rename(frames)
   run = store.open_run(copy)
   run.verify()
@@ -783,7 +784,7 @@ def test_a_damaged_manifest_is_not_sealed_anew(copy):
   path = copy / "manifest.json"
   path.write_text(path.read_text().replace('"shift": 5.0', '"shift": 4.0'))
   with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged"):
-    with folders.rewriting(copy, "runs.json"):
+    with records.rewriting(copy, "runs.json"):
       pass
 
 
@@ -895,12 +896,12 @@ def test_to_pandas_is_the_table(folder, monkeypatch):
 
 
 def test_plain_refuses_what_json_cannot_say():
-  assert folders.plain({"a": (np.float32(0.5), float("nan")), 2: np.arange(2)}) == {
+  assert records.plain({"a": (np.float32(0.5), float("nan")), 2: np.arange(2)}) == {
     "a": [0.5, None],
     "2": [0, 1],
   }
   with pytest.raises(ValueError, match="can't be written as JSON"):
-    folders.plain(object())
+    records.plain(object())
 
 
 def test_a_run_without_a_prompt_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_videoreason import arrays, folders, open_sweep, sweep, tables
+from jax_videoreason import arrays, folders, open_sweep, records, sweep, tables
 from jax_videoreason.cli.sweep import show
 from jax_videoreason.sweep import Part, Work
 
@@ -403,9 +403,9 @@ def test_a_sweep_that_an_earlier_version_began_goes_on(whole):
   before, wanted = table(whole), latents(whole)
   for name in ("latents", "taps/norm"):  # they had no checksum
     path = whole / "results.zarr" / name / "zarr.json"
-    meta = folders.read_json(path)
+    meta = records.read_json(path)
     del meta["attributes"]["sum"]
-    folders.write_json(path, meta)
+    records.write_json(path, meta)
   (whole / "units" / "00002.json").unlink()
   assert carry_out(whole) == [2]
   assert table(whole) == before

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jax_videoreason import bundles, checkpoint, cli, encoded, evaluate, fitting, tasks
-from jax_videoreason.folders import differences
+from jax_videoreason.records import differences
 from jax_videoreason.training import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ import pytest
 
 import helpers
 import vbvr_folder
-from jax_videoreason import cli, costs, folders, media, plan, settings, tasks
+from jax_videoreason import cli, costs, folders, media, plan, records, settings, tasks
 from jax_videoreason.configs import common
 from jax_videoreason.structs import Card, LatentSpec
 from jax_videoreason.vbvr import (
@@ -823,9 +823,9 @@ def test_scores_that_are_not_what_was_written_stand_in_no_table(own_cases, tmp_p
   data, out = samples.load(own_cases), tmp_path / "scores"
   (folder,) = baselines.write(tmp_path / "clips", data, ["cut"])
   found = scores.score(out, data, {"cut": folder}, None)
-  place, manifest = out / "cut", folders.read_json(out / "cut" / "manifest.json")
+  place, manifest = out / "cut", records.read_json(out / "cut" / "manifest.json")
   assert set(manifest["files"]) == {"result.json", "samples", "pictures"}
-  assert all(folders.checksum(place / name) == s for name, s in manifest["files"].items())
+  assert all(records.checksum(place / name) == s for name, s in manifest["files"].items())
   path = place / "result.json"
   path.write_text(path.read_text().replace('"score": 0', '"score": 1', 1))
   assert call("table", place) == cli.BAD_INPUT
@@ -854,7 +854,7 @@ def test_a_damaged_sample_is_scored_again(own_cases, tmp_path, monkeypatch):
     assert calls == [key]
     calls.clear()
   assert path.read_text() == text
-  folders.write_json(path, {k: v for k, v in json.loads(text).items() if k != "sum"})
+  records.write_json(path, {k: v for k, v in json.loads(text).items() if k != "sum"})
   assert scores.score(out, data, {"cut": folder}, None) == found
   assert not calls  # of an earlier version
 

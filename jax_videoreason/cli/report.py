@@ -19,9 +19,9 @@ from jax_videoreason import (
   cli,
   console,
   evaluate,
-  folders,
   gallery,
   pages,
+  records,
   report,
   scorecard,
   store,
@@ -73,7 +73,7 @@ def everything(folder: Path) -> None:
   """Draws what `run all` left: the studies that have a result, and the table over them."""
   found = sorted(folder.glob("*/result.json"))
   for path in found:
-    record = folders.read_json(path)
+    record = records.read_json(path)
     if not isinstance(record, dict) or not {"experiment", "axes"} <= record.keys():
       raise ValueError(
         f"{folder} is not the --out of one command, for {path.parent.name} in it is no study: give "
@@ -83,6 +83,6 @@ def everything(folder: Path) -> None:
     judge_again(path.parent)
     pages.render(path.parent)
   table = folder / "claims.json"
-  was = folders.read_json(table) if table.exists() else {}
+  was = records.read_json(table) if table.exists() else {}
   claims.write(folder, was.get("failed"), was.get("studies"))
   console.say(f"report: {pages.render_claims(folder).resolve().as_uri()}")

@@ -359,7 +359,8 @@ def fault_of(out: Path, key: str) -> Path | None:
 
   Hidden files are of others, as .DS_Store, and no damage. A stage tells of files on their way.
   """
-  from jax_videoreason.folders import STAGE, vouched
+  from jax_videoreason.folders import STAGE
+  from jax_videoreason.records import vouched
 
   if _record(out).get("key") != key:
     return out / "result.json"
@@ -421,7 +422,7 @@ def _record(out: Path) -> dict[str, Any]:
 
 def _read(out: Path, name: str) -> dict[str, Any]:
   """What a JSON file of `out` says; nothing where it is missing or damaged."""
-  from jax_videoreason.folders import read_mapping, vouched
+  from jax_videoreason.records import read_mapping, vouched
 
   try:
     return read_mapping(vouched(out, name))

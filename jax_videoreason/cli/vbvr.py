@@ -35,6 +35,7 @@ from jax_videoreason import (
   distributed,
   folders,
   plan,
+  records,
   settings,
   sharding,
   stats,
@@ -194,7 +195,7 @@ def run_generate(flags: FlagValues, _: Sequence[str]) -> None:
     )
   for folder in made:
     console.say(f"videos: {folder.resolve()}")
-    said = folders.read_json(folder / "generation.json")["deviations"]
+    said = records.read_json(folder / "generation.json")["deviations"]
     if said:
       console.say(f"  not the official setting: {'; '.join(said)}.")
 
@@ -233,7 +234,7 @@ def run_table(flags: FlagValues, words: Sequence[str]) -> None:
     names = [path.name for path in out.iterdir()]
     folders.replaceable(names, MADE, marks=["table.json"], what="table", folder=out)
   with folders.whole(out, what="table", owned=MADE.__contains__, redo=flags.redo) as folder:
-    folders.write_json(folder / "table.json", folders.plain(made))
+    records.write_json(folder / "table.json", records.plain(made))
     with folders.atomic(folder / "table.tex") as file:
       file.write_text(table.latex(made), encoding="utf-8")
     page.render(folder, made, systems)
@@ -254,7 +255,7 @@ def run_audit(flags: FlagValues, _: Sequence[str]) -> None:
   systems = {folder.name: folder for folder in made}
   scored(flags, data, systems, kit)
   found = audit.audit(table_of(out, systems)[1]["by_task"])
-  folders.write_json(out / "audit.json", folders.plain(found))
+  records.write_json(out / "audit.json", records.plain(found))
   console.table(
     "mean score of clips that no model made",
     ("task", *audit.CLIPS, "can't tell, or gives away"),
@@ -380,7 +381,7 @@ def table_of(
   places = [Path(out) / name for name in systems]
   made = table.table(*table.load(places))
   show(made)
-  return {place.name: folders.read_json(place / scores.RESULT) for place in places}, made
+  return {place.name: records.read_json(place / scores.RESULT) for place in places}, made
 
 
 # What they show

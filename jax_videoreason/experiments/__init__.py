@@ -22,7 +22,8 @@ from jax_videoreason.experiments.noise import noise
 from jax_videoreason.experiments.probes import probes
 from jax_videoreason.experiments.results import Claim, Finding, Result
 from jax_videoreason.experiments.study import Study, experiment, ships
-from jax_videoreason.folders import MANIFEST, damaged, rewriting, sums, write_json
+from jax_videoreason.folders import MANIFEST
+from jax_videoreason.records import damaged, rewriting, sums, write_json
 from jax_videoreason.settings import nearest
 
 EXPERIMENTS: dict[str, Study] = {

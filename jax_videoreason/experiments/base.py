@@ -26,7 +26,7 @@ from jax_videoreason.experiments.context import (
 )
 from jax_videoreason.experiments.results import Finding, Result
 from jax_videoreason.experiments.study import ROLES, Study
-from jax_videoreason.folders import plain
+from jax_videoreason.records import plain
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.tasks import Case, Task
 

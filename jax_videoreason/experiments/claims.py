@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import costs, plan, stats
-from jax_videoreason.folders import read_json, vouched, write_json
+from jax_videoreason.records import read_json, vouched, write_json
 from jax_videoreason.vbvr import jobs
 
 CARD = "gpu:141GB"  # for which the cost of what is not run here is said

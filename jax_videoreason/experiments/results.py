@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import arrays, stats
-from jax_videoreason.folders import damaged, expect, plain, read_json, vouched, write_json
+from jax_videoreason.folders import expect
+from jax_videoreason.records import damaged, plain, read_json, vouched, write_json
 from jax_videoreason.stats import SEED
 
 FORMAT = 3  # raised where what a study keeps means something else than before

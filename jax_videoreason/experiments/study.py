@@ -7,7 +7,7 @@ from typing import Any
 
 from jax_videoreason import own
 from jax_videoreason.experiments.results import Claim, Result
-from jax_videoreason.folders import plain
+from jax_videoreason.records import plain
 from jax_videoreason.structs import Sizes
 from jax_videoreason.taps import TapSpec
 from jax_videoreason.tasks import Case, Task

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jax_videoreason.folders import canonical_json, digest
+from jax_videoreason.records import canonical_json, digest
 from jax_videoreason.tasks import draw
 
 SPLITS = {"train": 0, "id": 1, "ood": 2, "heldout": 3}

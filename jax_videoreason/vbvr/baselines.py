@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange, repeat
 
-from jax_videoreason.folders import held, read_json
+from jax_videoreason.folders import held
+from jax_videoreason.records import read_json
 from jax_videoreason.vbvr import videos
 from jax_videoreason.vbvr.samples import Data, Sample
 

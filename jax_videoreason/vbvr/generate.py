@@ -33,7 +33,8 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.decode import decode, decode_each
-from jax_videoreason.folders import disk, plain
+from jax_videoreason.folders import disk
+from jax_videoreason.records import plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
 from jax_videoreason.structs import Conditioning, ModelBundle, Noise, Parts, Trace

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import disk, sealed, unsealed, write_json
+from jax_videoreason.folders import disk
+from jax_videoreason.records import sealed, unsealed, write_json
 from jax_videoreason.tasks import Case, Metadata, Task
 
 FPS = 16  # of VBVR-Bench

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_videoreason import media, tasks
-from jax_videoreason.folders import checksum, digest
+from jax_videoreason.records import checksum, digest
 from jax_videoreason.settings import nearest
 from jax_videoreason.vbvr import layout, suite
 

@@ -18,16 +18,12 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media, store, tasks
-from jax_videoreason.folders import (
-  MANIFEST,
+from jax_videoreason.folders import MANIFEST, disk, held, refuse_other, remove
+from jax_videoreason.records import (
   checksum,
-  disk,
-  held,
   mapping_of,
   plain,
   read_mapping,
-  refuse_other,
-  remove,
   sealed,
   vouched,
   write_json,

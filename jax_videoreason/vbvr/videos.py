@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from einops import reduce
 
-from jax_videoreason import folders, media
-from jax_videoreason.folders import checksum, disk, mapping_of, plain, write_json
+from jax_videoreason import media, records
+from jax_videoreason.folders import disk
+from jax_videoreason.records import checksum, mapping_of, plain, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
@@ -25,9 +26,9 @@ CLIPS, PROBLEMS = "clips", "problems"  # what lies beside the scores of systems
 
 
 def begin(folder: Path, asked: Mapping[str, Any], *, redo: bool) -> None:
-  """Makes the folder of a model ready, as `folders.begin` does."""
+  """Makes the folder of a model ready, as `records.begin` does."""
   owned = (ASKED, RECORDS, STEPS, MAPS, MANIFEST, *suite.SPLITS, *suite.OWN_SPLITS)
-  folders.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
+  records.begin(folder, ASKED, asked, owned=owned, what="set of videos", redo=redo)
 
 
 def made_by(folder: Path) -> dict[str, Any] | None:

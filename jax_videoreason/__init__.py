@@ -14,7 +14,7 @@ from jax_videoreason.version import __version__ as __version__
 if TYPE_CHECKING:
   from jax_videoreason.checkpoint import load as load
   from jax_videoreason.decode import decode as decode
-  from jax_videoreason.evaluate import open_evaluation as open_evaluation
+  from jax_videoreason.evaluation import open_evaluation as open_evaluation
   from jax_videoreason.experiments.results import open_study as open_study
   from jax_videoreason.interventions import Intervention as Intervention
   from jax_videoreason.interventions import identity as identity
@@ -43,7 +43,7 @@ PUBLIC = {
   "open_run": "store",
   "open_sweep": "sweep",
   "open_study": "experiments.results",
-  "open_evaluation": "evaluate",
+  "open_evaluation": "evaluation",
 }
 
 _root = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_videoreason import scoring, tables
-from jax_videoreason.evaluate import RESULT, TABLE, Evaluation, open_evaluation
+from jax_videoreason.evaluation import RESULT, TABLE, Evaluation, open_evaluation
 from jax_videoreason.folders import held
 from jax_videoreason.records import differences, plain, rewriting, write_json
 

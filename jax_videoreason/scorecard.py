@@ -12,7 +12,7 @@ from einops import rearrange
 
 from jax_videoreason import baselines, comparing, media, scoring, stats, tasks
 from jax_videoreason.axes import spread
-from jax_videoreason.evaluate import ASKED, PARTS, RESULT, TASK, read_table
+from jax_videoreason.evaluation import ASKED, PARTS, RESULT, TASK, read_table
 from jax_videoreason.records import read_json, read_mapping
 from jax_videoreason.report import SPLITS, inline, title_of_task, write_page
 

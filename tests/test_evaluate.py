@@ -17,6 +17,7 @@ from jax_videoreason import (
   cli,
   comparing,
   evaluate,
+  evaluation,
   folders,
   records,
   scorecard,
@@ -612,7 +613,7 @@ def test_over_a_mesh_every_video_is_decoded_in_the_settings_tiles_and_scored_the
   layout = {"seed": 2, "fsdp": 1, "context": 2}
   assert asked and all(one == ("diffsynth", layout) for one in asked)
   assert json.loads((out / "manifest.json").read_text())["mesh"] == layout
-  ours, wanted = (evaluate.read_parts(folder, TASKS) for folder in (out, done))
+  ours, wanted = (evaluation.read_parts(folder, TASKS) for folder in (out, done))
   for name in TASKS:
     assert ours[name]["rows"] == wanted[name]["rows"]
   entropies = (np.asarray(part["pick"]["watched"]["entropy"]) for part in (ours, wanted))
@@ -761,7 +762,7 @@ def test_files_of_others_among_the_tasks_are_no_damage(copy):
   asked = evaluate.plan("pick,occlusion", "id", 2, "both")
   evaluate.finish(copy, chosen, asked, None, ["videoreason"])
   (copy / "tasks" / ".DS_Store").unlink()
-  evaluate.again(copy)
+  evaluation.again(copy)
 
 
 @pytest.mark.parametrize("name", ["task.json", "video_*.mp4"])
@@ -812,7 +813,7 @@ def test_a_table_that_is_not_what_was_written_is_written_again(
 def test_a_table_that_is_damaged_is_not_opened(copy):
   other_number(copy)
   with pytest.raises(ValueError, match=r"parquet is missing or damaged: `videoreason report .* wr"):
-    evaluate.open_evaluation(copy)
+    evaluation.open_evaluation(copy)
 
 
 def test_the_report_of_an_unfinished_evaluation_says_that_it_is_not_finished(copy, capsys):
@@ -991,7 +992,7 @@ def test_own_tasks_are_compared_where_their_files_are_the_same():
 
   def earlier(scoring):
     there = {**asked, "tasks": ["pick", "odd:Odd"], "scoring": scoring}
-    return evaluate.Evaluation(path=Path("before"), asked=there, result={}, rows=[])
+    return evaluation.Evaluation(path=Path("before"), asked=there, result={}, rows=[])
 
   comparing.check(asked, earlier(own))  # the other task is not asked for
   both = {**asked, "tasks": ["pick", "odd:Odd"], "scoring": own}

@@ -79,6 +79,7 @@ FLOORS = (
     "baselines",
     "scoring",
     "probes",
+    "evaluation",
     "evaluate",
     "comparing",
     "factors",

@@ -32,6 +32,7 @@ from jax_videoreason import (
   comparing,
   console,
   evaluate,
+  evaluation,
   folders,
   scorecard,
   scoring,
@@ -81,7 +82,7 @@ def main(flags: FlagValues, words: list[str]) -> None:
   chosen = settings.from_config({**cli.resolved(flags), "seeds": flags.seeds})
   if flags.against is not None:
     folders.spare(Path(flags.out), [Path(flags.against)])
-    comparing.check(evaluate.describe(chosen, asked), evaluate.open_evaluation(flags.against))
+    comparing.check(evaluate.describe(chosen, asked), evaluation.open_evaluation(flags.against))
   with console.progress(evaluate.work(chosen, asked), "denoise", "step") as advance:
     result = evaluate.evaluate(
       flags.out,

@@ -18,7 +18,7 @@ from absl.flags import DEFINE_enum, DEFINE_string, FlagValues
 from jax_videoreason import (
   cli,
   console,
-  evaluate,
+  evaluation,
   gallery,
   pages,
   records,
@@ -52,9 +52,9 @@ def main(flags: FlagValues, words: list[str]) -> None:
   if any(folder.glob("*/result.json")) and not (folder / "result.json").exists():
     everything(folder)
     return
-  kinds = {sweep.ASKED: gallery, evaluate.ASKED: scorecard, "arrays.zarr": pages}
-  if (folder / evaluate.ASKED).exists():
-    evaluate.again(folder)
+  kinds = {sweep.ASKED: gallery, evaluation.ASKED: scorecard, "arrays.zarr": pages}
+  if (folder / evaluation.ASKED).exists():
+    evaluation.again(folder)
   elif (folder / "result.json").exists():
     judge_again(folder)
   found = [draws for name, draws in kinds.items() if (folder / name).exists()]

@@ -243,7 +243,8 @@ def test_the_help_of_a_word_of_vbvr_has_the_options_that_it_takes(call, word):
 
 def test_the_help_of_evaluate_says_whose_interval_is_which(call):
   said = " ".join(call("evaluate", "--help")[1].split())
-  assert "(of scores by a bootstrap, of shares exact, Clopper and Pearson)" in said
+  assert "shares of a task are exact (Clopper and Pearson), or the bootstrap's where it is" in said
+  assert "those of scores, of means over tasks and of differences a bootstrap." in said
 
 
 def test_help_is_quick_and_imports_no_jax():

@@ -688,7 +688,8 @@ def test_the_page_stands_alone_and_shows_the_best_and_the_worst(done):
   assert set(map(int, seeds)) <= {row["seed"] for row in tables.read(done / "table.parquet")}
   assert len(seeds) == len(TASKS) * 2
   assert "Where several answers are right" in text
-  assert "of scores by a bootstrap over problems, of shares exact (Clopper and Pearson)" in text
+  assert "of shares of a task exact (Clopper and Pearson), or the bootstrap's where it is" in text
+  assert "of scores, of means over tasks and of differences a bootstrap" in text
 
 
 def test_the_films_of_the_page_jump_from_frame_to_frame_and_stop_at_the_last(done):

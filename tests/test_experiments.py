@@ -664,7 +664,7 @@ def test_a_study_keeps_the_problem_of_each_case_and_says_both_counts(tmp_path):
   assert "16 cases are of 8 problems" in page
   assert '<td class="n" data-name="n">8 x 1</td>' in page
   assert "bootstrap over problems" in page
-  assert "of claims about shares exact (Clopper and Pearson)" in page
+  assert "claims about shares exact (Clopper and Pearson), or the bootstrap's where it is" in page
   earlier = {k: v for k, v in read_json(tmp_path / "result.json").items() if k != "problem_of"}
   write_json(tmp_path / "result.json", earlier)  # as it was written before problems were kept
   assert "bootstrap over cases" in pages.render(tmp_path).read_text()

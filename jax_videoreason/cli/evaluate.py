@@ -6,10 +6,12 @@
   videoreason evaluate --tasks mymodule:MyTask --out runs/mine
   videoreason evaluate --config.guidance=3 --against runs/scores --out runs/guided
 
-Per task: score, strict success and right answers, each with a 95% interval over problems (of scores
-by a bootstrap, of shares exact, Clopper and Pearson), beside the prompts shuffled between cases, a
-video that stands still, a cut to a random answer, the nearest training clip and the truth. Where
-several answers are right: whether seeds differ, and how many candidates x0 shows along the steps.
+Per task: score, strict success and right answers, each with a 95% interval over problems, beside
+the prompts shuffled between cases, a video that stands still, a cut to a random answer, the nearest
+training clip and the truth. Intervals of shares of a task are exact (Clopper and Pearson), or the
+bootstrap's where it is wider; those of scores, of means over tasks and of differences a bootstrap.
+Where several answers are right: whether seeds differ, and how many candidates x0 shows along the
+steps.
 Stopped at any time, the same command goes on with the tasks that are left. Leaves result.json,
 table.parquet (a row per clip), tasks/, report.html.
 

@@ -96,6 +96,16 @@ def test_the_manifest_is_of_the_call_that_made_videos(cases, stubs, tmp_path):
   assert videos.made_by(tmp_path / "mini") is None
   assert told("again") == ["again"]
 
+  def stopped(place):
+    if place == "done":
+      raise KeyboardInterrupt
+
+  videos.place(tmp_path / "mini", data.samples[0]).unlink()
+  with pytest.raises(KeyboardInterrupt):
+    generate.generate(tmp_path, SETTINGS, data, jobs.Job(), meet=stopped)
+  assert not manifest.exists()  # it would tell of the call before
+  assert told("after") == ["after"]
+
 
 def test_a_second_command_in_the_same_folder_is_refused(cases, stubs, tmp_path, capsys):
   with folders.held(tmp_path / "mini"):

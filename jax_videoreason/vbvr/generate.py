@@ -33,7 +33,7 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.decode import decode, decode_each
-from jax_videoreason.folders import disk
+from jax_videoreason.folders import disk, remove
 from jax_videoreason.records import plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -115,13 +115,13 @@ def generate(
   number, count = process
   here = everything[job.part[0] :: job.part[1]]
   turns = [rounds(here[first::count], found) for first in range(count)]
-  makes: set[int] = set()  # seeds of which this call makes videos
 
   def begin() -> None:
     for seed, folder in folders.items():
       said = deviations(chosen, data, job, seed, found.card)
       videos.begin(folder, {**asked, "seed": seed, "deviations": said}, redo=redo)
-    makes.update(unit.seed for unit in here if not _done(folders[unit.seed], unit, job))
+    for seed in {unit.seed for unit in here if not _done(folders[unit.seed], unit, job)}:
+      remove(folders[seed] / videos.MANIFEST)  # it tells of the videos before
 
   def do() -> None:
     for turn in range(max(map(len, turns))):
@@ -139,7 +139,7 @@ def generate(
 
   def finish() -> None:
     for seed, folder in folders.items():
-      if seed not in makes and videos.made_by(folder) is not None:
+      if videos.made_by(folder) is not None:
         continue  # it tells how the videos were made, also where another call asks for them
       if all(_done(folder, unit, job) for unit in everything if unit.seed == seed):
         store.write_manifest(

@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import hashlib
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -180,8 +179,8 @@ def _expert(bundle: ModelBundle, expert: int | None) -> Params:
       f"{name} has {count} experts, each with keys of its own, and expert=None: give 0 or 1, as "
       "schedule.which says for the step."
     )
-  number = 0 if expert is None else operator.index(expert)
-  if number not in range(count):
+  number = 0 if expert is None else expert
+  if number not in range(count) or not isinstance(number, int | np.integer):
     raise ValueError(f"expert={expert}: {name} has {count}, counted from 0: give one of them.")
   params = bundle.params[number]
   if params is None:

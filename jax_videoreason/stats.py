@@ -187,7 +187,7 @@ def bootstrap_groups(
   """
   sums = np.array([(sum(values), len(values)) for values in groups], np.float64)
   means = sums[:, 0] / sums[:, 1]
-  if np.allclose(means, means[0], rtol=1e-12, atol=0):  # sums of other lengths round otherwise
+  if np.allclose(means, means[0], rtol=1e-12, atol=1e-12):  # sums of other lengths round otherwise
     return bootstrap(np.full(len(means), means[0]), seed=seed, draws=draws)
 
   def ratio(drawn: np.ndarray) -> np.ndarray:

@@ -353,6 +353,7 @@ def test_the_keys_of_an_expert_need_no_other():
   [
     (2, {}, r"tiny has 2 experts, each with keys of its own, and expert=None: give 0 or 1"),
     (2, {"expert": 2}, "expert=2: tiny has 2, counted from 0: give one of them"),
+    (2, {"expert": 1.0}, "expert=1.0: tiny has 2, counted from 0: give one of them"),
     (1, {"expert": -1}, "expert=-1: tiny has 1, counted from 0"),
     (1, {"layers": 3}, r"layers=\(3,\): there is no 3, only 0\.\.2"),
     (1, {"branches": 2}, r"branches=\(2,\): there is no 2, only 0\.\.1"),

@@ -1285,21 +1285,28 @@ def test_the_same_command_does_a_study_again_whose_result_is_damaged(tmp_path, c
   chunk = max(p for p in (out / "arrays.zarr").glob("*/c/**/*") if p.is_file())
   raw = chunk.read_bytes()
 
-  def stopped_while_files_moved():
+  def on_the_way(*names):
     (out / folders.STAGE).mkdir()
-    shutil.move(out / "arrays.zarr", out / folders.STAGE)
-    (out / "manifest.json").unlink()
+    for name in names:
+      shutil.move(out / name, out / folders.STAGE)
 
   for damage in (
     lambda: chunk.write_bytes(raw[:-1]),
     lambda: shutil.rmtree(out / "arrays.zarr"),
-    stopped_while_files_moved,
+    lambda: on_the_way("result.json", "report.html", "manifest.json"),
+    lambda: on_the_way("manifest.json"),
   ):
     damage()
     assert cli.main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "arrays.zarr is missing or damaged; done again" in said
-    assert chunk.read_bytes() == raw
+    assert "is missing or damaged; done again" in said
+    assert chunk.read_bytes() == raw and not (out / folders.STAGE).exists()
+  manifest = out / "manifest.json"
+  manifest.write_text(manifest.read_text().replace('"device": "', '"device": "x'))
+  assert cli.main(words) == 0
+  assert "manifest.json is missing or damaged; done again" in " ".join(
+    capsys.readouterr().out.split()
+  )
   assert cli.main(words) == 0
   assert "has it already" in capsys.readouterr().out
 

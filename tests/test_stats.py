@@ -91,6 +91,8 @@ def test_groups_of_one_mean_are_equal_however_many_values_they_have():
   for value in (0.0, 0.1, 1.0):
     found = stats.bootstrap_groups([[value] * 3] + [[value]] * 8, seed=0, draws=DRAWS)
     assert str(found) == f"{value:.2f} (all 9 cases are equal: resampling shows no spread)"
+  rounded = [[0.1, 0.2, -0.3], [0.2, 0.1, -0.3], [-0.3, 0.1, 0.2]] * 4  # 0 but for rounding
+  assert np.isnan(stats.bootstrap_groups(rounded, seed=0, draws=DRAWS).low)
   few = stats.bootstrap_groups([[1.0, 1.0], [1.0]], seed=0, draws=DRAWS)
   assert few.note == "2 cases: an interval needs at least 8"
 

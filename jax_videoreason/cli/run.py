@@ -350,8 +350,12 @@ def choose_reader(made: Any, cases: Sequence[Any], decoder: str) -> tuple[Any, f
 
 
 def is_ours(out: Path, key: str) -> bool:
-  """Whether this very command filled `out`, by its manifest or, of older versions, its result."""
-  return key in (_read(out, "manifest.json").get("key"), _record(out).get("key"))
+  """Whether this very command filled `out`, by its manifest, also where it is still on its way, or,
+  of older versions, by its result."""
+  from jax_videoreason.folders import STAGE
+
+  manifests = (_read(place, "manifest.json") for place in (out, out / STAGE))
+  return key in (*(found.get("key") for found in manifests), _record(out).get("key"))
 
 
 def fault_of(out: Path, key: str) -> Path | None:
@@ -364,6 +368,8 @@ def fault_of(out: Path, key: str) -> Path | None:
 
   if _record(out).get("key") != key:
     return out / "result.json"
+  if (out / "manifest.json").is_file() and not _read(out, "manifest.json"):
+    return out / "manifest.json"
   if (out / STAGE).exists() or not (out / "arrays.zarr").is_dir():
     return out / "arrays.zarr"
   try:

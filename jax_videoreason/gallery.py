@@ -11,9 +11,10 @@ import numpy as np
 from einops import rearrange
 
 from jax_videoreason import media, scoring, stats
+from jax_videoreason.folders import MANIFEST
 from jax_videoreason.records import read_mapping
 from jax_videoreason.report import flat, inline, write_page
-from jax_videoreason.sweep import MANIFEST, PAGE, Row, Sweep, open_sweep
+from jax_videoreason.sweep import PAGE, Row, Sweep, open_sweep
 
 T = TypeVar("T")
 

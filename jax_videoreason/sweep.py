@@ -27,6 +27,7 @@ import numpy as np
 from jax_videoreason import arrays, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
+  MANIFEST,
   PART,
   disk,
   expect,
@@ -47,13 +48,12 @@ from jax_videoreason.records import (
   write_json,
 )
 
-ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE = (
+ASKED, UNITS, ARRAYS, EVENTS, TABLE, PAGE = (
   "sweep.json",
   "units",
   "results.zarr",
   "events.jsonl",
   "table.parquet",
-  "manifest.json",
   "report.html",
 )
 OWNED = (ASKED, UNITS, ARRAYS, EVENTS, TABLE, MANIFEST, PAGE)

@@ -948,7 +948,7 @@ def test_scores_of_videos_whose_manifest_is_damaged_do_not_say_how_they_were_mad
 ):
   data = samples.load(own_cases, names=["pick"], cases=1)
   (folder,) = baselines.write(tmp_path / "mine", data, ["truth"])
-  (folder / videos.MANIFEST).write_text("{")
+  (folder / folders.MANIFEST).write_text("{")
   words = [f"--data={own_cases}", "--tasks=pick", "--cases=1", f"--videos={tmp_path / 'mine'}"]
   assert call("score", *words, f"--out={tmp_path / 'scores'}") == 0
   assert result_of(tmp_path / "scores" / "truth")["made"] is None

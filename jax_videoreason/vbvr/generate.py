@@ -33,7 +33,7 @@ from jax_videoreason import (
   tasks,
 )
 from jax_videoreason.decode import decode, decode_each
-from jax_videoreason.folders import disk, remove
+from jax_videoreason.folders import MANIFEST, disk, remove
 from jax_videoreason.records import plain
 from jax_videoreason.schedules import Schedule
 from jax_videoreason.settings import SampleSettings
@@ -121,7 +121,7 @@ def generate(
       said = deviations(chosen, data, job, seed, found.card)
       videos.begin(folder, {**asked, "seed": seed, "deviations": said}, redo=redo)
     for seed in {unit.seed for unit in here if not _done(folders[unit.seed], unit, job)}:
-      remove(folders[seed] / videos.MANIFEST)  # it tells of the videos before
+      remove(folders[seed] / MANIFEST)  # it tells of the videos before
 
   def do() -> None:
     for turn in range(max(map(len, turns))):

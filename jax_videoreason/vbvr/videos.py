@@ -14,12 +14,12 @@ import numpy as np
 from einops import reduce
 
 from jax_videoreason import media, records
-from jax_videoreason.folders import disk
+from jax_videoreason.folders import MANIFEST, disk
 from jax_videoreason.records import checksum, mapping_of, plain, write_json
 from jax_videoreason.vbvr import layout, suite
 from jax_videoreason.vbvr.samples import Sample
 
-ASKED, MANIFEST = "generation.json", "manifest.json"
+ASKED = "generation.json"
 RECORDS, STEPS, MAPS = "records", "steps", "feature_maps"
 MADE_BY = ("command", "written", "device", "versions", "revision")  # keys of a manifest
 CLIPS, PROBLEMS = "clips", "problems"  # what lies beside the scores of systems

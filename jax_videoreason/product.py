@@ -20,7 +20,9 @@ from jax_videoreason import (
   distributed,
   evaluate,
   factors,
+  lanes,
   media,
+  plan,
   prepare,
   runs,
   sampler,
@@ -41,6 +43,7 @@ STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
 HELD = 2**24  # pixels of video that are held at once to be read
 CLIPS, ENDINGS = 8, 64  # that are read together at most
+SMALL = 2**28  # bytes that units side by side on a CPU take together at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,23 @@ def shares(
   """
   share = (0, 1) if distributed.spans(mesh) else process
   return share, range(share[0], units, share[1])
+
+
+def lanes_for(product: Product, mesh: Mesh | None) -> int:
+  """Units that are computed side by side: on a CPU that is one device as many as it has cores and
+  as take `SMALL` bytes together by arithmetic; elsewhere one.
+
+  Cores that share a small program wait for each other at every operation, and units do not.
+  """
+  if mesh is not None or jax.local_devices()[0].platform != "cpu":
+    return 1
+  here, alone = plan.target("cpu"), {"seed": 1, "fsdp": 1, "context": 1}
+  told = [
+    plan.arithmetic(problem, here, alone)
+    for problem in factors.problems(product.chosen, product.varied).values()
+  ]
+  each = max(t.temporaries + t.latents + t.taps + t.decode for t in told)
+  return max(1, min(lanes.cores(), int(SMALL / each)))
 
 
 def compute(bench: Bench, unit: int) -> Made:
@@ -344,6 +364,7 @@ def perform(
         width=product.width,
         compute=functools.partial(compute, bench),
         read=functools.partial(read, bench),
+        lanes=lanes_for(product, mesh),
         devices={"kind": used[0].device_kind, "count": len(used)},
       )
       sweep.carry_out(out, work, {unit: found.get(unit, "") for unit in mine}, advance=advance)

@@ -16,15 +16,15 @@ import contextlib
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_videoreason import arrays, store, tables
+from jax_videoreason import arrays, lanes, store, tables
 from jax_videoreason.arrays import StoredArray
 from jax_videoreason.folders import (
   MANIFEST,
@@ -82,13 +82,15 @@ class Work:
   """What is to be done: units 0..units-1 of `width` runs each.
 
   compute: unit -> anything. read: (unit, that) -> Part, on another thread while the next unit is
-  computed. devices: said of every unit that is done here.
+  computed. lanes: as `lanes.carry` takes them; of more than one, several threads call both.
+  devices: said of every unit that is done here.
   """
 
   units: int
   width: int
   compute: Callable[[int], Any]
   read: Callable[[int, Any], Part]
+  lanes: int = 1
   devices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -184,26 +186,27 @@ def carry_out(
     if said:
       _note(folder, f"{said}; done again", unit)
       remove(_path(folder, unit))
-  busy: Future[None] | None = None
-  # what was handed to the reader is written also when the next unit is interrupted
-  with ThreadPoolExecutor(max_workers=1) as pool:
-    for unit in left:
-      began = time.monotonic()
-      made = work.compute(unit)
-      seconds = time.monotonic() - began
-      if busy is not None:
-        busy.result()
-      busy = pool.submit(_keep, folder, of, work, unit, made, seconds, advance)
-    if busy is not None:
-      busy.result()
+  writing = threading.Lock()
+
+  def compute(unit: int) -> tuple[Any, float]:
+    began = time.monotonic()
+    return work.compute(unit), time.monotonic() - began
+
+  def keep(unit: int, made: tuple[Any, float]) -> None:
+    began = time.monotonic()
+    part = work.read(unit, made[0])
+    seconds = {"compute": made[1], "read": time.monotonic() - began, "lanes": work.lanes}
+    with writing:
+      _write(folder, of, work, unit, part, seconds)
+      advance(work.width)
+
+  lanes.carry(left, compute, keep, lanes=work.lanes)
 
 
-def _keep(
-  folder: Path, of: str, work: Work, unit: int, made: Any, seconds: float, advance: Advance
+def _write(
+  folder: Path, of: str, work: Work, unit: int, part: Part, seconds: Mapping[str, float]
 ) -> None:
-  """Reads what a unit made and writes it: arrays, then the row file. of: checksum of `ASKED`."""
-  began = time.monotonic()
-  part = work.read(unit, made)
+  """Writes what was read of a unit: arrays, then the row file. of: checksum of `ASKED`."""
   if len(part.rows) != work.width:
     raise ValueError(f"unit {unit} brings {len(part.rows)} rows, wanted {work.width}.")
   runs = slice(unit * work.width, (unit + 1) * work.width)
@@ -223,11 +226,10 @@ def _keep(
       "rows": rows,
       "sum": digest(rows),
       "arrays": sorted(part.arrays),
-      "seconds": {"compute": seconds, "read": time.monotonic() - began},
+      "seconds": seconds,
       "devices": work.devices,
     }
     write_json(_path(folder, unit), plain(found))
-  advance(work.width)
 
 
 def finish(folder: str | Path, **manifest: Any) -> None:
@@ -394,7 +396,8 @@ def status(folder: str | Path) -> Status:
   found = _read_units(folder)
   parts = [part for part in found.values() if not isinstance(part, str)]
   left = {unit: part for unit, part in found.items() if isinstance(part, str)}
-  each = [max(p["seconds"]["compute"], p["seconds"]["read"]) for p in parts]  # they overlap
+  took = [p["seconds"] for p in parts]
+  each = [max(s["compute"], s["read"]) / s.get("lanes", 1) for s in took]  # they overlap
   working = is_held(folder)
   ended = (folder / MANIFEST).exists() and not left
   table = ""

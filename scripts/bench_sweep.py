@@ -13,8 +13,10 @@ computed: the same times (1 + `decode_s` / seconds of the bare sampler), where `
 that takes (of one unit, the median of three, for each unit). `steady`: `throughput` from the end of
 the first unit to the end of the last, without what a sweep does once; in CPU seconds, which other
 work on the machine hardly moves. `reader`: what showed x0 at every step. `compute_s` and `read_s`:
-of the units of the last sweep, which overlap. `extra_mb`: peak memory during the sweeps beyond that
-of the bare sampler (Linux).
+of the units of the last sweep, which overlap. `lanes`: units that a sweep computes side by side;
+the bare sampler makes one batch after the other. `side_by_side`: how much faster its batches are in
+as many lanes, over up to 8 a lane and as many pairs. `extra_mb`: peak memory during the sweeps
+beyond that of the bare sampler (Linux).
 
 `parts`: CPU seconds of one run of the bare sampler, of reading its answers at every step by each
 reader, and of decoding and scoring its final video; the least of two, over as many runs as a unit
@@ -39,7 +41,7 @@ import jax
 import numpy as np
 from bench_denoise import BARE, ask, pairs, say, seconds
 
-from jax_videoreason import baselines, cli, factors, product, runs, settings, sweep
+from jax_videoreason import baselines, cli, factors, lanes, product, runs, settings, sweep
 from jax_videoreason.decode import decode
 from jax_videoreason.records import read_json
 
@@ -62,6 +64,15 @@ def sampled(bench: product.Bench, asked: Sequence[tuple[int, int]]) -> np.ndarra
   )
   cond = runs.take(bench.cond, np.array([case for case, _ in asked]))
   return runs.run(bench.bundle, noise, cond, bench.schedule, taps=BARE)
+
+
+def in_lanes(bench: product.Bench, units: range, number: int) -> None:
+  """The bare sampler over some units, in so many lanes."""
+
+  def compute(unit: int) -> np.ndarray:
+    return sampled(bench, bench.product.runs_in(unit))
+
+  lanes.carry(units, compute, lambda unit, final: None, lanes=number)
 
 
 def peak(call: Callable[[], Any], seen: list[float]) -> None:
@@ -186,6 +197,11 @@ def measure_whole(options: argparse.Namespace) -> None:
       options.pairs,
     )
     took = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
+  number = product.lanes_for(of, None)
+  some = range(min(of.units, 8 * number))
+  beside = pairs(
+    lambda: in_lanes(bench, some, number), lambda: in_lanes(bench, some, 1), options.pairs
+  )
   ratio, final = row.pop("ratio"), sampled(bench, of.runs_in(0))
   shown = [seconds(lambda: decode(bench.bundle, final, tiles=of.chosen.tiles)) for _ in range(3)]
   decode_s = of.units * float(np.median(shown))
@@ -202,6 +218,8 @@ def measure_whole(options: argparse.Namespace) -> None:
     decode_s=round(decode_s, 1),
     compute_s=round(sum(s["compute"] for s in took), 1),
     read_s=round(sum(s["read"] for s in took), 1),
+    lanes=number,
+    side_by_side=round(1 / beside["ratio"], 4),
     extra_mb=round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
   )
 

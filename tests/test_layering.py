@@ -67,6 +67,7 @@ FLOORS = (
     "decode",
     "store",
     "runs",
+    "lanes",
     "sweep",
     "training encoded",
     "fitting",

@@ -53,8 +53,10 @@ def part_of(unit: int, value: np.ndarray) -> Part:
   )
 
 
-def work(compute=value_of, read=part_of) -> Work:
-  return Work(units=UNITS, width=WIDTH, compute=compute, read=read, devices={"count": 1})
+def work(compute=value_of, read=part_of, lanes: int = 1) -> Work:
+  return Work(
+    units=UNITS, width=WIDTH, compute=compute, read=read, lanes=lanes, devices={"count": 1}
+  )
 
 
 def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) -> list[int]:
@@ -66,7 +68,7 @@ def carry_out(folder: Path, asked=ASKED, made: Work | None = None, **options) ->
     done.append(unit)
     return made.compute(unit)
 
-  counted = Work(units=UNITS, width=WIDTH, compute=compute, read=made.read)
+  counted = dataclasses.replace(made, compute=compute)
   with folders.held(folder):
     sweep.begin(folder, asked, **options)
     sweep.carry_out(folder, counted, sweep.faults(folder))
@@ -168,7 +170,7 @@ def test_the_manifest_names_what_is_there(whole):
   made = json.loads((whole / "manifest.json").read_text())
   assert set(made["files"]) == {path.name for path in whole.iterdir()} - {"manifest.json"}
   assert made["layout_of_unit"] == [0] * UNITS
-  assert [json.loads(layout) for layout in made["layouts"]] == [{}]
+  assert [json.loads(layout) for layout in made["layouts"]] == [{"count": 1}]
 
 
 def test_a_finished_sweep_is_only_read(whole):
@@ -196,6 +198,34 @@ def stopping(at: int):
 
 
 # Stop and go on
+
+
+@pytest.mark.parametrize("lanes", [2, 5])
+def test_units_side_by_side_leave_the_same(whole, tmp_path, lanes):
+  other, done = tmp_path / "other", []
+
+  def compute(unit: int) -> np.ndarray:
+    time.sleep(0.02)  # so that several have something to write at once
+    return value_of(unit)
+
+  made = work(compute=compute, lanes=lanes)
+  with folders.held(other):
+    sweep.begin(other, ASKED)
+    sweep.carry_out(other, made, sweep.faults(other), advance=done.append)
+    sweep.finish(other, **MANIFEST)
+  assert done == [WIDTH] * UNITS
+  the_same(other, whole)
+  assert carry_out(other) == []
+
+
+def test_stopped_with_units_side_by_side_it_goes_on_with_what_is_left(whole, tmp_path):
+  other = tmp_path / "other"
+  with pytest.raises(KeyboardInterrupt):
+    carry_out(other, made=work(compute=stopping(3), lanes=3))
+  left = carry_out(other)
+  assert 3 in left
+  assert not {0, 1, 2} & set(left)
+  the_same(other, whole)
 
 
 @pytest.mark.parametrize("at", range(UNITS))

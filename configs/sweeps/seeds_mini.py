@@ -26,5 +26,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     "pick",
     "tree_reach",
   )
-  config.cases = 16
+  config.cases, config.unit = 16, 16
   return common.parse(config.lock(), argument)

@@ -30,10 +30,11 @@ def carry(
   lanes: 1, as a device wants it: units are computed on the thread that calls, and each is kept on
   another one while the next is computed. More, for the cores of a CPU: in every lane a thread
   computes a unit, keeps it and takes the next, so that several are computed, and several kept, at
-  once; the first unit is done before, and what it compiles is there for all.
+  once. Settings of jax that hold for a thread, by its context managers, hold in none of them.
 
-  Where a unit fails, or the caller is interrupted, no more are begun; those that are kept or in
-  other lanes are carried through, and the failure is raised.
+  Where a unit fails or the caller is interrupted, no more are begun; those being kept, and those in
+  other lanes, are carried through before the failure is raised. A second interrupt drops what is
+  still being computed.
   """
   if lanes == 1:
     _overlapped(units, compute, keep)
@@ -58,7 +59,7 @@ def _overlapped(
 def _side_by_side(
   units: Iterator[U], compute: Callable[[U], T], keep: Callable[[U, T], None], lanes: int
 ) -> None:
-  taking, stopped = threading.Lock(), threading.Event()
+  taking, stopped, dropped = threading.Lock(), threading.Event(), threading.Event()
 
   def begun() -> list[U]:
     with taking:
@@ -67,18 +68,20 @@ def _side_by_side(
   def lane() -> None:
     try:
       while some := begun():
-        keep(some[0], compute(some[0]))
+        made = compute(some[0])
+        if not dropped.is_set():
+          keep(some[0], made)
     except BaseException:
       stopped.set()
       raise
 
-  for unit in begun():
-    keep(unit, compute(unit))
-  with ThreadPoolExecutor(lanes) as pool:
-    beside = [pool.submit(lane) for _ in range(lanes - 1)]
+  pool = ThreadPoolExecutor(lanes)
+  try:
+    for future in [pool.submit(lane) for _ in range(lanes)]:
+      future.result()
+  finally:
+    stopped.set()
     try:
-      lane()
-      for future in beside:
-        future.result()
+      pool.shutdown()
     finally:
-      stopped.set()
+      dropped.set()

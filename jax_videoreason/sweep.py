@@ -15,6 +15,7 @@ of day.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import threading
 import time
@@ -195,18 +196,22 @@ def carry_out(
   def keep(unit: int, made: tuple[Any, float]) -> None:
     began = time.monotonic()
     part = work.read(unit, made[0])
-    seconds = {"compute": made[1], "read": time.monotonic() - began, "lanes": work.lanes}
+    seconds = {"compute": made[1], "read": time.monotonic() - began}
     with writing:
-      _write(folder, of, work, unit, part, seconds)
+      _write(folder, of, work, unit, part, {"seconds": seconds, "lanes": number})
       advance(work.width)
 
-  lanes.carry(left, compute, keep, lanes=work.lanes)
+  number = max(1, min(work.lanes, len(left)))
+  lanes.carry(left, compute, keep, lanes=number)
 
 
 def _write(
-  folder: Path, of: str, work: Work, unit: int, part: Part, seconds: Mapping[str, float]
+  folder: Path, of: str, work: Work, unit: int, part: Part, how: Mapping[str, Any]
 ) -> None:
-  """Writes what was read of a unit: arrays, then the row file. of: checksum of `ASKED`."""
+  """Writes what was read of a unit: arrays, then the row file, with how it was made.
+
+  of: checksum of `ASKED`.
+  """
   if len(part.rows) != work.width:
     raise ValueError(f"unit {unit} brings {len(part.rows)} rows, wanted {work.width}.")
   runs = slice(unit * work.width, (unit + 1) * work.width)
@@ -226,7 +231,7 @@ def _write(
       "rows": rows,
       "sum": digest(rows),
       "arrays": sorted(part.arrays),
-      "seconds": seconds,
+      **how,
       "devices": work.devices,
     }
     write_json(_path(folder, unit), plain(found))
@@ -396,8 +401,8 @@ def status(folder: str | Path) -> Status:
   found = _read_units(folder)
   parts = [part for part in found.values() if not isinstance(part, str)]
   left = {unit: part for unit, part in found.items() if isinstance(part, str)}
-  took = [p["seconds"] for p in parts]
-  each = [max(s["compute"], s["read"]) / s.get("lanes", 1) for s in took]  # they overlap
+  each = [_seconds(part) for part in parts]
+  beside = max((part.get("lanes", 1) for part in parts), default=1)
   working = is_held(folder)
   ended = (folder / MANIFEST).exists() and not left
   table = ""
@@ -414,10 +419,16 @@ def status(folder: str | Path) -> Status:
     damaged={unit: said for unit, said in left.items() if said},
     table=table,
     width=width,
-    seconds=float(np.median(each)) * len(left) if each else None,
+    seconds=float(np.median(each)) * math.ceil(len(left) / beside) if each else None,
     broken=[row for p in parts for row in p["rows"] if row.get("broken_at") is not None],
     events=_events(folder),
   )
+
+
+def _seconds(part: Row) -> float:
+  """What a unit took: by itself it is read while the next is computed, side by side after it."""
+  compute, read = part["seconds"]["compute"], part["seconds"]["read"]
+  return max(compute, read) if part.get("lanes", 1) == 1 else compute + read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

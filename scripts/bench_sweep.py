@@ -199,9 +199,11 @@ def measure_whole(options: argparse.Namespace) -> None:
     took = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
   number = product.lanes_for(of, None)
   some = range(min(of.units, 8 * number))
-  beside = pairs(
-    lambda: in_lanes(bench, some, number), lambda: in_lanes(bench, some, 1), options.pairs
-  )
+  beside = None
+  if number > 1:
+    beside = pairs(
+      lambda: in_lanes(bench, some, 1), lambda: in_lanes(bench, some, number), options.pairs
+    )
   ratio, final = row.pop("ratio"), sampled(bench, of.runs_in(0))
   shown = [seconds(lambda: decode(bench.bundle, final, tiles=of.chosen.tiles)) for _ in range(3)]
   decode_s = of.units * float(np.median(shown))
@@ -219,7 +221,7 @@ def measure_whole(options: argparse.Namespace) -> None:
     compute_s=round(sum(s["compute"] for s in took), 1),
     read_s=round(sum(s["read"] for s in took), 1),
     lanes=number,
-    side_by_side=round(1 / beside["ratio"], 4),
+    side_by_side=beside and beside["ratio"],
     extra_mb=round(max(memory[1][1:]) - max(memory[0][1:])) if memory[0] else None,
   )
 

@@ -1,6 +1,9 @@
 """Units on threads: each is computed and kept once; a failure loses nothing that was begun."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -48,17 +51,15 @@ def test_one_lane_computes_where_it_is_called_while_the_last_unit_is_kept():
   assert set(threads) == {threading.get_ident()}
 
 
-def test_several_lanes_compute_side_by_side_once_the_first_unit_is_kept():
+def test_several_lanes_compute_side_by_side():
   together, kept = threading.Barrier(3, timeout=WAIT), []
 
   def compute(unit: int) -> int:
-    assert unit == 0 or 0 in kept
-    if unit > 0:
-      together.wait()
+    together.wait()
     return unit
 
-  lanes.carry(range(7), compute, lambda unit, made: kept.append(unit), lanes=3)
-  assert sorted(kept) == list(range(7))
+  lanes.carry(range(6), compute, lambda unit, made: kept.append(unit), lanes=3)
+  assert sorted(kept) == list(range(6))
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
@@ -73,12 +74,11 @@ def test_after_a_failure_no_unit_is_begun_and_those_that_were_are_kept(where, ki
 
   def compute(unit: int) -> int:
     begun.append(unit)
-    if unit > 0:
-      others.wait()  # 1, 2 and 3 are all begun
-      fail(unit, "compute")
-      if unit != 2:
-        assert failed.wait(WAIT)
-        time.sleep(0.1)  # for the failure to be told
+    others.wait()  # 0, 1 and 2 are all begun
+    fail(unit, "compute")
+    if unit != 2:
+      assert failed.wait(WAIT)
+      time.sleep(0.5)  # for the failure to be told
     return unit
 
   def keep(unit: int, made: int) -> None:
@@ -87,8 +87,55 @@ def test_after_a_failure_no_unit_is_begun_and_those_that_were_are_kept(where, ki
 
   with pytest.raises(kind, match="unit 2"):
     lanes.carry(range(50), compute, keep, lanes=3)
-  assert sorted(begun) == [0, 1, 2, 3]
-  assert sorted(kept) == [0, 1, 3]
+  assert sorted(begun) == [0, 1, 2]
+  assert sorted(kept) == [0, 1]
+
+
+SCRIPT = """
+import sys, time
+from jax_videoreason import lanes
+def compute(unit):
+  sys.stdout.write(f"computes {unit}\\n")
+  time.sleep(float(sys.argv[1]))
+  return unit
+def keep(unit, made):
+  time.sleep(float(sys.argv[2]))
+  sys.stdout.write(f"kept {unit}\\n")
+try:
+  lanes.carry(range(50), compute, keep, lanes=int(sys.argv[3]))
+except KeyboardInterrupt:
+  print("interrupted")
+"""
+
+
+def interrupted(times: int, at: str, compute: float, keep: float, number: int) -> list[str]:
+  """What such lanes say to have kept from the line `at` on, where they are interrupted so often."""
+  words = [sys.executable, "-uc", SCRIPT, str(compute), str(keep), str(number)]
+  process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+  assert process.stdout is not None
+  while process.stdout.readline() != f"{at}\n":
+    assert process.poll() is None
+  for _ in range(times):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+  said, _ = process.communicate(timeout=WAIT)
+  assert process.returncode == 0
+  return [line for line in said.splitlines() if not line.startswith("computes")]
+
+
+@pytest.mark.parametrize(("compute", "keep"), [(0.8, 0), (0, 0.8)])
+def test_interrupted_it_keeps_what_was_begun_before_it_says_so(compute, keep):
+  *kept, last = interrupted(1, "computes 1", compute, keep, 2)
+  assert sorted(kept) == ["kept 0", "kept 1"]
+  assert last == "interrupted"
+
+
+def test_one_lane_that_is_interrupted_keeps_what_was_computed():
+  assert interrupted(1, "computes 1", 0.3, 0.8, 1) == ["kept 0", "interrupted"]
+
+
+def test_interrupted_twice_it_drops_what_is_being_computed():
+  assert interrupted(2, "computes 1", 2.0, 0, 2) == ["interrupted"]
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):

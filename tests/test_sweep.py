@@ -202,20 +202,38 @@ def stopping(at: int):
 
 @pytest.mark.parametrize("lanes", [2, 5])
 def test_units_side_by_side_leave_the_same(whole, tmp_path, lanes):
-  other, done = tmp_path / "other", []
+  other, done = tmp_path / "other", 0
+  together = threading.Barrier(2, timeout=20)
 
   def compute(unit: int) -> np.ndarray:
-    time.sleep(0.02)  # so that several have something to write at once
+    together.wait()  # two have something to write at once
     return value_of(unit)
+
+  def advance(runs: int) -> None:
+    nonlocal done
+    before = done
+    time.sleep(0.01)
+    done = before + runs
 
   made = work(compute=compute, lanes=lanes)
   with folders.held(other):
     sweep.begin(other, ASKED)
-    sweep.carry_out(other, made, sweep.faults(other), advance=done.append)
+    sweep.carry_out(other, made, sweep.faults(other), advance=advance)
     sweep.finish(other, **MANIFEST)
-  assert done == [WIDTH] * UNITS
+  assert done == WIDTH * UNITS
   the_same(other, whole)
   assert carry_out(other) == []
+
+
+@pytest.mark.parametrize(("left", "lanes", "wanted"), [(4, 1, 32.0), (4, 2, 20.0), (3, 2, 20.0)])
+def test_the_time_that_is_left_is_that_of_units_side_by_side(whole, left, lanes, wanted):
+  for number in range(UNITS):
+    path = whole / "units" / f"{number:05}.json"
+    unit = json.loads(path.read_text())
+    path.write_text(json.dumps({**unit, "seconds": {"compute": 8.0, "read": 2.0}, "lanes": lanes}))
+  for number in range(left):
+    (whole / "units" / f"{number:05}.json").unlink()
+  assert sweep.status(whole).seconds == wanted
 
 
 def test_stopped_with_units_side_by_side_it_goes_on_with_what_is_left(whole, tmp_path):

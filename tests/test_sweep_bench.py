@@ -27,7 +27,8 @@ def test_what_64_runs_cost_beside_the_bare_sampler():
   whole = next(row for row in rows if "throughput" in row)
   assert whole["runs"] == 64
   # A guard, wide because two runs are compared: what is wanted of 1,024 runs is in BENCHMARKS.md.
-  assert 0.1 < whole["throughput"] < 1.3
+  assert 0.1 < whole["throughput"] < 2
+  assert whole["lanes"] == 1 or 0.5 < whole["side_by_side"] < 4
   assert whole["reader"] == "vae" and whole["steady"] > 0.4  # in CPU seconds, without other work
   more = 1 + whole["decode_s"] / (whole["with_ms"] / 1e3)
   assert whole["of_videos"] == pytest.approx(whole["throughput"] * more, rel=0.05) and more > 1.01

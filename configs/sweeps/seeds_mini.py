@@ -26,5 +26,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     "pick",
     "tree_reach",
   )
-  config.cases, config.unit = 16, 16
+  config.cases = 16
+  config.unit = 16  # what the caches of a CPU hold; a GPU is faster with more
   return common.parse(config.lock(), argument)

@@ -59,13 +59,15 @@ def _overlapped(
 def _side_by_side(
   units: Iterator[U], compute: Callable[[U], T], keep: Callable[[U, T], None], lanes: int
 ) -> None:
-  taking, stopped, dropped = threading.Lock(), threading.Event(), threading.Event()
+  taking = threading.Lock()
+  started, stopped, dropped = threading.Event(), threading.Event(), threading.Event()
 
   def begun() -> list[U]:
     with taking:
       return [] if stopped.is_set() else list(itertools.islice(units, 1))
 
   def lane() -> None:
+    started.wait()
     try:
       while some := begun():
         made = compute(some[0])
@@ -77,10 +79,13 @@ def _side_by_side(
 
   pool = ThreadPoolExecutor(lanes)
   try:
-    for future in [pool.submit(lane) for _ in range(lanes)]:
+    futures = [pool.submit(lane) for _ in range(lanes)]
+    started.set()  # not before: a pool that is interrupted meanwhile does not wait for every thread
+    for future in futures:
       future.result()
   finally:
     stopped.set()
+    started.set()
     try:
       pool.shutdown()
     finally:

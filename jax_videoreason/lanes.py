@@ -3,8 +3,8 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 U = TypeVar("U")
@@ -33,8 +33,8 @@ def carry(
   once. Settings of jax that hold for a thread, by its context managers, hold in none of them.
 
   Where a unit fails or the caller is interrupted, no more are begun; those being kept, and those in
-  other lanes, are carried through before the failure is raised. A second interrupt drops what is
-  still being computed.
+  other lanes, are carried through before the failure is raised. Units of several lanes are to be
+  small: an interrupt of that wait is not heard.
   """
   if lanes == 1:
     _overlapped(units, compute, keep)
@@ -60,7 +60,7 @@ def _side_by_side(
   units: Iterator[U], compute: Callable[[U], T], keep: Callable[[U, T], None], lanes: int
 ) -> None:
   taking = threading.Lock()
-  started, stopped, dropped = threading.Event(), threading.Event(), threading.Event()
+  started, stopped = threading.Event(), threading.Event()
 
   def begun() -> list[U]:
     with taking:
@@ -70,23 +70,29 @@ def _side_by_side(
     started.wait()
     try:
       while some := begun():
-        made = compute(some[0])
-        if not dropped.is_set():
-          keep(some[0], made)
+        keep(some[0], compute(some[0]))
     except BaseException:
       stopped.set()
       raise
 
-  pool = ThreadPoolExecutor(lanes)
+  pool, futures = ThreadPoolExecutor(lanes), []
   try:
     futures = [pool.submit(lane) for _ in range(lanes)]
-    started.set()  # not before: a pool that is interrupted meanwhile does not wait for every thread
+    started.set()  # not before: of what is begun while they are submitted nobody could wait for all
     for future in futures:
       future.result()
   finally:
     stopped.set()
     started.set()
+    _ended(futures)
+    pool.shutdown(wait=False)
+
+
+def _ended(futures: Sequence[Future[None]]) -> None:
+  """Returns when no lane works any more: what they write to is let go afterwards."""
+  while True:
     try:
-      pool.shutdown()
-    finally:
-      dropped.set()
+      wait(futures)
+    except KeyboardInterrupt:
+      continue
+    return

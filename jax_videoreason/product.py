@@ -43,7 +43,7 @@ STILLS = 5  # frames of the final video that are kept to look at
 STILL_PIXELS = 64  # of the shorter side of a still, at most
 HELD = 2**24  # pixels of video that are held at once to be read
 CLIPS, ENDINGS = 8, 64  # that are read together at most
-SMALL = 2**27  # bytes of a unit that is computed beside others on a CPU, at most
+SMALL = 2**28  # bytes of all units that are computed side by side on a CPU, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,8 @@ def shares(
 
 
 def lanes_for(product: Product, mesh: Mesh | None) -> int:
-  """Units that are computed side by side: on a CPU, without a mesh, as many as it has cores where
-  each takes `SMALL` bytes at most by arithmetic, beside the weights; else one.
+  """Units that are computed side by side: on a CPU, without a mesh, as many as it has cores and as
+  take `SMALL` bytes together by arithmetic, beside the weights; else one.
 
   Cores that share a small program wait for each other at every operation, and units do not.
   """
@@ -139,8 +139,8 @@ def lanes_for(product: Product, mesh: Mesh | None) -> int:
     plan.arithmetic(problem, here, alone)
     for problem in factors.problems(product.chosen, product.varied).values()
   ]
-  each = max(t.temporaries + t.latents + t.taps + t.decode for t in told)
-  return lanes.cores() if each <= SMALL else 1
+  each = max(t.total - t.parameters - t.vae + t.decode for t in told)
+  return max(1, min(lanes.cores(), int(SMALL / each)))
 
 
 def compute(bench: Bench, unit: int) -> Made:

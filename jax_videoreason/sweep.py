@@ -2,7 +2,7 @@
 
     sweep.json         what was asked, written first: a call that asks the same goes on here
     lock               held by the process that works here, while it lives
-    units/00003.json   a finished unit: a row per run, the names of its arrays, seconds, devices
+    units/00003.json   a finished unit: a row per run, names of its arrays, seconds, lanes, devices
     results.zarr/      arrays with an axis `run`, one chunk per unit
     events.jsonl       what was done again, and why
     table.parquet      a row per run    manifest.json    both written last
@@ -187,7 +187,7 @@ def carry_out(
     if said:
       _note(folder, f"{said}; done again", unit)
       remove(_path(folder, unit))
-  writing = threading.Lock()
+  number, writing = max(1, min(work.lanes, len(left))), threading.Lock()
 
   def compute(unit: int) -> tuple[Any, float]:
     began = time.monotonic()
@@ -201,7 +201,6 @@ def carry_out(
       _write(folder, of, work, unit, part, {"seconds": seconds, "lanes": number})
       advance(work.width)
 
-  number = max(1, min(work.lanes, len(left)))
   lanes.carry(left, compute, keep, lanes=number)
 
 
@@ -402,7 +401,7 @@ def status(folder: str | Path) -> Status:
   parts = [part for part in found.values() if not isinstance(part, str)]
   left = {unit: part for unit, part in found.items() if isinstance(part, str)}
   each = [_seconds(part) for part in parts]
-  beside = max((part.get("lanes", 1) for part in parts), default=1)
+  beside = parts[-1].get("lanes", 1) if parts else 1  # of the last one: other machines had others
   working = is_held(folder)
   ended = (folder / MANIFEST).exists() and not left
   table = ""

@@ -11,10 +11,10 @@ writing, table and manifest. Median over interleaved pairs in this process, with
 interval; compiled before. `of_videos`: beside a bare sampler that then decodes its final videos,
 computed: the same times (1 + `decode_s` / seconds of the bare sampler), where `decode_s` is what
 that takes (of one unit, the median of three, for each unit). `steady`: `throughput` from the end of
-the first unit to the end of the last, without what a sweep does once; in CPU seconds, which other
-work on the machine hardly moves. `reader`: what showed x0 at every step. `compute_s` and `read_s`:
-of the units of the last sweep, which overlap. `lanes`: units that a sweep computes side by side;
-the bare sampler makes one batch after the other. `side_by_side`: how much faster its batches are in
+the first unit of every lane to the end of the last, without what a sweep does once; in CPU seconds,
+which other work on the machine hardly moves. `reader`: what showed x0 at every step. `compute_s`
+and `read_s`: of the units of the last sweep, of all lanes. `lanes`: units that it computes side by
+side; the bare sampler makes one batch after the other. `side_by_side`: how much faster it is in
 as many lanes, over up to 8 a lane and as many pairs. `extra_mb`: peak memory during the sweeps
 beyond that of the bare sampler (Linux).
 
@@ -169,7 +169,8 @@ def measure_whole(options: argparse.Namespace) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     out = Path(scratch) / "sweep"
     bench = product.ready(of)
-    sweep_cpu: list[float] = []  # seconds a run, after the first unit
+    number = product.lanes_for(of, None)
+    sweep_cpu: list[float] = []  # seconds a run, after the first unit of every lane
 
     def whole(round_: factors.Product) -> None:
       shutil.rmtree(out, ignore_errors=True)
@@ -180,8 +181,9 @@ def measure_whole(options: argparse.Namespace) -> None:
         mesh=None,
         progress=lambda _: contextlib.nullcontext(lambda runs: ends.append(time.process_time())),
       )
-      if len(ends) > 1:
-        sweep_cpu.append((ends[-1] - ends[0]) / (round_.width * (len(ends) - 1)))
+      if len(ends) > number:
+        spent = ends[-1] - ends[number - 1]
+        sweep_cpu.append(spent / (round_.width * (len(ends) - number)))
 
     bare_cpu: list[float] = []  # seconds a run
 
@@ -197,7 +199,6 @@ def measure_whole(options: argparse.Namespace) -> None:
       options.pairs,
     )
     took = [read_json(path)["seconds"] for path in sorted((out / sweep.UNITS).glob("*.json"))]
-  number = product.lanes_for(of, None)
   some = range(min(of.units, 8 * number))
   beside = None
   if number > 1:

@@ -15,7 +15,7 @@ WAIT = 20  # seconds that nothing here takes, unless it would wait for ever
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_every_unit_is_begun_in_order_and_what_it_made_kept(number):
+def test_every_unit_is_computed_once_and_what_it_made_kept(number):
   begun, kept = [], {}
 
   def compute(unit: int) -> int:
@@ -92,8 +92,9 @@ def test_after_a_failure_no_unit_is_begun_and_those_that_were_are_kept(where, ki
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from jax_videoreason import lanes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is deaf to it
 def compute(unit):
   sys.stdout.write(f"computes {unit}\\n")
   time.sleep(float(sys.argv[1]))
@@ -113,29 +114,29 @@ def interrupted(times: int, at: str, compute: float, keep: float, number: int) -
   words = [sys.executable, "-uc", SCRIPT, str(compute), str(keep), str(number)]
   process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
   assert process.stdout is not None
-  while process.stdout.readline() != f"{at}\n":
-    assert process.poll() is None
-  for _ in range(times):
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-  said, _ = process.communicate(timeout=WAIT)
+  try:
+    while process.stdout.readline() != f"{at}\n":
+      assert process.poll() is None
+    for _ in range(times):
+      process.send_signal(signal.SIGINT)
+      time.sleep(0.2)
+    said, _ = process.communicate(timeout=WAIT)
+  finally:
+    process.kill()
   assert process.returncode == 0
   return [line for line in said.splitlines() if not line.startswith("computes")]
 
 
+@pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize(("compute", "keep"), [(0.8, 0), (0, 0.8)])
-def test_interrupted_it_keeps_what_was_begun_before_it_says_so(compute, keep):
-  *kept, last = interrupted(1, "computes 1", compute, keep, 2)
+def test_interrupted_it_keeps_what_was_begun_before_it_says_so(compute, keep, times):
+  *kept, last = interrupted(times, "computes 1", compute, keep, 2)
   assert sorted(kept) == ["kept 0", "kept 1"]
   assert last == "interrupted"
 
 
-def test_one_lane_that_is_interrupted_keeps_what_was_computed():
+def test_one_lane_that_is_interrupted_keeps_what_is_being_kept():
   assert interrupted(1, "computes 1", 0.3, 0.8, 1) == ["kept 0", "interrupted"]
-
-
-def test_interrupted_twice_it_drops_what_is_being_computed():
-  assert interrupted(2, "computes 1", 2.0, 0, 2) == ["interrupted"]
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):

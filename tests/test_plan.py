@@ -383,7 +383,7 @@ def test_the_command_prints_it(capsys):
   said = capsys.readouterr().out
   assert re.search(r"gpu:80GB: 1 device as seed=1,fsdp=1,context=1, by arithmetic", said)
   assert "it fits" in said
-  assert "16 runs together: 320 network evaluations" in said
+  assert "8 runs together: 160 network evaluations" in said
   assert "the whole command: 20,480 network evaluations (1,024 videos)" in said
   assert cli.main(["plan", "sweep", "--config=seeds_mini", "--on=gpu:80GB"]) == 0
   assert capsys.readouterr().out == said

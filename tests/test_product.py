@@ -647,10 +647,10 @@ def test_killed_at_random_moments_the_command_ends_with_the_same_table(tmp_path)
       assert sweep.status(out).events == []
 
 
-def two(out: Path, number: int, port: int, *words: str) -> subprocess.Popen:
+def two(out: Path, number: int, port: int, *words: str, devices: int = 2) -> subprocess.Popen:
   environment = {
     **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "JAX_PLATFORMS": "cpu",
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     "JAX_NUM_PROCESSES": "2",
@@ -691,16 +691,20 @@ def test_one_model_over_two_processes_does_all_units_as_one_share(done, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path):
-  port = helpers.free_port()
-  both = [two(tmp_path / "two", number, port) for number in range(2)]
+@pytest.mark.parametrize(("devices", "width"), [(2, 4), (1, 1)])
+def test_two_processes_share_the_units_and_answer_as_one(done, tmp_path, devices, width):
+  port, words = helpers.free_port(), (f"--config.unit={width}",)
+  both = [two(tmp_path / "two", n, port, *words, devices=devices) for n in range(2)]
   said = [process.communicate(timeout=300) for process in both]
   assert [process.returncode for process in both] == [0, 0], said
   ours, wanted = open_sweep(tmp_path / "two"), open_sweep(done)
   for name in ("run", "answer", "flips", "commitment"):
     assert ours.column(name).tolist() == wanted.column(name).tolist()
   np.testing.assert_allclose(ours.column("score"), wanted.column("score"), atol=1e-5)
-  assert "2 of 2 units" in said[0][0]
+  units = TOTAL // width
+  assert f"{units} of {units} units" in said[0][0]
+  part = json.loads((tmp_path / "two" / "units" / "00000.json").read_text())
+  assert part["lanes"] == (1 if devices == 2 else min(lanes.cores(), units // 2))
   assert "share 1 of 2" in said[0][1] and "4/4" in said[0][1]
   assert "units" not in said[1][0]  # only the first process speaks
 

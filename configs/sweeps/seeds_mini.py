@@ -27,5 +27,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     "tree_reach",
   )
   config.cases = 16
-  config.unit = 16  # what the caches of a CPU hold; a GPU is faster with more
+  config.unit = 8  # the seeds of a case
   return common.parse(config.lock(), argument)

@@ -10,6 +10,8 @@ from typing import TypeVar
 U = TypeVar("U")
 T = TypeVar("T")
 
+HEARS = 0.5  # seconds of a wait: an interrupt that comes as it begins is heard when it ends
+
 
 def cores() -> int:
   """CPU cores that this process may use."""
@@ -80,6 +82,8 @@ def _side_by_side(
     futures = [pool.submit(lane) for _ in range(lanes)]
     started.set()  # not before: of what is begun while they are submitted nobody could wait for all
     for future in futures:
+      while not future.done():
+        wait([future], timeout=HEARS)
       future.result()
   finally:
     stopped.set()
